@@ -1,0 +1,3 @@
+"""Fast, exact sampling from denoising diffusion models (DDPM)."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,76 @@
+"""The only place that picks a backend for an op, and says why not the others.
+
+Every op has the same function for all backends:
+
+- `triton`: one fused kernel, on CUDA and ROCm devices (and, when the environment variable `TRITON_INTERPRET=1`
+  was set before triton was imported, on the CPU through triton's interpreter: slow, for tests);
+- `eager`: idiomatic torch in the input's own dtype, on any device;
+- `reference`: the readable specification, computed in float64.
+
+`auto` is `triton` on a GPU where triton can be imported, else `eager`. A backend that is asked for by name and
+cannot run raises; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+
+import torch
+
+BACKENDS = ("triton", "eager", "reference")
+OPS = ("q_sample", "reverse_step", "group_norm_silu", "philox")
+
+log = logging.getLogger("fastddpm.kernels")
+
+
+def interpreting() -> bool:
+    """Whether triton kernels run through triton's interpreter on the CPU (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """The reason why `backend` cannot run on a device of type `device_type` ("cuda", "cpu", ...), or None.
+
+    Raises:
+        ValueError: `backend` is not one of `BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
+    if backend != "triton":
+        return None
+    if device_type not in ("cuda", "cpu"):
+        return f"there are no triton kernels for device type {device_type!r}"
+    if device_type == "cpu" and not interpreting():
+        return "triton kernels need a GPU (on the CPU only through the interpreter, TRITON_INTERPRET=1)"
+    return _triton_import_error()
+
+
+@torch.compiler.assume_constant_result
+def resolve(op: str, backend: str, device_type: str) -> str:
+    """The backend that runs `op` on a device of type `device_type` when the caller asked for `backend`.
+
+    Raises:
+        ValueError: `backend` is not `"auto"` or one of `BACKENDS`.
+        RuntimeError: `backend` was named and cannot run here; the message says why.
+    """
+    if backend == "auto":
+        chosen = "triton" if device_type == "cuda" and why_not("triton", device_type) is None else "eager"
+        if chosen == "eager":
+            log.debug("%s on %s: eager (%s)", op, device_type, why_not("triton", device_type) or "interpreter is slow")
+        return chosen
+    reason = why_not(backend, device_type)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run here: {reason}")
+    return backend

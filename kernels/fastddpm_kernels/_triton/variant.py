@@ -1,0 +1,31 @@
+"""What `fastddpm_kernels.aot` needs to know to compile one specialisation of a kernel without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a Triton kernel.
+
+    Attributes:
+        name: what the report calls it, for instance `"group_norm_silu.apply[fp16,film]"`.
+        kernel: the `@triton.jit` function.
+        signature: type of every argument that is not a constexpr, e.g. `{"x": "*fp16", "n": "i32"}`.
+        constexprs: value of every constexpr argument (also of run-time arguments that the JIT would specialise
+            to a constant, such as a stride of 1 or a pointer that is None).
+        num_warps, num_stages: as the launcher would pass them.
+        divisible: integer arguments to be compiled as multiples of 16. Pointers always are, because torch's
+            allocations are 256-byte aligned; without this what is compiled is not what runs.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = ()
