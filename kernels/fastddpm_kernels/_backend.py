@@ -23,6 +23,11 @@ import torch
 BACKENDS = ("triton", "eager", "reference")
 OPS = ("q_sample", "reverse_step", "group_norm_silu", "philox")
 
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why."""
+
+
 log = logging.getLogger("fastddpm.kernels")
 
 
@@ -63,7 +68,7 @@ def resolve(op: str, backend: str, device_type: str) -> str:
 
     Raises:
         ValueError: `backend` is not `"auto"` or one of `BACKENDS`.
-        RuntimeError: `backend` was named and cannot run here; the message says why.
+        BackendError: `backend` was named and cannot run here; the message says why.
     """
     if backend == "auto":
         chosen = "triton" if device_type == "cuda" and why_not("triton", device_type) is None else "eager"
@@ -72,5 +77,5 @@ def resolve(op: str, backend: str, device_type: str) -> str:
         return chosen
     reason = why_not(backend, device_type)
     if reason is not None:
-        raise RuntimeError(f"{op}: backend {backend!r} cannot run here: {reason}")
+        raise BackendError(f"{op}: backend {backend!r} cannot run here: {reason}")
     return backend
