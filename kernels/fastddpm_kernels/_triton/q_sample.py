@@ -1,0 +1,131 @@
+"""The noising step in one kernel: x_0 is read once, the noise is made in registers, x_t and the target are written.
+
+Pointers that are None switch their part off at compile time: `noise` or `keys`, `target`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastddpm_kernels._triton.philox import normals
+from fastddpm_kernels._triton.strided import BLOCK, NUM_WARPS, num_programs, num_warps, offsets, on_device_of, walkable
+from fastddpm_kernels._triton.variant import Variant
+from fastddpm_kernels.philox import STREAM_Q_SAMPLE
+
+
+@triton.jit
+def _q_sample(
+    x_t, target, x0, table, t, noise, keys, step,
+    numel, P, num_rows,
+    x0_sample, x0_channel, x0_pixel, y_sample, y_channel, y_pixel, noise_sample, noise_channel, noise_pixel,
+    X0_LINEAR: tl.constexpr, Y_LINEAR: tl.constexpr, NOISE_LINEAR: tl.constexpr,
+    STREAM: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(numel, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    mask = element < numel
+    x = tl.load(x0 + offsets(n, element, x0_sample, x0_channel, x0_pixel, P, X0_LINEAR), mask=mask).to(tl.float32)
+    if noise is not None:
+        at = offsets(n, element, noise_sample, noise_channel, noise_pixel, P, NOISE_LINEAR)
+        z = tl.load(noise + at, mask=mask).to(tl.float32)
+    else:
+        training_step = tl.full((), 0, tl.int64)
+        if step is not None:
+            training_step = tl.load(step)
+        z = normals(keys + 2 * n, training_step, STREAM, first, BLOCK)
+
+    row = tl.load(t + n)
+    valid = (row >= 0) & (row < num_rows)
+    signal = tl.load(table + 2 * row, mask=valid, other=float("nan"))
+    sigma = tl.load(table + 2 * row + 1, mask=valid, other=float("nan"))
+    at = offsets(n, element, y_sample, y_channel, y_pixel, P, Y_LINEAR)
+    tl.store(x_t + at, tl.fma(sigma, z, signal * x).to(x_t.dtype.element_ty), mask=mask)
+    if target is not None:
+        value = z
+        if V:
+            value = tl.fma(-sigma, x, signal * z)
+        tl.store(target + at, value.to(target.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    step: Tensor | None,
+    prediction_type: str,
+    x_t: Tensor,
+    target: Tensor | None,
+) -> None:
+    """Writes `x_t` and, unless None, `target`, both of one memory format; `x0` and `noise` may have any."""
+    if x_t.numel() == 0:
+        return
+    numel = x_t.numel() // x_t.shape[0]
+    x0, x0_walk = walkable(x0)
+    x_t, y_walk = walkable(x_t)
+    noise, noise_walk = (None, x0_walk) if noise is None else walkable(noise)
+    with on_device_of(x_t):
+        _q_sample[(num_programs(x_t.shape[0], numel),)](
+            x_t, target, x0, table.contiguous(), t.contiguous(),
+            noise, None if keys is None else keys.contiguous(), step,
+            numel, numel // x_t.shape[1], table.shape[0],
+            *x0_walk[:3], *y_walk[:3], *noise_walk[:3],
+            X0_LINEAR=x0_walk.linear, Y_LINEAR=y_walk.linear, NOISE_LINEAR=noise_walk.linear,
+            STREAM=STREAM_Q_SAMPLE, V=prediction_type == "v_prediction", BLOCK=BLOCK,
+            num_warps=num_warps(x_t.device), enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def aot_variants() -> list[Variant]:
+    """Every dtype with its own noise, the three targets, given noise, and channels-last."""
+    cases: list[tuple[str, dict[str, bool]]] = [
+        ("fp32", {}), ("fp16", {}), ("bf16", {}),
+        ("fp32", {"v": True}), ("fp16", {"v": True}), ("bf16", {"v": True}),
+        ("fp32", {"given": True}), ("fp16", {"given": True, "v": True}),
+        ("fp16", {"target": False}),
+        ("fp32", {"channels_last": True}), ("bf16", {"channels_last": True, "v": True}),
+        ("fp16", {"channels_last": True, "given": True}),
+    ]  # fmt: skip
+    return [_variant(dtype, **flags) for dtype, flags in cases]
+
+
+def _variant(
+    dtype: str, v: bool = False, given: bool = False, target: bool = True, channels_last: bool = False
+) -> Variant:
+    flags = [name for name, on in (("v", v), ("given", given), ("channels_last", channels_last)) if on]
+    pointer = f"*{dtype}"
+    signature = {"x_t": pointer, "x0": pointer, "table": "*fp32", "t": "*i64"}
+    constexprs: dict[str, Any] = {"STREAM": STREAM_Q_SAMPLE, "V": v, "BLOCK": BLOCK}
+    # Epsilon's target is the noise itself where that is given, so nothing is written.
+    if target and (v or not given):
+        signature["target"] = pointer
+    else:
+        constexprs["target"] = None
+        flags += [] if target else ["no_target"]
+    if given:
+        signature["noise"] = pointer
+        constexprs |= {"keys": None, "step": None}
+    else:
+        signature |= {"keys": "*i64", "step": "*i64"}
+        constexprs["noise"] = None
+    signature |= {"numel": "i32", "P": "i32", "num_rows": "i32"}
+    divisible = ["numel", "P"]
+    for name in ("x0", "y", "noise"):
+        signature[f"{name}_sample"] = "i32"
+        divisible.append(f"{name}_sample")
+        if channels_last:
+            constexprs[f"{name}_channel"] = 1
+            signature[f"{name}_pixel"] = "i32"
+        else:
+            signature[f"{name}_channel"] = "i32"
+            constexprs[f"{name}_pixel"] = 1
+        constexprs[f"{name.upper()}_LINEAR"] = not channels_last
+    name = f"q_sample[{','.join([dtype, *flags])}]"
+    return Variant(name, _q_sample, signature, constexprs, num_warps=NUM_WARPS, divisible=tuple(divisible))

@@ -1,0 +1,237 @@
+"""The reverse step in one kernel, the same for the functional and the in-place op.
+
+Pointers that are None switch their part off at compile time. All that a sampling loop changes between steps is read
+from device memory: the step index, then its row of the table, the keys, the guidance scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastddpm_kernels._triton.philox import normals
+from fastddpm_kernels._triton.strided import (
+    BLOCK,
+    NUM_WARPS,
+    Strides,
+    num_programs,
+    num_warps,
+    offsets,
+    on_device_of,
+    walkable,
+)
+from fastddpm_kernels._triton.variant import Variant
+from fastddpm_kernels.philox import STREAM_KNOWN, STREAM_STEP
+
+
+@triton.jit
+def _entry(table, row, column, COLUMNS: tl.constexpr, valid):
+    return tl.load(table + row * COLUMNS + column, mask=valid, other=float("nan"))
+
+
+@triton.jit
+def _reverse_step(
+    x_next, x0, net_in, x, out, table, step, keys, noise, x0_prev, log_variance, guidance_scale,
+    known, known_mask, known_table, known_noise,
+    clip_range, batch, numel, P, num_steps, v_offset,
+    out_sample, out_channel, out_pixel, net_sample, net_channel, net_pixel,
+    known_sample, known_channel, known_pixel, mask_sample, mask_channel, mask_pixel,
+    OUT_LINEAR: tl.constexpr, NET_LINEAR: tl.constexpr, KNOWN_LINEAR: tl.constexpr, MASK_LINEAR: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr, STREAM: tl.constexpr, KNOWN_STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(numel, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    mask = element < numel
+    here = n * numel + element
+
+    # All wide loads first: while they are under way the noise is made.
+    x_t = tl.load(x + here, mask=mask)
+    at = offsets(n, element, out_sample, out_channel, out_pixel, P, OUT_LINEAR)
+    prediction = tl.load(out + at, mask=mask).to(tl.float32)
+    if guidance_scale is not None:
+        at = offsets(n + batch, element, out_sample, out_channel, out_pixel, P, OUT_LINEAR)  # the conditional half
+        conditional = tl.load(out + at, mask=mask).to(tl.float32)
+        scale = tl.load(guidance_scale + n * SCALE_STRIDE)
+        prediction = tl.fma(scale, conditional - prediction, prediction)
+    if log_variance is not None:
+        v = tl.load(out + at + v_offset, mask=mask).to(tl.float32)
+
+    row = tl.load(step)
+    valid = (row >= 0) & (row < num_steps)
+    a = _entry(table, row, 0, 7, valid)
+    b = _entry(table, row, 1, 7, valid)
+    c = _entry(table, row, 2, 7, valid)
+    d = _entry(table, row, 3, 7, valid)
+    e = _entry(table, row, 4, 7, valid)
+    s = _entry(table, row, 6, 7, valid)
+    if x0_prev is not None:
+        f = _entry(table, row, 5, 7, valid)
+        previous = tl.load(x0_prev + here, mask=element < tl.where(f != 0.0, numel, 0), other=0.0)
+
+    z = tl.zeros((BLOCK,), tl.float32)
+    if noise is not None:
+        z = tl.load(noise + here, mask=element < tl.where(s != 0.0, numel, 0), other=0.0).to(tl.float32)
+    elif keys is not None:  # noqa: SIM102  (the one is known at compile time, the other is not)
+        if s != 0.0:
+            z = normals(keys + 2 * n, row, STREAM, first, BLOCK)
+
+    clean = tl.fma(b, prediction, a * x_t)
+    if clip_range is not None:
+        # A NaN of the network stays one.
+        clean = tl.minimum(clean, clip_range, propagate_nan=tl.PropagateNan.ALL)
+        clean = tl.maximum(clean, -clip_range, propagate_nan=tl.PropagateNan.ALL)
+    if x0 is not None:
+        tl.store(x0 + here, clean, mask=mask)
+    result = tl.fma(e, prediction, tl.fma(d, x_t, c * clean))
+    if x0_prev is not None:
+        result = tl.fma(f, previous, result)
+    if (noise is not None) or (keys is not None):
+        if log_variance is not None:
+            log_min = _entry(log_variance, row, 0, 2, valid)
+            log_max = _entry(log_variance, row, 1, 2, valid)
+            fraction = 0.5 * (v + 1.0)
+            z *= tl.exp(0.5 * tl.fma(fraction, log_max, (1.0 - fraction) * log_min))
+        result = tl.fma(s, z, result)
+
+    if known is not None:
+        signal = _entry(known_table, row, 0, 2, valid)
+        sigma = _entry(known_table, row, 1, 2, valid)
+        z2 = tl.zeros((BLOCK,), tl.float32)
+        if known_noise is not None:
+            z2 = tl.load(known_noise + here, mask=element < tl.where(sigma != 0.0, numel, 0), other=0.0).to(tl.float32)
+        else:
+            if sigma != 0.0:
+                z2 = normals(keys + 2 * n, row, KNOWN_STREAM, first, BLOCK)
+        at = offsets(n, element, known_sample, known_channel, known_pixel, P, KNOWN_LINEAR)
+        kept = tl.fma(sigma, z2, signal * tl.load(known + at, mask=mask))
+        at = offsets(n, element, mask_sample, mask_channel, mask_pixel, P, MASK_LINEAR)
+        keep = tl.load(known_mask + at, mask=mask)
+        result = tl.fma(keep, kept, (1.0 - keep) * result)
+
+    tl.store(x_next + here, result, mask=mask)
+    if net_in is not None:
+        at = offsets(n, element, net_sample, net_channel, net_pixel, P, NET_LINEAR)
+        value = result.to(net_in.dtype.element_ty)
+        tl.store(net_in + at, value, mask=mask)
+        if guidance_scale is not None:
+            at = offsets(n + batch, element, net_sample, net_channel, net_pixel, P, NET_LINEAR)
+            tl.store(net_in + at, value, mask=mask)
+
+
+def launch(
+    x_next: Tensor,
+    x0: Tensor | None,
+    net_in: Tensor | None,
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    step: Tensor,
+    keys: Tensor | None,
+    noise: Tensor | None,
+    x0_prev: Tensor | None,
+    clip_range: float | None,
+    log_variance: Tensor | None,
+    guidance_scale: Tensor | None,
+    known: Tensor | None,
+    known_mask: Tensor | None,
+    known_table: Tensor | None,
+    known_noise: Tensor | None,
+) -> None:
+    """Writes `x_next` and, unless None, `x0` and `net_in`. `x_next` may be `x`, and `x0` may be `x0_prev`.
+
+    Raises:
+        ValueError: `net_in` is laid out so that its pixels have no one stride.
+    """
+    if x.numel() == 0:
+        return
+    numel = x.numel() // x.shape[0]
+    out, out_walk = walkable(out)
+    net_walk = known_walk = mask_walk = out_walk
+    if net_in is not None:
+        same, net_walk = walkable(net_in)
+        if same is not net_in:
+            raise ValueError(f"net_in has strides {net_in.stride()}, must be contiguous or channels-last")
+    if known is not None:
+        assert known_mask is not None
+        known, known_walk = walkable(known.expand_as(x))
+        known_mask, mask_walk = walkable(known_mask.expand_as(x))
+    tables = (_contiguous(tensor) for tensor in (log_variance, guidance_scale))
+    with on_device_of(x):
+        _reverse_step[(num_programs(x.shape[0], numel),)](
+            x_next, x0, net_in, x, out, _contiguous(table), step, _contiguous(keys), _contiguous(noise),
+            _contiguous(x0_prev), *tables, known, known_mask, _contiguous(known_table), _contiguous(known_noise),
+            clip_range, x.shape[0], numel, numel // x.shape[1], table.shape[0], x.shape[1] * out_walk.channel,
+            *out_walk[:3], *net_walk[:3], *known_walk[:3], *mask_walk[:3],
+            OUT_LINEAR=out_walk.linear, NET_LINEAR=net_walk.linear,
+            KNOWN_LINEAR=known_walk.linear, MASK_LINEAR=mask_walk.linear,
+            SCALE_STRIDE=0 if guidance_scale is None or guidance_scale.shape[0] == 1 else 1,
+            STREAM=STREAM_STEP, KNOWN_STREAM=STREAM_KNOWN, BLOCK=BLOCK,
+            num_warps=num_warps(x.device), enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def aot_variants() -> list[Variant]:
+    """Every dtype of the network's output, every flag alone, and the combinations that samplers use."""
+    ancestral = {"philox", "clip", "net_in"}
+    cases: list[tuple[str, set[str]]] = [
+        ("fp32", ancestral), ("fp16", ancestral), ("bf16", ancestral),
+        ("fp32", ancestral | {"channels_last"}), ("fp16", ancestral | {"channels_last"}),
+        ("bf16", ancestral | {"channels_last"}),
+        ("fp16", {"net_in"}), ("fp16", {"net_in", "clip", "multistep", "x0"}),
+        ("fp32", {"noise", "clip", "x0"}), ("fp16", {"noise", "learned", "x0"}),
+        ("fp16", ancestral | {"learned", "channels_last"}), ("bf16", ancestral | {"guided"}),
+        ("fp16", ancestral | {"guided", "learned", "channels_last"}),
+        ("fp32", ancestral | {"known"}), ("fp16", ancestral | {"known", "channels_last"}),
+        ("fp16", ancestral | {"guided", "learned", "known", "multistep", "x0"}),
+    ]  # fmt: skip
+    return [_variant(dtype, flags) for dtype, flags in cases]
+
+
+def _variant(dtype: str, flags: set[str]) -> Variant:
+    optional = {
+        "x0": ("*fp32", {"x0"}), "net_in": (f"*{dtype}", {"net_in"}), "keys": ("*i64", {"philox"}),
+        "noise": ("*fp32", {"noise"}), "x0_prev": ("*fp32", {"multistep"}), "log_variance": ("*fp32", {"learned"}),
+        "guidance_scale": ("*fp32", {"guided"}), "known": ("*fp32", {"known"}), "known_mask": ("*fp32", {"known"}),
+        "known_table": ("*fp32", {"known"}), "known_noise": ("*fp32", {"known", "noise"}),
+        "clip_range": ("fp32", {"clip"}),
+    }  # fmt: skip
+    signature = {"x_next": "*fp32", "x": "*fp32", "out": f"*{dtype}", "table": "*fp32", "step": "*i64"}
+    constexprs: dict[str, Any] = {
+        "SCALE_STRIDE": 0, "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": BLOCK,
+    }  # fmt: skip
+    for name, (kind, needed) in optional.items():
+        if needed <= flags:
+            signature[name] = kind
+        else:
+            constexprs[name] = None
+    divisible = ["numel", "P"]
+    signature |= {name: "i32" for name in ("batch", "numel", "P", "num_steps", "v_offset")}
+    channels_last = "channels_last" in flags
+    # A mask is broadcast over the channels, known images are contiguous.
+    walks = {
+        "out": Strides(16, 1, 3, False) if channels_last else Strides(16, 16, 1, True),
+        "net": Strides(16, 1, 3, False) if channels_last else Strides(16, 16, 1, True),
+        "known": Strides(16, 16, 1, True),
+        "mask": Strides(16, 0, 1, False),
+    }
+    for name, walk in walks.items():
+        for axis, stride in zip(("sample", "channel", "pixel"), walk[:3], strict=True):
+            if stride == 1:
+                constexprs[f"{name}_{axis}"] = 1
+            else:
+                signature[f"{name}_{axis}"] = "i32"
+                divisible += [f"{name}_{axis}"] if stride % 16 == 0 else []
+        constexprs[f"{name.upper()}_LINEAR"] = walk.linear
+    if not channels_last:
+        divisible.append("v_offset")
+    name = f"reverse_step[{','.join([dtype, *sorted(flags)])}]"
+    return Variant(name, _reverse_step, signature, constexprs, num_warps=NUM_WARPS, divisible=tuple(divisible))

@@ -1,0 +1,89 @@
+"""What the element-wise kernels share: how they walk tensors of any memory format, and how they are launched.
+
+A sample [C, ...] is walked in its logical order, element = channel * P + pixel, 4 consecutive elements to a thread
+(one Philox counter). A tensor is given by its strides of sample, channel and pixel, so contiguous, channels-last,
+a slice of channels and a broadcast mask are the same kernel; LINEAR says at compile time that element is the
+offset, so that accesses are wide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 512  # elements to a program
+NUM_WARPS = 4  # of 32 threads, so 4 elements to each: with more or fewer, accesses of 16 bytes need shared memory
+
+
+@triton.jit
+def offsets(n, element, sample_stride, channel_stride, pixel_stride, P, LINEAR: tl.constexpr):
+    """Where `element` of sample `n` (int64) lies."""
+    if LINEAR:
+        return n * sample_stride + element
+    channel = element // P
+    return n * sample_stride + (channel * channel_stride + (element - channel * P) * pixel_stride)
+
+
+class Strides(NamedTuple):
+    """How a tensor [N, C, ...] is walked."""
+
+    sample: int
+    channel: int
+    pixel: int
+    linear: bool
+
+
+def walk(tensor: Tensor) -> Strides | None:
+    """The strides of `tensor` [N, C, ...]; None where its pixels have no one stride, or lie further than 2^31 apart."""
+    size, stride = list(tensor.shape), list(tensor.stride())
+    pixels = [(n, s) for n, s in zip(size[2:], stride[2:], strict=True) if n != 1]
+    if any(s != n_next * s_next for (_, s), (n_next, s_next) in itertools.pairwise(pixels)):
+        return None
+    num_pixels, pixel_stride = math.prod(size[2:]), pixels[-1][1] if pixels else 1
+    channel_stride = stride[1] if size[1] != 1 else num_pixels * pixel_stride
+    if (size[1] - 1) * channel_stride + (num_pixels - 1) * pixel_stride >= 2**31:
+        return None
+    linear = pixel_stride == 1 and channel_stride == num_pixels
+    return Strides(stride[0] if size[0] != 1 else 0, channel_stride, pixel_stride, linear)
+
+
+def walkable(tensor: Tensor) -> tuple[Tensor, Strides]:
+    """`tensor` [N, C, ...] itself, or a contiguous copy where it has to be copied to be walked."""
+    if tensor.ndim == 1:
+        tensor = tensor[:, None]
+    strides = walk(tensor)
+    if strides is None:
+        tensor = tensor.contiguous()
+        strides = walk(tensor)
+        assert strides is not None
+    return tensor, strides
+
+
+def num_programs(batch: int, numel: int) -> int:
+    """Programs for `batch` samples of `numel` elements. One grid axis, since the others end at 65535.
+
+    Raises:
+        ValueError: more elements than the kernels can count.
+    """
+    if numel >= 2**31:
+        raise ValueError(f"a sample has {numel} elements, must have fewer than 2^31 on the triton backend")
+    return batch * triton.cdiv(numel, BLOCK)
+
+
+def num_warps(device: torch.device) -> int:
+    """`NUM_WARPS`, or what makes as many threads on a GPU of 64 to a warp."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return NUM_WARPS
+    return NUM_WARPS * 32 // torch.cuda.get_device_properties(device).warp_size
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be where the tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
