@@ -1,0 +1,94 @@
+"""Compiles every Triton kernel variant for any GPU on any machine, and reports what each uses.
+
+    python -m fastddpm_kernels.aot [--target sm_90 ...] [--op NAME ...] [--json PATH] [--jobs N]
+
+Prints registers, spills, shared memory and the widest load and store of every variant. Exits with 1 if a variant
+spills or does not compile: a spill turns a kernel that waits for device memory into one that makes more traffic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from fastddpm_kernels._backend import OPS
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+COLUMNS = ("registers", "spills", "shared", "load_bits", "store_bits")
+
+
+def compile_all(targets: Sequence[str] = TARGETS, ops: Sequence[str] = OPS, jobs: int = 1) -> list[dict[str, Any]]:
+    """Compiles every variant of `ops` for every one of `targets`.
+
+    Returns:
+        One row per variant and target: `variant`, `target`, and either the fields of
+        `fastddpm_kernels._triton.compile.Usage` or `error`, the first line of what the compiler said.
+    """
+    # The interpreter's stand-ins for kernels cannot be compiled, and are chosen when triton is imported.
+    os.environ.pop("TRITON_INTERPRET", None)
+    work = [(op, index, name) for name in targets for op in ops for index in range(len(_variants(op)))]
+    if jobs == 1:
+        return [_compile_one(*item) for item in work]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_compile_one, *zip(*work, strict=True), chunksize=4))
+
+
+def _variants(op: str) -> list[Any]:
+    return importlib.import_module(f"fastddpm_kernels._triton.{op}").aot_variants()
+
+
+def _compile_one(op: str, index: int, target: str) -> dict[str, Any]:
+    from fastddpm_kernels._triton.compile import compile_variant
+
+    variant = _variants(op)[index]
+    row: dict[str, Any] = {"variant": variant.name, "target": target}
+    try:
+        return row | compile_variant(variant, target).as_dict()
+    except Exception as error:  # whatever the compiler raises is a row of the report, and fails the run
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return row | {"error": f"{type(error).__name__}: {lines[-1]}"}
+
+
+def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for every row that spills or did not compile."""
+    return [
+        f"{row['variant']} for {row['target']}: {row.get('error') or str(row['spills']) + ' bytes spilled'}"
+        for row in rows
+        if row.get("error") or row["spills"]
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fastddpm_kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", default=list(TARGETS), metavar="T", help="sm_80, sm_90, gfx942, ...")
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, metavar="OP", help=", ".join(OPS))
+    parser.add_argument("--json", metavar="PATH", help="write the rows to a file as well")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    options = parser.parse_args(arguments)
+
+    rows = compile_all(options.target, options.op, options.jobs)
+    width = max(len(row["variant"]) for row in rows)
+    print(f"{'variant':{width}}  {'target':7}  " + "  ".join(f"{name:>10}" for name in COLUMNS))
+    for row in rows:
+        values = row.get("error") or "  ".join(f"{row[name]:>10}" for name in COLUMNS)
+        print(f"{row['variant']:{width}}  {row['target']:7}  {values}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+    bad = failures(rows)
+    print(f"{len(rows)} compiled, {len(bad)} of them with spills or errors")
+    for line in bad:
+        print(line, file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
