@@ -1,0 +1,262 @@
+"""The layers of the compact U-Net (`unet.py`), with the parameter names of diffusers' UNet2DModel.
+
+An `nn.GroupNorm` here only holds parameters: each normalisation runs as one `group_norm_silu`, fused with
+what surrounds it (the skip concatenation, the time embedding, SiLU). A layer's `backend` says which backend
+that op uses; `UNet.backend` sets it everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from fastddpm_kernels.group_norm_silu import group_norm_silu
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoids of the timestep (Ho et al. 2020, after Vaswani et al. 2017): float32 [N, channels].
+
+    Of half = channels // 2 frequencies, number i is 10000 ** (-i / (half - freq_shift)). An odd last channel
+    is 0.
+
+    Args:
+        t: timesteps [N], integer or (for models trained so) real; computed in float32, the precision that the
+            published models were trained with.
+        channels: how many values per timestep.
+        flip_sin_to_cos: [cos, sin] instead of [sin, cos].
+        freq_shift: 1 makes the last frequency exactly 1 / 10000 (the original DDPM); 0 stops one short of it.
+    """
+    half = channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t[:, None].float() * torch.exp(exponent / (half - freq_shift))[None, :]
+    parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
+    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
+
+
+class EmbeddingMLP(nn.Module):
+    """Linear, SiLU, Linear: from sinusoids [N, in_channels] to an embedding [N, channels]."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """(shortcut(x) + conv2(dropout(SiLU(norm2(conv1(SiLU(norm1(x))), embedding))))) / output_scale.
+
+    The embedding, projected, is added before the second norm, or (`scale_shift`) applied after it, as
+    norm2 * (1 + scale) + shift.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        emb_channels: int,
+        groups: int,
+        eps: float,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        output_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.backend = "auto"
+        self.scale_shift = scale_shift
+        self.output_scale = output_scale
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The block's output [N, out_channels, H, W].
+
+        Args:
+            x: [N, C, H, W].
+            emb: SiLU of the time (and class) embedding, [N, emb_channels].
+            skip: [N, in_channels - C, H, W], as if concatenated to `x`.
+        """
+        h = _group_norm(self.norm1, x, self.backend, x2=skip)
+        h = self.conv1(h)
+        time = self.time_emb_proj(emb)
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = _group_norm(self.norm2, h, self.backend, scale=scale, shift=shift)
+        else:
+            h = _group_norm(self.norm2, h, self.backend, time_bias=time)
+        h = self.conv2(self.dropout(h))
+        y = self._shortcut(x, skip) + h
+        return y if self.output_scale == 1 else y / self.output_scale
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if self.conv_shortcut is None:
+            return x if skip is None else torch.cat([x, skip], dim=1)
+        if skip is None:
+            return self.conv_shortcut(x)
+        # A 1x1 convolution of a concatenation is the sum over its parts: the concatenation need not exist.
+        first, second = self.conv_shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        return F.conv2d(x, first, self.conv_shortcut.bias) + F.conv2d(skip, second)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with residual: (x + to_out(attend(norm(x)))) / output_scale.
+
+    `channels // head_dim` heads of `head_dim` channels; one head of all channels where `head_dim` is None.
+    Without norm where `groups` is None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_dim: int | None,
+        groups: int | None,
+        eps: float,
+        output_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.backend = "auto"
+        self.head_dim = channels if head_dim is None else head_dim
+        self.heads = channels // self.head_dim
+        self.output_scale = output_scale
+        inner = self.heads * self.head_dim  # fewer than `channels` where head_dim does not divide them
+        self.group_norm = nn.GroupNorm(groups, channels, eps) if groups is not None else None
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]."""
+        h = x if self.group_norm is None else _group_norm(self.group_norm, x, self.backend, activation=None)
+        h = h.flatten(2).transpose(1, 2)  # [N, pixels, C], a view where x is channels-last
+        heads = (self.heads, self.head_dim)
+        q, k, v = (to(h).unflatten(2, heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
+        y = x + h
+        return y if self.output_scale == 1 else y / self.output_scale
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2; `padding` 0 pads right and bottom only, by one, as the original DDPM."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by two, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if 4 * x.numel() >= 2**31:  # beyond this, channels-last, CUDA returns zeros (pytorch issue 141831)
+            x = x.contiguous()
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, each followed by attention if there are `attentions`, then the downsampler if any."""
+
+    def __init__(
+        self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention], downsampler: Downsample | None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The output, and every intermediate result that the up blocks take up again, in order."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if len(self.attentions) > 0:
+                x = self.attentions[i](x)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """A residual block, attention if any, a residual block."""
+
+    def __init__(self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = self.resnets[0](x, emb)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x, emb)
+
+
+class UpBlock(nn.Module):
+    """Residual blocks that take up a skip each, attention after each if any, then the upsampler if any."""
+
+    def __init__(
+        self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention], upsampler: Upsample | None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
+
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+        """The output; takes one skip per residual block off the end of `skips`."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb, skips.pop())
+            if len(self.attentions) > 0:
+                x = self.attentions[i](x)
+        for upsampler in self.upsamplers:
+            x = upsampler(x)
+        return x
+
+
+def _group_norm(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    backend: str,
+    *,
+    x2: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    return group_norm_silu(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.num_groups,
+        eps=norm.eps,
+        x2=x2,
+        time_bias=time_bias,
+        scale=scale,
+        shift=shift,
+        activation=activation,
+        backend=backend,
+    )
