@@ -1,0 +1,107 @@
+"""Imports point one way, and need neither triton, a compiler nor CUDA."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fastddpm_kernels
+import pytest
+
+import fastddpm
+
+PACKAGES = {"fastddpm": Path(fastddpm.__file__).parent, "fastddpm_kernels": Path(fastddpm_kernels.__file__).parent}
+FILES = [(name, path) for name, root in PACKAGES.items() for path in sorted(root.rglob("*.py"))]
+
+# A module imports only modules of its own package that stand before it here.
+ORDER = [
+    "_files",
+    "progress",
+    "schedule",
+    "coefficients",
+    "images",
+    "layers",
+    "unet_config",
+    "unet",
+    "loop",
+    "sampler",
+    "pretrained",
+    "__init__",
+    "cli",
+    "__main__",
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(("package", "path"), FILES, ids=lambda value: getattr(value, "name", value))
+def test_only_device_code_imports_triton(package: str, path: Path) -> None:
+    if path.parent.name != "_triton":
+        assert not {name for name in imported(path) if name.split(".")[0] == "triton"}
+
+
+def test_kernels_know_nothing_of_models() -> None:
+    for package, path in FILES:
+        if package == "fastddpm_kernels":
+            assert not {name for name in imported(path) if name.split(".")[0] == "fastddpm"}, path
+
+
+def test_order_of_modules() -> None:
+    root = PACKAGES["fastddpm"]
+    assert sorted(ORDER) == sorted(path.stem for path in root.glob("*.py")), "ORDER must name every module"
+    for path in root.glob("*.py"):
+        names = {name.split(".")[1] for name in imported(path) if name.startswith("fastddpm.")}
+        modules = names & set(ORDER)
+        later = {name for name in modules if ORDER.index(name) >= ORDER.index(path.stem)}
+        assert not later, f"{path.name} imports {later}"
+
+
+def test_files_can_be_read_in_a_sitting() -> None:
+    long = {
+        path.name: count for _, path in FILES if (count := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert not long
+
+
+WITHOUT = """
+import sys
+for name in ("triton", "triton.language"):
+    sys.modules[name] = None  # importing it raises ImportError
+import os
+os.environ["PATH"] = ""  # no compiler
+import fastddpm, fastddpm_kernels
+from fastddpm_kernels import group_norm_silu, philox, q_sample, reverse_step
+from fastddpm_kernels._backend import resolve
+assert resolve("q_sample", "auto", "cpu") == "eager"
+assert resolve("q_sample", "auto", "cuda") == "eager"
+try:
+    resolve("q_sample", "triton", "cuda")
+except RuntimeError as error:
+    assert "triton cannot be imported" in str(error)
+else:
+    raise AssertionError("triton was chosen")
+images = fastddpm.load_pretrained().sampler(num_inference_steps=2).sample(1, class_labels=3)
+assert images.shape == (1, 1, 16, 16)
+"""
+
+
+def test_samples_without_triton_and_compiler() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)
+
+
+def test_importing_starts_nothing() -> None:
+    code = "import sys, fastddpm, torch; "
+    code += "assert not torch.cuda.is_initialized(); assert 'rich' not in sys.modules; assert 'PIL' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,342 @@
+"""The reverse loop against diffusers' pipelines, closed forms, and its own promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from fastddpm.sampler import Sampler
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.unet import UNet
+
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+    "attention_head_dim": None,
+}
+
+
+def small_unet(**changes: Any) -> UNet:
+    torch.manual_seed(0)
+    return UNet(**{**SMALL, **changes}).eval()
+
+
+def toy(x: Tensor, t: Tensor) -> Tensor:
+    """A cheap nonlinear network that depends on position, time and sample."""
+    scale = t.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) / 1000
+    return torch.tanh(x * (0.5 + scale)) + 0.1 * scale
+
+
+class Recorder:
+    """Stands in for diffusers' randn_tensor: draws in its order and keeps what it drew."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Tensor] = []
+
+    def __call__(self, shape: tuple[int, ...], *_: object, **__: object) -> Tensor:
+        self.drawn.append(torch.randn(shape))
+        return self.drawn[-1]
+
+
+EPSILON_LARGE = {"variance_type": "fixed_large", "prediction_type": "epsilon", "clip_sample": True}
+EPSILON_SMALL = {"variance_type": "fixed_small", "prediction_type": "epsilon", "clip_sample": True}
+V_UNCLIPPED = {"variance_type": "fixed_small", "prediction_type": "v_prediction", "clip_sample": False}
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        pytest.param(1000, EPSILON_LARGE, id="google/ddpm-cifar10-32's settings"),
+        pytest.param(10, EPSILON_SMALL, id="fixed_small"),
+        pytest.param(10, V_UNCLIPPED, id="v_prediction, no clipping"),
+    ],
+)
+def test_equals_ddpm_pipeline_at_equal_noise(
+    steps: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = small_unet()
+    theirs = UNet2DModel(**SMALL).eval()
+    theirs.load_state_dict(ours.state_dict())
+    pipeline = DDPMPipeline(theirs, DDPMScheduler(**settings))
+    pipeline.set_progress_bar_config(disable=True)
+    recorder = Recorder()
+    for module in ("diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.schedulers.scheduling_ddpm"):
+        monkeypatch.setattr(f"{module}.randn_tensor", recorder)
+    expected = pipeline(batch_size=2, num_inference_steps=steps, output_type="pt").images
+    sampler = Sampler(ours, NoiseSchedule.linear(), num_inference_steps=steps, **settings)
+    x_T, *noise = recorder.drawn
+    images = sampler.sample(2, x_T=x_T, noise=lambda index, shape: noise[index])
+    assert len(noise) == steps - 1  # diffusers draws none at t = 0
+    # The pipeline ends with a clip to [0, 1]. Both compute in float32, with different but equivalent formulas, and
+    # the loop of an untrained network is chaotic without clipping: the bound grows with the steps.
+    difference = ((images / 2 + 0.5).clamp(0, 1) - expected).abs().max()
+    assert float(difference) < 2e-4
+
+
+def test_noise_tensor_and_callable_are_the_same() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=7)
+    noise, x_T = torch.randn(7, 3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    one = sampler.sample(3, x_T=x_T, noise=noise)
+    calls: list[int] = []
+
+    def draw(index: int, shape: tuple[int, ...]) -> Tensor:
+        assert shape == (3, 2, 4, 4)
+        calls.append(index)
+        return noise[index]
+
+    assert torch.equal(one, sampler.sample(3, x_T=x_T, noise=draw))
+    assert calls == list(range(6))  # the last step adds no noise
+
+
+def test_equals_ddim_scheduler() -> None:
+    theirs = DDIMScheduler()
+    theirs.set_timesteps(20)
+    x_T = torch.randn(2, 3, 8, 8)
+    x = x_T
+    for t in theirs.timesteps:
+        x = theirs.step(toy(x, t.expand(2)), t, x).prev_sample
+    images = Sampler(toy, NoiseSchedule.linear(), method="ddim", num_inference_steps=20).sample(2, x_T=x_T)
+    torch.testing.assert_close(images, x, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "ddpm"}, {"method": "ddpm", "variance_type": "fixed_large"}, {"method": "ddim"}]
+)
+def test_gaussian_data_gives_the_known_distribution(settings: dict[str, Any]) -> None:
+    """For data N(m, v) the optimal predictor is linear, so mean and variance follow an exact recursion."""
+    m, v = 0.3, 0.04
+    schedule = NoiseSchedule.linear()
+    bar = schedule.alphas_cumprod
+
+    def optimal(x: Tensor, t: Tensor) -> Tensor:
+        b = bar[t].view(-1, 1).to(x)
+        return (1 - b).sqrt() / (b * v + 1 - b) * (x - b.sqrt() * m)
+
+    sampler = Sampler(optimal, schedule, num_inference_steps=50, clip_sample=False, **settings)
+    mean, variance = 0.0, 1.0
+    for (a, b, c, d, e, _, s), t in zip(sampler.table.rows.tolist(), sampler.timesteps.tolist(), strict=True):
+        gain = float((1 - bar[t]).sqrt() / (bar[t] * v + 1 - bar[t]))
+        offset = -gain * float(bar[t].sqrt()) * m  # out = gain x + offset
+        slope = c * (a + b * gain) + d + e * gain
+        mean = slope * mean + (c * b + e) * offset
+        variance = slope**2 * variance + s**2
+    count = 40_000
+    x = sampler.sample(count // 8, shape=(8,), seed=3).double()
+    # five standard errors: of a mean sqrt(variance / n), of a variance variance * sqrt(2 / n)
+    assert abs(float(x.mean()) - mean) < 5 * (variance / count) ** 0.5
+    assert abs(float(x.var()) - variance) < 5 * variance * (2 / count) ** 0.5
+    assert mean == pytest.approx(m, abs=0.02)
+
+
+def test_sample_k_of_a_seed_does_not_depend_on_the_batch() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=5)
+    ten = sampler.sample(10, shape=(3, 5, 7), seed=42)
+    assert torch.equal(ten, sampler.sample(10, shape=(3, 5, 7), seed=42, batch_size=3))
+    assert torch.equal(ten[:4], sampler.sample(4, shape=(3, 5, 7), seed=42))
+    assert not torch.equal(ten, sampler.sample(10, shape=(3, 5, 7), seed=43))
+    assert len({tuple(image.flatten()[:4].tolist()) for image in ten}) == 10
+
+
+def test_seeds_give_one_image_each() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=5)
+    images = sampler.sample(3, shape=(1, 4, 4), seeds=[7, 2**63 + 5, 7])
+    assert torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[0], sampler.sample(1, shape=(1, 4, 4), seed=7)[0])
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 9), (16, 3), (2, 3, 4, 5)], ids=str)
+def test_any_shape_of_data(shape: tuple[int, ...]) -> None:
+    images = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=4).sample(3, shape=shape)
+    assert images.shape == (3, *shape)
+    assert images.dtype == torch.float32
+    assert float(images.abs().max()) <= 1
+
+
+def test_backends_agree() -> None:
+    one, other = (
+        Sampler(small_unet(), NoiseSchedule.linear(), num_inference_steps=4, backend=backend).sample(2, seed=1)
+        for backend in ("eager", "reference")
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_triton_backend_runs_the_same_loop(device: torch.device) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    for settings in ({}, {"method": "ddim"}):
+        sampler = [
+            Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3, device=device, backend=name, **settings)
+            for name in ("triton", "eager")
+        ]
+        one, other = (s.sample(2, shape=(3, 4, 5), seed=9) for s in sampler)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+class Conditional(nn.Module):
+    """Predicts from its label alone; with a config as UNet has."""
+
+    class config:  # stands for an attribute
+        sample_size, in_channels, num_class_embeds, null_class = 4, 1, 4, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("gain", nn.Parameter(torch.ones(1)))
+        self.seen: list[list[int]] = []
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        self.seen.append(class_labels.tolist())
+        return self.gain * class_labels.view(-1, 1, 1, 1).to(x) / 4 + 0.1 * x
+
+
+def test_guidance_is_one_doubled_batch() -> None:
+    model = Conditional()
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=3, guidance_scale=2.5)
+    images = sampler.sample(2, class_labels=[0, 2], seed=5)
+    assert model.seen == [[3, 3, 0, 2]] * 3
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        labels = torch.tensor([0, 2])
+        null, cond = (label.view(-1, 1, 1, 1).to(x) / 4 + 0.1 * x for label in (torch.full_like(labels, 3), labels))
+        return null + 2.5 * (cond - null)
+
+    expected = Sampler(guided, NoiseSchedule.linear(), num_inference_steps=3).sample(2, shape=(1, 4, 4), seed=5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_labels_go_to_their_images_in_every_chunk() -> None:
+    model = Conditional()
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=1)
+    sampler.sample(5, class_labels=torch.tensor([0, 1, 2, 1, 0]), batch_size=2)
+    assert model.seen == [[0, 1], [2, 1], [0]]
+    model.seen.clear()
+    sampler.sample(2, class_labels=1)
+    sampler.sample(1)
+    assert model.seen == [[1, 1], [3]]  # without labels: the null class
+
+
+def test_learned_range_reads_the_second_half_of_the_channels() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([toy(x, t), torch.ones_like(x)], dim=1)  # v = 1: the large variance
+
+    schedule = NoiseSchedule.linear()
+    learned = Sampler(model, schedule, num_inference_steps=6, variance_type="learned_range")
+    large = Sampler(toy, schedule, num_inference_steps=6, variance_type="fixed_large")
+    one, other = (s.sample(2, shape=(3, 4, 4), seed=1) for s in (learned, large))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda out: (out,), lambda out: type("Output", (), {"sample": out})()])
+def test_outputs_of_other_libraries_are_unwrapped(wrap: Callable[[Tensor], Any]) -> None:
+    schedule = NoiseSchedule.linear()
+    plain = Sampler(toy, schedule, num_inference_steps=2).sample(1, shape=(1, 2, 2))
+    wrapped = Sampler(lambda x, t: wrap(toy(x, t)), schedule, num_inference_steps=2).sample(1, shape=(1, 2, 2))
+    assert torch.equal(plain, wrapped)
+
+
+def test_the_users_model_stays_as_it_is() -> None:
+    model = small_unet(dropout=0.5).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=2)
+    assert torch.equal(sampler.sample(1), sampler.sample(1))  # no dropout while sampling
+    assert model.training
+    Sampler(model, NoiseSchedule.linear(), num_inference_steps=1, dtype=torch.bfloat16).sample(1)
+    assert model.conv_in.weight.dtype == torch.float32
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not sampler.sample(1).requires_grad
+
+
+def test_callback_sees_every_step_and_can_stop() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(index: int, timestep: int, x: Tensor) -> bool:
+        seen.append((index, timestep))
+        return index == 2
+
+    Sampler(toy, NoiseSchedule.linear(), num_inference_steps=10).sample(1, shape=(1, 2, 2), callback=watch)
+    assert seen == [(0, 900), (1, 800), (2, 700)]
+
+
+def test_progress_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3).sample(2, shape=(1, 2, 2), batch_size=1, progress=True)
+    captured = capsys.readouterr()
+    assert "6/6" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"method": "euler"}, ValueError, "method is 'euler', must be one of ddpm, ddim"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps is 0"),
+        ({"num_inference_steps": 1001}, ValueError, "from 1 to 1000"),
+        ({"prediction_type": "score"}, ValueError, "prediction_type is 'score'"),
+        ({"variance_type": "none"}, ValueError, "variance_type is 'none'"),
+        ({"eta": 0.5}, ValueError, "eta is 0.5 but method is 'ddpm'"),
+        (
+            {"method": "ddim", "variance_type": "learned_range"},
+            ValueError,
+            "variance_type is 'learned_range' but method",
+        ),
+        ({"guidance_scale": 2.0}, ValueError, "guidance_scale needs a null_class"),
+        ({"guidance_scale": float("nan"), "null_class": 0}, ValueError, "guidance_scale is nan"),
+        ({"clip_sample_range": 0.0}, ValueError, "clip_sample_range is 0.0"),
+        ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
+        ({"device": "nowhere"}, ValueError, "device is 'nowhere'"),
+        ({"backend": "fast"}, ValueError, "backend is 'fast'"),
+        ({"cuda_graph": "sometimes"}, ValueError, "cuda_graph is 'sometimes'"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Sampler(toy, NoiseSchedule.linear(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples is 0, must be a positive integer"),
+        ({"num_samples": 1.5}, ValueError, "num_samples is 1.5"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"shape": None}, ValueError, "shape is None, must be given"),
+        ({"shape": (1, -2)}, ValueError, "every size of shape is -2"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"seed": 2**64}, ValueError, "seed"),
+        ({"seeds": [1]}, ValueError, "seeds has 1 entries, must have one per sample, 2"),
+        ({"x_T": torch.zeros(2, 3, 3)}, ValueError, r"x_T has shape \[2, 3, 3\], must have \[2, 4\]"),
+        ({"x_T": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, "x_T is of torch.int64"),
+        ({"noise": torch.zeros(2, 2, 4)}, ValueError, r"noise has shape \[2, 2, 4\], must have \[3, 2, 4\]"),
+        ({"noise": lambda index, shape: torch.zeros(1)}, ValueError, "noise of step 0 has shape"),
+        ({"class_labels": [0.5, 1.5]}, TypeError, "class_labels has dtype"),
+        ({"class_labels": [1, 2, 3]}, ValueError, "class_labels has shape"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3)
+    with pytest.raises(error, match=message):
+        sampler.sample(**{"num_samples": 2, "shape": (4,), **arguments})
+
+
+def test_bad_labels_and_models_are_named() -> None:
+    conditional = Sampler(Conditional(), NoiseSchedule.linear(), num_inference_steps=1)
+    for label in (-1, 4):
+        with pytest.raises(ValueError, match=f"class_labels has {label}, every label must be from 0 to 3"):
+            conditional.sample(1, class_labels=[label])
+    with pytest.raises(ValueError, match="guidance_scale needs class_labels"):
+        Sampler(Conditional(), NoiseSchedule.linear(), guidance_scale=2.0).sample(1)
+    with pytest.raises(TypeError, match="model is a str"):
+        Sampler("model", NoiseSchedule.linear())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule is a Tensor"):
+        Sampler(toy, torch.linspace(0, 1, 10))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model returned a NoneType"):
+        Sampler(lambda x, t: None, NoiseSchedule.linear()).sample(1, shape=(1, 2, 2))
