@@ -13,8 +13,7 @@ cannot run raises; nothing falls back in silence.
 
 from __future__ import annotations
 
-import functools
-import importlib
+import importlib.util
 import logging
 import os
 
@@ -36,13 +35,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-@functools.cache
-def _triton_import_error() -> str | None:
+def _find_triton() -> str | None:
+    """Why triton cannot be had, or None; without importing it."""
     try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
+        found = importlib.util.find_spec("triton") is not None
+    except ValueError:  # something else stands under that name in sys.modules
+        found = False
+    return None if found else "triton cannot be imported (it is not installed)"
+
+
+_NO_TRITON = _find_triton()
 
 
 def why_not(backend: str, device_type: str) -> str | None:
@@ -59,22 +61,24 @@ def why_not(backend: str, device_type: str) -> str | None:
         return f"there are no triton kernels for device type {device_type!r}"
     if device_type == "cpu" and not interpreting():
         return "triton kernels need a GPU (on the CPU only through the interpreter, TRITON_INTERPRET=1)"
-    return _triton_import_error()
+    return _NO_TRITON
 
 
-@torch.compiler.assume_constant_result
 def resolve(op: str, backend: str, device_type: str) -> str:
     """The backend that runs `op` on a device of type `device_type` when the caller asked for `backend`.
+
+    `torch.compile` traces through it.
 
     Raises:
         ValueError: `backend` is not `"auto"` or one of `BACKENDS`.
         BackendError: `backend` was named and cannot run here; the message says why.
     """
     if backend == "auto":
-        chosen = "triton" if device_type == "cuda" and why_not("triton", device_type) is None else "eager"
-        if chosen == "eager":
+        if device_type == "cuda" and why_not("triton", device_type) is None:
+            return "triton"
+        if not torch.compiler.is_compiling():
             log.debug("%s on %s: eager (%s)", op, device_type, why_not("triton", device_type) or "interpreter is slow")
-        return chosen
+        return "eager"
     reason = why_not(backend, device_type)
     if reason is not None:
         raise BackendError(f"{op}: backend {backend!r} cannot run here: {reason}")

@@ -64,7 +64,7 @@ def group_norm_silu(
     Raises:
         TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
         ValueError: a shape, device or value that does not fit.
-        RuntimeError: the backend that was named cannot run here.
+        BackendError: the backend that was named cannot run here.
     """
     channels = _check(x, x2, {"weight": weight, "bias": bias}, {"time_bias": time_bias, "scale": scale, "shift": shift})
     _check_options(scale, shift, eps, activation)
@@ -105,7 +105,7 @@ def rms_norm_silu(
         `[N, C + C2, ...]` in x's dtype and memory format.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `group_norm_silu`.
+        TypeError, ValueError, BackendError: as `group_norm_silu`.
     """
     channels = _check(x, x2, {"weight": weight}, {"scale": scale, "shift": shift})
     _check_options(scale, shift, eps, activation)

@@ -16,8 +16,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 @pytest.fixture
 def triton_installed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    reason = None if request.param else "triton cannot be imported (No module named 'triton')"
-    monkeypatch.setattr(_backend, "_triton_import_error", lambda: reason)
+    reason = None if request.param else "triton cannot be imported (it is not installed)"
+    monkeypatch.setattr(_backend, "_NO_TRITON", reason)
 
 
 @pytest.mark.parametrize(

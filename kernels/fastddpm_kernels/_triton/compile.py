@@ -67,8 +67,10 @@ def compile_variant(variant: Variant, target_name: str) -> Usage:
         constexprs={(names.index(name),): value for name, value in variant.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    compiled = triton.compile(source, target=target(target_name), options=options)
+    gpu = target(target_name)
+    num_warps = variant.num_warps_of_64 if gpu.warp_size == 64 else None
+    options = {"num_warps": num_warps or variant.num_warps, "num_stages": variant.num_stages, **variant.options}
+    compiled = triton.compile(source, target=gpu, options=options)
     if "cubin" in compiled.asm:
         return _nvidia_usage(compiled)
     return _amd_usage(compiled)

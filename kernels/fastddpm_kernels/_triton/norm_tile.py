@@ -167,7 +167,8 @@ def make_plan(x: Tensor, channels: int, groups: int, processors: int, limits: Li
     if x.shape[0] * slabs(slab) < processors or block_p * width(slab) > limits.one_pass_elements:
         # A thread's widest load: half a sector. The neighbour that wants the other half finds it in L2.
         slab = narrowest(16)
-    one_pass = block_p * width(slab) <= limits.one_pass_elements
+    elements, idle = block_p * width(slab), x.shape[0] * slabs(slab) < processors // 4
+    one_pass = elements <= (limits.tile_elements if idle else limits.one_pass_elements)
     tiles = splits = 1
     if one_pass:
         while (

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels._triton.strided import BLOCK, NUM_WARPS, num_programs, num_warps, on_device_of
+from fastddpm_kernels._triton.strided import AOT, BLOCK, launch_options, num_programs, on_device_of
 from fastddpm_kernels._triton.variant import Variant
 
 
@@ -138,8 +138,7 @@ def fill(keys: Tensor, step: Tensor, stream: int, numel: int, dtype: torch.dtype
             numel,
             WORDS=dtype == torch.int64,
             BLOCK=BLOCK,
-            num_warps=num_warps(keys.device),
-            enable_fp_fusion=False,
+            **launch_options(keys.device),
         )
     return result
 
@@ -152,8 +151,8 @@ def aot_variants() -> list[Variant]:
             _fill,
             {"result": pointer, "keys": "*i64", "step": "*i64", "stream": "i32", "numel": "i32"},
             {"WORDS": name == "words", "BLOCK": BLOCK},
-            num_warps=NUM_WARPS,
             divisible=("numel",),
+            **AOT,
         )
         for name, pointer in (("normal", "*fp32"), ("words", "*i64"))
     ]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels._triton.philox import normals
-from fastddpm_kernels._triton.strided import BLOCK, NUM_WARPS, num_programs, num_warps, offsets, on_device_of, walkable
+from fastddpm_kernels._triton.strided import AOT, BLOCK, launch_options, num_programs, offsets, on_device_of, walkable
 from fastddpm_kernels._triton.variant import Variant
 from fastddpm_kernels.philox import STREAM_Q_SAMPLE
 
@@ -79,7 +79,7 @@ def launch(
             *x0_walk[:3], *y_walk[:3], *noise_walk[:3],
             X0_LINEAR=x0_walk.linear, Y_LINEAR=y_walk.linear, NOISE_LINEAR=noise_walk.linear,
             STREAM=STREAM_Q_SAMPLE, V=prediction_type == "v_prediction", BLOCK=BLOCK,
-            num_warps=num_warps(x_t.device), enable_fp_fusion=False,
+            **launch_options(x_t.device),
         )  # fmt: skip
 
 
@@ -128,4 +128,4 @@ def _variant(
             constexprs[f"{name}_pixel"] = 1
         constexprs[f"{name.upper()}_LINEAR"] = not channels_last
     name = f"q_sample[{','.join([dtype, *flags])}]"
-    return Variant(name, _q_sample, signature, constexprs, num_warps=NUM_WARPS, divisible=tuple(divisible))
+    return Variant(name, _q_sample, signature, constexprs, divisible=tuple(divisible), **AOT)

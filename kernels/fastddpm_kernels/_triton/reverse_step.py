@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastddpm_kernels._triton.philox import normals
 from fastddpm_kernels._triton.strided import (
+    AOT,
     BLOCK,
-    NUM_WARPS,
     Strides,
+    launch_options,
     num_programs,
-    num_warps,
     offsets,
     on_device_of,
     walkable,
@@ -171,7 +171,7 @@ def launch(
             KNOWN_LINEAR=known_walk.linear, MASK_LINEAR=mask_walk.linear,
             SCALE_STRIDE=0 if guidance_scale is None or guidance_scale.shape[0] == 1 else 1,
             STREAM=STREAM_STEP, KNOWN_STREAM=STREAM_KNOWN, BLOCK=BLOCK,
-            num_warps=num_warps(x.device), enable_fp_fusion=False,
+            **launch_options(x.device),
         )  # fmt: skip
 
 
@@ -234,4 +234,4 @@ def _variant(dtype: str, flags: set[str]) -> Variant:
     if not channels_last:
         divisible.append("v_offset")
     name = f"reverse_step[{','.join([dtype, *sorted(flags)])}]"
-    return Variant(name, _reverse_step, signature, constexprs, num_warps=NUM_WARPS, divisible=tuple(divisible))
+    return Variant(name, _reverse_step, signature, constexprs, divisible=tuple(divisible), **AOT)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,11 @@ from torch import Tensor
 
 BLOCK = 512  # elements to a program
 NUM_WARPS = 4  # of 32 threads, so 4 elements to each: with more or fewer, accesses of 16 bytes need shared memory
+
+# Multiply-adds are written out where they are meant: the same bits wherever a compiler would have fused others.
+OPTIONS = {"enable_fp_fusion": False}
+# The same, as fields of a Variant.
+AOT: dict[str, Any] = {"num_warps": NUM_WARPS, "num_warps_of_64": NUM_WARPS // 2, "options": OPTIONS}
 
 
 @triton.jit
@@ -72,16 +77,16 @@ def num_programs(batch: int, numel: int) -> int:
     Raises:
         ValueError: more elements than the kernels can count.
     """
-    if numel >= 2**31:
-        raise ValueError(f"a sample has {numel} elements, must have fewer than 2^31 on the triton backend")
+    if numel > 2**31 - BLOCK:
+        raise ValueError(f"a sample has {numel} elements, must have at most 2^31 - {BLOCK} on the triton backend")
     return batch * triton.cdiv(numel, BLOCK)
 
 
-def num_warps(device: torch.device) -> int:
-    """`NUM_WARPS`, or what makes as many threads on a GPU of 64 to a warp."""
-    if device.type != "cuda" or torch.version.hip is None:
-        return NUM_WARPS
-    return NUM_WARPS * 32 // torch.cuda.get_device_properties(device).warp_size
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """What every launch passes: `NUM_WARPS`, or what makes as many threads on a GPU of 64 to a warp."""
+    hip = device.type == "cuda" and torch.version.hip is not None
+    threads = torch.cuda.get_device_properties(device).warp_size if hip else 32
+    return {"num_warps": NUM_WARPS * 32 // threads, **OPTIONS}
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
