@@ -24,6 +24,7 @@ class Options(NamedTuple):
     known_mask: Tensor | None
     known_table: Tensor | None
     known_noise: Tensor | None
+    threshold: Tensor | None = None
 
 
 def torch_step(
@@ -38,6 +39,9 @@ def torch_step(
     x0 = torch.addcmul(a * x, b, prediction)
     if o.clip_range is not None:
         x0 = x0.clamp(-o.clip_range, o.clip_range)
+    elif o.threshold is not None:
+        bound = per_sample(o.threshold, x0)
+        x0 = x0.clamp(-bound, bound) / bound
     x_next = torch.addcmul(torch.addcmul(c * x0, d, x), e, prediction)
     if o.x0_prev is not None and not _is_zero(f):
         # What a buffer holds before the first x0 was written may be NaN, which 0 would not hide.

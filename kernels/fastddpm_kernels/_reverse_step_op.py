@@ -23,7 +23,8 @@ from fastddpm_kernels.philox import STREAM_STEP
 
 _OPTIONS_SCHEMA = (
     "Tensor? keys, Tensor? noise, Tensor? x0_prev, float? clip_range, Tensor? log_variance, Tensor? guidance_scale, "
-    "Tensor? known, Tensor? known_mask, Tensor? known_table, Tensor? known_noise"
+    "Tensor? known, Tensor? known_mask, Tensor? known_table, Tensor? known_noise, "
+    "Tensor? threshold=None"
 )
 
 
@@ -36,7 +37,7 @@ def _reverse_step_op(x: Tensor, out: Tensor, table: Tensor, step: Tensor, *optio
     from fastddpm_kernels._triton.reverse_step import launch
 
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    launch(x_next, x0, None, x, out, table, step, *options)
+    launch(x_next, x0, None, x, out, table, step, *Options(*options))
     return x_next, x0
 
 
@@ -70,20 +71,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, out, table, step, *options = inputs
     o = Options(*options)
     ctx.clip_range, ctx.has_x0_prev = o.clip_range, o.x0_prev is not None
-    ctx.save_for_backward(x, out, table, step, o.keys, o.noise, o.log_variance, o.guidance_scale, o.known_mask)
+    ctx.save_for_backward(
+        x, out, table, step, o.keys, o.noise, o.log_variance, o.guidance_scale, o.known_mask, o.threshold
+    )
 
 
 def _backward(ctx: Any, grad_next: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, ...]:
     """In closed form, in torch and not fused, the noise made again: differentiating through a step is rare."""
-    x, out, table, step, keys, noise, log_variance, scale, mask = ctx.saved_tensors
+    x, out, table, step, keys, noise, log_variance, scale, mask, threshold = ctx.saved_tensors
     a, b, c, d, e, f, s = table_row(table, step, x.dtype)
     unconditional, conditional, v = split_out(x, out, scale is not None)
     if mask is not None:
         grad_next = (1 - mask) * grad_next
     grad_x0 = grad_x0 + c * grad_next
-    if ctx.clip_range is not None:
+    bound = ctx.clip_range
+    if threshold is not None:
+        bound = per_sample(threshold, x)
+        grad_x0 = grad_x0 / bound
+    if bound is not None:
         x0 = torch.addcmul(a * x, b, guide(unconditional, conditional, scale))
-        grad_x0 = grad_x0 * (x0.abs() <= ctx.clip_range)  # at the bound itself versions of torch.clamp differ
+        grad_x0 = grad_x0 * (x0.abs() <= bound)  # at the bound itself versions of torch.clamp differ
     grad_x = a * grad_x0 + d * grad_next
     grad_prediction = b * grad_x0 + e * grad_next
 
@@ -110,7 +117,7 @@ def _backward(ctx: Any, grad_next: Tensor, grad_x0: Tensor) -> tuple[Tensor | No
             ]
         )
     grad_x0_prev = f * grad_next if ctx.has_x0_prev else None
-    return grad_x, grad_out.to(out.dtype), None, None, None, grad_noise, grad_x0_prev, *[None] * 7
+    return grad_x, grad_out.to(out.dtype), None, None, None, grad_noise, grad_x0_prev, *[None] * 8
 
 
 _reverse_step_op.register_autograd(_backward, setup_context=_setup_context)

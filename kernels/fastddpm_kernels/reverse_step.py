@@ -12,7 +12,9 @@ The ancestral sampler of DDPM (Ho et al. 2020, eq. 7 and 11), DDIM (Song et al. 
   conditional half c; u + scale * (c - u) takes out's place. The learned variance is read from c;
 - inpainting (Lugmayr et al. 2022, eq. 8): where mask is 1, next is the known image, noised to the next level:
   next = mask * (signal*known + sigma*z2) + (1 - mask) * next;
-- multistep: x0_prev is the x0 of the step before.
+- multistep: x0_prev is the x0 of the step before;
+- dynamic thresholding (Saharia et al. 2022, section 2.3): x0 is clipped to a threshold of its sample, and divided by
+  it, in place of clip_range.
 
 Coefficients, step index, keys and scales are read from device memory, so that nothing but the step counter changes
 between replays of a CUDA graph. z is not made where S is 0, nor is x0_prev read where F is 0.
@@ -57,6 +59,7 @@ def reverse_step(
     known_mask: Tensor | None = None,
     known_table: Tensor | None = None,
     known_noise: Tensor | None = None,
+    threshold: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One reverse step: returns (x_next, x0), both like `x`. Differentiable in `x`, `out`, `x0_prev` and `noise`.
@@ -78,6 +81,7 @@ def reverse_step(
         known, known_mask: float32, broadcastable to `x`; mask 1 keeps the known image.
         known_table: float32 [steps, 2], rows (signal, sigma) of the level after the step.
         known_noise: [N, C, ...] floating point, z2 itself; if None it is made from `keys`, stream STREAM_KNOWN.
+        threshold: float32 [N], positive: x0 becomes clip(x0, -threshold, threshold) / threshold.
         backend: "auto", "triton", "eager" or "reference".
 
     Raises:
@@ -85,7 +89,17 @@ def reverse_step(
         BackendError: the backend named cannot run here.
     """
     o = Options(
-        keys, noise, x0_prev, clip_range, log_variance, guidance_scale, known, known_mask, known_table, known_noise
+        keys,
+        noise,
+        x0_prev,
+        clip_range,
+        log_variance,
+        guidance_scale,
+        known,
+        known_mask,
+        known_table,
+        known_noise,
+        threshold,
     )
     _validate(x, out, table, step, o)
     backend = resolve("reverse_step", backend, x.device.type)
@@ -114,6 +128,7 @@ def reverse_step_(
     known_mask: Tensor | None = None,
     known_table: Tensor | None = None,
     known_noise: Tensor | None = None,
+    threshold: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One reverse step in place, for sampling loops: `x` becomes x_next. Not differentiable.
@@ -146,6 +161,7 @@ def reverse_step_(
         known_mask,
         known_table,
         known_noise,
+        threshold,
     )
     _validate(x, out, table, step, o)
     if x0 is not None:
@@ -172,7 +188,7 @@ def _check_triton(x: Tensor, table: Tensor, o: Options) -> None:
     if x.dtype != torch.float32:
         raise TypeError(f"x is {x.dtype}, must be torch.float32 on the triton backend")
     check_constant("table", table)
-    for name in ("log_variance", "guidance_scale", "known", "known_mask", "known_table", "known_noise"):
+    for name in ("log_variance", "guidance_scale", "known", "known_mask", "known_table", "known_noise", "threshold"):
         check_constant(name, getattr(o, name))
 
 
@@ -207,6 +223,14 @@ def _validate(x: Tensor, out: Tensor, table: Tensor, step: Tensor, o: Options) -
         _check_like("x0_prev", o.x0_prev, x)
     if o.clip_range is not None and not 0 < o.clip_range < float("inf"):
         raise ValueError(f"clip_range is {o.clip_range}, must be positive and finite, or None")
+    if o.threshold is not None:
+        if o.clip_range is not None:
+            raise ValueError("both clip_range and threshold given, must be one of them")
+        if o.threshold.dtype != torch.float32:
+            raise TypeError(f"threshold is {o.threshold.dtype}, must be torch.float32")
+        if o.threshold.shape != (n,):
+            raise ValueError(f"threshold has shape {list(o.threshold.shape)}, must be [{n}]")
+        check_device("threshold", o.threshold, x.device)
     if o.log_variance is not None:
         check_table("log_variance", o.log_variance, steps, 2, x.device)
     if o.guidance_scale is not None:

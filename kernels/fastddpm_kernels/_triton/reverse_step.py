@@ -35,7 +35,7 @@ def _entry(table, row, column, COLUMNS: tl.constexpr, valid):
 @triton.jit
 def _reverse_step(
     x_next, x0, net_in, x, out, table, step, keys, noise, x0_prev, log_variance, guidance_scale,
-    known, known_mask, known_table, known_noise,
+    known, known_mask, known_table, known_noise, threshold,
     clip_range, batch, numel, P, num_steps, v_offset,
     out_sample, out_channel, out_pixel, net_sample, net_channel, net_pixel,
     known_sample, known_channel, known_pixel, mask_sample, mask_channel, mask_pixel,
@@ -81,6 +81,10 @@ def _reverse_step(
             z = normals(keys + 2 * n, row, STREAM, first, BLOCK)
 
     clean = tl.fma(b, prediction, a * x_t)
+    if threshold is not None:
+        bound = tl.load(threshold + n)
+        clean = tl.minimum(clean, bound, propagate_nan=tl.PropagateNan.ALL)
+        clean = tl.maximum(clean, -bound, propagate_nan=tl.PropagateNan.ALL) / bound
     if clip_range is not None:
         # A NaN of the network stays one.
         clean = tl.minimum(clean, clip_range, propagate_nan=tl.PropagateNan.ALL)
@@ -141,6 +145,7 @@ def launch(
     known_mask: Tensor | None,
     known_table: Tensor | None,
     known_noise: Tensor | None,
+    threshold: Tensor | None,
 ) -> None:
     """Writes `x_next` and, unless None, `x0` and `net_in`. `x_next` may be `x`, and `x0` may be `x0_prev`.
 
@@ -165,7 +170,8 @@ def launch(
         _reverse_step[(num_programs(x.shape[0], numel),)](
             x_next, x0, net_in, x, out, _contiguous(table), step, _contiguous(keys), _contiguous(noise),
             _contiguous(x0_prev), *tables, known, known_mask, _contiguous(known_table), _contiguous(known_noise),
-            clip_range, x.shape[0], numel, numel // x.shape[1], table.shape[0], x.shape[1] * out_walk.channel,
+            _contiguous(threshold), clip_range, x.shape[0], numel, numel // x.shape[1], table.shape[0],
+            x.shape[1] * out_walk.channel,
             *out_walk[:3], *net_walk[:3], *known_walk[:3], *mask_walk[:3],
             OUT_LINEAR=out_walk.linear, NET_LINEAR=net_walk.linear,
             KNOWN_LINEAR=known_walk.linear, MASK_LINEAR=mask_walk.linear,
@@ -191,6 +197,7 @@ def aot_variants() -> list[Variant]:
         ("fp16", ancestral | {"learned", "channels_last"}), ("bf16", ancestral | {"guided"}),
         ("fp16", ancestral | {"guided", "learned", "channels_last"}),
         ("fp32", ancestral | {"known"}), ("fp16", ancestral | {"known", "channels_last"}),
+        ("fp16", {"philox", "net_in", "threshold"}), ("fp16", {"net_in", "threshold", "multistep", "x0"}),
         ("fp16", ancestral | {"guided", "learned", "known", "multistep", "x0"}),
     ]  # fmt: skip
     return [_variant(dtype, flags) for dtype, flags in cases]
@@ -202,7 +209,7 @@ def _variant(dtype: str, flags: set[str]) -> Variant:
         "noise": ("*fp32", {"noise"}), "x0_prev": ("*fp32", {"multistep"}), "log_variance": ("*fp32", {"learned"}),
         "guidance_scale": ("*fp32", {"guided"}), "known": ("*fp32", {"known"}), "known_mask": ("*fp32", {"known"}),
         "known_table": ("*fp32", {"known"}), "known_noise": ("*fp32", {"known", "noise"}),
-        "clip_range": ("fp32", {"clip"}),
+        "threshold": ("*fp32", {"threshold"}), "clip_range": ("fp32", {"clip"}),
     }  # fmt: skip
     signature = {"x_next": "*fp32", "x": "*fp32", "out": f"*{dtype}", "table": "*fp32", "step": "*i64"}
     constexprs: dict[str, Any] = {
