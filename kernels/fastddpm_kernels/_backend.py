@@ -64,20 +64,21 @@ def why_not(backend: str, device_type: str) -> str | None:
     return _NO_TRITON
 
 
-def resolve(op: str, backend: str, device_type: str) -> str:
+def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     """The backend that runs `op` on a device of type `device_type` when the caller asked for `backend`.
 
-    `torch.compile` traces through it.
+    `dtype` is that of the input where it matters: "auto" never takes triton for float64, which the kernels do not
+    have. `torch.compile` traces through this function.
 
     Raises:
         ValueError: `backend` is not `"auto"` or one of `BACKENDS`.
         BackendError: `backend` was named and cannot run here; the message says why.
     """
     if backend == "auto":
-        if device_type == "cuda" and why_not("triton", device_type) is None:
+        if device_type == "cuda" and dtype != torch.float64 and why_not("triton", device_type) is None:
             return "triton"
         if not torch.compiler.is_compiling():
-            log.debug("%s on %s: eager (%s)", op, device_type, why_not("triton", device_type) or "interpreter is slow")
+            log.debug("%s on %s: eager (%s)", op, device_type, why_not("triton", device_type) or "slow or float64")
         return "eager"
     reason = why_not(backend, device_type)
     if reason is not None:

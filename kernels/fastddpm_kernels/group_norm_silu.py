@@ -70,7 +70,7 @@ def group_norm_silu(
     _check_options(scale, shift, eps, activation)
     if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, must divide the number of channels, {channels}")
-    backend = _backend.resolve("group_norm_silu", backend, x.device.type)
+    backend = _backend.resolve("group_norm_silu", backend, x.device.type, x.dtype)
     silu = activation == "silu"
     if backend == "triton":
         _check_for_triton(x, channels)
@@ -109,7 +109,7 @@ def rms_norm_silu(
     """
     channels = _check(x, x2, {"weight": weight}, {"scale": scale, "shift": shift})
     _check_options(scale, shift, eps, activation)
-    backend = _backend.resolve("group_norm_silu", backend, x.device.type)
+    backend = _backend.resolve("group_norm_silu", backend, x.device.type, x.dtype)
     silu = activation == "silu"
     if backend == "triton":
         _check_for_triton(x, channels)

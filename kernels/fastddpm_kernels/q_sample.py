@@ -68,7 +68,7 @@ def q_sample(
         BackendError: the backend named cannot run here.
     """
     _validate(x0, table, t, noise, keys, step, prediction_type)
-    backend = resolve("q_sample", backend, x0.device.type)
+    backend = resolve("q_sample", backend, x0.device.type, x0.dtype)
     if backend == "triton":
         if x0.dtype == torch.float64:
             raise TypeError("x0 is torch.float64, must be float32, float16 or bfloat16 on the triton backend")

@@ -102,7 +102,7 @@ def reverse_step(
         threshold,
     )
     _validate(x, out, table, step, o)
-    backend = resolve("reverse_step", backend, x.device.type)
+    backend = resolve("reverse_step", backend, x.device.type, x.dtype)
     if backend == "triton":
         _check_triton(x, table, o)
         return torch.ops.fastddpm.reverse_step(x, out, table, step, *o)
@@ -171,7 +171,7 @@ def reverse_step_(
     if net_in is not None:
         batch = x.shape[0] * (1 if guidance_scale is None else 2)
         check_tensor("net_in", net_in, (batch, *x.shape[1:]), x.device)
-    backend = resolve("reverse_step", backend, x.device.type)
+    backend = resolve("reverse_step", backend, x.device.type, x.dtype)
     if backend == "triton":
         _check_triton(x, table, o)
         torch.ops.fastddpm.reverse_step_inplace(x, out, table, step, x0, net_in, multistep, *o._replace(x0_prev=None))

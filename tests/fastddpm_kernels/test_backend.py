@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from fastddpm_kernels import _backend
 from fastddpm_kernels._backend import BackendError, resolve, why_not
 
@@ -56,6 +57,13 @@ def test_a_named_backend_runs_or_says_why_not(device: str, reason: str | None) -
     else:
         with pytest.raises(BackendError, match=f"q_sample: backend 'triton' cannot run here: .*{reason}"):
             resolve("q_sample", "triton", device)
+
+
+@pytest.mark.parametrize(("interpreter", "triton_installed"), [("0", True)], indirect=True)
+@pytest.mark.usefixtures("interpreter", "triton_installed")
+def test_auto_leaves_float64_to_torch() -> None:
+    assert resolve("group_norm_silu", "auto", "cuda", torch.float64) == "eager"
+    assert resolve("group_norm_silu", "auto", "cuda", torch.float16) == "triton"
 
 
 def test_torch_backends_run_anywhere() -> None:

@@ -86,9 +86,7 @@ def test_gradients(backend: str, device: torch.device) -> None:
         return torch.autograd.grad(call(a, 0, backend, **inputs), list(inputs.values()), tuple(g.to(dtype)))
 
     truth, eager = gradients("reference", torch.float64), gradients("eager", torch.float32)
-    for name, got, expected, torchs in zip(
-        ["x", "out"], gradients(backend, torch.float32), truth, eager, strict=True
-    ):
+    for name, got, expected, torchs in zip(["x", "out"], gradients(backend, torch.float32), truth, eager, strict=True):
         assert_close(got, expected, eager=torchs, name=f"gradient of {name}")
 
 
