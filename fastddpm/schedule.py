@@ -1,4 +1,4 @@
-"""Noise schedules: betas and what follows from them, in float64, and the timesteps that sampling visits.
+"""Noise schedules: betas and what follows from them, in float64.
 
 x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, abar_t = prod_{s <= t} (1 - beta_s)   (Ho et al. 2020, eq. 4)
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+from fastddpm.timesteps import checked_timesteps, spaced_timesteps
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class NoiseSchedule:
     Build one with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_name` or `from_betas`.
 
     Attributes:
-        betas: float64 [T], each in (0, 1).
+        betas: float64 [T], each in (0, 1); the last may be 1, then nothing of x_0 is left at T - 1.
         beta_schedule: diffusers' name of the schedule, or "trained_betas" for given betas.
         beta_start, beta_end: the range the schedule was made from, where it has one.
     """
@@ -41,10 +41,14 @@ class NoiseSchedule:
         if not bool(torch.isfinite(betas).all()):
             index = int((~torch.isfinite(betas)).nonzero()[0])
             raise ValueError(f"betas[{index}] is {betas[index].item()}, every beta must be finite")
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            index = int((~((betas > 0) & (betas < 1))).nonzero()[0])
-            raise ValueError(f"betas[{index}] is {betas[index].item():g}, every beta must be in (0, 1)")
-        if float(self.alphas_cumprod[-1]) <= 0:
+        legal = (betas > 0) & (betas < 1)
+        legal[-1] |= betas[-1] == 1
+        if not bool(legal.all()):
+            index = int((~legal).nonzero()[0])
+            raise ValueError(
+                f"betas[{index}] is {betas[index].item():g}, every beta must be in (0, 1) (the last one may be 1)"
+            )
+        if bool((self.alphas_cumprod[:-1] == 0).any()) or (not self.zero_terminal_snr and self.alphas_cumprod[-1] == 0):
             raise ValueError("betas are so large that the cumulative product of 1 - betas underflows to 0")
 
     # -- construction ---------------------------------------------------------------------------------------------
@@ -68,7 +72,7 @@ class NoiseSchedule:
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
         """abar_t = cos^2((t/T + 0.008) / 1.008 * pi/2), betas cut at `max_beta` (Nichol & Dhariwal 2021, eq. 17)."""
-        steps = _check_timesteps(num_train_timesteps)
+        steps = _check_count(num_train_timesteps)
         if not 0 < max_beta < 1:
             raise ValueError(f"max_beta is {max_beta}, must be in (0, 1)")
         edges = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -87,10 +91,10 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | np.ndarray | Tensor) -> NoiseSchedule:
-        """A schedule from given betas [T], each finite and in (0, 1).
+        """A schedule from given betas [T], each finite and in (0, 1); the last may be 1.
 
         Raises:
-            ValueError: a beta is not finite or not in (0, 1), or `betas` is not one-dimensional.
+            ValueError: a beta is not finite or out of range, or `betas` is not one-dimensional.
         """
         try:
             values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
@@ -125,6 +129,21 @@ class NoiseSchedule:
             )
         return ranged[beta_schedule](num_train_timesteps, beta_start, beta_end)
 
+    def rescale_zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule shifted and scaled so that nothing of x_0 is left at the last step (Lin et al. 2024, alg. 1).
+
+        diffusers' `rescale_betas_zero_snr`. sqrt(abar) is moved linearly: the first stays, the last becomes 0. Epsilon
+        says nothing about x_0 at that step; predict "v_prediction" or "sample", and use "trailing" spacing.
+
+        Raises:
+            ValueError: there is only one step.
+        """
+        if self.num_train_timesteps == 1:
+            raise ValueError("num_train_timesteps is 1, must be at least 2 to rescale the schedule")
+        roots = self.alphas_cumprod.sqrt()
+        bar = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
+        return NoiseSchedule(1 - torch.cat([bar[:1], bar[1:] / bar[:-1]]))
+
     # -- tables ---------------------------------------------------------------------------------------------------
 
     @property
@@ -133,8 +152,13 @@ class NoiseSchedule:
         return self.betas.numel()
 
     @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last step is pure noise, abar = 0."""
+        return bool(self.betas[-1] == 1)
+
+    @property
     def alphas_cumprod(self) -> Tensor:
-        """abar, float64 [T], falling from about 1 to about 0."""
+        """abar, float64 [T], falling from about 1 to about 0, or to 0."""
         return torch.cumprod(1 - self.betas, dim=0)
 
     def q_sample_table(self) -> Tensor:
@@ -143,48 +167,40 @@ class NoiseSchedule:
         return torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1).float()
 
     def timesteps(
-        self, num_inference_steps: int | None = None, timestep_spacing: str = "leading", steps_offset: int = 0
+        self,
+        num_inference_steps: int | str | None = None,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        *,
+        multistep: bool = False,
     ) -> Tensor:
-        """The timesteps that sampling visits, falling: int64 [num_inference_steps].
-
-        The spacings are those of Table 2 in Lin et al. 2024 ("Common diffusion noise schedules and sample steps are
-        flawed"), rounded as diffusers rounds.
+        """The timesteps that sampling visits, falling: int64 [S]; see `fastddpm.timesteps.spaced_timesteps`.
 
         Args:
-            num_inference_steps: from 1 to T; None for all T.
-            timestep_spacing: "leading", "trailing" or "linspace".
+            num_inference_steps: from 1 to T; None for all T; a string such as "ddim25" or "10,10,5" for
+                "guided_diffusion".
+            timestep_spacing: "leading", "trailing", "linspace", "denoising_diffusion_pytorch" or "guided_diffusion".
             steps_offset: added to the timesteps of "leading".
+            multistep: the grids of diffusers' multistep solvers (method "dpmsolver++").
 
         Raises:
             ValueError: `num_inference_steps` is out of range or not an integer, `timestep_spacing` is not known, or
                 the offset leads past the last trained timestep.
         """
-        total = self.num_train_timesteps
-        count = total if num_inference_steps is None else num_inference_steps
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not 1 <= count <= total:
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps!r}, must be an integer from 1 to {total}, "
-                "the number of steps the model was trained with"
-            )
-        count = int(count)
-        if timestep_spacing == "leading":
-            steps = np.arange(count)[::-1] * (total // count) + steps_offset
-        elif timestep_spacing == "trailing":
-            # diffusers walks a float grid by -T/S, which may end one past S by rounding; S is what was asked for.
-            steps = np.round(np.arange(total, 0, -total / count))[:count] - 1
-        elif timestep_spacing == "linspace":
-            steps = np.linspace(0, total - 1, count).round()[::-1]
-        else:
-            raise ValueError(f"timestep_spacing is {timestep_spacing!r}, must be one of {', '.join(TIMESTEP_SPACINGS)}")
-        if steps[0] >= total or steps[-1] < 0:
-            raise ValueError(
-                f"steps_offset is {steps_offset}: the timesteps run from {int(steps[0])} to {int(steps[-1])}, "
-                f"must stay within 0 to {total - 1}"
-            )
-        return torch.from_numpy(steps.astype(np.int64))
+        return spaced_timesteps(
+            self.num_train_timesteps, num_inference_steps, timestep_spacing, steps_offset, multistep=multistep
+        )
+
+    def check_timesteps(self, timesteps: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """An explicit list of timesteps as int64 [S].
+
+        Raises:
+            ValueError: there are none, they are not integers, not within 0 to T - 1, or do not fall.
+        """
+        return checked_timesteps(self.num_train_timesteps, timesteps)
 
 
-def _check_timesteps(num_train_timesteps: int) -> int:
+def _check_count(num_train_timesteps: int) -> int:
     if (
         isinstance(num_train_timesteps, bool)
         or not isinstance(num_train_timesteps, numbers.Integral)
@@ -195,7 +211,7 @@ def _check_timesteps(num_train_timesteps: int) -> int:
 
 
 def _check_range(num_train_timesteps: int, beta_start: float, beta_end: float) -> None:
-    _check_timesteps(num_train_timesteps)
+    _check_count(num_train_timesteps)
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < value < 1:
             raise ValueError(f"{name} is {value}, must be in (0, 1)")

@@ -1,13 +1,15 @@
-"""Every row of the tables, executed in float64, is one step of diffusers' scheduler."""
+"""Every row of the tables, executed in float64, is one step of the libraries' samplers, with the same noise."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from fastddpm.coefficients import PREDICTION_TYPES, StepTable, ddim_table, ddpm_table
+from fastddpm.coefficients import PREDICTION_TYPES, StepTable, ddim_inversion_table, ddim_table, ddpm_table
 from fastddpm.schedule import NoiseSchedule
 
 SHAPE = (2, 3, 4, 4)
@@ -19,6 +21,8 @@ def execute(table: StepTable, index: int, x: Tensor, out: Tensor, z: Tensor, cli
     if table.log_variance is not None:
         out, v = out.chunk(2, dim=1)
         low, high = table.log_variance[index].tolist()
+        if table.learned == "variance":
+            v = v.log()
         std = s * torch.exp(0.5 * ((v + 1) / 2 * high + (1 - v) / 2 * low))
     else:
         std = torch.full_like(x, s)
@@ -28,17 +32,20 @@ def execute(table: StepTable, index: int, x: Tensor, out: Tensor, z: Tensor, cli
     return c * x0 + d * x + e * out + std * z
 
 
-def in_float64(scheduler: DDPMScheduler | DDIMScheduler, schedule: NoiseSchedule) -> None:
+def in_float64(scheduler: Any, schedule: NoiseSchedule) -> None:
     """Lets diffusers' scheduler compute from our float64 tables, so that only the formulas are compared."""
     scheduler.betas = schedule.betas
     scheduler.alphas = 1 - schedule.betas
     scheduler.alphas_cumprod = schedule.alphas_cumprod
-    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
-    if isinstance(scheduler, DDIMScheduler):
-        scheduler.final_alpha_cumprod = scheduler.one
+    one = torch.tensor(1.0, dtype=torch.float64)
+    if isinstance(scheduler, DDPMScheduler):
+        scheduler.one = one
+    else:
+        last = one if scheduler.config.set_alpha_to_one else schedule.alphas_cumprod[0]
+        scheduler.final_alpha_cumprod = scheduler.initial_alpha_cumprod = last
 
 
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize(("count", "spacing"), [(1000, "leading"), (10, "leading"), (7, "trailing"), (6, "linspace")])
 @pytest.mark.parametrize("clip", [None, 1.0])
@@ -61,34 +68,141 @@ def test_ddpm_rows_are_steps_of_diffusers(
     in_float64(theirs, schedule)
     timesteps = schedule.timesteps(count, spacing)
     table = ddpm_table(schedule, timesteps, prediction_type=prediction_type, variance_type=variance_type)
-    learned = variance_type == "learned_range"
+    learned = variance_type.startswith("learned")
     for index in sorted({0, 1, count // 2, count - 2, count - 1}):
         x, z = torch.randn(2, *SHAPE, dtype=torch.float64)
         out = torch.randn(2, 6 if learned else 3, 4, 4, dtype=torch.float64)
+        if variance_type == "learned":
+            out[:, 3:] = out[:, 3:].exp()  # a variance
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=z, **__: z)
         expected = theirs.step(out, theirs.timesteps[index], x).prev_sample
         torch.testing.assert_close(execute(table, index, x, out, z, clip), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ddpm_on_a_list_of_timesteps_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule, visited = NoiseSchedule.linear(), [999, 900, 500, 7, 3]
+    theirs = DDPMScheduler(clip_sample=False)
+    theirs.set_timesteps(timesteps=visited)
+    in_float64(theirs, schedule)
+    table = ddpm_table(schedule, visited)
+    assert table.timesteps.tolist() == visited
+    for index, t in enumerate(visited):
+        x, out, z = torch.randn(3, *SHAPE, dtype=torch.float64)
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=z, **__: z)
+        expected = theirs.step(out, t, x).prev_sample
+        torch.testing.assert_close(execute(table, index, x, out, z, None), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("rederive", [False, True])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_ddim_rows_are_steps_of_diffusers(eta: float, prediction_type: str, rederive: bool, clip: float | None) -> None:
+@pytest.mark.parametrize(("to_one", "offset"), [(True, 0), (False, 1)])
+def test_ddim_rows_are_steps_of_diffusers(
+    eta: float, prediction_type: str, rederive: bool, clip: float | None, to_one: bool, offset: int
+) -> None:
     schedule = NoiseSchedule.cosine()
     theirs = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=clip is not None
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction_type,
+        clip_sample=clip is not None,
+        set_alpha_to_one=to_one,
+        steps_offset=offset,
     )
     theirs.set_timesteps(10)
     in_float64(theirs, schedule)
-    timesteps = schedule.timesteps(10)
-    table = ddim_table(schedule, timesteps, prediction_type=prediction_type, eta=eta, use_clipped_model_output=rederive)
-    for index, t in enumerate(timesteps.tolist()):
+    table = ddim_table(
+        schedule,
+        schedule.timesteps(10, steps_offset=offset),
+        prediction_type=prediction_type,
+        eta=eta,
+        use_clipped_model_output=rederive,
+        set_alpha_to_one=to_one,
+    )
+    assert table.timesteps.tolist() == theirs.timesteps.tolist()
+    for index, t in enumerate(table.timesteps.tolist()):
         x, out, z = torch.randn(3, *SHAPE, dtype=torch.float64)
         expected = theirs.step(
             out, t, x, eta=eta, use_clipped_model_output=rederive, variance_noise=z if eta > 0 else None
         ).prev_sample
         torch.testing.assert_close(execute(table, index, x, out, z, clip), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_zero_terminal_snr_is_that_of_diffusers(
+    kind: Any, prediction_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = NoiseSchedule.scaled_linear(beta_start=0.00085, beta_end=0.012).rescale_zero_terminal_snr()
+    theirs = kind(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    theirs.set_timesteps(10)
+    in_float64(theirs, schedule)
+    build = ddpm_table if kind is DDPMScheduler else ddim_table
+    table = build(schedule, schedule.timesteps(10, "trailing"), prediction_type=prediction_type)
+    assert table.start == (0, 1)
+    for index, t in enumerate(theirs.timesteps.tolist()):
+        x, out, z = torch.randn(3, *SHAPE, dtype=torch.float64)
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=z, **__: z)
+        expected = theirs.step(out, t, x).prev_sample
+        torch.testing.assert_close(execute(table, index, x, out, z, 1.0), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("build", [ddpm_table, ddim_table])
+def test_epsilon_without_signal_is_named(build: Any) -> None:
+    schedule = NoiseSchedule.linear().rescale_zero_terminal_snr()
+    with pytest.raises(ValueError, match=r"prediction_type is 'epsilon' but .* zero terminal SNR .* timestep 999"):
+        build(schedule, schedule.timesteps(10, "trailing"))
+    build(schedule, schedule.timesteps(10, "leading"))  # starts where there is signal
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_inversion_rows_are_steps_of_diffusers(
+    prediction_type: str, to_one: bool, clip: float | None, spacing: str
+) -> None:
+    schedule = NoiseSchedule.linear()
+    theirs = DDIMInverseScheduler(
+        prediction_type=prediction_type,
+        clip_sample=clip is not None,
+        set_alpha_to_one=to_one,
+        timestep_spacing=spacing,
+    )
+    theirs.set_timesteps(10)
+    in_float64(theirs, schedule)
+    timesteps = schedule.timesteps(10, spacing)
+    if prediction_type == "sample" and to_one:
+        with pytest.raises(ValueError, match="prediction_type is 'sample' but set_alpha_to_one is True"):
+            ddim_inversion_table(schedule, timesteps, prediction_type=prediction_type)
+        return
+    table = ddim_inversion_table(schedule, timesteps, prediction_type=prediction_type, set_alpha_to_one=to_one)
+    assert table.timesteps.tolist() == sorted(timesteps.tolist())
+    for index, t in enumerate(table.timesteps.tolist()):
+        x, out, z = torch.randn(3, *SHAPE, dtype=torch.float64)
+        expected = theirs.step(out, t, x).prev_sample
+        torch.testing.assert_close(execute(table, index, x, out, z, clip), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_inversion_undoes_ddim_where_epsilon_does_not_change() -> None:
+    schedule = NoiseSchedule.linear()
+    timesteps = schedule.timesteps(20)
+    x, out = torch.randn(2, *SHAPE, dtype=torch.float64)
+    up, down = ddim_inversion_table(schedule, timesteps), ddim_table(schedule, timesteps)
+    assert up.start == (1, 0)
+    assert up.levels[-1].tolist() == pytest.approx(down.start)
+    state = x
+    for table in (up, down):
+        for index in range(len(table)):
+            state = execute(table, index, state, out, x, None)
+    torch.testing.assert_close(state, x, rtol=0, atol=1e-9)
 
 
 def test_posterior_is_that_of_bayes() -> None:
