@@ -9,6 +9,7 @@ What is saved here, `diffusers.DDPMPipeline.from_pretrained` loads, and the reve
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,22 +24,39 @@ from fastddpm.unet import UNet
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
-# Settings of diffusers' schedulers that have one supported value.
-_REQUIRED: dict[str, Any] = {
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "set_alpha_to_one": True,
-}
-_SETTINGS = {
-    "DDPMScheduler": (
-        "prediction_type",
-        "variance_type",
-        "clip_sample",
-        "clip_sample_range",
-        "timestep_spacing",
-        "steps_offset",
+_COMMON = ("prediction_type", "timestep_spacing", "steps_offset", "thresholding")
+_CLIPPING = ("clip_sample", "clip_sample_range")
+# Of each of diffusers' schedulers: the method it stands for, and the settings that are also `Sampler`'s.
+_SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "DDPMScheduler": ("ddpm", (*_COMMON, *_CLIPPING, "variance_type")),
+    "DDIMScheduler": ("ddim", (*_COMMON, *_CLIPPING, "set_alpha_to_one")),
+    "DPMSolverMultistepScheduler": (
+        "dpmsolver++",
+        (*_COMMON, "solver_order", "lower_order_final", "final_sigmas_type"),
     ),
-    "DDIMScheduler": ("prediction_type", "clip_sample", "clip_sample_range", "timestep_spacing", "steps_offset"),
+}
+# Settings that one method alone has, which are left out when another is asked for.
+_OF_ONE_METHOD = {
+    "set_alpha_to_one": "ddim",
+    "solver_order": "dpmsolver++",
+    "lower_order_final": "dpmsolver++",
+    "final_sigmas_type": "dpmsolver++",
+}
+# Defaults of diffusers that are not `Sampler`'s.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
+}
+# Settings that have one supported value.
+_REQUIRED: dict[str, Any] = {
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "euler_at_final": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "lambda_min_clipped": -math.inf,
 }
 
 
@@ -58,10 +76,9 @@ class Pretrained:
 
     def sampler(self, **overrides: Any) -> Sampler:
         """A `Sampler` with the model's settings, save for those in `overrides`."""
-        settings = {**self.settings, **overrides}
-        if settings.get("method", "ddpm") != "ddpm":
-            settings.pop("variance_type", None)
-        return Sampler(self.unet, self.schedule, **settings)
+        method = overrides.get("method", self.settings.get("method", "ddpm"))
+        own = {name: v for name, v in self.settings.items() if _OF_ONE_METHOD.get(name, method) == method}
+        return Sampler(self.unet, self.schedule, **{**own, **overrides})
 
 
 def load_pretrained(
@@ -102,7 +119,7 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
     if kind not in _SETTINGS:
         raise ValueError(f"{path}: _class_name is {kind!r}, must be one of {', '.join(_SETTINGS)}")
     for name, supported in _REQUIRED.items():
-        if config.get(name, supported) != supported:
+        if config.get(name) not in (None, supported):
             raise ValueError(f"{path}: {name} is {config[name]!r}, only {supported!r} is supported")
     try:
         if config.get("trained_betas") is not None:
@@ -114,11 +131,16 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
                 config.get("beta_start", 1e-4),
                 config.get("beta_end", 0.02),
             )
+        if config.get("rescale_betas_zero_snr"):
+            schedule = schedule.rescale_zero_terminal_snr()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    settings = {name: config[name] for name in _SETTINGS[kind] if name in config}
-    settings["method"] = "ddpm" if kind == "DDPMScheduler" else "ddim"
-    return schedule, settings
+    method, names = _SETTINGS[kind]
+    settings = {**_DEFAULTS.get(kind, {}), **{name: config[name] for name in names if name in config}}
+    if settings.get("thresholding"):  # without it they say nothing
+        names = ("dynamic_thresholding_ratio", "sample_max_value")
+        settings |= {name: config[name] for name in names if name in config}
+    return schedule, {**settings, "method": method}
 
 
 def save_pretrained(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 from fastddpm import NoiseSchedule, UNet, load_pretrained, save_pretrained
 from fastddpm.pretrained import load_scheduler
@@ -74,6 +74,54 @@ def test_what_diffusers_saves_is_loaded(kind: type, tmp_path: Path) -> None:
     assert sampler.sample(1).shape == (1, 1, 8, 8)
 
 
+def test_multistep_solver_of_diffusers_is_loaded(folder: Path) -> None:
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=100, solver_order=1, final_sigmas_type="sigma_min", prediction_type="v_prediction"
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    model = load_pretrained(folder)
+    sampler = model.sampler(num_inference_steps=10)
+    scheduler.set_timesteps(10)
+    assert sampler.method == "dpmsolver++"
+    assert sampler.timesteps.tolist() == scheduler.timesteps.tolist()
+    assert sampler.clip_range is None  # diffusers' solver does not clip
+    assert not sampler.table.multistep
+    assert sampler.table.levels[-1, 1] > 0
+    assert model.sampler(method="ddim", num_inference_steps=10).table.levels[-1].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+def test_zero_terminal_snr_is_loaded_and_saved(kind: Any, folder: Path, tmp_path: Path) -> None:
+    scheduler = kind(
+        num_train_timesteps=100,
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        thresholding=True,
+        dynamic_thresholding_ratio=0.9,
+        sample_max_value=1.5,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    model = load_pretrained(folder)
+    assert model.schedule.zero_terminal_snr
+    torch.testing.assert_close(model.schedule.betas.float(), scheduler.betas, rtol=1e-4, atol=1e-6)
+    thresholds = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    assert thresholds.items() <= model.settings.items()
+    assert model.sampler(num_inference_steps=5).sample(1).isfinite().all()
+    save_pretrained(tmp_path / "again", model.unet, model.schedule, prediction_type="v_prediction")
+    again = load_pretrained(tmp_path / "again")
+    assert torch.equal(again.schedule.betas, model.schedule.betas)
+    theirs = DDPMPipeline.from_pretrained(tmp_path / "again").scheduler
+    assert theirs.alphas_cumprod[-1] == 0
+
+
+def test_settings_of_another_method_are_left_out(folder: Path) -> None:
+    DDIMScheduler(num_train_timesteps=100, set_alpha_to_one=False).save_pretrained(folder / "scheduler")
+    model = load_pretrained(folder)
+    assert model.sampler(num_inference_steps=5).table.levels[-1, 1] > 0
+    assert model.sampler(method="ddpm", num_inference_steps=5).table.levels[-1, 1] == 0
+
+
 def test_settings_can_be_overridden(folder: Path) -> None:
     sampler = load_pretrained(folder).sampler(method="ddim", eta=0.5, num_inference_steps=3)
     assert sampler.method == "ddim"
@@ -90,8 +138,9 @@ def test_network_dtype(folder: Path) -> None:
     ("change", "message"),
     [
         ({"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler', must be one of"),
-        ({"thresholding": True}, "thresholding is True, only False is supported"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'sde-dpmsolver\\+\\+', only 'dpmsolver\\+\\+' is"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is True, only False is supported"),
+        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1, only -inf is supported"),
         ({"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),
         ({"trained_betas": [0.1, float("nan")]}, r"betas\[1\] is nan"),

@@ -1,0 +1,145 @@
+"""What differs from sample to sample: keys, labels, guidance scales, conditions, known regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from fastddpm_kernels import philox
+from torch import Tensor
+
+from fastddpm import checks
+from fastddpm.network import Network
+from fastddpm.settings import LoopSettings
+
+NoiseSource = Tensor | Callable[[int, tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What differs from sample to sample, all on one device. Tensors of one row stand for all samples.
+
+    Attributes:
+        keys: int64 [N, 2], Philox keys (seed, sample index).
+        class_labels: int64 [N].
+        guidance_scale: float32 [1] or [N].
+        condition: [N, C', ...], channels that the network reads beside the state.
+        known, known_mask: float32, broadcastable to the state and of its rank.
+    """
+
+    keys: Tensor
+    class_labels: Tensor | None = None
+    guidance_scale: Tensor | None = None
+    condition: Tensor | None = None
+    known: Tensor | None = None
+    known_mask: Tensor | None = None
+
+    def samples(self, rows: slice) -> Batch:
+        """Some of the samples."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        count = len(self.keys)
+        return replace(self, **{name: v[rows] for name, v in values.items() if v is not None and len(v) == count})
+
+
+def make_batch(
+    network: Network,
+    settings: LoopSettings,
+    shape: tuple[int, ...],
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    class_labels: int | Sequence[int] | Tensor | None = None,
+    guidance_scale: float | Sequence[float] | Tensor | None = None,
+    condition: Tensor | None = None,
+    known: Tensor | None = None,
+    known_mask: Tensor | None = None,
+) -> Batch:
+    """The arguments of `Sampler.sample`, for samples of `shape` [N, ...], checked and where the network runs.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
+    """
+    count = shape[0]
+    labels = _labels(class_labels, count, network, settings)
+    scales = _scales(guidance_scale, class_labels is not None, count, settings)
+    _check_condition(condition, shape, network, settings)
+    if (known is None) != (known_mask is None):
+        given, missing = ("known", "known_mask") if known_mask is None else ("known_mask", "known")
+        raise ValueError(f"{given} is given but {missing} is None, must be given along with it")
+    device = network.device
+    return Batch(
+        keys=_keys(count, seed, seeds).to(device),
+        class_labels=None if labels is None else labels.to(device),
+        guidance_scale=None if scales is None else scales.to(device),
+        condition=None if condition is None else condition.to(device, network.dtype),
+        known=None if known is None else checks.broadcastable(known, shape, "known", device),
+        known_mask=None if known_mask is None else checks.broadcastable(known_mask, shape, "known_mask", device),
+    )
+
+
+def _keys(count: int, seed: int, seeds: Sequence[int] | None) -> Tensor:
+    if seeds is None:
+        return philox.sample_keys([seed] * count, range(count))
+    if len(seeds) != count:
+        raise ValueError(f"seeds has {len(seeds)} entries, must have one per sample, {count}")
+    return philox.sample_keys(list(seeds), [0] * count)
+
+
+def _labels(
+    given: int | Sequence[int] | Tensor | None, count: int, network: Network, settings: LoopSettings
+) -> Tensor | None:
+    classes = getattr(network.config, "num_class_embeds", None)
+    if given is None:
+        if settings.classifier is not None:
+            raise ValueError("classifier_fn needs class_labels, and none were given")
+        if classes is None:
+            return None
+        if settings.null_class is None:
+            raise ValueError(f"class_labels is None, must be given: the model has {classes} classes")
+        given = settings.null_class
+    return checks.labels(given, count, classes)
+
+
+def _scales(
+    given: float | Sequence[float] | Tensor | None, labelled: bool, count: int, settings: LoopSettings
+) -> Tensor | None:
+    """Guidance scales float32 [1] or [count]; None where no unconditional half is needed."""
+    if given is None:
+        for name in ("guidance_rescale", "guidance_interval"):
+            if value := getattr(settings, name):
+                raise ValueError(f"{name} is {value} but guidance_scale is None, must be given with it")
+        return None
+    if not labelled:
+        raise ValueError("guidance_scale needs class_labels, and none were given")
+    scales = checks.scales(given, count)
+    if bool((scales == 1).all()):
+        return None
+    if settings.null_class is None:
+        raise ValueError("guidance_scale needs a null_class, and the model's config names none")
+    return scales
+
+
+def _check_condition(
+    condition: Tensor | None, shape: tuple[int, ...], network: Network, settings: LoopSettings
+) -> None:
+    if condition is not None:
+        checks.condition(condition, shape)
+    more = 0 if condition is None else condition.shape[1]
+    concatenated = settings.self_condition and not network.takes_self_condition
+    own = shape[1] * (2 if concatenated else 1)
+    reads = getattr(network.config, "in_channels", None)
+    if reads is not None and reads != own + more:
+        raise ValueError(
+            f"condition has {more} channels but the model reads {reads}, of which the samples fill {own}: condition "
+            f"must have {reads - own}"
+        )
+
+
+def given_noise(source: NoiseSource | None, index: int, rows: slice, x: Tensor, name: str) -> Tensor | None:
+    """The noise that the user gives for the step of a row, for some of the samples; None where none is given."""
+    if source is None:
+        return None
+    noise = source[index, rows] if isinstance(source, Tensor) else source(index, tuple(x.shape))
+    checks.floating(noise, tuple(x.shape), f"{name} of step {index}")
+    return noise.to(x.device, torch.float32).contiguous()

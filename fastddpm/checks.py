@@ -1,0 +1,97 @@
+"""Checks of what users pass to a sampler: one line each, naming the argument, what it was, what it may be.
+
+Where two settings contradict each other the message names both.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def positive(value: Any, name: str) -> int:
+    """`value` as an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}, must be a positive integer")
+    return int(value)
+
+
+def finite(value: Any, name: str) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, must be a finite number")
+    return float(value)
+
+
+def floating(value: Any, shape: tuple[int, ...], name: str) -> None:
+    """Raises TypeError or ValueError unless `value` is a floating-point tensor of `shape`."""
+    _check_floating(value, name)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, must have {list(shape)}")
+
+
+def broadcastable(value: Any, shape: tuple[int, ...], name: str, device: torch.device) -> Tensor:
+    """`value` in float32 on `device`, of the rank of `shape`, to which it can be broadcast."""
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        value = value.float()
+    _check_floating(value, name)
+    padded = (1,) * (len(shape) - value.ndim) + tuple(value.shape)
+    if len(padded) != len(shape) or any(p not in (1, s) for p, s in zip(padded, shape, strict=True)):
+        raise ValueError(
+            f"{name} has shape {list(value.shape)} but the samples have {list(shape)}: it must be broadcastable to that"
+        )
+    return value.to(device, torch.float32).reshape(padded)
+
+
+def condition(value: Any, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless `value` can stand beside samples of `shape` as further channels."""
+    _check_floating(value, "condition")
+    if value.ndim != len(shape) or value.shape[0] != shape[0] or tuple(value.shape[2:]) != shape[2:]:
+        wanted = ["any", *shape[2:]]
+        raise ValueError(
+            f"condition has shape {list(value.shape)} but the samples have {list(shape)}: they may differ in the "
+            f"second dimension alone, must be [{shape[0]}, {', '.join(map(str, wanted))}]"
+        )
+
+
+def labels(value: Any, count: int, num_classes: int | None) -> Tensor:
+    """`value`, one label or one per sample, as integers [count] from 0 to `num_classes` - 1 (any if that is None)."""
+    result = torch.as_tensor(value)
+    if result.dtype.is_floating_point or result.dtype.is_complex or result.dtype == torch.bool:
+        raise TypeError(f"class_labels has dtype {result.dtype}, must be integers")
+    if result.ndim == 0:
+        result = result.expand(count)
+    if result.shape != (count,):
+        raise ValueError(f"class_labels has shape {list(result.shape)}, must be one label or one per sample ({count})")
+    if num_classes is not None and (int(result.min()) < 0 or int(result.max()) >= num_classes):
+        wrong = int(result[(result < 0) | (result >= num_classes)][0])
+        raise ValueError(f"class_labels has {wrong}, every label must be from 0 to {num_classes - 1}")
+    return result.to(torch.int64)
+
+
+def scales(value: Any, count: int) -> Tensor:
+    """`value`, one guidance scale or one per sample, as float32 [1] or [count]."""
+    try:
+        result = torch.as_tensor(value, dtype=torch.float32).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"guidance_scale is {value!r}, must be a number or one per sample") from None
+    result = result[None] if result.ndim == 0 else result
+    if tuple(result.shape) not in ((1,), (count,)):
+        raise ValueError(
+            f"guidance_scale has shape {list(result.shape)}, must be one number or one per sample ({count})"
+        )
+    if not bool(result.isfinite().all()):
+        raise ValueError(f"guidance_scale is {value}, must be a finite number")
+    return result
+
+
+def _check_floating(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is of {kind}, must be a floating-point tensor")

@@ -1,0 +1,137 @@
+"""Any model, called in one way: where and in which dtype it runs, what it takes, what it returns."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.unet import UNet
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Network:
+    """A model in the place and dtype it runs in: itself if it is there already, else a copy.
+
+    Attributes:
+        model: the model that is called.
+        config: its configuration, or None.
+        device, dtype: where and in which dtype it runs.
+        takes_self_condition: whether it has a parameter `x_self_cond`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """See `Sampler` for the arguments.
+
+        Raises:
+            TypeError: the model cannot be called.
+            ValueError: the dtype is none of `DTYPES`, or the device cannot be used.
+        """
+        if not callable(model):
+            raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or a callable model(x, t)")
+        names = _parameters(model)
+        self.device, self.dtype = _place(model, device, dtype)
+        self.model = _prepare(model, self.device, self.dtype, backend)
+        self.config = getattr(model, "config", None)
+        self.takes_self_condition = "x_self_cond" in names
+        self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None = None) -> Tensor:
+        """The prediction for x [N, ...] at t int64 [N], with labels int64 [N] and the x0 predicted before, if any."""
+        named = {} if self_condition is None else {"x_self_cond": self_condition}
+        if labels is None:
+            out = self.model(x, t, **named)
+        elif self._labels_name is None:
+            out = self.model(x, t, labels, **named)
+        else:
+            out = self.model(x, t, **{self._labels_name: labels}, **named)
+        if isinstance(out, Tensor):
+            return out
+        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
+            return out[0]
+        if isinstance(sample := getattr(out, "sample", None), Tensor):
+            return sample
+        raise TypeError(f"model returned a {type(out).__name__}, must return a tensor, a tuple or have a .sample")
+
+    def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
+        """(C, H, W) of a sample, as the model's config states them.
+
+        Raises:
+            ValueError: there is no config, or it does not say.
+        """
+        size, channels = (getattr(self.config, name, None) for name in ("sample_size", "out_channels"))
+        if channels is None:
+            channels = getattr(self.config, "in_channels", None)
+        elif learned_variance:
+            channels //= 2
+        if size is None or channels is None:
+            raise ValueError("shape is None, must be given: the model has no config with sample_size and in_channels")
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return (channels, height, width)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, every module of the model is in eval mode."""
+        if not isinstance(self.model, nn.Module):
+            yield
+            return
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _place(
+    model: Callable[..., Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if dtype is None:
+        own = first.dtype if first is not None else torch.float32
+        dtype = own if own in DTYPES else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    if device is None:
+        return (first.device if first is not None else torch.device("cpu")), dtype
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device is {str(device)!r}, which cannot be used: {str(error).splitlines()[0]}") from None
+    return device, dtype
+
+
+def _prepare(model: Callable[..., Any], device: torch.device, dtype: torch.dtype, backend: str) -> Callable[..., Any]:
+    if not isinstance(model, nn.Module):
+        return model
+    ours = isinstance(model, UNet) and model.backend != backend
+    moved = any(p.device != device or p.dtype != dtype for p in model.parameters())
+    if not (ours or moved):
+        return model
+    model = copy.deepcopy(model).to(device=device, dtype=dtype)
+    if isinstance(model, UNet):
+        model.backend = backend
+    return model
+
+
+def _parameters(model: Callable[..., Any]) -> set[str]:
+    """The names of the parameters that the model takes, as far as they can be known."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()

@@ -1,0 +1,62 @@
+"""What a sampling loop passed through: its states and predictions every k steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Moments of a loop, in the order they were passed; the last one is always the end.
+
+    Attributes:
+        x: float32 [K, N, ...], the state after the step; `x[-1]` is what `Sampler.sample` returns otherwise.
+        x0: float32 [K, N, ...], the x0 that was predicted in that step (by the last step before it that had a
+            prediction, for steps that have none).
+        timesteps: int64 [K], the timestep the network was told in that step.
+    """
+
+    x: Tensor
+    x0: Tensor
+    timesteps: Tensor
+
+
+class Recorder:
+    """Fills a `Trajectory`, one chunk of the batch after the other.
+
+    Args:
+        every: k; a moment is kept after the k-th, 2k-th, ... step, and after the last.
+        timesteps: int64 [S], of all steps of the loop.
+        shape: (N, ...), of all samples.
+        device: where the moments are kept.
+    """
+
+    def __init__(self, every: int, timesteps: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+        steps = len(timesteps)
+        self.moments = list(dict.fromkeys([*range(every - 1, steps, every), steps - 1]))
+        self.timesteps = timesteps[self.moments]
+        self.x = torch.empty((len(self.moments), *shape), device=device)
+        self.x0 = torch.empty_like(self.x)
+        self._passed = 0  # moments of the chunk under way
+        self._most = 0  # of any chunk
+
+    def after_step(self, index: int, rows: slice, x: Tensor, x0: Tensor) -> None:
+        """Keeps the state if step `index` of the loop, counted from 0, is one of the moments."""
+        if index == self.moments[self._passed]:
+            self.x[self._passed, rows], self.x0[self._passed, rows] = x, x0
+            self._passed += 1
+
+    def end_of_chunk(self, index: int, timestep: int, rows: slice, x: Tensor, x0: Tensor) -> None:
+        """The loop of a chunk ended after step `index`; where a callback stopped it, that is its last moment."""
+        if self._passed == 0 or index != self.moments[self._passed - 1]:
+            self.timesteps[self._passed] = timestep
+            self._passed += 1
+        self.x[self._passed - 1 :, rows], self.x0[self._passed - 1 :, rows] = x, x0
+        self._most, self._passed = max(self._most, self._passed), 0
+
+    def trajectory(self) -> Trajectory:
+        """What was kept. A chunk that was stopped earlier than others repeats its end."""
+        return Trajectory(self.x[: self._most], self.x0[: self._most], self.timesteps[: self._most])
