@@ -1,7 +1,7 @@
 """Fast, exact sampling from denoising diffusion models (DDPM).
 
-    from fastddpm import load_pretrained
-    images = load_pretrained("path/to/pipeline").sampler().sample(16, seed=0)
+from fastddpm import load_pretrained
+images = load_pretrained("path/to/pipeline").sampler().sample(16, seed=0)
 """
 
 from fastddpm.pretrained import Pretrained, load_pretrained, save_pretrained

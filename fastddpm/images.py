@@ -1,4 +1,4 @@
-"""Samples in [-1, 1] become uint8, PNG, GIF, npz or a folder of files."""
+"""Samples in [-1, 1] become uint8, PNG, GIF, npz or a folder of files, and picture files become samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastddpm._files import atomic_write
@@ -16,6 +17,7 @@ BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 CELL_PIXELS = 48  # a sample is scaled up to about this size in a grid
 GAP = 4
 CAPTION_HEIGHT = 16
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's name of an image with that many channels
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -79,10 +81,160 @@ def grid(
     return canvas
 
 
+def strip(
+    rows: Sequence[Sequence[Tensor | None]],
+    *,
+    row_captions: Sequence[str] | None = None,
+    column_captions: Sequence[str] | None = None,
+    scale: int | None = None,
+) -> Image.Image:
+    """A table of pictures, such as the denoising of a few samples from left to right, with captions.
+
+    Args:
+        rows: images float [C, H, W] in [-1, 1], row by row; None leaves a cell empty. Smaller ones are scaled up to
+            the size of the largest by whole pixels where that fits, and centred.
+        row_captions: at the left of each row; column_captions: above each column.
+        scale: how many pixels wide a pixel of the largest image is drawn; by default so that a cell is about 48 pixels
+            or more.
+
+    Raises:
+        ValueError: there is no image, the rows are not of equal length, there is not one caption for each, or
+            `scale` is not positive.
+    """
+    images = [image for row in rows for image in row if image is not None]
+    if not images:
+        raise ValueError("rows holds no image, must hold at least one")
+    columns = len(rows[0])
+    if any(len(row) != columns for row in rows):
+        raise ValueError(f"rows have {sorted({len(row) for row in rows})} images, must have equally many")
+    for name, captions, count in (("row", row_captions, len(rows)), ("column", column_captions, columns)):
+        if captions is not None and len(captions) != count:
+            raise ValueError(f"{name}_captions has {len(captions)} entries, must have one per {name}, {count}")
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    scale = max(1, -(-CELL_PIXELS // min(height, width))) if scale is None else scale
+    if scale < 1:
+        raise ValueError(f"scale is {scale}, must be positive")
+    cell_x, cell_y = width * scale, height * scale
+
+    font = ImageFont.load_default(size=CAPTION_HEIGHT - 4)
+    left = 0 if row_captions is None else 2 * GAP + max(round(font.getlength(text)) for text in row_captions)
+    widest = 0 if column_captions is None else max(round(font.getlength(text)) for text in column_captions)
+    step_x, step_y = max(cell_x, widest) + GAP, cell_y + GAP
+    above = 0 if column_captions is None else CAPTION_HEIGHT
+    canvas = Image.new("RGB", (left + columns * step_x + GAP, above + len(rows) * step_y + GAP), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for column, text in enumerate(column_captions or ()):
+        draw.text((left + GAP + column * step_x + (step_x - GAP) / 2, above / 2 + 1), text, INK, font, anchor="mm")
+    for index, row in enumerate(rows):
+        y = above + GAP + index * step_y
+        if row_captions is not None:
+            draw.text((left - GAP, y + cell_y / 2), row_captions[index], INK, font, anchor="rm")
+        for column, image in enumerate(row):
+            if image is None:
+                continue
+            factor = min(cell_x // image.shape[2], cell_y // image.shape[1])
+            picture = to_pil(image[None])[0]
+            picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+            x = left + GAP + column * step_x + (step_x - GAP - picture.width) // 2
+            canvas.paste(picture, (x, y + (cell_y - picture.height) // 2))
+    return canvas
+
+
+def trajectory_strip(
+    x: Tensor, x0: Tensor | None, timesteps: Sequence[int] | Tensor, *, columns: int = 10, rows: int = 4
+) -> Image.Image:
+    """The denoising of the first samples, from left to right: x_t and below it, where given, the predicted x0.
+
+    Args:
+        x, x0: float [K, N, C, H, W], the states and the predictions at K moments.
+        timesteps: K timesteps, written above the columns.
+        columns: how many of the K moments are drawn, evenly spaced, the last one among them.
+        rows: how many of the N samples are drawn.
+
+    Raises:
+        ValueError: there is no moment, or not one timestep for each, or `columns` or `rows` is not positive.
+    """
+    moments = len(x)
+    times = torch.as_tensor(timesteps).tolist()
+    if moments == 0 or len(times) != moments:
+        raise ValueError(f"timesteps has {len(times)} entries and x {moments}, must have equally many and at least one")
+    if columns < 1 or rows < 1:
+        raise ValueError(f"columns is {columns} and rows is {rows}, both must be positive")
+    shown = evenly(moments, columns)
+    table: list[list[Tensor]] = []
+    captions: list[str] = []
+    for sample in range(min(rows, x.shape[1])):
+        for name, states in (("x", x), ("x0", x0)):
+            if states is not None:
+                table.append([states[k, sample] for k in shown])
+                captions.append(name)
+    return strip(table, row_captions=captions, column_captions=[f"t {times[k]}" for k in shown])
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` different indices from 0 to count - 1, evenly spaced, the last one among them."""
+    if wanted == 1:
+        return [count - 1]
+    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+
+
+def load_image(
+    path: str | os.PathLike[str], shape: tuple[int, int, int], *, invert: bool = False, average: bool = False
+) -> Tensor:
+    """Reads a picture file as a sample.
+
+    It is turned upright as its EXIF data says, cut to the middle part of the wanted aspect ratio, resized with
+    anti-aliasing if its size is another, and converted to grey or colour; what is transparent becomes black. A file
+    that `save_folder` wrote comes back to the rounding to 8 bits.
+
+    Args:
+        path: of a PNG, JPEG or any other file that PIL reads.
+        shape: (C, H, W) of the sample; C is 1, 3 or 4.
+        invert: exchange black and white, for ink on paper where the model knows light on dark.
+        average: resize by the mean of each cell, as `torch.nn.functional.avg_pool2d`, instead of by Lanczos' kernel.
+
+    Returns:
+        float32 [C, H, W] in [-1, 1].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no picture, or `shape` has another number of channels.
+    """
+    channels, height, width = shape
+    if channels not in MODES:
+        raise ValueError(f"shape has {channels} channels, must have 1, 3 or 4 to be read from a picture")
+    try:
+        with Image.open(path) as file:
+            picture: Image.Image = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off instead of scaling
+                scaled = np.asarray(picture).astype(np.float64) / 257
+                picture = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+            elif channels != 4:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+            picture = picture.convert(MODES[channels])
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that can be read") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large: {error}") from None
+    if picture.size != (width, height):
+        kernel = Image.Resampling.BOX if average else Image.Resampling.LANCZOS
+        picture = ImageOps.fit(picture, (width, height), kernel)
+    values = torch.from_numpy(np.array(picture, dtype=np.float32)) / 127.5 - 1
+    values = values[None] if channels == 1 else values.permute(2, 0, 1).contiguous()
+    if invert:
+        values[:3] *= -1  # not the opacity
+    return values
+
+
+def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """Writes a picture to a PNG file."""
+    atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
 def save_grid(path: str | os.PathLike[str], images: Tensor, labels: Sequence[int] | None = None) -> None:
     """Writes `grid(images, labels)` to a PNG file."""
-    picture = grid(images, labels)
-    atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
+    save_picture(path, grid(images, labels))
 
 
 def save_npz(path: str | os.PathLike[str], images: Tensor, labels: Sequence[int] | None = None) -> None:

@@ -117,3 +117,112 @@ def test_json_that_is_not_an_object_is_named(tmp_path: Path) -> None:
             read_json(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError, match="is missing"):
         read_json(tmp_path / "c.json")
+
+
+def test_strip_places_images_and_captions() -> None:
+    large, small = torch.rand(1, 4, 6) * 2 - 1, torch.rand(1, 2, 2) * 2 - 1
+    picture = writing.strip([[large, small], [None, large]], scale=3)
+    pixels = np.asarray(picture)
+    step_x, step_y = 6 * 3 + writing.GAP, 4 * 3 + writing.GAP
+    assert pixels.shape == (2 * step_y + writing.GAP, 2 * step_x + writing.GAP, 3)
+    gap = writing.GAP
+    first = pixels[gap : gap + 12, gap : gap + 18]
+    assert np.array_equal(first[::3, ::3, 0], writing.to_uint8(large[None])[0, :, :, 0])
+    # The small one is scaled by whole pixels, as far as it fits, and centred: by 6 to 12 x 12, 3 from the left.
+    second = pixels[gap : gap + 12, gap + step_x + 3 : gap + step_x + 15]
+    assert np.array_equal(second[::6, ::6, 0], writing.to_uint8(small[None])[0, :, :, 0])
+    assert (pixels[gap + step_y :, : gap + 18] == 255).all()  # None
+    captioned = writing.strip([[large, small]], row_captions=["a"], column_captions=["left", "right"], scale=8)
+    bare = writing.strip([[large, small]], scale=8)
+    assert captioned.height - bare.height == writing.CAPTION_HEIGHT
+    assert (np.asarray(captioned)[: writing.CAPTION_HEIGHT] < 128).any()  # ink
+    assert (np.asarray(captioned)[:, : captioned.width - bare.width] < 128).any()
+
+
+def test_trajectories_are_drawn_from_left_to_right() -> None:
+    x = torch.linspace(-1, 1, 30).view(30, 1, 1, 1, 1).expand(30, 6, 1, 8, 8)
+    picture = writing.trajectory_strip(x, -x, range(1000, 970, -1), columns=5, rows=2)
+    plain = writing.strip([[x[0, 0]] * 5] * 4, row_captions=["x0"] * 4, column_captions=["t 1000"] * 5)
+    assert picture.size == plain.size
+    middle = np.asarray(picture)[writing.CAPTION_HEIGHT + 28, :, 0]
+    cells = [int(middle[picture.width - 28 - k * (48 + writing.GAP)]) for k in range(5)]
+    assert cells == sorted(cells, reverse=True)
+    assert cells[0] == 255  # the last moment is drawn
+    assert writing.evenly(30, 5) == [0, 7, 14, 22, 29]
+    assert writing.evenly(3, 10) == [0, 1, 2]
+    assert writing.evenly(30, 1) == [29]
+    assert writing.trajectory_strip(x, None, range(30), rows=1).height < picture.height
+
+
+def test_bad_strips_are_named() -> None:
+    image = torch.zeros(1, 4, 4)
+    for rows, options, message in (
+        ([], {}, "rows holds no image"),
+        ([[None]], {}, "rows holds no image"),
+        ([[image], [image, image]], {}, r"rows have \[1, 2\] images"),
+        ([[image]], {"row_captions": ["a", "b"]}, "row_captions has 2 entries, must have one per row, 1"),
+        ([[image]], {"column_captions": []}, "column_captions has 0 entries"),
+        ([[image]], {"scale": 0}, "scale is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            writing.strip(rows, **options)
+    x = torch.zeros(2, 1, 1, 4, 4)
+    with pytest.raises(ValueError, match="timesteps has 3 entries and x 2"):
+        writing.trajectory_strip(x, None, [1, 2, 3])
+    with pytest.raises(ValueError, match="columns is 0"):
+        writing.trajectory_strip(x, None, [1, 2], columns=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_come_back_from_files(tmp_path: Path, channels: int) -> None:
+    images = torch.rand(1, channels, 5, 7) * 2 - 1
+    writing.save_folder(tmp_path, images)
+    read = writing.load_image(tmp_path / "00000.png", (channels, 5, 7))
+    assert read.shape == (channels, 5, 7)
+    torch.testing.assert_close(read, images[0], atol=1.01 / 255, rtol=0)
+    inverted = writing.load_image(tmp_path / "00000.png", (channels, 5, 7), invert=True)
+    assert torch.equal(inverted[:3], -read[:3])
+    assert torch.equal(inverted[3:], read[3:])
+
+
+def test_pictures_of_any_size_and_kind_can_be_read(tmp_path: Path) -> None:
+    # A wide picture whose middle is white: the middle square is what is read.
+    wide = np.zeros((40, 120), np.uint8)
+    wide[:, 36:84] = 255
+    kinds = {
+        "grey.png": Image.fromarray(wide),
+        "colour.png": Image.fromarray(wide).convert("RGB"),
+        "palette.png": Image.fromarray(wide).convert("P"),
+        "sixteen.png": Image.fromarray(wide.astype(np.uint16) * 257),
+        "photo.jpg": Image.fromarray(wide).convert("RGB"),
+    }
+    for name, picture in kinds.items():
+        picture.save(tmp_path / name)
+        assert float(writing.load_image(tmp_path / name, (1, 16, 16)).min()) > 0.9, name
+        assert float(writing.load_image(tmp_path / name, (3, 16, 48)).mean()) == pytest.approx(-0.2, abs=0.05), name
+
+
+def test_what_is_transparent_is_black(tmp_path: Path) -> None:
+    pixels = np.full((8, 8, 4), 255, np.uint8)
+    pixels[:, :4, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    read = writing.load_image(tmp_path / "a.png", (1, 8, 8))[0]
+    assert (read[:, :4] == -1).all()
+    assert (read[:, 4:] == 1).all()
+
+
+def test_averaging_is_that_of_cells(tmp_path: Path) -> None:
+    images = torch.rand(1, 1, 16, 16) * 2 - 1
+    writing.save_folder(tmp_path, images)
+    read = writing.load_image(tmp_path / "00000.png", (1, 4, 4), average=True)
+    torch.testing.assert_close(read, torch.nn.functional.avg_pool2d(images[0], 4), atol=2 / 255, rtol=0)
+
+
+def test_files_that_are_no_pictures_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("no")
+    with pytest.raises(ValueError, match="a.png is not a picture that can be read"):
+        writing.load_image(tmp_path / "a.png", (1, 4, 4))
+    with pytest.raises(FileNotFoundError):
+        writing.load_image(tmp_path / "b.png", (1, 4, 4))
+    with pytest.raises(ValueError, match="shape has 2 channels"):
+        writing.load_image(tmp_path / "a.png", (2, 4, 4))

@@ -1,0 +1,39 @@
+"""The command `fastddpm`.
+
+`sample` draws images from a model; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `info` tells what
+would run here and why. Bad input ends in one line on standard error and exit code 2, before anything is computed or
+written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fastddpm.cli import edit, info, sample
+from fastddpm.cli.options import Parser, one_line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 for bad input, 130 when interrupted."""
+    from fastddpm import __version__
+
+    parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
+    parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for module in (sample, edit, info):
+        module.add_commands(commands)
+    options = parser.parse_args(arguments)
+
+    import torch
+    from fastddpm_kernels._backend import BackendError
+
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, BackendError, torch.OutOfMemoryError) as error:
+        print(f"fastddpm {options.command}: error: {one_line(error, options)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

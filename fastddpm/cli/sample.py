@@ -1,0 +1,103 @@
+"""`fastddpm sample`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from fastddpm.cli.options import (
+    add_output_options,
+    add_sampler_options,
+    check_labels,
+    check_outputs,
+    classes_of,
+    frames_of,
+    images_of,
+    integer,
+    integers,
+    make_sampler,
+    recording,
+    report_device,
+    write_outputs,
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser."""
+    sample = commands.add_parser(
+        "sample",
+        help="draw samples from a model and write them to a file",
+        description="Draw samples from a model and write them to a file. Without MODEL_DIR it is the bundled model of "
+        "handwritten digits: 100 samples, ten of each class.",
+    )
+    sample.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a pipeline folder, as diffusers writes it")
+    sample.add_argument(
+        "-n",
+        "--num-samples",
+        type=integer(1),
+        metavar="N",
+        help="how many (default: one per class label given; else 100 for the bundled model, 16 for others)",
+    )
+    sample.add_argument(
+        "--class-labels",
+        type=integers,
+        metavar="L,L,...",
+        help="classes to draw, repeated in turn until there are N (default: all classes in equal numbers)",
+    )
+    add_sampler_options(sample, steps=None, method=None, seed=0)
+    add_output_options(sample, "samples.png", "a grid")
+    sample.set_defaults(run=_sample)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from fastddpm.images import grid
+    from fastddpm.pretrained import BUNDLED, load_pretrained
+
+    kind = check_outputs(options)
+    model = load_pretrained(options.model or BUNDLED)
+    sampler = make_sampler(options, model)
+    labels = _choose_labels(options, model.unet.config)
+    count = options.num_samples or (len(labels) if labels else 16)
+    steps = len(sampler.timesteps)
+    start = time.perf_counter()
+    result = sampler.sample(
+        count,
+        seed=options.seed,
+        class_labels=labels,
+        batch_size=options.batch_size,
+        progress=True,
+        **recording(options, kind, steps),
+    )
+    images, trajectory = images_of(result)  # copied to the CPU, and so computed
+    seconds = time.perf_counter() - start
+
+    batch = options.batch_size or count
+    print(
+        f"{count} images, {steps} steps, in {seconds:.1f} s: {count / seconds:.2f} images/s, "
+        f"{1000 * seconds / (steps * -(-count // batch)):.2f} ms/step at batch {min(batch, count)}"
+    )
+    report_device(sampler)
+    write_outputs(
+        options,
+        kind,
+        images,
+        labels,
+        picture=lambda: grid(images, labels),
+        frames=lambda: frames_of(trajectory, labels),
+        trajectory=trajectory,
+    )
+
+
+def _choose_labels(options: argparse.Namespace, config: Any) -> list[int] | None:
+    """The label of every sample: those asked for in turn, else every class in equal numbers, sorted."""
+    given, count = options.class_labels, options.num_samples
+    check_labels(given, config)
+    classes = classes_of(config)
+    if not classes:
+        return None
+    if given is None:
+        count = count or (100 if options.model is None else 16)
+        return [classes[i * len(classes) // count] for i in range(count)]
+    count = count or len(given)
+    return [given[i % len(given)] for i in range(count)]
