@@ -68,13 +68,17 @@ def make_batch(
         given, missing = ("known", "known_mask") if known_mask is None else ("known_mask", "known")
         raise ValueError(f"{given} is given but {missing} is None, must be given along with it")
     device = network.device
+    if known_mask is not None:
+        known_mask = checks.broadcastable(known_mask, shape, "known_mask", device)
+        if not bool(((known_mask >= 0) & (known_mask <= 1)).all()):
+            raise ValueError("known_mask has values outside [0, 1], must be 1 where samples are known and 0 where not")
     return Batch(
         keys=_keys(count, seed, seeds).to(device),
         class_labels=None if labels is None else labels.to(device),
         guidance_scale=None if scales is None else scales.to(device),
         condition=None if condition is None else condition.to(device, network.dtype),
         known=None if known is None else checks.broadcastable(known, shape, "known", device),
-        known_mask=None if known_mask is None else checks.broadcastable(known_mask, shape, "known_mask", device),
+        known_mask=known_mask,
     )
 
 
@@ -129,6 +133,8 @@ def _check_condition(
     concatenated = settings.self_condition and not network.takes_self_condition
     own = shape[1] * (2 if concatenated else 1)
     reads = getattr(network.config, "in_channels", None)
+    if reads is not None and reads < own:
+        raise ValueError(f"samples have {own} channels but the model reads {reads}")
     if reads is not None and reads != own + more:
         raise ValueError(
             f"condition has {more} channels but the model reads {reads}, of which the samples fill {own}: condition "

@@ -69,10 +69,11 @@ def labels(value: Any, count: int, num_classes: int | None) -> Tensor:
         result = result.expand(count)
     if result.shape != (count,):
         raise ValueError(f"class_labels has shape {list(result.shape)}, must be one label or one per sample ({count})")
+    result = result.to(torch.int64)  # unsigned types cannot be compared
     if num_classes is not None and (int(result.min()) < 0 or int(result.max()) >= num_classes):
         wrong = int(result[(result < 0) | (result >= num_classes)][0])
         raise ValueError(f"class_labels has {wrong}, every label must be from 0 to {num_classes - 1}")
-    return result.to(torch.int64)
+    return result
 
 
 def scales(value: Any, count: int) -> Tensor:

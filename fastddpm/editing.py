@@ -83,7 +83,8 @@ def inpaint(
         **options: further arguments of `Sampler.sample`.
 
     Returns:
-        What `Sampler.sample` returns: float32 [N, ...], equal to the images where the mask is 1.
+        What `Sampler.sample` returns: float32 [N, ...], equal to the images where the mask is 1 (noised to the level
+        that the sampler ends at, where that is not the clean one).
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong shape or type, or `jump_n_sample` is above
@@ -104,6 +105,8 @@ def inpaint(
     images = _check_images(sampler, torch.where(known, images, 0.0), "images")
     checks.positive(jump_length, "jump_length")
     if checks.positive(jump_n_sample, "jump_n_sample") > 1:
+        if "table" in options:
+            raise ValueError(f"table is given and jump_n_sample is {jump_n_sample}, which makes a table of its own")
         if sampler.method != "ddpm":
             raise ValueError(
                 f"jump_n_sample is {jump_n_sample} but method is {sampler.method!r}; only 'ddpm' resamples, "

@@ -217,6 +217,10 @@ def load_image(
         raise ValueError(f"{path} is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large: {error}") from None
+    except (SyntaxError, OSError) as error:  # what PIL raises for broken files; with an errno it is the system's
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} is not a picture that can be read: {error}") from None
     if picture.size != (width, height):
         kernel = Image.Resampling.BOX if average else Image.Resampling.LANCZOS
         picture = ImageOps.fit(picture, (width, height), kernel)

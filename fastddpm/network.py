@@ -108,10 +108,11 @@ def _place(
     if device is None:
         return (first.device if first is not None else torch.device("cpu")), dtype
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with its index: "cuda" is not equal to "cuda:0"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device is {str(device)!r}, which cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("device is 'meta', which cannot be used: it holds no values")
     return device, dtype
 
 

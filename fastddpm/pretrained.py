@@ -32,7 +32,7 @@ _SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DDIMScheduler": ("ddim", (*_COMMON, *_CLIPPING, "set_alpha_to_one")),
     "DPMSolverMultistepScheduler": (
         "dpmsolver++",
-        (*_COMMON, "solver_order", "lower_order_final", "final_sigmas_type"),
+        (*_COMMON, "variance_type", "solver_order", "lower_order_final", "final_sigmas_type"),
     ),
 }
 # Settings that one method alone has, which are left out when another is asked for.
@@ -92,7 +92,7 @@ def load_pretrained(
     Nothing in the folder is executed: configurations are JSON, weights safetensors.
 
     Args:
-        folder: a folder with `model_index.json`, or with `unet/` and `scheduler/` at least.
+        folder: a pipeline folder with `unet/` and `scheduler/`, or an old one with all their files in itself.
         dtype: of the network, float32 as in diffusers; None for the one it is stored in.
         device: where to put the network.
 
@@ -103,8 +103,11 @@ def load_pretrained(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; a model is a folder with unet/ and scheduler/")
-    schedule, settings = load_scheduler(folder / "scheduler" / "scheduler_config.json")
-    return Pretrained(UNet.from_pretrained(folder / "unet", dtype=dtype, device=device), schedule, settings)
+    # Models published before pipelines had subfolders, google/ddpm-cat-256 among them, keep all files in one.
+    flat = not (folder / "scheduler").is_dir() and (folder / "scheduler_config.json").is_file()
+    schedule, settings = load_scheduler((folder if flat else folder / "scheduler") / "scheduler_config.json")
+    unet = UNet.from_pretrained(folder if flat else folder / "unet", dtype=dtype, device=device)
+    return Pretrained(unet, schedule, settings)
 
 
 def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[str, Any]]:
@@ -136,7 +139,10 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     method, names = _SETTINGS[kind]
-    settings = {**_DEFAULTS.get(kind, {}), **{name: config[name] for name in names if name in config}}
+    settings = {**_DEFAULTS.get(kind, {}), **{name: v for name in names if (v := config.get(name)) is not None}}
+    for name in ("clip_sample", "thresholding"):
+        if not isinstance(settings.get(name, False), bool):
+            raise ValueError(f"{path}: {name} is {settings[name]!r}, must be true or false")
     if settings.get("thresholding"):  # without it they say nothing
         names = ("dynamic_thresholding_ratio", "sample_max_value")
         settings |= {name: config[name] for name in names if name in config}

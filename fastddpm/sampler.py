@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -241,11 +242,12 @@ class Sampler:
             seeds: one seed per sample in place of `seed`; each sample is then sample 0 of its seed.
             x_T: float [N, ...] to start from, in place of drawn noise.
             start: the row of the table to start from; above 0 `x_T` must be given, at the level before that row
-                (`table.skip(start).start`). The steps from there on draw the noise that they draw in the whole loop.
+                (`table.skip(start).start`). The steps from there on draw the noise that they draw in the whole loop;
+                a multistep method begins there at first order.
             table: another `StepTable` than the sampler's own, such as a RePaint walk or an inversion.
             noise: [S, N, ...], or a function of (row of the table, (n, ...)) that returns such a tensor for one step
                 of n samples, in place of drawn noise z. It is not called for steps that add none (the last one of
-                DDPM).
+                DDPM), and cannot be had with a `batch_size` below N.
             class_labels: one label for all or one per sample.
             guidance_scale: one for all or one per sample, in place of the sampler's.
             condition: float [N, C', ...] that the model reads as further channels after those of x, such as the
@@ -288,6 +290,13 @@ class Sampler:
         for name, source in (("noise", noise), ("known_noise", known_noise)):
             if isinstance(source, Tensor):
                 checks.floating(source, (len(table), *shape), name)
+            elif source is not None and not callable(source):
+                raise TypeError(f"{name} is a {type(source).__name__}, must be a tensor or a function")
+            elif source is not None and chunk < count:
+                raise ValueError(
+                    f"{name} is a function but batch_size is {chunk} for {count} samples; it cannot know which of them "
+                    "it draws for, so it must be a tensor"
+                )
         recorder = None
         if return_trajectory is not None:
             every = checks.positive(return_trajectory, "return_trajectory")
@@ -326,7 +335,7 @@ class Sampler:
             raise TypeError(f"table is a {type(table).__name__}, must be a StepTable")
         if table.learned is not None and not self.settings.learned_variance:
             raise ValueError(f"table has a learned variance but variance_type is {self.variance_type!r}")
-        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < len(table):
+        if isinstance(start, bool) or not isinstance(start, numbers.Integral) or not 0 <= start < len(table):
             raise ValueError(f"start is {start!r}, must be from 0 to {len(table) - 1}, a row of the table")
         if x_T is None and start > 0:
             raise ValueError(f"start is {start} but x_T is None, must be given: samples at the level of that row")
@@ -336,6 +345,8 @@ class Sampler:
 
     def _sample_shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         if shape is not None:
+            if not isinstance(shape, Sequence) or len(shape) == 0:
+                raise ValueError(f"shape is {shape!r}, must be the sizes of one sample, such as (3, 32, 32)")
             return tuple(checks.positive(size, "every size of shape") for size in shape)
         if isinstance(x_T, Tensor) and x_T.ndim > 1:
             return tuple(x_T.shape[1:])

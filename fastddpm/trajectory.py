@@ -37,7 +37,8 @@ class Recorder:
     def __init__(self, every: int, timesteps: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
         steps = len(timesteps)
         self.moments = list(dict.fromkeys([*range(every - 1, steps, every), steps - 1]))
-        self.timesteps = timesteps[self.moments]
+        self._planned = timesteps[self.moments]
+        self.timesteps = self._planned.clone()
         self.x = torch.empty((len(self.moments), *shape), device=device)
         self.x0 = torch.empty_like(self.x)
         self._passed = 0  # moments of the chunk under way
@@ -51,9 +52,12 @@ class Recorder:
 
     def end_of_chunk(self, index: int, timestep: int, rows: slice, x: Tensor, x0: Tensor) -> None:
         """The loop of a chunk ended after step `index`; where a callback stopped it, that is its last moment."""
-        if self._passed == 0 or index != self.moments[self._passed - 1]:
-            self.timesteps[self._passed] = timestep
-            self._passed += 1
+        stopped = self._passed == 0 or index != self.moments[self._passed - 1]
+        self._passed += stopped
+        if self._passed > self._most or (self._passed == self._most and not stopped):
+            self.timesteps[: self._passed] = self._planned[: self._passed]  # those of the chunk that went furthest
+            if stopped:
+                self.timesteps[self._passed - 1] = timestep
         self.x[self._passed - 1 :, rows], self.x0[self._passed - 1 :, rows] = x, x0
         self._most, self._passed = max(self._most, self._passed), 0
 

@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, BackendError, torch.OutOfMemoryError) as error:
         print(f"fastddpm {options.command}: error: {one_line(error, options)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        print(f"fastddpm {options.command}: error: not enough memory; try a smaller --batch-size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -191,6 +191,10 @@ def check_outputs(options: argparse.Namespace) -> str:
         if trajectory.suffix.lower() != ".png":
             raise ValueError(f"--trajectory is {trajectory}, its suffix must be .png")
         _check_output("--trajectory", trajectory)
+        if trajectory.resolve() == options.output.resolve():
+            raise ValueError(f"--trajectory is {trajectory}, as is --output; they must be different files")
+    if options.output.name.lower() in (".png", ".npz", ".gif"):
+        raise ValueError(f"--output is {options.output}, must have a name before its suffix")
     kind = options.output.suffix.lower()
     if kind not in (".png", ".npz", ".gif", ""):
         raise ValueError(f"--output is {options.output}, its suffix must be .png, .npz or .gif, or none for a folder")

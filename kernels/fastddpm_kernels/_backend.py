@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 
 import torch
 
@@ -45,6 +46,9 @@ def _find_triton() -> str | None:
 
 
 _NO_TRITON = _find_triton()
+# Triton compiles the little program that launches a kernel, so on a GPU it needs a C compiler.
+_COMPILERS = ("gcc", "clang", "cc")
+_HAS_COMPILER = bool(os.environ.get("CC")) or any(shutil.which(name) for name in _COMPILERS)
 
 
 def why_not(backend: str, device_type: str) -> str | None:
@@ -61,6 +65,8 @@ def why_not(backend: str, device_type: str) -> str | None:
         return f"there are no triton kernels for device type {device_type!r}"
     if device_type == "cpu" and not interpreting():
         return "triton kernels need a GPU (on the CPU only through the interpreter, TRITON_INTERPRET=1)"
+    if _NO_TRITON is None and device_type == "cuda" and not _HAS_COMPILER:
+        return f"triton finds no C compiler ({', '.join(_COMPILERS)}, or one named by the variable CC)"
     return _NO_TRITON
 
 

@@ -201,3 +201,29 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="prediction_type is 'score'"):
         save_pretrained(tmp_path / "model", UNet(**CONFIG), NoiseSchedule.linear(10), prediction_type="score")
     assert not (tmp_path / "model").exists()
+
+
+def test_old_folders_without_subfolders_are_loaded(tmp_path: Path) -> None:
+    DDPMPipeline(UNet2DModel(**CONFIG), DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path)
+    for path in [*tmp_path.glob("unet/*"), *tmp_path.glob("scheduler/*")]:
+        path.rename(tmp_path / path.name)
+    (tmp_path / "unet").rmdir()
+    (tmp_path / "scheduler").rmdir()
+    assert load_pretrained(tmp_path).sampler(num_inference_steps=2).sample(1).shape == (1, 1, 8, 8)
+
+
+def test_learned_variance_of_a_multistep_scheduler_is_read(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    change = {"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned_range", "clip_sample": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    settings = load_scheduler(path)[1]
+    assert settings["variance_type"] == "learned_range"
+    assert settings["clip_sample"] is False  # the default of that scheduler, not a null
+
+
+@pytest.mark.parametrize("name", ["clip_sample", "thresholding"])
+def test_flags_must_be_flags(folder: Path, name: str) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "no"}))
+    with pytest.raises(ValueError, match=f"{name} is 'no', must be true or false"):
+        load_scheduler(path)

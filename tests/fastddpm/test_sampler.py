@@ -523,3 +523,31 @@ def test_bad_labels_and_models_are_named() -> None:
         Sampler(toy, torch.linspace(0, 1, 10))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model returned a NoneType"):
         Sampler(lambda x, t: None, NoiseSchedule.linear()).sample(1, shape=(1, 2, 2))
+
+
+def test_noise_functions_are_refused_where_they_cannot_know_the_samples() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2)
+    with pytest.raises(ValueError, match="noise is a function but batch_size is 1 for 2 samples"):
+        sampler.sample(2, shape=(1, 2, 2), noise=lambda index, shape: torch.zeros(shape), batch_size=1)
+    with pytest.raises(TypeError, match="noise is a int, must be a tensor or a function"):
+        sampler.sample(2, shape=(1, 2, 2), noise=3)  # type: ignore[arg-type]
+
+
+def test_more_bad_arguments_are_named() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2)
+    mask = torch.full((1, 2, 2), 5.0)
+    with pytest.raises(ValueError, match="known_mask has values outside"):
+        sampler.sample(1, shape=(1, 2, 2), known=torch.zeros(1, 2, 2), known_mask=mask)
+    for shape in ((), 5):
+        with pytest.raises(ValueError, match="must be the sizes of one sample"):
+            sampler.sample(1, shape=shape)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device is 'meta'"):
+        Sampler(toy, NoiseSchedule.linear(), device="meta")
+    with pytest.raises(ValueError, match="steps_offset is 1.5, must be an integer"):
+        Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2, steps_offset=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_model_in_its_place_is_not_copied() -> None:
+    model = small_unet().to("cuda")
+    assert Sampler(model, NoiseSchedule.linear(), device="cuda").model is model

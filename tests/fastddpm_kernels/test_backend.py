@@ -19,6 +19,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 def triton_installed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     reason = None if request.param else "triton cannot be imported (it is not installed)"
     monkeypatch.setattr(_backend, "_NO_TRITON", reason)
+    monkeypatch.setattr(_backend, "_HAS_COMPILER", True)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,15 @@ def test_a_named_backend_runs_or_says_why_not(device: str, reason: str | None) -
 def test_auto_leaves_float64_to_torch() -> None:
     assert resolve("group_norm_silu", "auto", "cuda", torch.float64) == "eager"
     assert resolve("group_norm_silu", "auto", "cuda", torch.float16) == "triton"
+
+
+@pytest.mark.parametrize(("interpreter", "triton_installed"), [("0", True)], indirect=True)
+@pytest.mark.usefixtures("interpreter", "triton_installed")
+def test_without_a_compiler_the_gpu_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_HAS_COMPILER", False)
+    assert resolve("q_sample", "auto", "cuda") == "eager"
+    with pytest.raises(BackendError, match="triton finds no C compiler"):
+        resolve("q_sample", "triton", "cuda")
 
 
 def test_torch_backends_run_anywhere() -> None:

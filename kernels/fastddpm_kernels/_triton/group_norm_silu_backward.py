@@ -38,7 +38,8 @@ from fastddpm_kernels._triton.norm_tile import (
 )
 
 # Fewer elements than the forward's, because two tiles are held; fewer splits, because the sums are per channel.
-LIMITS = Limits(one_pass_elements=8192, tile_elements=4096, thread_elements=16, max_splits=32)
+# 8 elements to a thread: with 16, one of the kernels spills under triton 3.6.
+LIMITS = Limits(one_pass_elements=8192, tile_elements=4096, thread_elements=8, max_splits=32)
 
 
 @triton.jit
