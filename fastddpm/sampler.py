@@ -304,14 +304,14 @@ class Sampler:
 
         images = torch.empty(shape, dtype=torch.float32, device=self.device)
         total = (len(table) - start) * -(-count // chunk)
+        adds_noise = (table.rows[:, 6] != 0).tolist()
+        levels = table.levels[:, 1].tolist()
         with self.network.evaluating(), progress_bar(total, "sampling", enabled=progress) as advance:
             for first in range(0, count, chunk):
                 rows = slice(first, min(first + chunk, count))
                 part = batch.samples(rows)
                 x = self._initial(part.keys, shape[1:]) if x_T is None else x_T[rows].to(self.device)
                 loop = Loop(self.network, table, x, part, self.settings, start=start, keep_x0=recorder is not None)
-                adds_noise = (table.rows[:, 6] != 0).tolist()
-                levels = table.levels[:, 1].tolist()
                 for index, timestep in enumerate(table.timesteps.tolist()[start:], start):
                     z = given_noise(noise, index, rows, loop.x, "noise") if adds_noise[index] else None
                     z2 = given_noise(known_noise, index, rows, loop.x, "known_noise") if levels[index] else None
