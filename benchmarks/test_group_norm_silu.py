@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 from fastddpm_kernels import _backend
-from fastddpm_kernels.group_norm_silu import group_norm_silu, rms_norm_silu
+from fastddpm_kernels.group_norm_silu import (
+    group_norm_silu,
+    group_norm_silu_,
+    group_norm_silu_workspace,
+    rms_norm_silu,
+)
 from fastddpm_kernels.testing import assert_close
 from torch import Tensor
 
@@ -70,6 +75,31 @@ def test_forward(op: str, size: str, backend: str, measure: Callable[..., Any]) 
     del expected
     with torch.no_grad():
         measure(lambda: call(op, tensors, backend), bytes_moved=2 * elements * DTYPE.itemsize)
+
+
+@pytest.mark.parametrize("size", SIZES[DEVICE])
+def test_residual(size: str, backend: str, measure: Callable[..., Any]) -> None:
+    """The sum that ends a residual block, with the norm that starts the next one, in place."""
+    both, group_norm_only = example(size)
+    tensors = both | group_norm_only
+    x, residual = tensors["x"], torch.randn_like(tensors["x"])
+    summed = tensors | {"x": x + residual}
+    expected = call("group_norm", {name: value.double() for name, value in summed.items()}, "reference")
+    y = expected.to(DTYPE).fill_(float("nan"))
+    total = torch.empty_like(x)
+    needed = group_norm_silu_workspace(x, y.shape[1], 32)
+    workspace = torch.empty(needed, device=DEVICE)
+
+    def step() -> None:
+        group_norm_silu_(
+            y, **tensors, num_groups=32, residual=residual, total=total, workspace=workspace, backend=backend
+        )
+
+    step()
+    assert_close(y, expected, eager=call("group_norm", summed, "eager"), name="y")
+    assert torch.equal(total, summed["x"])
+    del expected, summed
+    measure(step, bytes_moved=(2 * y.numel() + 2 * x.numel()) * DTYPE.itemsize)
 
 
 @pytest.mark.parametrize("size", SIZES[DEVICE])

@@ -21,7 +21,7 @@ import shutil
 import torch
 
 BACKENDS = ("triton", "eager", "reference")
-OPS = ("q_sample", "reverse_step", "group_norm_silu", "philox")
+OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox")
 
 
 class BackendError(RuntimeError):

@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-def is_channels_last(x: Tensor) -> bool:
-    """Of any rank (torch's own channels_last formats know 4 and 5 only); False where it is contiguous as well."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+def is_channels_last(x: Tensor, *, or_both: bool = False) -> bool:
+    """Of any rank (torch's own formats know 4 and 5 only); where it is contiguous as well, `or_both`."""
+    if x.is_contiguous() and not or_both:
+        return False
+    if x.ndim in _LAST:  # the same, without a view
+        return x.is_contiguous(memory_format=_LAST[x.ndim])
+    return x.movedim(1, -1).is_contiguous()
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -42,9 +48,11 @@ def _dense(x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _run(launches: list[Any], x: Tensor) -> None:
-    with torch.cuda.device_of(x):
-        for launch in launches:
-            launch.run()
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return _run(launches, x)
+    for launch in launches:
+        launch.run()
 
 
 def _affine_gradients(
@@ -82,6 +90,21 @@ def group_norm(
     if y.numel():
         _run(forward_launches(y, mean, rstd, x, weight, bias, eps, x2, time_bias, scale, shift, silu), x)
     return y, mean, rstd
+
+
+def group_norm_(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
+    residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, silu: bool, workspace: Tensor | None,
+) -> None:  # fmt: skip
+    """Into y and total. Not a custom op: whoever runs static buffers wants the launch and nothing around it."""
+    from fastddpm_kernels._triton.group_norm_silu import in_place_launches
+
+    _run(
+        in_place_launches(
+            y, x, weight, bias, num_groups, eps, x2, residual, total, time_bias, scale, shift, silu, workspace
+        ), x,
+    )  # fmt: skip
 
 
 @group_norm.register_fake

@@ -115,9 +115,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the kernels run: small images take one pass unless a slab may have no elements."""
     if request.param == "two_passes":
         pytest.importorskip("triton", reason="triton is not installed")
-        from fastddpm_kernels._triton import group_norm_silu as forward
+        from fastddpm_kernels import _norm_plan as forward
+        from fastddpm_kernels._norm_plan import Limits
         from fastddpm_kernels._triton import group_norm_silu_backward as backward
-        from fastddpm_kernels._triton.norm_tile import Limits
 
         for module in (forward, backward):
             monkeypatch.setattr(module, "LIMITS", Limits(0, 1024, 32, 3))
@@ -283,25 +283,25 @@ def test_opcheck(layout: str, names: tuple[str, ...], device: torch.device) -> N
 @pytest.mark.usefixtures("_triton")
 @pytest.mark.parametrize("side", [1, 3, 8, 32, 33, 64, 250, 256])
 def test_every_plan_covers_its_image(side: int) -> None:
-    from fastddpm_kernels._triton import group_norm_silu, group_norm_silu_backward
-    from fastddpm_kernels._triton.norm_tile import make_plan
+    from fastddpm_kernels import _norm_plan
+    from fastddpm_kernels._triton import group_norm_silu_backward
 
-    for n, (channels, groups), dtype, last, module in itertools.product(
+    for n, (channels, groups), dtype, last, limits in itertools.product(
         (1, 2, 64, 300),
         ((1, 1), (96, 32), (128, 32), (384, 32), (320, 32), (512, 1), (48, 48), (2048, 32)),
         (torch.float32, torch.float16),
         (False, True),
-        (group_norm_silu, group_norm_silu_backward),
+        (_norm_plan.LIMITS, group_norm_silu_backward.LIMITS),
     ):
         shape = (n, side, side, channels) if last else (n, channels, side, side)
         x = torch.empty(shape, dtype=dtype, device="meta")
-        plan = make_plan(x.movedim(-1, 1) if last else x, channels, groups, 132, module.LIMITS)
+        plan = _norm_plan.make_plan(x.movedim(-1, 1) if last else x, channels, groups, 132, limits)
         assert plan.slab_groups * (channels // groups) <= plan.block_c
         assert (plan.slabs - 1) * plan.slab_groups < groups <= plan.slabs * plan.slab_groups
         span = plan.tiles * plan.block_p
         assert (plan.splits - 1) * span < side * side <= plan.splits * span  # none is empty
         assert plan.splits == 1 or not plan.one_pass
-        assert plan.splits <= module.LIMITS.max_splits
+        assert plan.splits <= limits.max_splits
         assert plan.num_warps in (1, 2, 4, 8, 16)
         assert plan.block_p * plan.block_c <= max(32768, plan.block_c)
 

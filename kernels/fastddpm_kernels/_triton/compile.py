@@ -68,8 +68,10 @@ def compile_variant(variant: Variant, target_name: str) -> Usage:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     gpu = target(target_name)
-    num_warps = variant.num_warps_of_64 if gpu.warp_size == 64 else None
-    options = {"num_warps": num_warps or variant.num_warps, "num_stages": variant.num_stages, **variant.options}
+    num_warps, num_stages = variant.num_warps, variant.num_stages
+    if gpu.warp_size == 64:
+        num_warps, num_stages = variant.num_warps_of_64 or num_warps, variant.num_stages_of_64 or num_stages
+    options = {"num_warps": num_warps, "num_stages": num_stages, **variant.options}
     compiled = triton.compile(source, target=gpu, options=options)
     if "cubin" in compiled.asm:
         return _nvidia_usage(compiled)

@@ -21,13 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastddpm_kernels._norm_plan import Limits, make_plan, num_processors
 from fastddpm_kernels._triton.norm_tile import (
     Launch,
-    Limits,
     affine,
-    make_plan,
     membership,
-    num_processors,
     pointers,
     row,
     silu_gradient,

@@ -1,4 +1,4 @@
-"""What the normalisation kernels share: tiles, channels and groups, how a call is cut into programs, launches.
+"""What the normalisation kernels share: tiles, channels and groups, launches.
 
 A tensor [N, C, ...] is seen as [N, C, P], P pixels, and is either contiguous or channels-last. A tile is indexed
 [pixel, channel] in both: the compiler orders the threads along whichever is contiguous. A slab is a run of whole
@@ -7,7 +7,6 @@ groups.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,97 +101,6 @@ def to_channels(values, member):
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a kernel may hold.
-
-    Attributes:
-        one_pass_elements: the largest slab that a program holds in registers.
-        tile_elements: of a tile where a program loops over several.
-        thread_elements: of a tile in each thread (of a warp of 32), which sets the number of warps.
-        max_splits: of the pixels, where a slab is larger; every program of the second pass reads what all splits
-            of the first have found.
-    """
-
-    one_pass_elements: int
-    tile_elements: int
-    thread_elements: int
-    max_splits: int
-
-    def num_warps(self, elements: int) -> int:
-        return min(max(elements // (32 * self.thread_elements), 1), 16)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a call is cut into programs: slabs of whole groups, times splits of the pixels into tiles."""
-
-    one_pass: bool
-    slabs: int
-    slab_groups: int
-    block_c: int
-    block_p: int
-    splits: int
-    tiles: int  # per split
-    num_warps: int
-
-    def constexprs(self) -> dict[str, int]:
-        block_g = triton.next_power_of_2(self.slab_groups)
-        return {"SLAB_GROUPS": self.slab_groups, "BLOCK_P": self.block_p, "BLOCK_C": self.block_c, "BLOCK_G": block_g}
-
-
-def make_plan(x: Tensor, channels: int, groups: int, processors: int, limits: Limits) -> Plan:
-    """Chooses the tiles. Heuristics, in the order of what matters: read once; fill the chip; whole sectors.
-
-    Args:
-        x: gives batch, pixels, dtype and memory format.
-        channels, groups: of x and x2 together.
-        processors: to be filled.
-        limits: of the kernels.
-    """
-    size, pixels, channels_last = channels // groups, math.prod(x.shape[2:]), not x.is_contiguous()
-
-    def narrowest(row_bytes: int) -> int:
-        """The fewest groups whose channels make whole blocks of `row_bytes` where channels are adjacent."""
-        return min(math.lcm(size, max(row_bytes // x.itemsize, 1)) // size, groups) if channels_last else 1
-
-    def slabs(slab: int) -> int:
-        return -(-groups // slab)
-
-    def width(slab: int) -> int:
-        return triton.next_power_of_2(slab * size)
-
-    block_p = triton.next_power_of_2(pixels)
-    slab = narrowest(32)  # a sector
-    if x.shape[0] * slabs(slab) < processors or block_p * width(slab) > limits.one_pass_elements:
-        # A thread's widest load: half a sector. The neighbour that wants the other half finds it in L2.
-        slab = narrowest(16)
-    elements, idle = block_p * width(slab), x.shape[0] * slabs(slab) < processors // 4
-    one_pass = elements <= (limits.tile_elements if idle else limits.one_pass_elements)
-    tiles = splits = 1
-    if one_pass:
-        while (
-            slab * 2 <= groups
-            and block_p * width(slab * 2) <= limits.tile_elements
-            and x.shape[0] * slabs(slab * 2) >= 2 * processors
-        ):
-            slab *= 2
-    else:
-        slab = narrowest(32)
-        while slab * 2 <= groups and width(slab * 2) <= (64 if channels_last else 8):
-            slab *= 2
-        block_p = max(limits.tile_elements // width(slab), 1)
-        all_tiles = -(-pixels // block_p)
-        # Many programs, with tiles enough to pay for reading the other splits' sums; but first a full chip.
-        programs = x.shape[0] * slabs(slab)
-        splits = min(-(-8 * processors // programs), -(-all_tiles // 4))
-        splits = max(splits, min(-(-2 * processors // programs), all_tiles))
-        tiles = -(-all_tiles // min(splits, limits.max_splits))
-        splits = -(-all_tiles // tiles)
-    num_warps = limits.num_warps(block_p * width(slab))
-    return Plan(one_pass, slabs(slab), slab, width(slab), block_p, splits, tiles, num_warps)
-
-
 def unit_rows(values: Tensor | None) -> tuple[Tensor | None, int]:
     """`values` [N, C] with neighbouring channels adjacent, and the stride of its rows (0 where expanded)."""
     if values is None:
@@ -200,14 +108,6 @@ def unit_rows(values: Tensor | None) -> tuple[Tensor | None, int]:
     if values.stride(1) != 1 and values.shape[1] > 1:
         values = values.contiguous()
     return values, values.stride(0)
-
-
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units on AMD) to be filled."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    # An H100's for ahead-of-time compilation; few for the interpreter, which runs programs one by one.
-    return 132 if device.type == "meta" else 4
 
 
 @dataclass(frozen=True)

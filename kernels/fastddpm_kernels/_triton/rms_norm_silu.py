@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastddpm_kernels._norm_plan import num_processors
 from fastddpm_kernels._triton.norm_tile import (
     Launch,
     affine,
-    num_processors,
     pointers,
     silu,
     silu_gradient,

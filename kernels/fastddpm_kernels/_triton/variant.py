@@ -18,7 +18,8 @@ class Variant:
         constexprs: value of every constexpr argument (also of run-time arguments that the JIT would specialise
             to a constant, such as a stride of 1 or a pointer that is None).
         num_warps, num_stages: as the launcher would pass them.
-        num_warps_of_64: the same on GPUs with 64 threads to a warp, where the launcher passes another number there.
+        num_warps_of_64, num_stages_of_64: the same on GPUs with 64 threads to a warp, where the launcher passes
+            other numbers there.
         options: further compiler options that the launcher passes.
         divisible: integer arguments to be compiled as multiples of 16. Pointers always are, because torch's
             allocations are 256-byte aligned; without this what is compiled is not what runs.
@@ -31,5 +32,6 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     num_warps_of_64: int | None = None
+    num_stages_of_64: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     divisible: tuple[str, ...] = ()

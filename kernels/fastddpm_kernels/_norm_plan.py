@@ -1,0 +1,175 @@
+"""How a call of a normalisation is cut into programs: arithmetic on shapes, which needs no triton."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a kernel may hold.
+
+    Attributes:
+        one_pass_elements: the largest slab that a program holds in registers.
+        tile_elements: of a tile where a program loops over several.
+        thread_elements: of a tile in each thread (of a warp of 32), which sets the number of warps.
+        max_splits: of the pixels, where a slab is larger; every program of the second pass reads what all splits
+            of the first have found.
+    """
+
+    one_pass_elements: int
+    tile_elements: int
+    thread_elements: int
+    max_splits: int
+
+    def num_warps(self, elements: int) -> int:
+        return min(max(elements // (32 * self.thread_elements), 1), 16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut into programs: slabs of whole groups, times splits of the pixels into tiles."""
+
+    one_pass: bool
+    slabs: int
+    slab_groups: int
+    block_c: int
+    block_p: int
+    splits: int
+    tiles: int  # per split
+    num_warps: int
+
+    def constexprs(self) -> dict[str, int]:
+        block_g = _power_of_2(self.slab_groups)
+        return {"SLAB_GROUPS": self.slab_groups, "BLOCK_P": self.block_p, "BLOCK_C": self.block_c, "BLOCK_G": block_g}
+
+
+def make_plan(x: Tensor, channels: int, groups: int, processors: int, limits: Limits) -> Plan:
+    """Chooses the tiles. Heuristics, in the order of what matters: read once; fill the chip; whole sectors.
+
+    Args:
+        x: gives batch, pixels, dtype and memory format.
+        channels, groups: of x and x2 together.
+        processors: to be filled.
+        limits: of the kernels.
+    """
+    pixels = math.prod(x.shape[2:])
+    return _make_plan(x.shape[0], pixels, x.itemsize, not x.is_contiguous(), channels, groups, processors, limits)
+
+
+@functools.lru_cache(maxsize=4096)
+def _make_plan(
+    batch: int,
+    pixels: int,
+    itemsize: int,
+    channels_last: bool,
+    channels: int,
+    groups: int,
+    processors: int,
+    limits: Limits,
+) -> Plan:
+    size, batch, pixels = channels // groups, max(batch, 1), max(pixels, 1)
+
+    def narrowest(row_bytes: int) -> int:
+        """The fewest groups whose channels make whole blocks of `row_bytes` where channels are adjacent."""
+        return min(math.lcm(size, max(row_bytes // itemsize, 1)) // size, groups) if channels_last else 1
+
+    def slabs(slab: int) -> int:
+        return -(-groups // slab)
+
+    def width(slab: int) -> int:
+        return _power_of_2(slab * size)
+
+    block_p = _power_of_2(pixels)
+    slab = narrowest(32)  # a sector
+    if batch * slabs(slab) < processors or block_p * width(slab) > limits.one_pass_elements:
+        # A thread's widest load: half a sector. The neighbour that wants the other half finds it in L2.
+        slab = narrowest(16)
+    elements, idle = block_p * width(slab), batch * slabs(slab) < processors // 4
+    one_pass = elements <= (limits.tile_elements if idle else limits.one_pass_elements)
+    tiles = splits = 1
+    if one_pass:
+        while (
+            slab * 2 <= groups
+            and block_p * width(slab * 2) <= limits.tile_elements
+            and batch * slabs(slab * 2) >= 2 * processors
+        ):
+            slab *= 2
+    else:
+        slab = narrowest(32)
+        while slab * 2 <= groups and width(slab * 2) <= (64 if channels_last else 8):
+            slab *= 2
+        block_p = max(limits.tile_elements // width(slab), 1)
+        all_tiles = -(-pixels // block_p)
+        # Many programs, with tiles enough to pay for reading the other splits' sums; but first a full chip.
+        programs = batch * slabs(slab)
+        splits = min(-(-8 * processors // programs), -(-all_tiles // 4))
+        splits = max(splits, min(-(-2 * processors // programs), all_tiles))
+        tiles = -(-all_tiles // min(splits, limits.max_splits))
+        splits = -(-all_tiles // tiles)
+    num_warps = limits.num_warps(block_p * width(slab))
+    return Plan(one_pass, slabs(slab), slab, width(slab), block_p, splits, tiles, num_warps)
+
+
+@functools.lru_cache(maxsize=64)
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units on AMD) to be filled."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    # An H100's for ahead-of-time compilation; few for the interpreter, which runs programs one by one.
+    return 132 if device.type == "meta" else 4
+
+
+# Of the forward kernels of `group_norm_silu`.
+LIMITS = Limits(one_pass_elements=32768, tile_elements=8192, thread_elements=32, max_splits=128)
+
+
+def forward_plan(x: Tensor, channels: int, groups: int) -> Plan:
+    """The plan of `group_norm_silu`, forward, on x's device."""
+    return make_plan(x, channels, groups, num_processors(x.device), LIMITS)
+
+
+def in_place_plan(x: Tensor, channels: int, groups: int) -> Plan:
+    """The plan of `group_norm_silu_`, whether or not it has a residual."""
+    processors = num_processors(x.device)
+    return _in_place_plan(x.shape, x.itemsize, not x.is_contiguous(), channels, groups, processors, LIMITS)
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_place_plan(
+    shape: torch.Size,
+    itemsize: int,
+    channels_last: bool,
+    channels: int,
+    groups: int,
+    processors: int,
+    limits: Limits,
+) -> Plan:
+    pixels = math.prod(shape[2:])
+
+    def plan_within(limits: Limits) -> Plan:
+        return _make_plan(shape[0], pixels, itemsize, channels_last, channels, groups, processors, limits)
+
+    plan = plan_within(limits)
+    # A residual is a second tile on its way in. Of the largest slabs registers hold both where no pixel is masked
+    # and there are few second addresses; the rest (compiled for sm_90 and sm_100) would spill.
+    elements = plan.slab_groups * (channels // groups) * pixels
+    concat = channels > shape[1] and (itemsize == 4 or elements > limits.one_pass_elements * 3 // 4)
+    if plan.one_pass and (concat or pixels & (pixels - 1)):
+        plan = plan_within(replace(limits, one_pass_elements=limits.one_pass_elements // 2))
+    return plan
+
+
+def forward_workspace(x: Tensor, groups: int, plan: Plan) -> int:
+    """Elements, of float32, of what its two passes hand over: a mean and a sum of squares per split and group."""
+    return 0 if plan.one_pass else 2 * x.shape[0] * plan.splits * groups
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
