@@ -153,7 +153,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: a wrong shape, dtype, device or label; or labels missing or not wanted.
         """
-        self._check_input(x)
+        self.check_input(x)
         return self.predict(x, self.embed(t, class_labels, batch_size=x.shape[0]))
 
     def embed(self, t: float | Tensor, class_labels: Tensor | None = None, *, batch_size: int) -> Tensor:
@@ -173,10 +173,10 @@ class UNet(nn.Module):
         if t.shape not in ((), (batch_size,)):
             raise ValueError(f"t has shape {tuple(t.shape)}, must be one number or have ({batch_size},)")
         self._check_labels(class_labels, batch_size)
-        emb = self.time_embedding(self._sinusoids(t.expand(batch_size)))
+        emb = self.time_embedding(self.sinusoids(t.expand(batch_size)))
         if class_labels is not None:
             if self.config.class_embed_type == "timestep":
-                class_labels = self._sinusoids(class_labels)
+                class_labels = self.sinusoids(class_labels)
             if self.class_embedding is not None:
                 class_labels = self.class_embedding(class_labels)
             emb = emb + class_labels.to(emb.dtype)
@@ -199,13 +199,15 @@ class UNet(nn.Module):
         x = group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, backend=self._backend)
         return self.conv_out(x)
 
-    def _sinusoids(self, t: Tensor) -> Tensor:
+    def sinusoids(self, t: Tensor) -> Tensor:
+        """What the time embedding's layers read: [N] timesteps -> [N, block_out_channels[0]] in the U-Net's dtype."""
         c = self.config
         channels = c.block_out_channels[0]
         emb = timestep_embedding(t, channels, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
         return emb.to(self.dtype)
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Raises ValueError unless `x` is [N, in_channels, H, W], where the U-Net is and in its dtype."""
         channels, factor = self.config.in_channels, 2 ** (len(self.config.block_out_channels) - 1)
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, must have shape [N, {channels}, H, W]")

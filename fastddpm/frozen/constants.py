@@ -1,0 +1,37 @@
+"""The weights of a frozen U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Constants:
+    """Weights as the instructions read them, by name. Filled again, they keep their places.
+
+    Attributes:
+        refilling: whether `put` overwrites what it has.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.refilling = False
+        self.tensors: dict[str, Tensor] = {}
+
+    def put(
+        self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """`values`, or what they return, in the compute dtype (or `dtype`), [.., .., kh, kw] channels-last."""
+        tensor = self.tensors.get(name)
+        if tensor is not None and not self.refilling:
+            return tensor
+        values = (values if isinstance(values, Tensor) else values()).detach()
+        if tensor is None:
+            order = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+            tensor = values.to(self.device, dtype or self.dtype, copy=True).contiguous(memory_format=order)
+            self.tensors[name] = tensor
+        else:
+            tensor.copy_(values)
+        return tensor

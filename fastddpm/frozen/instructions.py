@@ -1,0 +1,256 @@
+"""The instructions of a frozen U-Net: each reads and writes numbered slots, and knows what it costs.
+
+A slot holds one activation, [N, C, H, W] in channels-last order. On CUDA it is a place in one preallocated block of
+memory that every step uses again; elsewhere each instruction puts its result there and the last reader clears it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
+from fastddpm_kernels.pointwise_conv import pointwise_conv_
+from fastddpm_kernels.residual_add import residual_add_
+from torch import Tensor
+
+# Of cuDNN: measure the algorithms for a shape when it first occurs; leave out those that add up in any order.
+_BENCHMARK = _DETERMINISTIC = True
+
+
+@dataclass
+class Instruction:
+    """One step of a frozen U-Net.
+
+    Attributes:
+        name: the layer of the U-Net that it computes (part of).
+        kind: "time", "conv", "norm", "pointwise", "attention", "residual" or "other".
+        reads, writes: slots. One that is written in place is in both.
+        kernels: kernels that it launches on CUDA.
+        flops: multiplications and additions of its matrix products and convolutions.
+        bytes: each operand, weights included, read once and each result written once.
+        run: does it.
+    """
+
+    name: str
+    kind: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    kernels: int
+    flops: int
+    bytes: int
+    run: Callable[[], object] = field(repr=False)
+
+
+@dataclass
+class Machine:
+    """What instructions run on.
+
+    Attributes:
+        fused: whether the fused kernels run, whose results go to given places; else plain torch.
+        static: whether every slot has its place before the first run (CUDA with cuDNN).
+        backend: of the fused kernels: "triton", "eager" or "reference".
+        allow_tf32: whether float32 products may be rounded to TF32.
+        slots: the activations.
+        workspace: scratch for the fused kernels, float32.
+        step: int64 [1], the row of the table that the present run is at.
+    """
+
+    fused: bool
+    static: bool
+    backend: str
+    allow_tf32: bool = False
+    slots: list[Any] = field(default_factory=list)
+    workspace: Tensor | None = None
+    step: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def place(self, slot: int, like: Tensor, channels: int) -> Tensor:
+        """Where a fused kernel puts its result: the slot's own place, or new memory."""
+        if not self.static:
+            n, _, h, w = like.shape
+            self.slots[slot] = like.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
+        return self.slots[slot]
+
+
+def conv(
+    m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None, stride: int, padding: int
+) -> Callable[[], None]:
+    """A convolution. On CUDA without bias, which would be a kernel of its own there."""
+
+    def run_static() -> None:
+        cudnn_conv(m.slots[source], weight, stride, padding, m.allow_tf32, m.slots[target])
+
+    def run() -> None:
+        m.slots[target] = channels_last(F.conv2d(m.slots[source], weight, bias, stride, padding))
+
+    return run_static if m.static else run
+
+
+def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:
+    """Upsampling by two and a 3x3 convolution, as a transposed convolution (`folding.upsample_conv`)."""
+
+    def run() -> None:
+        x = m.slots[source]
+        if m.static:
+            m.slots[target] = cudnn_conv_transpose(x, weight, m.allow_tf32)
+        else:
+            m.slots[target] = channels_last(F.conv_transpose2d(x, weight, bias, stride=2, padding=1))
+
+    return run
+
+
+def cudnn_conv(x: Tensor, weight: Tensor, stride: int, padding: int, allow_tf32: bool, out: Tensor) -> None:
+    """`F.conv2d` into a given place, with the fastest algorithm that gives the same bits every time."""
+    torch.ops.aten.cudnn_convolution.out(
+        x, weight, [padding] * 2, [stride] * 2, [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32, out=out
+    )
+
+
+def cudnn_conv_transpose(x: Tensor, weight: Tensor, allow_tf32: bool) -> Tensor:
+    """`F.conv_transpose2d` of stride 2 and padding 1, as `cudnn_conv`. Torch has no form of it with a given place."""
+    return torch.ops.aten.cudnn_convolution_transpose.default(
+        x, weight, [1, 1], [0, 0], [2, 2], [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32
+    )
+
+
+def norm(
+    m: Machine,
+    source: int,
+    target: int,
+    second: int | None,
+    residual: int | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    time_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+) -> Callable[[], None]:
+    """Group norm, FiLM and SiLU of concat(source + residual, second); the sum takes the place of `source`."""
+    rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
+
+    def run() -> None:
+        x = m.slots[source]
+        x2 = None if second is None else m.slots[second]
+        if m.fused:
+            added = None if residual is None else m.slots[residual]
+            y = m.place(target, x, len(weight))
+            total = None if residual is None else x
+            group_norm_silu_(
+                y, x, weight, bias, groups, eps=eps, x2=x2, residual=added, total=total, **rows,
+                activation=activation, backend=m.backend, workspace=m.workspace,
+            )  # fmt: skip
+            return
+        if residual is not None:
+            x = x.add_(m.slots[residual])
+        m.slots[target] = group_norm_silu(
+            x, weight, bias, groups, eps=eps, x2=x2, **rows, activation=activation, backend=m.backend
+        )
+
+    return run
+
+
+def pointwise(
+    m: Machine,
+    source: int,
+    target: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    second: int | None = None,
+    weight2: Tensor | None = None,
+    residual: int | None = None,
+) -> Callable[[], None]:
+    """A 1x1 convolution of concat(source, second), plus residual, which may be the target."""
+
+    def run() -> None:
+        x = m.slots[source]
+        added = None if residual is None else m.slots[residual]
+        y = m.slots[target] if residual == target else m.place(target, x, len(weight))
+        pointwise_conv_(
+            y, x, weight, x2=None if second is None else m.slots[second], weight2=weight2, bias=bias, residual=added,
+            allow_tf32=m.allow_tf32, backend=m.backend,
+        )  # fmt: skip
+
+    return run
+
+
+def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -> Callable[[], None]:
+    """A 1x1 convolution with bias by the vendor's matrix product. `weight` is [I, O]."""
+
+    def run() -> None:
+        x = m.slots[source]
+        y = m.place(target, x, weight.shape[1])
+        torch.addmm(bias, rows_of(x), weight, out=rows_of(y))
+
+    return run
+
+
+def attention(m: Machine, source: int, target: int, heads: int, head_dim: int, value_dim: int) -> Callable[[], None]:
+    """softmax(q k / sqrt(head_dim)) v of [q, k, v] in the channels of `source`."""
+    inner = heads * head_dim
+
+    def run() -> None:
+        qkv = m.slots[source]
+        n, _, h, w = qkv.shape
+        q, k, v = qkv.permute(0, 2, 3, 1).view(n, h * w, -1).split([inner, inner, heads * value_dim], dim=2)
+        q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        m.slots[target] = out.transpose(1, 2).reshape(n, h, w, heads * value_dim).permute(0, 3, 1, 2)
+
+    return run
+
+
+def residual_add(
+    m: Machine, source: int, residual: int | None, bias: Tensor | None, padded: int | None
+) -> Callable[[], None]:
+    """source += residual + bias; if `padded`, also into the upper left of a slot with a zero border below and right."""
+
+    def run() -> None:
+        x = m.slots[source]
+        added = None if residual is None else m.slots[residual]
+        if m.fused:
+            y = x if padded is None else m.slots[padded]
+            residual_add_(y, x, residual=added, bias=bias, total=None if padded is None else x, backend=m.backend)
+            return
+        if added is not None:
+            x.add_(added)
+        if bias is not None:
+            x.add_(bias.view(-1, 1, 1))
+        if padded is not None:
+            m.slots[padded] = F.pad(x, (0, 1, 0, 1))
+
+    return run
+
+
+def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..., Tensor]) -> Callable[[], None]:
+    """Anything rare, in plain torch."""
+
+    def run() -> None:
+        m.slots[target] = channels_last(function(*(m.slots[slot] for slot in sources)))
+
+    return run
+
+
+def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], None]:
+    """Adds a bias [C] in place."""
+    shaped = bias.view(-1, 1, 1)
+
+    def run() -> None:
+        m.slots[target].add_(shaped)
+
+    return run
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x`, copied where it is not channels-last."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[N, C, H, W], channels-last, as the matrix [N * H * W, C] that it is."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
