@@ -4,6 +4,7 @@ from fastddpm import load_pretrained
 images = load_pretrained("path/to/pipeline").sampler().sample(16, seed=0)
 """
 
+from fastddpm.frozen import FrozenUNet, freeze
 from fastddpm.pretrained import Pretrained, load_pretrained, save_pretrained
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
@@ -12,12 +13,14 @@ from fastddpm.unet import UNet, UNetConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "FrozenUNet",
     "NoiseSchedule",
     "Pretrained",
     "Sampler",
     "UNet",
     "UNetConfig",
     "__version__",
+    "freeze",
     "load_pretrained",
     "save_pretrained",
 ]

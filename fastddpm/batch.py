@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-import torch
 from fastddpm_kernels import philox
 from torch import Tensor
 
@@ -142,10 +141,32 @@ def _check_condition(
         )
 
 
-def given_noise(source: NoiseSource | None, index: int, rows: slice, x: Tensor, name: str) -> Tensor | None:
-    """The noise that the user gives for the step of a row, for some of the samples; None where none is given."""
-    if source is None:
-        return None
-    noise = source[index, rows] if isinstance(source, Tensor) else source(index, tuple(x.shape))
-    checks.floating(noise, tuple(x.shape), f"{name} of step {index}")
-    return noise.to(x.device, torch.float32).contiguous()
+def check_noise(
+    source: NoiseSource | None, shape: tuple[int, ...], batch_size: int | str | None, name: str
+) -> NoiseSource | None:
+    """`source` itself, of noise [S, N, ...] of `shape`.
+
+    Raises:
+        ValueError, TypeError: it is no such tensor, no function, or a function that would be asked for some samples
+            without knowing which.
+    """
+    if isinstance(source, Tensor):
+        checks.floating(source, shape, name)
+    elif source is not None and not callable(source):
+        raise TypeError(f"{name} is a {type(source).__name__}, must be a tensor or a function")
+    elif source is not None and isinstance(batch_size, int) and batch_size < shape[1]:
+        raise ValueError(
+            f"{name} is a function but batch_size is {batch_size} for {shape[1]} samples; it cannot know which of "
+            "them it draws for, so it must be a tensor"
+        )
+    return source
+
+
+def give_noise(buffer: Tensor | None, source: NoiseSource | None, index: int, rows: slice, name: str) -> None:
+    """Puts the noise that the user gives for the step of a row into `buffer` [n, ...], for the samples `rows`."""
+    if source is None or buffer is None:
+        return
+    shape = tuple(buffer.shape)
+    noise = source[index, rows] if isinstance(source, Tensor) else source(index, shape)
+    checks.floating(noise, shape, f"{name} of step {index}")
+    buffer.copy_(noise)

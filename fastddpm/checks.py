@@ -20,6 +20,15 @@ def positive(value: Any, name: str) -> int:
     return int(value)
 
 
+def batch_size(value: Any) -> int | str | None:
+    """`value` as an int of at least 1, "auto" or None."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"batch_size is {value!r}, must be a positive integer, 'auto' or None")
+    return int(value)
+
+
 def finite(value: Any, name: str) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastddpm.frozen import FrozenUNet, why_not
 from fastddpm.unet import UNet
+
+_log = logging.getLogger(__name__)
+_EVALUATING = threading.Lock()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,7 +27,8 @@ class Network:
     """A model in the place and dtype it runs in: itself if it is there already, else a copy.
 
     Attributes:
-        model: the model that is called.
+        model: the model that is called. Where it is frozen, the one that was given.
+        frozen: the U-Net as prepared for sampling, which `bind` runs in its place, or None.
         config: its configuration, or None.
         device, dtype: where and in which dtype it runs.
         takes_self_condition: whether it has a parameter `x_self_cond`.
@@ -32,8 +40,14 @@ class Network:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        *,
+        allow_tf32: bool = False,
+        freeze: bool = False,
     ) -> None:
         """See `Sampler` for the arguments.
+
+        `freeze`: prepare the model for sampling if it is a `fastddpm.UNet` of nothing but its own layers. It is then
+        run through `bind` alone.
 
         Raises:
             TypeError: the model cannot be called.
@@ -43,7 +57,14 @@ class Network:
             raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or a callable model(x, t)")
         names = _parameters(model)
         self.device, self.dtype = _place(model, device, dtype)
-        self.model = _prepare(model, self.device, self.dtype, backend)
+        self.frozen: FrozenUNet | None = None
+        if freeze and backend != "reference" and isinstance(model, UNet):
+            if reason := why_not(model):
+                _log.info("the U-Net is not prepared for sampling: %s", reason)
+            else:
+                self.frozen = FrozenUNet(model, self.dtype, self.device, backend=backend, allow_tf32=allow_tf32)
+        self.model = model if self.frozen else _prepare(model, self.device, self.dtype, backend)
+        self._evaluating, self._training = 0, list[nn.Module]()
         self.config = getattr(model, "config", None)
         self.takes_self_condition = "x_self_cond" in names
         self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
@@ -65,6 +86,33 @@ class Network:
             return sample
         raise TypeError(f"model returned a {type(out).__name__}, must return a tensor, a tuple or have a .sample")
 
+    def new_input(self, shape: Sequence[int]) -> Tensor:
+        """Zeros [N, C, ...] for `bind`, in the dtype, place and memory format that the network reads best."""
+        if self.frozen is not None:
+            return self.frozen.new_input(shape)
+        return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
+
+    def bind(
+        self, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None = None
+    ) -> Bound:
+        """The network on buffers that stay where they are while their values change.
+
+        Args:
+            inputs: [N, C, ...] from `new_input`, or samples of one.
+            timesteps: int64 [S], of every row of the loop's table.
+            labels: int64 [N], or None.
+            self_condition: like `inputs`, or None.
+        """
+        if self.frozen is not None:
+            return self.frozen.bind(inputs, timesteps, labels)
+        return _BoundModel(self, inputs, timesteps, labels, self_condition)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights are that a captured graph reads."""
+        if self.frozen is not None or not isinstance(self.model, nn.Module):
+            return ()
+        return tuple(tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers()))
+
     def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
         """(C, H, W) of a sample, as the model's config states them.
 
@@ -83,17 +131,51 @@ class Network:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, every module of the model is in eval mode."""
-        if not isinstance(self.model, nn.Module):
+        """Inside, every module of the model is in eval mode; of several threads until the last one leaves."""
+        if self.frozen is not None or not isinstance(self.model, nn.Module):
             yield
             return
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
+        with _EVALUATING:
+            if self._evaluating == 0:
+                self._training = [module for module in self.model.modules() if module.training]
+                self.model.eval()
+            self._evaluating += 1
         try:
             yield
         finally:
-            for module in training:
-                module.training = True
+            with _EVALUATING:
+                self._evaluating -= 1
+                if self._evaluating == 0:
+                    for module in self._training:
+                        module.training = True
+
+
+class Bound(Protocol):
+    """A network on its buffers: a function of the step alone."""
+
+    def load(self) -> None:
+        """To be called when the values in `timesteps` or `labels`, or the model's weights, may have changed."""
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The prediction for `inputs` at row `step` (int64 [1]); it may be overwritten by the next call."""
+        raise NotImplementedError
+
+
+class _BoundModel:
+    """A model on its buffers, called as it is."""
+
+    def __init__(
+        self, network: Network, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None
+    ) -> None:
+        self._network, self._inputs, self._timesteps = network, inputs, timesteps
+        self._labels, self._self_condition = labels, self_condition
+
+    def load(self) -> None:
+        pass
+
+    def __call__(self, step: Tensor) -> Tensor:
+        t = self._timesteps.index_select(0, step).expand(len(self._inputs))
+        return self._network(self._inputs, t, self._labels, self._self_condition)
 
 
 def _place(
@@ -107,13 +189,22 @@ def _place(
         raise ValueError(f"dtype is {dtype}, must be one of {', '.join(map(str, DTYPES))}")
     if device is None:
         return (first.device if first is not None else torch.device("cpu")), dtype
+    return usable_device(device), dtype
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """`device`, with its index.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     try:
         device = torch.empty(0, device=device).device  # with its index: "cuda" is not equal to "cuda:0"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device is {str(device)!r}, which cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "meta":
         raise ValueError("device is 'meta', which cannot be used: it holds no values")
-    return device, dtype
+    return device
 
 
 def _prepare(model: Callable[..., Any], device: torch.device, dtype: torch.dtype, backend: str) -> Callable[..., Any]:

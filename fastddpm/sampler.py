@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -12,12 +15,15 @@ from fastddpm_kernels._backend import resolve
 from torch import Tensor
 
 from fastddpm import checks
-from fastddpm.batch import NoiseSource, given_noise, make_batch
+from fastddpm.batch import NoiseSource, check_noise, make_batch
 from fastddpm.coefficients import StepTable
+from fastddpm.engine.batching import Batching
+from fastddpm.engine.run import Run, StepCallback
+from fastddpm.engine.runner import Graphs
 from fastddpm.guidance import ClassifierFn
-from fastddpm.loop import Loop
 from fastddpm.network import Network
-from fastddpm.progress import progress_bar
+from fastddpm.overflow import choose_dtype
+from fastddpm.precision import tf32
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.settings import (
     LoopSettings,
@@ -28,8 +34,6 @@ from fastddpm.settings import (
     clipping,
 )
 from fastddpm.trajectory import Recorder, Trajectory
-
-StepCallback = Callable[[int, int, Tensor], bool | None]
 
 
 class Sampler:
@@ -52,12 +56,19 @@ class Sampler:
         eta: of method "ddim": 0 is deterministic, 1 has DDPM's variance.
         guidance_scale: classifier-free guidance, out = uncond + scale * (cond - uncond); needs class labels and a
             null class. None or 1: no guidance, one evaluation per step. `sample` may override it.
-        dtype: of the network: float32, float16 or bfloat16; None for the model's own. The state is always float32.
+        dtype: of the network, as a torch.dtype or by name: "float32", "float16", "bfloat16"; "tf32" for float32 whose
+            products CUDA rounds to TensorFloat-32; "auto" for float16 on CUDA, or bfloat16 where a `fastddpm.UNet`
+            would overflow in float16 (it is tried, and logged), and the model's own elsewhere; None for the model's
+            own. "float32" and "tf32" set torch's switches for TensorFloat-32 while sampling. The state is always
+            float32. A `fastddpm.UNet` is prepared for sampling: see `fastddpm.frozen`.
         device: where to sample; None for where the model is.
         backend: "auto", "triton", "eager" or "reference", for the sampling step (and for the norms of a
             `fastddpm.UNet`).
-        cuda_graph: "auto" captures the loop where that is supported; False never does. This version supports it on
-            no device yet: every loop is a plain one.
+        cuda_graph: on a CUDA device, "auto" captures the loop's steps as CUDA graphs and runs those in the way that it
+            measures to be fastest (up to 192 steps one by one, which is not worth measuring); a model that cannot be
+            captured is run without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per
+            launch) or "step" (one): only that way. False: no graphs, for models whose Python code does not do the
+            same in every call. The numbers are the same in all, bit for bit. `graph_report` says what was done.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.
@@ -82,7 +93,8 @@ class Sampler:
             `x_self_cond` if it has a parameter of that name, else as channels before those of x.
 
     A model that has to be moved or converted is copied; the one passed in stays as it is. It is evaluated in eval
-    mode and without gradients.
+    mode and without gradients. What a batch needs on the device is kept for the next one of the same shape and
+    options, and given back with the sampler. Several threads may use one sampler.
 
     Raises:
         ValueError, TypeError: a setting is not known, out of range, or two of them contradict each other.
@@ -101,7 +113,7 @@ class Sampler:
         clip_sample: bool = True,
         eta: float = 0.0,
         guidance_scale: float | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
         cuda_graph: str | bool = "auto",
@@ -127,12 +139,20 @@ class Sampler:
     ) -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule is a {type(schedule).__name__}, must be a NoiseSchedule")
-        if cuda_graph not in ("auto", False):
-            raise ValueError(f"cuda_graph is {cuda_graph!r}, must be 'auto' or False")
-        self.network = Network(model, device, dtype, backend)
+        chosen, self._tf32 = choose_dtype(
+            model,
+            schedule,
+            dtype,
+            device,
+            prediction_type=prediction_type,
+            clip_range=clip_sample_range if clip_sample else None,
+            learned_variance=variance_type in ("learned", "learned_range"),
+        )
+        self.network = Network(model, device, chosen, backend, allow_tf32=self._tf32 is True, freeze=True)
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
         self.backend = resolve("reverse_step", backend, self.device.type)
+        self._graphs = Graphs(cuda_graph, self.device)
 
         self.schedule, self.method = schedule, method
         self.prediction_type, self.variance_type = prediction_type, variance_type
@@ -179,6 +199,18 @@ class Sampler:
                 f"variance_type is {variance_type!r} but the model has out_channels {out_channels}, must have twice "
                 "those of a sample"
             )
+        self._checked_finite = False
+        self._batching = Batching(self.network, self.settings, self._graphs)
+
+    def graph_report(self) -> dict[str, Any]:
+        """What became of `cuda_graph`.
+
+        Returns:
+            "mode": how steps are run, "while", "unrolled" or "step", "plain" without graphs, None before the first
+            capture; "measured_us": microseconds per step of every mode that was tried; "captures": how many were made
+            so far; "why_not": why there are no graphs, or None.
+        """
+        return self._graphs.report()
 
     @overload
     def sample(
@@ -198,7 +230,7 @@ class Sampler:
         known: Tensor | None = ...,
         known_mask: Tensor | None = ...,
         known_noise: NoiseSource | None = ...,
-        batch_size: int | None = ...,
+        batch_size: int | str | None = ...,
         callback: StepCallback | None = ...,
         progress: bool = ...,
         return_trajectory: None = ...,
@@ -225,7 +257,7 @@ class Sampler:
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         known_noise: NoiseSource | None = None,
-        batch_size: int | None = None,
+        batch_size: int | str | None = None,
         callback: StepCallback | None = None,
         progress: bool = False,
         return_trajectory: int | None = None,
@@ -255,9 +287,12 @@ class Sampler:
             known: float, broadcastable to [N, ...]: after every step it replaces the samples where `known_mask` is 1,
                 noised to the level of that step (Lugmayr et al. 2022, eq. 8). The mask goes from 0 to 1, or is boolean.
             known_noise: as `noise`, in place of what is drawn for `known`.
-            batch_size: samples per pass through the network; None for all at once.
+            batch_size: samples per pass through the network; None for all at once; "auto" for as many as are fastest
+                and fit, which a long run measures first, and half as many wherever memory runs out. With noise
+                functions "auto" is all at once.
             callback: called after every step as callback(row of the table, timestep, x); x [n, ...] is the float32
-                state and must not be changed. If it returns True the loop stops there.
+                state, whose memory is used again: it must not be changed, and copied if it is to be kept. If it
+                returns True the loop stops there. With "auto" it may see the steps of a chunk that did not fit.
             progress: show a progress bar.
             return_trajectory: k: return a `Trajectory` of the states and predicted x0 every k steps.
 
@@ -266,9 +301,11 @@ class Sampler:
 
         Raises:
             ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
+            torch.OutOfMemoryError: so many samples at once do not fit.
+            CaptureError: the steps cannot be captured in the way that `cuda_graph` names.
         """
         count = checks.positive(num_samples, "num_samples")
-        chunk = count if batch_size is None else checks.positive(batch_size, "batch_size")
+        batch_size = checks.batch_size(batch_size)
         table = self._checked_table(table, start, x_T)
         shape = (count, *self._sample_shape(shape, x_T))
         batch = make_batch(
@@ -287,47 +324,49 @@ class Sampler:
             raise ValueError("known_noise is given but known is None, must be given along with it")
         if x_T is not None:
             checks.floating(x_T, shape, "x_T")
-        for name, source in (("noise", noise), ("known_noise", known_noise)):
-            if isinstance(source, Tensor):
-                checks.floating(source, (len(table), *shape), name)
-            elif source is not None and not callable(source):
-                raise TypeError(f"{name} is a {type(source).__name__}, must be a tensor or a function")
-            elif source is not None and chunk < count:
-                raise ValueError(
-                    f"{name} is a function but batch_size is {chunk} for {count} samples; it cannot know which of them "
-                    "it draws for, so it must be a tensor"
-                )
         recorder = None
         if return_trajectory is not None:
             every = checks.positive(return_trajectory, "return_trajectory")
             recorder = Recorder(every, table.timesteps[start:], shape, self.device)
+        run = Run(
+            table=table,
+            start=start,
+            batch=batch,
+            initial=partial(self._initial, batch.keys, shape[1:], x_T),
+            images=torch.empty(shape, dtype=torch.float32, device=self.device),
+            settings=self.settings,
+            graphs=self._graphs,
+            noise=check_noise(noise, (len(table), *shape), batch_size, "noise"),
+            known_noise=check_noise(known_noise, (len(table), *shape), batch_size, "known_noise"),
+            callback=callback,
+            recorder=recorder,
+        )
+        with self.network.evaluating(), self._rounding():
+            self._batching.walk(run, batch_size, progress)
+        self._check_finite(run.images)
+        return run.images if recorder is None else recorder.trajectory()
 
-        images = torch.empty(shape, dtype=torch.float32, device=self.device)
-        total = (len(table) - start) * -(-count // chunk)
-        adds_noise = (table.rows[:, 6] != 0).tolist()
-        levels = table.levels[:, 1].tolist()
-        with self.network.evaluating(), progress_bar(total, "sampling", enabled=progress) as advance:
-            for first in range(0, count, chunk):
-                rows = slice(first, min(first + chunk, count))
-                part = batch.samples(rows)
-                x = self._initial(part.keys, shape[1:]) if x_T is None else x_T[rows].to(self.device)
-                loop = Loop(self.network, table, x, part, self.settings, start=start, keep_x0=recorder is not None)
-                for index, timestep in enumerate(table.timesteps.tolist()[start:], start):
-                    z = given_noise(noise, index, rows, loop.x, "noise") if adds_noise[index] else None
-                    z2 = given_noise(known_noise, index, rows, loop.x, "known_noise") if levels[index] else None
-                    loop.body(loop.bodies[index], z, z2)
-                    advance()
-                    if recorder is not None and loop.x0 is not None:
-                        recorder.after_step(index - start, rows, loop.x, loop.x0)
-                    if callback is not None and callback(index, timestep, loop.x):
-                        break
-                if recorder is not None and loop.x0 is not None:
-                    recorder.end_of_chunk(index - start, timestep, rows, loop.x, loop.x0)
-                images[rows] = loop.x
-        return images if recorder is None else recorder.trajectory()
+    def _initial(self, keys: Tensor, shape: tuple[int, ...], x_T: Tensor | None, rows: slice) -> Tensor:
+        """Some of the samples before the first step: given, or drawn."""
+        if x_T is not None:
+            return x_T[rows]
+        return philox.normal(keys[rows], shape, step=0, stream=philox.STREAM_INITIAL, backend=self.backend)
 
-    def _initial(self, keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return philox.normal(keys, shape, step=0, stream=philox.STREAM_INITIAL, backend=self.backend)
+    def _rounding(self) -> AbstractContextManager[None]:
+        """Sets how CUDA rounds the factors of float32 products, where that was asked for."""
+        return nullcontext() if self._tf32 is None or self.device.type != "cuda" else tf32(self._tf32)
+
+    def _check_finite(self, images: Tensor) -> None:
+        """Warns, once, of images that float16 has spoilt. Only the first call of `sample` waits for the device here."""
+        if self.dtype == torch.float16 and not self._checked_finite:
+            self._checked_finite = True
+            if not bool(images.isfinite().all()):
+                warnings.warn(
+                    "some samples are not finite: activations above 65504 overflow in float16. dtype='auto' tests for "
+                    "that and takes bfloat16",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def _checked_table(self, table: StepTable | None, start: int, x_T: Tensor | None) -> StepTable:
         table = self.table if table is None else table

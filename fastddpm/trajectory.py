@@ -36,6 +36,7 @@ class Recorder:
 
     def __init__(self, every: int, timesteps: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
         steps = len(timesteps)
+        self.every = every
         self.moments = list(dict.fromkeys([*range(every - 1, steps, every), steps - 1]))
         self._planned = timesteps[self.moments]
         self.timesteps = self._planned.clone()
@@ -43,6 +44,10 @@ class Recorder:
         self.x0 = torch.empty_like(self.x)
         self._passed = 0  # moments of the chunk under way
         self._most = 0  # of any chunk
+
+    def begin_chunk(self) -> None:
+        """A chunk starts, perhaps one that failed before and is done again."""
+        self._passed = 0
 
     def after_step(self, index: int, rows: slice, x: Tensor, x0: Tensor) -> None:
         """Keeps the state if step `index` of the loop, counted from 0, is one of the moments."""

@@ -1,8 +1,8 @@
 """The command `fastddpm`.
 
-`sample` draws images from a model; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `info` tells what
-would run here and why. Bad input ends in one line on standard error and exit code 2, before anything is computed or
-written.
+`sample` draws images from a model; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `evaluate`
+measures what a model's samples are worth; `info` tells what would run here and why. Bad input ends in one line on
+standard error and exit code 2, before anything is computed or written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fastddpm.cli import edit, info, sample
+from fastddpm.cli import edit, evaluate, info, sample
 from fastddpm.cli.options import Parser, one_line
 
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (sample, edit, info):
+    for module in (sample, edit, evaluate, info):
         module.add_commands(commands)
     options = parser.parse_args(arguments)
 

@@ -7,13 +7,66 @@ import os
 import sys
 from typing import Any
 
-from fastddpm.cli.options import device_name
+from fastddpm.cli.options import device_name, integer
 
 
 def add_commands(commands: Any) -> None:
     """Adds the command to the parser."""
-    info = commands.add_parser("info", help="versions, devices, and which backend each op would use here")
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, and what would run here and why",
+        description="Versions, devices, which backend each op would use here and why not another; with --model, what "
+        "one step of a model launches on a CUDA GPU, counted without one.",
+    )
+    info.add_argument(
+        "--model",
+        nargs="?",
+        const="",
+        metavar="MODEL_DIR",
+        help="count the kernels of one sampling step of a model (without MODEL_DIR: of the bundled one)",
+    )
+    info.add_argument(
+        "--batch-size", type=integer(1), default=1, metavar="B", help="of the step that is counted (default: 1)"
+    )
     info.set_defaults(run=_info)
+
+
+def _kernels(folder: str, batch_size: int, console: Any) -> None:
+    """What one step launches, by kind."""
+    from rich.table import Table
+
+    from fastddpm.frozen import cuda_instructions
+    from fastddpm.pretrained import BUNDLED, load_pretrained
+
+    unet = load_pretrained(folder or BUNDLED).unet
+    instructions = cuda_instructions(unet, batch_size)
+    what = {
+        "time": "rows of the time table, made before the first step",
+        "conv": "convolutions, upsampling folded in",
+        "norm": "GroupNorm with time embedding, FiLM, SiLU, residual and skip connection",
+        "pointwise": "1x1 convolutions: shortcuts with bias and residual, projections of the attention",
+        "attention": "softmax(q k) v",
+        "residual": "residuals and biases before a convolution that pads, with the padding",
+        "other": "the bias of the last convolution, and what else is rare",
+    }
+    table = Table(title=f"One step of {folder or 'the bundled model'} on CUDA, float16, batch {batch_size}")
+    table.title_justify = "left"
+    for name, justify in (("what", "left"), ("kernels", "right"), ("GFLOP", "right"), ("MB", "right"), ("", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    total = 2
+    for kind, text in what.items():
+        chosen = [instruction for instruction in instructions if instruction.kind == kind]
+        kernels = sum(instruction.kernels for instruction in chosen)
+        total += kernels
+        if kernels:
+            flops, size = sum(i.flops for i in chosen), sum(i.bytes for i in chosen)
+            table.add_row(kind, str(kernels), f"{flops / 1e9:.3f}", f"{size / 1e6:.2f}", text)
+    table.add_row("step", "2", "", "", "reverse_step, and the counter")
+    flops, size = sum(i.flops for i in instructions), sum(i.bytes for i in instructions)
+    table.add_section()
+    table.add_row("all", str(total), f"{flops / 1e9:.3f}", f"{size / 1e6:.2f}", "bytes: all operands once, weights too")
+    console.print(table)
+    console.print("Counted from the instructions, for a GPU of 132 multiprocessors. Libraries may split a convolution.")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -24,6 +77,9 @@ def _info(options: argparse.Namespace) -> None:
     from fastddpm_kernels._backend import BACKENDS, OPS, resolve, why_not
     from rich.console import Console
     from rich.table import Table
+
+    from fastddpm.cuda_graph import MODES
+    from fastddpm.cuda_graph import why_not as why_not_mode
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     versions = Table("package", "version", title="Versions", title_justify="left")
@@ -54,5 +110,10 @@ def _info(options: argparse.Namespace) -> None:
             ]
             table.add_row(op, chosen, "\n".join(others))
         console.print(table)
-    interpreter = os.environ.get("TRITON_INTERPRET", "unset")
-    console.print(f"CUDA graphs: not used by this version. TRITON_INTERPRET: {interpreter}")
+    graphs = Table("loop", "can be used", title="CUDA graphs", title_justify="left")
+    for mode in MODES:
+        graphs.add_row(mode, why_not_mode(mode, found[0]) or "yes")
+    console.print(graphs)
+    console.print(f"TRITON_INTERPRET: {os.environ.get('TRITON_INTERPRET', 'unset')}")
+    if options.model is not None:
+        _kernels(options.model, options.batch_size, console)

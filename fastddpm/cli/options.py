@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fastddpm.sampler import Sampler
     from fastddpm.trajectory import Trajectory
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
+GRAPHS = ("auto", "while", "unrolled", "step", "off")
 METHODS = ("ddpm", "ddim", "dpmsolver++")
 SPACINGS = ("leading", "trailing", "linspace", "denoising_diffusion_pytorch", "guided_diffusion")
 GIF_FRAMES = 48
@@ -93,6 +94,10 @@ def shares(text: str) -> list[float]:
     return [share(part) for part in text.split(",")]
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else integer(1)(text)
+
+
 def _steps(text: str) -> int | str:
     return text if re.fullmatch(r"ddim\d+|\d+(,\d+)+", text) else integer(1)(text)
 
@@ -123,9 +128,25 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
         default=seed,
         help=f"sample k of a seed is always the same image (default: {seed})",
     )
-    group.add_argument("--batch-size", type=integer(1), metavar="B", help="samples per pass (default: all at once)")
+    group.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        default="auto",
+        metavar="B",
+        help="samples at once, or auto: as many as fit and are fastest, measured (default: auto)",
+    )
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that there is)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the network (default: float16 on cuda, else float32)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the network (default: auto, float16 on cuda, or bfloat16 where float16 would overflow; else float32)",
+    )
+    group.add_argument(
+        "--cuda-graph",
+        choices=GRAPHS,
+        default="auto",
+        help="how the loop is captured on cuda: as one launch, several steps or one step (default: auto, measured)",
+    )
     group.add_argument(
         "--backend",
         choices=("auto", "triton", "eager", "reference"),
@@ -161,10 +182,7 @@ def add_output_options(
 
 def make_sampler(options: argparse.Namespace, model: Pretrained, **overrides: Any) -> Sampler:
     """The `Sampler` that the options ask for."""
-    import torch
-
     device = options.device or best_device()
-    dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     steps = options.steps or options.default_steps
     if options.timesteps is not None:
         steps = options.steps  # both given: the sampler says so
@@ -181,7 +199,9 @@ def make_sampler(options: argparse.Namespace, model: Pretrained, **overrides: An
         **overrides,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    return model.sampler(device=device, dtype=dtype, backend=options.backend, **chosen)
+    graph = False if options.cuda_graph == "off" else options.cuda_graph
+    fixed = {"device": device, "dtype": options.dtype or "auto", "backend": options.backend, "cuda_graph": graph}
+    return model.sampler(**{**fixed, **chosen})
 
 
 def check_outputs(options: argparse.Namespace) -> str:
@@ -190,7 +210,7 @@ def check_outputs(options: argparse.Namespace) -> str:
     if trajectory is not None:
         if trajectory.suffix.lower() != ".png":
             raise ValueError(f"--trajectory is {trajectory}, its suffix must be .png")
-        _check_output("--trajectory", trajectory)
+        check_output("--trajectory", trajectory)
         if trajectory.resolve() == options.output.resolve():
             raise ValueError(f"--trajectory is {trajectory}, as is --output; they must be different files")
     if options.output.name.lower() in (".png", ".npz", ".gif"):
@@ -198,11 +218,11 @@ def check_outputs(options: argparse.Namespace) -> str:
     kind = options.output.suffix.lower()
     if kind not in (".png", ".npz", ".gif", ""):
         raise ValueError(f"--output is {options.output}, its suffix must be .png, .npz or .gif, or none for a folder")
-    _check_output("--output", options.output)
+    check_output("--output", options.output)
     return kind
 
 
-def _check_output(option: str, path: Path) -> None:
+def check_output(option: str, path: Path) -> None:
     if path.suffix and path.is_dir():
         raise ValueError(f"{option} is {path}, which is a folder; it must be a file to be written")
     if not path.suffix and path.exists() and not path.is_dir():
@@ -311,4 +331,8 @@ def write_outputs(
 def report_device(sampler: Sampler) -> None:
     """Says what ran where."""
     network = str(sampler.dtype).removeprefix("torch.")
-    print(f"device {device_name(sampler.device)}, network {network}, backend {sampler.backend}")
+    line = f"device {device_name(sampler.device)}, network {network}, backend {sampler.backend}"
+    report = sampler.graph_report()
+    if sampler.device.type == "cuda":
+        line += f", loop {report['mode']}" + (f" ({report['why_not']})" if report["why_not"] else "")
+    print(line)

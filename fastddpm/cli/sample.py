@@ -72,10 +72,9 @@ def _sample(options: argparse.Namespace) -> None:
     images, trajectory = images_of(result)  # copied to the CPU, and so computed
     seconds = time.perf_counter() - start
 
-    batch = options.batch_size or count
     print(
         f"{count} images, {steps} steps, in {seconds:.1f} s: {count / seconds:.2f} images/s, "
-        f"{1000 * seconds / (steps * -(-count // batch)):.2f} ms/step at batch {min(batch, count)}"
+        f"{1000 * seconds / (steps * count):.3g} ms per image and step"
     )
     report_device(sampler)
     write_outputs(

@@ -1,12 +1,14 @@
 """One batch on the device and the step that advances it.
 
-One step is "predict, then `reverse_step`". Everything it needs (state, table, step counter, keys, labels) is in
-device memory before the first one, so that the host only has to ask for the next.
+One step is "predict, then `reverse_step`". Everything it needs (state, table, step counter, keys, labels, given noise)
+is in device memory that stays where it is: a batch is loaded by copying its values in, and the host then only has to
+ask for the next step. That is what a CUDA graph can hold, and why one graph serves every batch of the same layout.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fastddpm.batch import Batch
 from fastddpm.coefficients import StepTable
+from fastddpm.frozen import Program
 from fastddpm.guidance import (
     Classifier,
     add_to_prediction,
@@ -25,8 +28,10 @@ from fastddpm.guidance import (
     rescale_guidance,
     score_shift,
 )
-from fastddpm.network import Network
+from fastddpm.network import Bound, Network
 from fastddpm.settings import LoopSettings
+
+ROWS = 64  # tables have room for a multiple of this: their lengths need not agree, and graphs can be tried out in it
 
 
 class Body(NamedTuple):
@@ -41,8 +46,72 @@ class Body(NamedTuple):
     guided: bool
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What of a batch and its table is baked into a loop: which tensors there are, and their shapes.
+
+    Attributes:
+        shape: (N, C, ...) of the state.
+        rows: rows that the loop has room for.
+        learned: as in `StepTable`.
+        multistep: whether some row reads the x0 of the step before.
+        keep_x0: whether the predicted x0 is wanted.
+        guidance: rows of the guidance scale, 1 or N; None without an unconditional half.
+        labelled: whether the network is given labels.
+        condition: channels of the condition.
+        known, known_mask: their shapes, or None.
+        noise, known_noise: whether the user gives them.
+        score_shift: whether a classifier moves epsilon.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    learned: str | None = None
+    multistep: bool = False
+    keep_x0: bool = False
+    guidance: int | None = None
+    labelled: bool = False
+    condition: int = 0
+    known: tuple[int, ...] | None = None
+    known_mask: tuple[int, ...] | None = None
+    noise: bool = False
+    known_noise: bool = False
+    score_shift: bool = False
+
+
+def layout_of(
+    table: StepTable,
+    shape: tuple[int, ...],
+    batch: Batch,
+    settings: LoopSettings,
+    *,
+    keep_x0: bool = False,
+    noise: bool = False,
+    known_noise: bool = False,
+) -> Layout:
+    """The layout of the loop that takes `batch`, of samples of `shape` [N, ...], through `table`."""
+    classifier = settings.classifier
+    return Layout(
+        shape=tuple(shape),
+        rows=-(-len(table) // ROWS) * ROWS,
+        learned=table.learned,
+        multistep=table.multistep,
+        keep_x0=keep_x0,
+        guidance=None if batch.guidance_scale is None else len(batch.guidance_scale),
+        labelled=batch.class_labels is not None,
+        condition=0 if batch.condition is None else batch.condition.shape[1],
+        known=None if batch.known is None else tuple(batch.known.shape),
+        known_mask=None if batch.known_mask is None else tuple(batch.known_mask.shape),
+        noise=noise,
+        known_noise=known_noise,
+        score_shift=classifier is not None and classifier.shifts == "epsilon",
+    )
+
+
 class Loop:
     """The device state of one batch and the step that advances it.
+
+    No attribute that is a tensor is ever replaced.
 
     Attributes:
         x: float32 [N, ...], the state x_t.
@@ -50,84 +119,114 @@ class Loop:
         inputs: [N, ...], or [2N, ...] under guidance, what the network reads; `net_in`, the channels of it that hold
             the state, which the kernel writes.
         step: int64 [1], index of the next row of the table.
-        bodies: for every row the body that its step runs.
+        noise, known_noise: float32 [N, ...], where the user's noise for the next step goes; None where it is drawn.
+        bodies: for every row of the table loaded last the body that its step runs.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        table: StepTable,
-        x: Tensor,
-        batch: Batch,
-        settings: LoopSettings,
-        *,
-        start: int = 0,
-        keep_x0: bool = False,
-    ) -> None:
-        """The loop before the step of row `start`, at whose level `x` [N, ...] is. `x` itself is not changed."""
-        device = x.device
-        self.network, self.settings = network, settings
-        self.x = x.to(torch.float32).clone(memory_format=torch.contiguous_format)
-        self.step = torch.full((1,), start, dtype=torch.int64, device=device)
-        self.timesteps = table.timesteps.to(device)
-        self.rows = _first_order_at(start, table.rows).to(device, torch.float32)
-        self.log_variance = None if table.log_variance is None else table.log_variance.to(device, torch.float32)
-        self.learned, self.multistep = table.learned, table.multistep
-        self.score_shift: Tensor | None = None
-        if settings.classifier is not None and settings.classifier.shifts == "epsilon":
-            self.score_shift = score_shift(table).to(device, torch.float32)
+    def __init__(self, network: Network, layout: Layout, settings: LoopSettings) -> None:
+        """A loop with room for batches of `layout`; it runs once one is loaded."""
+        self.network, self.layout, self.settings = network, layout, settings
+        self.bodies: list[Body] = []
+        device, (n, channels, *spatial) = network.device, layout.shape
 
-        self.keys, self.class_labels, self.guidance_scale = batch.keys, batch.class_labels, batch.guidance_scale
-        self.labels = batch.class_labels  # of the network: the unconditional half comes first
-        if self.guidance_scale is not None and batch.class_labels is not None:
-            null = torch.full_like(batch.class_labels, settings.null_class or 0)
-            self.labels = torch.cat([null, batch.class_labels])
-        self.known, self.known_mask = batch.known, batch.known_mask
-        self.known_table = None if batch.known is None else table.levels.to(device, torch.float32)
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32, given: bool = True) -> Tensor | None:
+            return torch.zeros(shape, dtype=dtype, device=device) if given else None
 
-        self.x0: Tensor | None = None
-        if self.multistep or settings.self_condition or keep_x0:
-            self.x0 = torch.zeros_like(self.x)
+        self.x = torch.zeros(layout.shape, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.timesteps = torch.zeros(layout.rows, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(layout.rows, 7, device=device)
+        self.log_variance = zeros(layout.rows, 2, given=layout.learned is not None)
+        self.score_shift = zeros(layout.rows, given=layout.score_shift)
+        self.keys = torch.zeros(n, 2, dtype=torch.int64, device=device)
+        self.guidance_scale = zeros(layout.guidance or 0, given=layout.guidance is not None)
+        self.copies = 1 if layout.guidance is None else 2
+        # The network's labels: the unconditional half comes first.
+        self.labels = zeros(self.copies * n, dtype=torch.int64, given=layout.labelled)
+        self.class_labels = None if self.labels is None else self.labels[-n:]
+        self.known = zeros(*layout.known or (), given=layout.known is not None)
+        self.known_mask = zeros(*layout.known_mask or (), given=layout.known_mask is not None)
+        self.known_table = zeros(layout.rows, 2, given=layout.known is not None)
+        self.noise = zeros(*layout.shape, given=layout.noise)
+        self.known_noise = zeros(*layout.shape, given=layout.known_noise)
+        self.x0 = zeros(*layout.shape, given=layout.multistep or settings.self_condition or layout.keep_x0)
+
         # What the network reads beside the state has its place in the input once and for all.
-        channels = self.x.shape[1]
         concatenates = settings.self_condition and not network.takes_self_condition
-        parts = [torch.zeros_like(self.x)] if concatenates else []
-        parts += [self.x] if batch.condition is None else [self.x, batch.condition]
-        copies = 1 if self.guidance_scale is None else 2
-        self.inputs = torch.cat([torch.cat([part.to(network.dtype) for part in parts], dim=1)] * copies)
         first = channels if concatenates else 0
-        self.net_in = self.inputs[:, first : first + channels]
+        rows, last = self.copies * n, first + channels
+        self.inputs = network.new_input((rows, last + layout.condition, *spatial))
+        self.net_in, self.condition = self.inputs[:, first:last], self.inputs[:, last:]
         self.self_condition: Tensor | None = None
         if settings.self_condition:
-            self.self_condition = self.inputs[:, :channels] if concatenates else torch.zeros_like(self.net_in)
+            self.self_condition = (
+                self.inputs[:, :first] if concatenates else network.new_input((rows, channels, *spatial))
+            )
 
-        low, high = settings.guidance_interval or (-math.inf, math.inf)
+        self._bound: dict[bool, Bound | Program] = {}  # by whether a step is guided
+        guidable, always = layout.guidance is not None, settings.guidance_interval is None
+        for guided in ((True,) if always else (True, False)) if guidable else (False,):
+            self._bound[guided] = network.bind(
+                self._part(self.inputs, guided),
+                self.timesteps,
+                None if self.labels is None else self._part(self.labels, guided),
+                None if self.self_condition is None or concatenates else self._part(self.self_condition, guided),
+            )
+
+    def load(self, table: StepTable, x: Tensor, batch: Batch, start: int = 0) -> None:
+        """Makes this the loop of `batch`, before the step of row `start`, at whose level `x` [N, ...] is.
+
+        The layout must be that of `layout_of`. Given noise is zero until the host puts it where it belongs.
+        """
+        n, rows = self.layout.shape[0], len(table)
+        self.timesteps[:rows].copy_(table.timesteps)
+        self.rows[:rows].copy_(_first_order_at(start, table.rows))
+        _fill(self.log_variance, table.log_variance, rows)
+        _fill(self.known_table, table.levels, rows)
+        _fill(self.score_shift, score_shift(table) if self.score_shift is not None else None, rows)
+        self.keys.copy_(batch.keys)
+        _fill(self.guidance_scale, batch.guidance_scale)
+        if self.labels is not None and batch.class_labels is not None:
+            self.labels[:-n].fill_(self.settings.null_class or 0)
+            self.labels[-n:].copy_(batch.class_labels)
+        _fill(self.known, batch.known)
+        _fill(self.known_mask, batch.known_mask)
+        self.x.copy_(x)
+        for half in self.net_in.split(n):
+            half.copy_(self.x)
+        if batch.condition is not None:
+            for half in self.condition.split(n):
+                half.copy_(batch.condition)
+        for buffer in (self.x0, self.self_condition, self.noise, self.known_noise):
+            if buffer is not None:
+                buffer.zero_()
+        self.step.fill_(start)
+
+        low, high = self.settings.guidance_interval or (-math.inf, math.inf)
         guidable = self.guidance_scale is not None
         self.bodies = [
             Body(network=needed, guided=needed and guidable and low <= t <= high)
             for needed, t in zip(table.needs_network.tolist(), table.timesteps.tolist(), strict=True)
         ]
+        for bound in self._bound.values():
+            bound.load()
 
-    def body(self, kind: Body, noise: Tensor | None = None, known_noise: Tensor | None = None) -> None:
-        """One step: x_t to x_{t-1}, in place. `kind` is the one in `bodies` of the row that `step` is at.
-
-        `noise` [N, ...] takes the place of the Philox noise, `known_noise` of that of the known region.
-        """
+    def body(self, kind: Body) -> None:
+        """One step: x_t to x_{t-1}, in place. `kind` is the one in `bodies` of the row that `step` is at."""
         if kind.network:
-            self._denoise(kind.guided, noise, known_noise)
+            self._denoise(kind.guided)
         else:
-            self._renoise(noise)
+            self._renoise()
         self.step += 1
 
-    def _denoise(self, guided: bool, noise: Tensor | None, known_noise: Tensor | None) -> None:
+    def _denoise(self, guided: bool) -> None:
         settings, channels = self.settings, self.x.shape[1]
         scale = self.guidance_scale if guided else None
-        t = self.timesteps.index_select(0, self.step)
-        out = self._predict(t, guided)
+        out, noise = self._predict(guided), self.noise
         if scale is not None and settings.guidance_rescale:
             out = rescale_guidance(out, channels, scale, settings.guidance_rescale)
         if settings.classifier is not None:
-            out, noise = self._classify(settings.classifier, out, t, noise)
+            out, noise = self._classify(settings.classifier, out, noise)
         threshold = None
         if settings.threshold is not None:
             a, b = self.rows.index_select(0, self.step)[0, :2]
@@ -139,7 +238,7 @@ class Loop:
             self.step,
             x0=self.x0,
             net_in=self._part(self.net_in, guided),
-            multistep=self.multistep,
+            multistep=self.layout.multistep,
             keys=self.keys if noise is None or self.known is not None else None,
             noise=noise,
             clip_range=settings.clip_range,
@@ -149,7 +248,7 @@ class Loop:
             known=self.known,
             known_mask=self.known_mask,
             known_table=self.known_table,
-            known_noise=known_noise,
+            known_noise=self.known_noise,
             backend=settings.backend,
         )
         self._mirror(guided)
@@ -157,7 +256,7 @@ class Loop:
             for half in self.self_condition.split(len(self.x)):
                 half.copy_(self.x0)
 
-    def _renoise(self, noise: Tensor | None) -> None:
+    def _renoise(self) -> None:
         """A step that asks the network nothing, D x + S z: the state stands for a prediction, which is not read."""
         reverse_step_(
             self.x,
@@ -165,30 +264,25 @@ class Loop:
             self.rows,
             self.step,
             net_in=self._part(self.net_in, guided=False),
-            keys=self.keys if noise is None else None,
-            noise=noise,
+            keys=self.keys if self.noise is None else None,
+            noise=self.noise,
             backend=self.settings.backend,
         )
         self._mirror(guided=False)
 
-    def _predict(self, t: Tensor, guided: bool) -> Tensor:
+    def _predict(self, guided: bool) -> Tensor:
         """The network's output for the state, of both halves or of the conditional one alone."""
-        inputs = self._part(self.inputs, guided)
-        labels = None if self.labels is None else self._part(self.labels, guided)
-        self_condition = None
-        if self.self_condition is not None and self.network.takes_self_condition:
-            self_condition = self._part(self.self_condition, guided)
-        out = self.network(inputs, t.expand(len(inputs)), labels, self_condition)
-        _check_output(out, (len(inputs), *self.x.shape[1:]), self.settings)
-        if self.learned is None:
+        out = self._bound[guided](self.step)
+        rows = len(self.x) * (2 if guided else 1)
+        _check_output(out, (rows, *self.x.shape[1:]), self.settings)
+        if self.layout.learned is None:
             return out[:, : self.x.shape[1]] if self.settings.learned_variance else out
-        return log_of_variance(out, self.x.shape[1]) if self.learned == "variance" else out
+        return log_of_variance(out, self.x.shape[1]) if self.layout.learned == "variance" else out
 
-    def _classify(
-        self, classifier: Classifier, out: Tensor, t: Tensor, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _classify(self, classifier: Classifier, out: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`out` and the step's noise, one of which carries the classifier's gradient."""
         n, channels = self.x.shape[:2]
+        t = self.timesteps.index_select(0, self.step)
         gradient = classifier(self.x, t.expand(n), self.class_labels)
         if self.score_shift is not None:
             return add_to_prediction(out, channels, self.score_shift.index_select(0, self.step) * gradient), noise
@@ -216,6 +310,12 @@ class Loop:
         if self.guidance_scale is not None and not guided:
             first, last = self.net_in.split(len(self.x))
             first.copy_(last)
+
+
+def _fill(buffer: Tensor | None, values: Tensor | None, rows: int | None = None) -> None:
+    """Copies values into the first `rows` of a buffer, all of it if None; nothing where there is none."""
+    if buffer is not None and values is not None:
+        buffer[:rows].copy_(values)
 
 
 def _first_order_at(start: int, rows: Tensor) -> Tensor:

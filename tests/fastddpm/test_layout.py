@@ -28,13 +28,18 @@ ORDER = [
     "unet_config",
     "unet",
     "checks",
+    "precision",
+    "frozen",
     "network",
+    "overflow",
     "guidance",
     "settings",
     "batch",
     "trajectory",
-    "loop",
+    "cuda_graph",
+    "engine",
     "sampler",
+    "evaluation",
     "editing",
     "pretrained",
     "__init__",
@@ -94,7 +99,7 @@ for name in ("triton", "triton.language"):
 import os
 os.environ["PATH"] = ""  # no compiler
 import fastddpm, fastddpm_kernels
-from fastddpm_kernels import group_norm_silu, philox, q_sample, reverse_step
+from fastddpm_kernels import group_norm_silu, philox, pointwise_conv, q_sample, residual_add, reverse_step
 from fastddpm_kernels._backend import resolve
 assert resolve("q_sample", "auto", "cpu") == "eager"
 assert resolve("q_sample", "auto", "cuda") == "eager"

@@ -223,7 +223,8 @@ def test_steps_back_up_ask_the_network_nothing(backend: str, device: torch.devic
     if backend == "triton":
         pytest.importorskip("triton")
     schedule = NoiseSchedule.linear()
-    settings: dict[str, Any] = {"num_inference_steps": 6, "backend": backend, "device": device}
+    # Without graphs, since the model notes on the host what it sees.
+    settings: dict[str, Any] = {"num_inference_steps": 6, "backend": backend, "device": device, "cuda_graph": False}
     sampler = Sampler(Conditional(), schedule, guidance_scale=2.0, variance_type="fixed_large", **settings)
     table = repaint_table(schedule, sampler.timesteps, jump_length=2, jump_n_sample=3, variance_type="fixed_large")
     noise = torch.randn(len(table), 2, 1, 4, 4)

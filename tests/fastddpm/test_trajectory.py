@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm.batch import Batch
 from fastddpm.coefficients import StepTable
+from fastddpm.engine.loop import Loop, layout_of
 from fastddpm.guidance import Classifier, DynamicThreshold
-from fastddpm.loop import Loop
 from fastddpm.network import Network
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
@@ -106,9 +106,14 @@ def test_from_a_later_row_and_along_another_table() -> None:
     assert not torch.equal(walked.x[up], walked.x[up - 1])
 
 
-def loop_of(table: StepTable, settings: LoopSettings, *, keep_x0: bool = False, **batch: Any) -> Loop:
-    keys = torch.zeros(2, 2, dtype=torch.int64)
-    return Loop(Network(toy), table, torch.zeros(2, 3, 4), Batch(keys, **batch), settings, keep_x0=keep_x0)
+def loop_of(
+    table: StepTable, settings: LoopSettings, network: Network | None = None, *, keep_x0: bool = False, **batch: Any
+) -> Loop:
+    given = Batch(torch.zeros(2, 2, dtype=torch.int64), **batch)
+    layout = layout_of(table, (2, 3, 4), given, settings, keep_x0=keep_x0)
+    loop = Loop(Network(toy) if network is None else network, layout, settings)
+    loop.load(table, torch.zeros(2, 3, 4), given)
+    return loop
 
 
 def test_off_keeps_nothing() -> None:
@@ -133,9 +138,9 @@ class Ops(TorchDispatchMode):
 
 def test_off_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Around the network and the kernel a plain step is one look-up and one count."""
-    monkeypatch.setattr("fastddpm.loop.reverse_step_", lambda *_, **__: None)
+    monkeypatch.setattr("fastddpm.engine.loop.reverse_step_", lambda *_, **__: None)
     table = repaint_table(LINEAR, [900, 500, 0], jump_n_sample=1)
-    loop = Loop(Network(lambda x, t: x), table, torch.zeros(2, 3, 4), Batch(torch.zeros(2, 2).long()), LoopSettings())
+    loop = loop_of(table, LoopSettings(), Network(lambda x, t: x))
     with Ops() as ops:
         loop.body(loop.bodies[0])
     assert ops.seen == ["aten.index_select.default", "aten.expand.default", "aten.add_.Tensor"]
@@ -152,16 +157,16 @@ def test_no_body_waits_for_the_device(shifts: Literal["mean", "epsilon"] | None)
     def ones(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         return torch.ones_like(x)
 
-    batch, settings = Batch(torch.zeros(2, 2, dtype=torch.int64)), LoopSettings(backend="eager", clip_range=1.0)
+    batch: dict[str, Any] = {}
+    settings = LoopSettings(backend="eager", clip_range=1.0)
     if shifts is not None:
-        batch = Batch(
-            batch.keys,
-            class_labels=torch.zeros(2, dtype=torch.int64),
-            guidance_scale=torch.full((2,), 3.0),
-            condition=torch.zeros(2, 1, 4),
-            known=torch.zeros(1, 3, 4),
-            known_mask=torch.zeros(2, 1, 4),
-        )
+        batch = {
+            "class_labels": torch.zeros(2, dtype=torch.int64),
+            "guidance_scale": torch.full((2,), 3.0),
+            "condition": torch.zeros(2, 1, 4),
+            "known": torch.zeros(1, 3, 4),
+            "known_mask": torch.zeros(2, 1, 4),
+        }
         settings = LoopSettings(
             backend="eager",
             threshold=DynamicThreshold(0.9, 2.0),
@@ -171,12 +176,15 @@ def test_no_body_waits_for_the_device(shifts: Literal["mean", "epsilon"] | None)
             classifier=Classifier(ones, 2.0, shifts),
             self_condition=True,
         )
-    loop = Loop(Network(model), table, torch.zeros(2, 3, 4), batch, settings, keep_x0=True)
+    network = Network(model)
+    network.device = torch.device("meta")  # where the loop makes its tensors: they have shapes alone
+    loop = loop_of(table, settings, network, keep_x0=True, **batch)
+    tensors = [value for value in vars(loop).values() if isinstance(value, Tensor)]
+    assert len(tensors) > 5
+    assert all(tensor.is_meta for tensor in tensors)
     assert len(set(loop.bodies)) == (2 if shifts is None else 3)
-    for name, value in list(vars(loop).items()):
-        if isinstance(value, Tensor):
-            setattr(loop, name, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta"))
     for kind in loop.bodies:
         loop.body(kind)
+    assert {id(value) for value in vars(loop).values() if isinstance(value, Tensor)} == set(map(id, tensors))
     with pytest.raises(RuntimeError, match="meta"):
         float(loop.x.sum())

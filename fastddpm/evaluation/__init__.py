@@ -1,0 +1,1 @@
+"""What samples are worth, and what lower precision costs."""

@@ -1,0 +1,123 @@
+"""The precisions that a network can run in, by name, and TensorFloat-32's switch.
+
+float32 is exact but for its own rounding. tf32 keeps float32 tensors, whose products CUDA's tensor cores take of 10
+bits of mantissa. float16 has 10 bits too, but ends at 65504; bfloat16 has float32's range and 7 bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
+FLOAT16_MAX = float(torch.finfo(torch.float16).max)  # 65504
+_TF32_CAPABILITY = (8, 0)
+
+
+def parse_precision(
+    value: torch.dtype | str, device: torch.device | str, name: str = "dtype"
+) -> tuple[torch.dtype, bool]:
+    """(dtype of the network, whether float32 products may be TensorFloat-32) of a precision.
+
+    Args:
+        value: one of `PRECISIONS`, or the dtype of one.
+        device: where the network runs.
+        name: of the argument, in errors.
+
+    Raises:
+        TypeError: `value` is neither a string nor a dtype.
+        ValueError: it is no precision, or the device has no TensorFloat-32.
+    """
+    if not isinstance(value, (str, torch.dtype)):
+        raise TypeError(f"{name} is of {type(value).__name__}, must be a torch.dtype or one of {', '.join(PRECISIONS)}")
+    precision = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    if precision not in PRECISIONS:
+        shown = repr(value) if isinstance(value, str) else str(value)
+        raise ValueError(f"{name} is {shown}, must be one of {', '.join(PRECISIONS)}")
+    if precision != "tf32":
+        dtype: torch.dtype = getattr(torch, precision)
+        return dtype, False
+    if reason := why_not_tf32(device):
+        raise ValueError(f"{name} is 'tf32', which {device} cannot run: {reason}")
+    return torch.float32, True
+
+
+def why_not_tf32(device: torch.device | str) -> str | None:
+    """Why `device` has no TensorFloat-32, in one line; None where it has."""
+    device = torch.device(device)
+    least = ".".join(map(str, _TF32_CAPABILITY))
+    if device.type != "cuda":
+        return f"it needs CUDA of capability {least} or more"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm; it needs CUDA"
+    if not torch.cuda.is_available():
+        return "CUDA is not available"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _TF32_CAPABILITY:
+        return f"its capability is {'.'.join(map(str, capability))}, must be {least} or more"
+    return None
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """Inside, float32 matrix products and convolutions of CUDA are TensorFloat-32, or (not `enabled`) float32.
+
+    Torch's default is float32 for products but TensorFloat-32 for convolutions. The setting is the process's, not the
+    thread's; on leaving it is again what it was. A CUDA graph keeps the setting that it was captured under.
+    """
+    # Torch has the setting twice, old and new, and raises where one is read after only the other was set. So both are
+    # set here, the old one first, which also overwrites the new.
+    settings = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn,  # type: ignore[attr-defined]
+    )
+    new = [setting.fp32_precision for setting in settings]
+    old = (_old_setting(torch.backends.cuda.matmul, new[0]), _old_setting(torch.backends.cudnn, new[1]))
+    precision = _matmul_precision()
+    # "medium" was set for the CPU as well, and would contradict: there it goes along.
+    medium = precision == "medium"
+    if medium:
+        torch.set_float32_matmul_precision("high" if enabled else "highest")
+    _set_both(settings, (enabled, enabled), ["tf32" if enabled else "ieee"] * len(settings))
+    try:
+        yield
+    finally:
+        _set_both(settings, old, new)
+        if medium:
+            torch.set_float32_matmul_precision("medium")
+            torch.backends.cuda.matmul.fp32_precision = new[0]
+
+
+def _old_setting(module: object, new: str) -> bool:
+    with _quiet():
+        try:
+            return bool(module.allow_tf32)  # type: ignore[attr-defined]
+        except RuntimeError:  # the new one alone was set
+            return new == "tf32"
+
+
+def _matmul_precision() -> str | None:
+    with _quiet():
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:
+            return None
+
+
+def _set_both(settings: tuple, old: tuple[bool, bool], new: list[str]) -> None:
+    with _quiet():
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
+    for setting, value in zip(settings, new, strict=True):
+        setting.fp32_precision = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's advice to use the new setting instead of the old: both are used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
