@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -83,6 +84,8 @@ def make_batch(
 
 def _keys(count: int, seed: int, seeds: Sequence[int] | None) -> Tensor:
     if seeds is None:
+        if isinstance(seed, numbers.Integral) and not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}, must be from 0 to 2**64 - 1")
         return philox.sample_keys([seed] * count, range(count))
     if len(seeds) != count:
         raise ValueError(f"seeds has {len(seeds)} entries, must have one per sample, {count}")

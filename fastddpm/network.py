@@ -7,6 +7,7 @@ import inspect
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -18,7 +19,9 @@ from fastddpm.frozen import FrozenUNet, why_not
 from fastddpm.unet import UNet
 
 _log = logging.getLogger(__name__)
-_EVALUATING = threading.Lock()
+_EVALUATING_LOCK = threading.Lock()
+# By model: how many are evaluating it, whichever `Network` they use, and which of its modules were in training mode.
+_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = weakref.WeakKeyDictionary()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,12 +62,11 @@ class Network:
         self.device, self.dtype = _place(model, device, dtype)
         self.frozen: FrozenUNet | None = None
         if freeze and backend != "reference" and isinstance(model, UNet):
-            if reason := why_not(model):
+            if reason := why_not(model, self.device):
                 _log.info("the U-Net is not prepared for sampling: %s", reason)
             else:
                 self.frozen = FrozenUNet(model, self.dtype, self.device, backend=backend, allow_tf32=allow_tf32)
         self.model = model if self.frozen else _prepare(model, self.device, self.dtype, backend)
-        self._evaluating, self._training = 0, list[nn.Module]()
         self.config = getattr(model, "config", None)
         self.takes_self_condition = "x_self_cond" in names
         self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
@@ -135,18 +137,22 @@ class Network:
         if self.frozen is not None or not isinstance(self.model, nn.Module):
             yield
             return
-        with _EVALUATING:
-            if self._evaluating == 0:
-                self._training = [module for module in self.model.modules() if module.training]
-                self.model.eval()
-            self._evaluating += 1
+        model = self.model
+        with _EVALUATING_LOCK:
+            users, training = _EVALUATING.get(model, (0, []))
+            if users == 0:
+                training = [module for module in model.modules() if module.training]
+                model.eval()
+            _EVALUATING[model] = users + 1, training
         try:
             yield
         finally:
-            with _EVALUATING:
-                self._evaluating -= 1
-                if self._evaluating == 0:
-                    for module in self._training:
+            with _EVALUATING_LOCK:
+                users, training = _EVALUATING.pop(model)
+                if users > 1:
+                    _EVALUATING[model] = users - 1, training
+                else:
+                    for module in training:
                         module.training = True
 
 

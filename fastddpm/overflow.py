@@ -26,6 +26,7 @@ from fastddpm.network import Network, usable_device
 from fastddpm.precision import FLOAT16_MAX, parse_precision
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.unet import UNet
+from fastddpm.unet_config import UNetConfig
 
 _log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def fp16_overflow(
         num_samples: N.
         seed: of z.
         shape: of one sample; None for the one the model's config states.
-        class_labels: int64 [N]; None for every class in turn, if the model has any.
+        class_labels: int64 [N]; None for every class in turn, or with `class_embed_type` "timestep" 0 to N - 1.
         clip_range: the bound of x_0; None scales x_0 to an rms of at most 1 instead.
         learned_variance: whether the second half of the network's channels is about the variance.
 
@@ -305,6 +306,8 @@ def choose_dtype(
         return None, None
     if not isinstance(model, UNet) or model.config.class_embed_type == "identity":
         return torch.float16, None  # nothing tells what to try it on
+    if model.config.sample_size is None:
+        options["shape"] = _some_shape(model.config, bool(options.get("learned_variance")))
     half, why = choose_half(model, schedule, device=place, **options)
     _log.log(logging.INFO if half == torch.float16 else logging.WARNING, "dtype 'auto' is %s", why)
     return half, None
@@ -321,6 +324,12 @@ def _spread(schedule: NoiseSchedule, count: int, prediction_type: str) -> Iterat
         yield timestep, levels[timestep]
 
 
+def _some_shape(config: UNetConfig, learned_variance: bool) -> tuple[int, int, int]:
+    """Of a sample to try a U-Net on whose config names no size: 32 pixels, or as many as it can halve."""
+    size = max(32, 2 ** (len(config.block_out_channels) - 1))
+    return (config.out_channels // (2 if learned_variance else 1), size, size)
+
+
 def _bounded(x0: Tensor, clip_range: float | None) -> Tensor:
     if clip_range is not None:
         return x0.clamp(-clip_range, clip_range)
@@ -332,6 +341,8 @@ def _labels(config: Any, count: int, given: Tensor | None, device: torch.device)
     classes = getattr(config, "num_class_embeds", None)
     if given is not None:
         return checks.labels(given, count, classes).to(device)
+    if classes is None and getattr(config, "class_embed_type", None) == "timestep":
+        return torch.arange(count).to(device)  # read as sinusoids, which are no larger for other labels
     return None if classes is None else (torch.arange(count) % classes).to(device)
 
 

@@ -6,8 +6,9 @@ bits of mantissa. float16 has 10 bits too, but ends at 65504; bfloat16 has float
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +16,9 @@ import torch
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 FLOAT16_MAX = float(torch.finfo(torch.float16).max)  # 65504
 _TF32_CAPABILITY = (8, 0)
+_LOCK = threading.Lock()
+_entered: list[list[bool]] = []  # uses of `tf32` that have not been left, the last one last
+_restore: list[Callable[[], None]] = []  # one function while there are any
 
 
 def parse_precision(
@@ -66,30 +70,51 @@ def tf32(enabled: bool) -> Iterator[None]:
     """Inside, float32 matrix products and convolutions of CUDA are TensorFloat-32, or (not `enabled`) float32.
 
     Torch's default is float32 for products but TensorFloat-32 for convolutions. The setting is the process's, not the
-    thread's; on leaving it is again what it was. A CUDA graph keeps the setting that it was captured under.
+    thread's: while several threads are inside, the last to enter decides; when all have left it is again what it was.
+    A CUDA graph keeps the setting that it was captured under.
     """
-    # Torch has the setting twice, old and new, and raises where one is read after only the other was set. So both are
-    # set here, the old one first, which also overwrites the new.
-    settings = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn,  # type: ignore[attr-defined]
-    )
-    new = [setting.fp32_precision for setting in settings]
-    old = (_old_setting(torch.backends.cuda.matmul, new[0]), _old_setting(torch.backends.cudnn, new[1]))
-    precision = _matmul_precision()
-    # "medium" was set for the CPU as well, and would contradict: there it goes along.
-    medium = precision == "medium"
-    if medium:
-        torch.set_float32_matmul_precision("high" if enabled else "highest")
-    _set_both(settings, (enabled, enabled), ["tf32" if enabled else "ieee"] * len(settings))
+    entry = [enabled]  # a list, to be told from others by identity
+    with _LOCK:
+        if not _entered:
+            _restore.append(_remember())
+        _entered.append(entry)
+        _switch(enabled)
     try:
         yield
     finally:
-        _set_both(settings, old, new)
+        with _LOCK:
+            _entered[:] = [other for other in _entered if other is not entry]
+            if _entered:
+                _switch(_entered[-1][0])
+            else:
+                _restore.pop()()
+
+
+def _settings() -> tuple:
+    cudnn = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn  # type: ignore[attr-defined]
+
+
+def _switch(enabled: bool) -> None:
+    # "medium" was set for the CPU as well, and would contradict: there it goes along.
+    if _matmul_precision() == "medium":
+        torch.set_float32_matmul_precision("high" if enabled else "highest")
+    _set_both((enabled, enabled), ["tf32" if enabled else "ieee"] * len(_settings()))
+
+
+def _remember() -> Callable[[], None]:
+    """A function that sets all as it is now."""
+    new = [setting.fp32_precision for setting in _settings()]
+    old = (_old_setting(torch.backends.cuda.matmul, new[0]), _old_setting(torch.backends.cudnn, new[1]))
+    medium = _matmul_precision() == "medium"
+
+    def restore() -> None:
+        _set_both(old, new)
         if medium:
             torch.set_float32_matmul_precision("medium")
             torch.backends.cuda.matmul.fp32_precision = new[0]
+
+    return restore
 
 
 def _old_setting(module: object, new: str) -> bool:
@@ -108,10 +133,12 @@ def _matmul_precision() -> str | None:
             return None
 
 
-def _set_both(settings: tuple, old: tuple[bool, bool], new: list[str]) -> None:
+def _set_both(old: tuple[bool, bool], new: list[str]) -> None:
+    # Torch has the setting twice, old and new, and raises where one is read after only the other was set. So both are
+    # set here, the old one first, which also overwrites the new.
     with _quiet():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
-    for setting, value in zip(settings, new, strict=True):
+    for setting, value in zip(_settings(), new, strict=True):
         setting.fp32_precision = value
 
 

@@ -29,6 +29,7 @@ from fastddpm.settings import (
     LoopSettings,
     build_table,
     check_guidance,
+    check_null_class,
     choose_classifier,
     choose_timesteps,
     clipping,
@@ -180,6 +181,7 @@ class Sampler:
         )
         self.null_class = null_class if null_class is not None else getattr(self.config, "null_class", None)
         self.guidance_scale = None if guidance_scale is None else checks.finite(guidance_scale, "guidance_scale")
+        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None))
         if self.guidance_scale not in (None, 1.0) and self.null_class is None:
             raise ValueError("guidance_scale needs a null_class, and the model's config names none")
         self.settings = LoopSettings(
@@ -239,7 +241,9 @@ class Sampler:
     @overload
     def sample(self, num_samples: int, *, return_trajectory: int, **arguments: Any) -> Trajectory: ...
 
-    @torch.no_grad()  # type: ignore[misc]  # mypy holds **Any to be more than all the keywords
+    # What is kept for the next call must not be an inference tensor.
+    @torch.inference_mode(False)  # type: ignore[misc]  # mypy holds **Any to be more than all the keywords
+    @torch.no_grad()
     def sample(
         self,
         num_samples: int,
@@ -365,7 +369,7 @@ class Sampler:
                     "some samples are not finite: activations above 65504 overflow in float16. dtype='auto' tests for "
                     "that and takes bfloat16",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=5,  # past the decorators of `sample`
                 )
 
     def _checked_table(self, table: StepTable | None, start: int, x_T: Tensor | None) -> StepTable:

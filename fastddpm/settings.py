@@ -153,6 +153,16 @@ def check_guidance(interval: Sequence[int] | None, rescale: float) -> tuple[int,
     return pair
 
 
+def check_null_class(null_class: object, num_classes: int | None) -> None:
+    """Raises ValueError unless `null_class` is None or a label of the model, where it says how many it has."""
+    if null_class is None:
+        return
+    known = isinstance(null_class, numbers.Integral) and not isinstance(null_class, bool)
+    if not known or (num_classes is not None and not 0 <= null_class < num_classes):  # type: ignore[operator]
+        what = "an integer" if num_classes is None else f"a label from 0 to {num_classes - 1}"
+        raise ValueError(f"null_class is {null_class!r}, must be {what}")
+
+
 def choose_classifier(method: str, classifier_fn: ClassifierFn | None, classifier_scale: float) -> Classifier | None:
     """Classifier guidance as the method does it.
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.options import device_name, integer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def add_commands(commands: Any) -> None:
@@ -26,12 +29,12 @@ def add_commands(commands: Any) -> None:
         help="count the kernels of one sampling step of a model (without MODEL_DIR: of the bundled one)",
     )
     info.add_argument(
-        "--batch-size", type=integer(1), default=1, metavar="B", help="of the step that is counted (default: 1)"
+        "--batch-size", type=integer(1), metavar="B", help="of the step that is counted, with --model (default: 1)"
     )
     info.set_defaults(run=_info)
 
 
-def _kernels(folder: str, batch_size: int, console: Any) -> None:
+def _kernels(folder: str, batch_size: int) -> Table:
     """What one step launches, by kind."""
     from rich.table import Table
 
@@ -65,8 +68,7 @@ def _kernels(folder: str, batch_size: int, console: Any) -> None:
     flops, size = sum(i.flops for i in instructions), sum(i.bytes for i in instructions)
     table.add_section()
     table.add_row("all", str(total), f"{flops / 1e9:.3f}", f"{size / 1e6:.2f}", "bytes: all operands once, weights too")
-    console.print(table)
-    console.print("Counted from the instructions, for a GPU of 132 multiprocessors. Libraries may split a convolution.")
+    return table
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -81,6 +83,11 @@ def _info(options: argparse.Namespace) -> None:
     from fastddpm.cuda_graph import MODES
     from fastddpm.cuda_graph import why_not as why_not_mode
 
+    kernels = None  # first of all, since the model may be wrong
+    if options.model is not None:
+        kernels = _kernels(options.model, options.batch_size or 1)
+    elif options.batch_size is not None:
+        raise ValueError(f"--batch-size is {options.batch_size} but --model is not given; it is of a model's step")
     console = Console(width=None if sys.stdout.isatty() else 120)
     versions = Table("package", "version", title="Versions", title_justify="left")
     versions.add_row("python", platform.python_version())
@@ -115,5 +122,6 @@ def _info(options: argparse.Namespace) -> None:
         graphs.add_row(mode, why_not_mode(mode, found[0]) or "yes")
     console.print(graphs)
     console.print(f"TRITON_INTERPRET: {os.environ.get('TRITON_INTERPRET', 'unset')}")
-    if options.model is not None:
-        _kernels(options.model, options.batch_size, console)
+    if kernels is not None:
+        console.print(kernels)
+        console.print("Counted from the instructions, for a GPU of 132 multiprocessors; libraries may split some.")

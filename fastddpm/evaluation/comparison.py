@@ -22,6 +22,13 @@ from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
 
 LABELS = ("class_labels", "classes", "y")  # what models call them; see `Network`
+# Settings of `Sampler` that are no one's to set here.
+_TAKEN = {
+    "dtype": "precisions are compared",
+    "cuda_graph": "each precision is sampled as by default",
+    "num_inference_steps": "it is called steps here",
+}
+
 
 class SamplerFactory(Protocol):
     """Makes samplers that differ in nothing but their network."""
@@ -115,7 +122,7 @@ def compare_precisions(
     """Samples a model in float32 and in each of `precisions`, at equal noise, and compares.
 
     Args:
-        model, schedule, device, settings: as for `Sampler`.
+        model, schedule, device, settings: as for `Sampler`, but no `dtype` nor `cuda_graph`.
         precisions: names of `fastddpm.precision.PRECISIONS`; float32 is always run.
         num_samples, shape, class_labels, seed, batch_size, progress: as for `Sampler.sample`.
         steps: sampling steps; None for all trained ones.
@@ -125,6 +132,9 @@ def compare_precisions(
     Raises:
         ValueError, TypeError: as `Sampler`, or a precision is not known or the device cannot run it.
     """
+    for name, reason in _TAKEN.items():
+        if name in settings:
+            raise ValueError(f"{name} is {settings[name]!r}, must be left out: {reason}")
     place = Network(model, device).device
 
     def make(network: Callable[..., Any], *, dtype: str, cuda_graph: str | bool) -> Sampler:

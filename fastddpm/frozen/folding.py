@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.layers import Attention, ResnetBlock
+from fastddpm.layers import Attention, ResnetBlock, timestep_embedding
 from fastddpm.unet import UNet
 
 # What a row of a 4x4 transposed convolution of stride 2 holds of the rows of a 3x3 convolution of the upsampled image:
@@ -90,17 +90,24 @@ class Embeddings(nn.Module):
         super().__init__()
         self.time = copy.deepcopy(unet.time_embedding).double()
         self.classes = None if unet.class_embedding is None else copy.deepcopy(unet.class_embedding).double()
-        self._unet = [unet]  # in a list, so that it is no submodule
+        self._config = unet.config
 
     def of_time(self, t: Tensor) -> Tensor:
         """[S] timesteps -> [S, E]."""
-        return self.time(self._unet[0].sinusoids(t).double())
+        return self.time(self._sinusoids(t))
 
     def of_labels(self, labels: Tensor) -> Tensor:
         """Class labels, of the kind that the U-Net takes, [N] or [N, E] -> [N, E]."""
-        if self._unet[0].config.class_embed_type == "timestep":
-            labels = self._unet[0].sinusoids(labels).double()
+        if self._config.class_embed_type == "timestep":
+            labels = self._sinusoids(labels)
         return labels.double() if self.classes is None else self.classes(labels)
+
+    def _sinusoids(self, t: Tensor) -> Tensor:
+        """As `UNet.sinusoids`, but not rounded to the dtype that the U-Net happens to be in."""
+        c = self._config
+        channels = c.block_out_channels[0]
+        emb = timestep_embedding(t, channels, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+        return emb.double()
 
 
 def silu_of_sum(time: Tensor, labels: Tensor | None) -> Tensor:

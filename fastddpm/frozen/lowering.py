@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from fastddpm.frozen import folding
@@ -94,10 +93,7 @@ class Lowering(Builder):
         if block.conv_shortcut is not None:
             y = self.shortcut(block.conv_shortcut, x, skip, h)
         else:
-            if skip is not None:
-                self.complete(x, f"{name}.first")
-                self.complete(skip, f"{name}.second")
-                x = self.other(f"{name}.concat", [x.slot, skip.slot], lambda a, b: torch.cat([a, b], dim=1))
+            assert skip is None  # it would make the block's input wider than its output
             y = Activation(h.slot, add(h.bias, x.bias), x.slot)
         return self.divided(y, block.output_scale, name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,19 +48,32 @@ class Program:
         self._seen_version = -1
         self.loads = 0
 
+    @torch.no_grad()
     def __call__(self, step: Tensor) -> Tensor:
         """The prediction [N, out_channels, H, W] for the inputs at row `step` (int64 [1], on the device).
 
         It may be overwritten by the next call.
         """
+        if self.loads == 0:
+            self.load()
         m = self._machine
         m.step = step
-        for instruction, dead in zip(self.instructions, self._clear, strict=True):
-            instruction.run()
-            for slot in dead:
-                m.slots[slot] = None
+        with self._own_dtype():
+            for instruction, dead in zip(self.instructions, self._clear, strict=True):
+                instruction.run()
+                for slot in dead:
+                    m.slots[slot] = None
         return m.slots[self._result][:, : self._out_channels]
 
+    def _own_dtype(self) -> AbstractContextManager[object]:
+        """Keeps autocast, where it is on, from choosing another dtype for some of the instructions."""
+        device = self._frozen.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load(self) -> None:
         """Takes in what the timesteps and labels now are, and the U-Net's weights if they have changed."""
         version = self._frozen.refresh()

@@ -26,7 +26,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_sample_writes_a_labelled_grid_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", *FAST]) == 0
     out = capsys.readouterr().out
-    for part in ("100 images, 2 steps", "images/s", "ms/step", "device ", "backend ", "wrote samples.png"):
+    for part in ("100 images, 2 steps", "images/s", "ms per image and step", "device ", "backend ", "wrote samples.png"):
         assert part in out
     with Image.open("samples.png") as picture:
         assert min(picture.size) >= 500
@@ -281,7 +281,7 @@ def test_guidance_towards_a_class_needs_the_class(capsys: pytest.CaptureFixture[
         (["--class-labels", "10"], "--class-labels has 10, every label must be from 0 to 9"),
         (["--class-labels", "a,b"], "argument --class-labels: 'a,b' must be integers separated by commas"),
         (["--seed", "-1"], "argument --seed: '-1' must be"),
-        (["--seed", str(2**64)], "seed"),
+        (["--seed", str(2**64)], "--seed is 18446744073709551616, must be from 0 to 2**64 - 1"),
         (["--batch-size", "0"], "argument --batch-size"),
         (["--device", "quantum"], "--device is 'quantum', which cannot be used"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
@@ -344,3 +344,15 @@ def test_the_installed_command_runs() -> None:
     bad = subprocess.run([sys.executable, "-m", "fastddpm", "sample", "nowhere"], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
+
+
+def test_info_computes_nothing_for_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--model", "nowhere"], "nowhere is not a folder"),
+        (["--batch-size", "2"], "--batch-size is 2 but --model is not given"),
+    ):
+        assert main(["info", *arguments]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
+        assert printed.out == ""

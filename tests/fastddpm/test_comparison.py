@@ -251,3 +251,10 @@ def test_report_is_plain() -> None:
 def test_points_instead_of_images() -> None:
     report = compare(lambda x, t: 0.5 * x, shape=(3,))
     assert report.results[1].pixels_differ is not None
+
+
+@pytest.mark.parametrize("taken", [{"dtype": "float16"}, {"cuda_graph": False}, {"num_inference_steps": 3}])
+def test_settings_that_are_not_the_callers_are_refused(taken: dict[str, Any]) -> None:
+    name = next(iter(taken))
+    with pytest.raises(ValueError, match=f"{name} is .*, must be left out"):
+        compare_precisions(Toy(), NoiseSchedule.linear(), num_samples=2, shape=(1, 4, 4), **taken)

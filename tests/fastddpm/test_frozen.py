@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -245,6 +247,19 @@ def test_freezing_leaves_the_unet_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
 
+def test_needs_no_context() -> None:
+    """Outside of no_grad too, nothing of a run is recorded."""
+    unet = make_unet(OPTIONS["classes"])
+    x, labels = make_inputs(unet)
+    frozen = freeze(unet, TIMESTEPS)
+    inputs = frozen.new_input(x.shape)
+    inputs.copy_(x)
+    program = frozen.bind(inputs, labels=labels)
+    assert not program(torch.tensor([1])).requires_grad
+    program.load()
+    assert not program(torch.tensor([0])).requires_grad
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @torch.no_grad()
 def test_activations_in_one_block_of_memory(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,11 +351,164 @@ def test_bad_input() -> None:
     with_classes = freeze(make_unet(OPTIONS["classes"]), TIMESTEPS)
     with pytest.raises(ValueError, match="class_labels are missing"):
         with_classes.bind(with_classes.new_input((1, 3, 8, 8)))
+    with pytest.raises(ValueError, match=r"class_labels have shape \(1,\), must have \(2,\)"):
+        with_classes.bind(with_classes.new_input((2, 3, 8, 8)), labels=torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"class_labels have dtype torch\.int32, must have torch\.int64"):
+        with_classes.bind(with_classes.new_input((1, 3, 8, 8)), labels=torch.tensor([1], dtype=torch.int32))
+    identity = freeze(make_unet(OPTIONS["class_identity"]), TIMESTEPS)
+    with pytest.raises(ValueError, match=r"class_labels have shape \(1,\), must have \(1, 64\)"):
+        identity.bind(identity.new_input((1, 3, 8, 8)), labels=torch.tensor([1]))
+    with pytest.raises(ValueError, match="inputs are 0x8 pixels"):
+        frozen.bind(frozen.new_input((1, 3, 0, 8)))
     with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
         freeze(make_unet({}), TIMESTEPS, torch.int8)
     without = FrozenUNet(make_unet({}))
     with pytest.raises(ValueError, match="timesteps is None"):
         without.bind(without.new_input((1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("change", ["scaled", "flipped", "constant", "one"])
+@torch.no_grad()
+def test_weights_written_past_autograd_are_taken_over(change: str) -> None:
+    """As what averages weights does, through `.data`."""
+    unet = make_unet({})
+    x, _ = make_inputs(unet)
+    frozen = freeze(unet, TIMESTEPS)
+    inputs = frozen.new_input(x.shape)
+    inputs.copy_(x)
+    program = frozen.bind(inputs)
+    program(torch.tensor([1]))
+    version = unet.conv_norm_out.weight._version
+    if change == "scaled":
+        for parameter in unet.parameters():
+            parameter.data.mul_(1.5)
+    elif change == "flipped":
+        unet.conv_out.weight.data.neg_()
+    elif change == "constant":
+        unet.conv_norm_out.weight.data.fill_(2)
+    else:
+        unet.conv_out.bias.data[0] += 1e-3
+    assert unet.conv_norm_out.weight._version == version
+    program.load()
+    assert_within(program(torch.tensor([1])), unet(x, TIMESTEPS[1]), 1e-10)
+
+
+@torch.no_grad()
+def test_a_unet_that_changed_its_layers_is_refused() -> None:
+    unet = make_unet({})
+    program = freeze(unet, TIMESTEPS).bind(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    program.load()
+    handle = unet.mid_block.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="unet has changed since it was frozen .*: its layer mid_block has hooks"):
+        program.load()
+    handle.remove()
+    program.load()
+    width = nn.Conv2d(3, 8, 3, padding=1).double()
+    own, unet.conv_in = unet.conv_in, width
+    for _ in range(2):  # what has failed is not taken for done
+        with pytest.raises(RuntimeError):
+            program.load()
+    unet.conv_in = own
+    program.load()
+    assert program(torch.tensor([1])).isfinite().all()
+
+
+def test_replaced_methods_are_not_passed_over() -> None:
+    unet = make_unet({})
+    unet.predict = lambda x, emb: x  # type: ignore[method-assign]
+    assert why_not(unet) == "its predict has been replaced"
+    unet = make_unet({})
+    unet.conv_in.forward = lambda x: x  # type: ignore[method-assign]
+    assert why_not(unet) == "its conv_in.forward has been replaced"
+
+
+def test_devices_without_float64_are_named() -> None:
+    assert why_not(make_unet({}), "mps") == "weights are folded in float64, which mps may not have"
+    assert why_not(make_unet({}), "cuda") is None
+
+
+@torch.no_grad()
+def test_time_is_not_rounded_to_the_dtype_of_the_unet() -> None:
+    """A U-Net in bfloat16 that is run in float64 is that U-Net converted."""
+    for option in ("one_head", "class_timestep"):
+        unet = make_unet(OPTIONS[option]).bfloat16()
+        x, labels = make_inputs(unet)
+        expected = copy.deepcopy(unet).double()(x, TIMESTEPS[1], labels)
+        assert_within(run(freeze(unet, TIMESTEPS, torch.float64), x, 1, labels), expected, 1e-10)
+
+
+@torch.no_grad()
+def test_autocast_does_not_choose_the_dtype() -> None:
+    unet = make_unet(OPTIONS["one_head"], torch.float32)
+    x, _ = make_inputs(unet)
+    frozen = freeze(unet, TIMESTEPS)
+    expected = run(frozen, x, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(frozen, x, 1), expected)
+
+
+def test_gradients_are_not_recorded() -> None:
+    unet = make_unet(OPTIONS["classes"])
+    frozen = freeze(unet, TIMESTEPS)
+    program = frozen.bind(frozen.new_input((1, 3, 8, 8)), labels=torch.tensor([2]))
+    assert not program(torch.tensor([1])).requires_grad
+    assert not program(torch.tensor([2])).requires_grad
+
+
+def test_inference_mode_is_left() -> None:
+    with torch.inference_mode():
+        unet = make_unet({})
+        frozen = freeze(unet, TIMESTEPS)
+        inputs = frozen.new_input((1, 3, 8, 8))
+        program = frozen.bind(inputs)
+        first = program(torch.tensor([1])).clone()
+        for parameter in unet.parameters():
+            parameter.mul_(0.5)  # inference tensors do not count this
+    program.load()
+    second = program(torch.tensor([1]))
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        assert_within(second, unet(inputs, TIMESTEPS[1]), 1e-10)
+
+
+@torch.no_grad()
+def test_programs_of_several_threads_all_get_new_weights() -> None:
+    unet = make_unet({})
+    x, _ = make_inputs(unet)
+    frozen = freeze(unet, TIMESTEPS)
+    put, first = frozen.constants.put, threading.Barrier(2)
+
+    def slow_put(name: str, *arguments: Any) -> Tensor:
+        if name == "conv_in.weight":
+            with contextlib.suppress(threading.BrokenBarrierError):
+                first.wait(0.2)  # both threads are here at once, unless one keeps the other out
+            missing = name not in frozen.constants.tensors
+            with contextlib.suppress(threading.BrokenBarrierError):
+                first.wait(0.2)
+            if missing:
+                frozen.constants.tensors.pop(name, None)
+        return put(name, *arguments)
+
+    frozen.constants.put = slow_put  # type: ignore[method-assign]
+    programs: list[Any] = []
+
+    def bind() -> None:
+        inputs = frozen.new_input(x.shape)
+        inputs.copy_(x)
+        programs.append(frozen.bind(inputs))
+
+    threads = [threading.Thread(target=bind) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    frozen.constants.put = put  # type: ignore[method-assign]
+    for program in programs:
+        program.load()
+    randomize(unet)
+    for program in programs:
+        program.load()
+        assert_within(program(torch.tensor([1])), unet(x, TIMESTEPS[1]), 1e-10)
 
 
 # On a GPU.
@@ -356,8 +524,11 @@ def test_cuda_computes_the_unet(option: str, dtype: torch.dtype) -> None:
     x, labels = make_inputs(unet, size=32 if cifar10 else 8)
     expected = unet(x, TIMESTEPS[1], labels)
     labels = None if labels is None else labels.cuda()
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        plain = copy.deepcopy(unet).to("cuda", dtype)(x.to("cuda", dtype), TIMESTEPS[1].cuda(), labels)
+    # Chosen from the same algorithms as the frozen one's; without `enabled` this would switch cuDNN off.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=False):
+        eager = copy.deepcopy(unet).to("cuda", dtype)
+        eager.backend = "eager"
+        plain = eager(x.to("cuda", dtype), TIMESTEPS[1].cuda(), labels)
     frozen = freeze(unet, TIMESTEPS, dtype, "cuda")
     assert frozen.static
     inputs = frozen.new_input(x.shape)

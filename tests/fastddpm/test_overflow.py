@@ -271,3 +271,20 @@ def test_says_what_is_wrong() -> None:
         fp16_overflow(broken, SCHEDULE, shape=(1, 4, 4), num_timesteps=0)
     with pytest.raises(ValueError, match="class_labels has 9, every label must be from 0 to 4"):
         fp16_overflow(small_unet(num_class_embeds=5), SCHEDULE, class_labels=torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("changes", [{"sample_size": None}, {"class_embed_type": "timestep"}])
+def test_auto_tries_every_unet(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose config names no size, or whose labels are read as timesteps."""
+    monkeypatch.setattr(overflow, "usable_device", torch.device)
+    tried: list[tuple[int, ...]] = []
+
+    def on_the_cpu(model: UNet, schedule: NoiseSchedule, *, device: torch.device, **options: Any) -> tuple:
+        model.register_forward_pre_hook(lambda _, args: tried.append(tuple(args[0].shape[1:])))
+        return choose_half(model, schedule, num_timesteps=1, **options)
+
+    monkeypatch.setattr(overflow, "choose_half", on_the_cpu)
+    options = {"prediction_type": "epsilon", "clip_range": 1.0, "learned_variance": False}
+    assert overflow.choose_dtype(small_unet(**changes), SCHEDULE, "auto", "cuda", **options) == (torch.float16, None)
+    size = 32 if "sample_size" in changes else 8
+    assert set(tried) == {(3, size, size)}

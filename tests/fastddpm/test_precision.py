@@ -168,6 +168,18 @@ def test_switch_restores_after_an_error() -> None:
     assert (new_settings(), old_settings()) == (new, old)
 
 
+def test_threads_that_overlap_leave_all_as_it_was() -> None:
+    """The first to enter leaves first, while the second still computes."""
+    new, old = new_settings(), old_settings()
+    first, second = tf32(False), tf32(False)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert new_settings()[:3] == ("ieee",) * 3
+    second.__exit__(None, None, None)
+    assert (new_settings(), old_settings()) == (new, old)
+
+
 def test_switch_gives_no_advice() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

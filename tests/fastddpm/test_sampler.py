@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastddpm_kernels import philox
 from torch import Tensor, nn
 
 from fastddpm.coefficients import ddim_inversion_table
+from fastddpm.network import Network
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.solvers import repaint_table
@@ -474,6 +476,7 @@ def test_progress_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str])
         ({"method": "ddim", "variance_type": "none"}, ValueError, "variance_type is 'none'"),
         ({"guidance_scale": 2.0}, ValueError, "guidance_scale needs a null_class"),
         ({"guidance_scale": float("nan"), "null_class": 0}, ValueError, "guidance_scale is nan"),
+        ({"null_class": 0.5}, ValueError, "null_class is 0.5, must be an integer"),
         ({"clip_sample_range": 0.0}, ValueError, "clip_sample_range is 0.0"),
         ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
         ({"device": "nowhere"}, ValueError, "device is 'nowhere'"),
@@ -552,3 +555,46 @@ def test_more_bad_arguments_are_named() -> None:
 def test_a_model_in_its_place_is_not_copied() -> None:
     model = small_unet().to("cuda")
     assert Sampler(model, NoiseSchedule.linear(), device="cuda").model is model
+
+
+def test_a_null_class_that_is_no_class_is_named() -> None:
+    """In a table of time and class it would be read as another step's row."""
+    unet = small_unet(num_class_embeds=5)
+    for wrong in (5, -1, True):
+        with pytest.raises(ValueError, match=f"null_class is {wrong}, must be a label from 0 to 4"):
+            Sampler(unet, NoiseSchedule.linear(), null_class=wrong)
+    Sampler(unet, NoiseSchedule.linear(), null_class=4)
+
+
+def test_seeds_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match="seed is 18446744073709551616, must be from 0 to"):
+        Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2).sample(1, shape=(1, 2, 2), seed=2**64)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_inference_mode_of_one_call_does_not_spoil_the_next(frozen: bool) -> None:
+    model: Any = small_unet() if frozen else toy
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=2)
+    with torch.inference_mode():
+        first = sampler.sample(1, shape=(3, 8, 8))
+        assert not first.is_inference()
+    assert torch.equal(sampler.sample(1, shape=(3, 8, 8)), first)
+
+
+def test_the_warning_of_float16_points_at_the_caller() -> None:
+    sampler = Sampler(lambda x, t: x / 0, NoiseSchedule.linear(), num_inference_steps=2, dtype="float16")
+    with pytest.warns(RuntimeWarning, match="some samples are not finite") as caught:
+        sampler.sample(1, shape=(1, 2, 2))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_samplers_of_one_model_share_its_eval_mode() -> None:
+    """Where one is done while another still runs, its dropout stays off."""
+    model = nn.Sequential(nn.Dropout())
+    first, second = Network(model), Network(model)
+    with contextlib.ExitStack() as outer:
+        with first.evaluating():
+            outer.enter_context(second.evaluating())
+        assert not model[0].training
+    assert model[0].training
+    assert model.training
