@@ -7,7 +7,8 @@
     python benchmarks/gpu_check.py --device cpu --small --out /tmp/x.json    # the same code on a tiny network
 
 fastddpm is installed, or PYTHONPATH names the repository and its folder `kernels`. What is not installed to compare
-with is recorded as missing. The file is written after every arm, so that a run that is killed keeps what it measured;
+with is recorded as missing. Before loops are timed, their kernels are compiled in many processes at once. The file is
+written after every arm, so that a run that is killed keeps what it measured;
 what there was no time for is recorded as not run. Figures of the CPU say nothing about a GPU.
 """
 
@@ -24,13 +25,14 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars
 
 import torch
-from gpu import loops, machine, ops, profiler, pytest_run, summary
+from gpu import loops, machine, ops, precompile, profiler, pytest_run, summary
 from gpu.results import ROOT, SOURCES, Results, Section, slug, source_digest
 from gpu.timing import OutOfTime, first_lines, release, split_time, time_limit
 
 # Section -> its share of the time; what one leaves over goes to those after it.
 SHARES = {"machine": 20, "tests": 55, "ops": 85, "cifar10": 250, "celeba256": 70, "profile": 40}
 BUDGET_S = 520
+PRECOMPILE_S = 75  # at most, of the whole
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     weights = {s: float(SHARES[s]) for s in SHARES if s in options.section and not finished(s)}
     print(f"gpu_check: {name}, sections: {', '.join(weights) or 'none left to run'}; at most {options.budget:.0f} s")
+    plans = [loops.PLANS[section] for section in weights if section in loops.PLANS]
+    if plans and device.type == "cuda" and not options.small:
+        missed = ", ".join(precompile.run(plans, min(PRECOMPILE_S, options.budget / 5))) or "none"
+        print(f"gpu_check: {time.monotonic() - started:.0f} s for compiling kernels; not done: {missed}", flush=True)
     while weights:
         section = next(iter(weights))
         seconds = split_time(options.budget - (time.monotonic() - started), weights)[section]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,12 +45,13 @@ def run(section: Section, device: torch.device, small: bool) -> None:
     copy = machine.get("copy_gb_s") or copy_bandwidth(device, 2**32)
     section.set(matmul_tflops=tflops, copy_gb_s=copy)
     problem = make_problem("small" if small else "cifar10", device)
-    _start_profiler(device)
+    records: dict[int, Record] = {}
+    # The tracing library, once started, stays in the way of graphs with loops in them: so all is timed before.
     for batch, steps in STEPS.items():
         group = f"batch {batch}"
         if section.has(group):
             continue
-        record: Record = {
+        records[batch] = {
             "group": group,
             "arm": f"fastddpm {PRECISION}",
             "what": "profile",
@@ -56,41 +59,59 @@ def run(section: Section, device: torch.device, small: bool) -> None:
             "batch": batch,
             "steps": steps,
             "dtype": PRECISION,
+            "status": "ok",
         }
-        try:
-            if section.left() < 8:
-                record |= {"status": "not run", "reason": OUT_OF_TIME}
-            else:
-                record |= {"status": "ok", **profile_loop(problem, batch, steps, tflops, copy)}
-        except Exception as error:
-            record |= {"status": "failed", "error": first_lines(error)}
-        section.add(record)
-        section.close_group(group)
-        release(device)
+        _extend(section, device, records[batch], partial(time_loop, problem, batch, steps))
+    if any(record["status"] == "ok" for record in records.values()):
+        _start_profiler(device)
+    for batch, record in records.items():
+        if record["status"] == "ok":
+            _extend(section, device, record, partial(trace_loop, problem, batch, record, tflops, copy))
+        section.close_group(record["group"])
     section.close()
 
 
-def profile_loop(problem: Problem, batch: int, steps: int, tflops: float, copy: float) -> Record:
-    """Times a loop, then traces one; where a graph's kernels do not show in the trace, another kind of graph."""
-    device = problem.device
-    record: Record = {}
+def _extend(section: Section, device: torch.device, record: Record, measure: Callable[[], Record]) -> None:
+    """Adds to a record what `measure` returns, or why it does not."""
+    try:
+        if section.left() < 4:
+            record |= {"status": "not run", "reason": OUT_OF_TIME}
+        else:
+            record |= measure()
+    except Exception as error:
+        record |= {"status": "failed", "error": first_lines(error)}
+    section.add(record)
+    release(device)
+
+
+def time_loop(problem: Problem, batch: int, steps: int) -> Record:
+    """How long a step takes, in the loop as it is by default, which nothing watches."""
     loop = SamplerLoop(problem, PRECISION, batch, steps, "auto")
     loop()
-    seconds = [timed(loop, device) for _ in range(5)]
-    record["us_per_step"] = spread(seconds, steps)
-    record["report"] = loop.report()
-    events = trace(loop, device)
-    record["settings"] = {"cuda_graph": "auto", "traced": "auto"}
-    if len(events) < 2 * steps:
-        loop = SamplerLoop(problem, PRECISION, batch, steps, "step")
+    seconds = [timed(loop, problem.device) for _ in range(5)]
+    return {"us_per_step": spread(seconds, steps), "report": loop.report()}
+
+
+def trace_loop(problem: Problem, batch: int, timing: Record, tflops: float, copy: float) -> Record:
+    """What the device does in a step, by a trace; `timing` is what `time_loop` said of the same batch.
+
+    Of a loop in a graph the tracing library shows one round (pytorch/kineto issue 1062), and has crashed on some
+    (pytorch issue 134308): so a step's graph is replayed, or no graph is used, where that does not show all steps.
+    """
+    steps = int(timing["steps"])
+    for graph in ("step", False):
+        loop = SamplerLoop(problem, PRECISION, batch, steps, graph)
         loop()
-        record["settings"]["traced"] = "step, since the trace of auto does not show its kernels"
-        events = trace(loop, device)
-    record |= analyse(events, steps)
-    us = float(record["us_per_step"]["median"])
-    record["floor"] = floors(problem, batch, tflops, copy, us)
+        events = trace(loop, problem.device)
+        if sum(MARKER in event.name for event in events) == steps:
+            break
+    record: Record = {"settings": {"cuda_graph": "auto", "traced": graph}, **analyse(events, steps)}
+    us = float(timing["us_per_step"]["median"])
     record["busy_share_untraced"] = record["busy_us_per_step"] / us
-    return record
+    if graph is False:  # between its kernels is Python
+        record["idle_share"] = max(0.0, 1 - record["busy_share_untraced"])
+        record["counted"] += "; idle is what kernels leave of an untraced step"
+    return record | {"floor": floors(problem, batch, tflops, copy, us)}
 
 
 def trace(run: SamplerLoop, device: torch.device) -> list[Event]:

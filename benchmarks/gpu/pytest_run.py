@@ -50,7 +50,7 @@ def run_tests(name: str, arguments: list[str], seconds: float) -> dict[str, Any]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu.outcome_log", "-p", "no:cacheprovider"]
         # A file that needs what is not installed is one failure, and no reason to run none of the others.
         command += ["--continue-on-collection-errors", *arguments]
-        workers = min(8, (os.cpu_count() or 1) // 2)
+        workers = min(12, (os.cpu_count() or 1) - 2)
         if importlib.util.find_spec("xdist") is not None and workers > 1:
             command += ["-n", str(workers)]  # compiling kernels keeps the processors busy, not the GPU
         output = Path(folder) / "output"

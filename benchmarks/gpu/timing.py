@@ -133,9 +133,15 @@ def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> Call
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
+    # Else the graph would work in the memory that cuBLAS keeps for the stream, which is freed under it as soon as
+    # another graph is captured that clears this: fastddpm's and torch.compile's do.
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 

@@ -292,6 +292,14 @@ class CapturedBody:
                 with contextlib.suppress(RuntimeError):  # raises where the pool is not in use
                     torch._C._cuda_releasePool(device, self._pool)
                 torch.cuda.empty_cache()
+        # torch < 2.12 has its generator capturing too, and refuses to draw until some capture has ended well.
+        with (
+            contextlib.suppress(RuntimeError),
+            torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            ),
+        ):
+            self._step.add_(0)
 
     def _try(self, mode: str, run: Callable[[int], None]) -> None:
         """Runs a few steps, the first of which are slow, and raises CaptureError unless they were so many."""

@@ -322,7 +322,7 @@ class Pretended:
                 return (end.at - self.at) / 1000
 
         class Graph:
-            def __init__(self, keep_graph: bool) -> None:
+            def __init__(self, keep_graph: bool = False) -> None:
                 self.keep, self.bodies, self.pool = keep_graph, 0, 0
 
             def replay(self) -> None:
@@ -336,14 +336,16 @@ class Pretended:
                 gpu.log.append(f"reset {self.bodies}")
 
         @contextlib.contextmanager
-        def graph(target: Graph, *, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        def graph(
+            target: Graph, *, pool: object = None, stream: Stream, capture_error_mode: str
+        ) -> Iterator[None]:
             assert capture_error_mode == "thread_local"
             assert not gc.isenabled()
             assert torch.backends.cudnn.benchmark
             before = gpu.step.clone(), gpu.x.clone()
             try:
                 yield
-                if gpu.fails:
+                if gpu.fails and pool is not None:
                     raise RuntimeError("operation not permitted when stream is capturing\nand more")
                 target.bodies = int(gpu.step - before[0])
                 gpu.log.append(f"capture {target.bodies}")
@@ -454,7 +456,9 @@ def test_capture_that_fails_is_explained_and_cleaned_up(gpu: Pretended) -> None:
         gpu.log.clear()
         with pytest.raises(CaptureError, match="cannot be captured.* ended with: operation not .* capturing$"):
             gpu.capture(mode)
-        assert gpu.log[1:6] == ["_cuda_endAllocateToPool", "reset 0", "empty", "_cuda_releasePool", "empty"]
+        assert gpu.log[1:7] == [
+            "_cuda_endAllocateToPool", "reset 0", "empty", "_cuda_releasePool", "empty", "capture 0"
+        ], "the last one, of nothing, ends the generator's part in the one that failed"  # fmt: skip
         assert gc.isenabled()
         assert not captured._capturing.locked()
 
@@ -760,6 +764,7 @@ def test_body_that_looks_at_a_value(mode: str, chain: Chain) -> None:
     assert torch.cuda.current_stream() == stream
     del bad
     assert reserved() <= before
+    assert torch.rand(3, device=CUDA).shape == (3,), "torch can draw"
     expected = chain.plain(10)
     chain.reset()
     good.advance(10)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import json
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--small", "--compile-batch", "--budget", "900", "--commit", "abc"]
 SOURCE = "0123456789ab"
-MODULES = "arms baselines engine loops marks networks op_cases ops outcome_log peers profiler pytest_run results timing"
+MODULES = (
+    "arms baselines engine loops marks networks op_cases ops outcome_log peers precompile profiler pytest_run results "
+    "timing"
+)
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +413,69 @@ def test_pipeline_returns_images(gpu: SimpleNamespace) -> None:
 # pytest in a process of its own.
 
 
+class Recording:
+    """A GPU whose streams and graphs note what is done, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+
+        @contextlib.contextmanager
+        def graph(target: Any, stream: Any) -> Iterator[None]:
+            self.log.append("begin")
+            yield
+            self.log.append("end")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {
+            "Stream": lambda device: stream, "current_stream": lambda device: stream,
+            "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda device: None, "graph": graph,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: self.log.append("clear"), raising=False)
+
+
+def test_a_captured_call_keeps_its_own_scratch_memory(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS' workspace is taken within the capture: one from before it would be freed under the graph."""
+    seen = Recording(monkeypatch)
+    replay = gpu.timing.capture([lambda: seen.log.append("call")] * 2, torch.device("cuda"))
+    assert seen.log == ["call", "call", "clear", "begin", "call", "call", "end", "clear"]
+    replay()
+    assert seen.log[-1] == "replay"
+
+
+# Compiling ahead.
+
+
+def test_what_is_compiled_ahead(gpu: SimpleNamespace) -> None:
+    jobs = gpu.precompile.jobs(gpu.loops.PLANS.values())
+    assert jobs[0] == ["celeba256", "fp16", "1"]
+    assert [job[1] for job in jobs[:8]] == ["fp16"] * 8, "the main precision first"
+    assert ["cifar10", "bf16", "256"] in jobs
+    assert ["cifar10", "bf16", "64"] not in jobs
+    assert ["cifar10", "fp32", "1024"] in jobs, "the network alone is timed in it"
+    for plan in gpu.loops.PLANS.values():
+        for batch in plan.steps:
+            problem = SimpleNamespace(device=torch.device("cuda"), shape=(3, 256, 256), name=plan.problem)
+            arms = gpu.loops.loop_arms(problem, plan, batch, {}) + gpu.loops.network_arms(problem, plan, batch, {})
+            wanted = {(arm.dtype, arm.batch) for arm in arms if arm.name.startswith("fastddpm")}
+            assert all([plan.problem, dtype, str(size)] in jobs for dtype, size in wanted)
+
+
+def test_jobs_side_by_side(gpu: SimpleNamespace) -> None:
+    def start(job: Sequence[str]) -> Any:
+        return subprocess.Popen(["sh", "-c", job[0]], start_new_session=True)
+
+    begin = time.monotonic()
+    missed = gpu.precompile.side_by_side([["sleep 0.2"], ["exit 3"], ["sleep 60"], ["true"]], start, 3, 3)
+    assert missed == ["exit 3 (exit status 3)", "sleep 60 (out of time)"]
+    assert time.monotonic() - begin < 30
+    assert gpu.precompile.side_by_side([["true"]] * 5, start, 30, 2) == []
+    assert gpu.precompile.side_by_side([["true"]], start, 0, 2) == ["true (out of time)"]
+
+
+
 def test_outcomes_of_tests_are_read(gpu: SimpleNamespace, tmp_path: Path) -> None:
     file = tmp_path / "test_some.py"
     file.write_text(
@@ -459,20 +527,23 @@ def test_analysis_of_a_trace(gpu: SimpleNamespace) -> None:
 def test_profile_of_a_loop(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, Event = gpu.networks.make_problem("small", CPU), gpu.profiler.Event
     step = [Event("conv", 0, 5), Event("_reverse_step", 8, 1)]
-    traces = [[Event("memset", 0, 1)], [Event(n, 9 * i + s, us) for i in range(4) for n, s, us in step]]
+    one_round = [Event("memset", 0, 1), *step, Event("noise", 20, 1)]
+    traces = [one_round, [Event(n, 9 * i + s, us) for i in range(4) for n, s, us in step]]
     monkeypatch.setattr(gpu.profiler, "trace", lambda run, device: traces.pop(0))
     make, graphs = gpu.profiler.SamplerLoop, []
 
-    def plain_loop(problem: Any, precision: str, batch: int, steps: int, graph: str) -> Any:
+    def plain_loop(problem: Any, precision: str, batch: int, steps: int, graph: str | bool) -> Any:
         graphs.append(graph)
         return make(problem, precision, batch, steps, False)
 
     monkeypatch.setattr(gpu.profiler, "SamplerLoop", plain_loop)
-    record = gpu.profiler.profile_loop(problem, 2, 4, tflops=100.0, copy=4000.0)
-    assert graphs == ["auto", "step"]  # the first trace held too little
-    assert record["settings"]["traced"].startswith("step, since")
+    record = {"steps": 4, **gpu.profiler.time_loop(problem, 2, 4)}
+    record |= gpu.profiler.trace_loop(problem, 2, record, tflops=100.0, copy=4000.0)
+    assert graphs == ["auto", "step", False]  # the first trace held too little
+    assert record["settings"]["traced"] is False
     assert record["kernels_per_step"] == 2
-    assert record["idle_share"] == pytest.approx(1 / 3)
+    assert record["busy_us_per_step"] == pytest.approx(6)
+    assert record["idle_share"] == pytest.approx(1 - 6 / record["us_per_step"]["median"])
     floor, us = record["floor"], record["us_per_step"]["median"]
     assert floor["compute_us"] == pytest.approx(2 * problem.flops / 100e6)
     assert floor["weights_us"] == pytest.approx(2 * problem.parameters / 4000e3)
