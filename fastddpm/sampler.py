@@ -150,6 +150,8 @@ class Sampler:
             learned_variance=variance_type in ("learned", "learned_range"),
         )
         self.network = Network(model, device, chosen, backend, allow_tf32=self._tf32 is True, freeze=True)
+        if self._tf32 is None and self.network.frozen is not None and self.network.dtype == torch.float32:
+            self._tf32 = False  # its convolutions do not follow torch's switches, so its products must not either
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
         self.backend = resolve("reverse_step", backend, self.device.type)

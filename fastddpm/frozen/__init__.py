@@ -253,15 +253,18 @@ class FrozenUNet:
             self.constants.refilling = False
 
     def _weights_now(self) -> object:
-        """What differs when the weights do: their places, how often autograd saw them change, the sums of their bits.
+        """What differs when the weights do: their places, how often autograd saw them change, and a sum over each.
 
-        Autograd sees neither what is written through `.data` nor inference tensors; the sums do not see permutations.
+        Autograd sees neither what is written through `.data` nor inference tensors; the sums do not see permutations
+        (nor, on CUDA, signs). On CUDA they are norms in float64, of all weights by a few kernels.
         """
         weights = [parameter.detach() for parameter in self.unet.parameters()]
         seen = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
         if self.unet.device.type == "meta":
             return seen
-        return seen, torch.stack([_sum_of_bits(w) for w in weights]).tolist()
+        cuda = self.unet.device.type == "cuda"
+        sums = torch._foreach_norm(weights, 2, dtype=torch.float64) if cuda else [_sum_of_bits(w) for w in weights]
+        return seen, torch.stack(list(sums)).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
