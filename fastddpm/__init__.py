@@ -5,6 +5,7 @@ images = load_pretrained("path/to/pipeline").sampler().sample(16, seed=0)
 """
 
 from fastddpm.frozen import FrozenUNet, freeze
+from fastddpm.interop import accelerate
 from fastddpm.pretrained import Pretrained, load_pretrained, save_pretrained
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
@@ -20,6 +21,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "__version__",
+    "accelerate",
     "freeze",
     "load_pretrained",
     "save_pretrained",

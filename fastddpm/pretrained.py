@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,17 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
         FileNotFoundError: there is no such file.
         ValueError: it is corrupt, of an unsupported class, or has an unsupported setting.
     """
-    config = read_json(path)
+    return scheduler_settings(read_json(path), str(path))
+
+
+def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
+    """As `load_scheduler`, of a configuration at hand; errors begin with `where`."""
     kind = config.get("_class_name", "DDPMScheduler")
     if kind not in _SETTINGS:
-        raise ValueError(f"{path}: _class_name is {kind!r}, must be one of {', '.join(_SETTINGS)}")
+        raise ValueError(f"{where}: _class_name is {kind!r}, must be one of {', '.join(_SETTINGS)}")
     for name, supported in _REQUIRED.items():
         if config.get(name) not in (None, supported):
-            raise ValueError(f"{path}: {name} is {config[name]!r}, only {supported!r} is supported")
+            raise ValueError(f"{where}: {name} is {config[name]!r}, only {supported!r} is supported")
     try:
         if config.get("trained_betas") is not None:
             schedule = NoiseSchedule.from_betas(config["trained_betas"])
@@ -137,12 +142,12 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
         if config.get("rescale_betas_zero_snr"):
             schedule = schedule.rescale_zero_terminal_snr()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     method, names = _SETTINGS[kind]
     settings = {**_DEFAULTS.get(kind, {}), **{name: v for name in names if (v := config.get(name)) is not None}}
     for name in ("clip_sample", "thresholding"):
         if not isinstance(settings.get(name, False), bool):
-            raise ValueError(f"{path}: {name} is {settings[name]!r}, must be true or false")
+            raise ValueError(f"{where}: {name} is {settings[name]!r}, must be true or false")
     if settings.get("thresholding"):  # without it they say nothing
         names = ("dynamic_thresholding_ratio", "sample_max_value")
         settings |= {name: config[name] for name in names if name in config}

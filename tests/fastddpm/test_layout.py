@@ -42,6 +42,8 @@ ORDER = [
     "evaluation",
     "editing",
     "pretrained",
+    "fusing",
+    "interop",
     "__init__",
     "cli",
     "__main__",
