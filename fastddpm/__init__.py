@@ -5,6 +5,7 @@ images = load_pretrained("path/to/pipeline").sampler().sample(16, seed=0)
 """
 
 from fastddpm.frozen import FrozenUNet, freeze
+from fastddpm.fusing import Fused, fuse
 from fastddpm.interop import accelerate
 from fastddpm.pretrained import Pretrained, load_pretrained, save_pretrained
 from fastddpm.sampler import Sampler
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FrozenUNet",
+    "Fused",
     "NoiseSchedule",
     "Pretrained",
     "Sampler",
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "freeze",
+    "fuse",
     "load_pretrained",
     "save_pretrained",
 ]
