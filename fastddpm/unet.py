@@ -289,6 +289,35 @@ class UNet(nn.Module):
         unet.load_state_dict(state, assign=True)
         return unet.eval()
 
+    @classmethod
+    def from_diffusers(cls, model: nn.Module) -> UNet:
+        """A copy of a `UNet2DModel` of diffusers, in evaluation mode, with its dtype and where it is.
+
+        Raises:
+            ValueError: its config has a setting that is not supported, or its weights do not fit it; the message
+                names them.
+        """
+        with torch.device("meta"):
+            unet = cls(UNetConfig.from_dict(dict(model.config)))  # type: ignore[arg-type, call-overload]
+        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        _check_state(type(model).__name__, state, unet.state_dict())
+        unet.load_state_dict(state, assign=True)
+        return unet.eval()
+
+    def to_diffusers(self) -> Any:
+        """A copy as a `UNet2DModel` of diffusers, in evaluation mode, with its dtype and where it is.
+
+        Raises:
+            ModuleNotFoundError: diffusers is not installed.
+        """
+        from diffusers import UNet2DModel
+
+        config = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
+        with torch.device("meta"):
+            model: Any = UNet2DModel(**config)
+        model.load_state_dict({name: p.detach().clone() for name, p in self.state_dict().items()}, assign=True)
+        return model.eval()
+
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     for path in (folder / WEIGHTS_FILE, folder / OLD_WEIGHTS_FILE):
@@ -316,7 +345,7 @@ def _new_name(name: str) -> str:
     return f"{match[1]}.{_NEW_ATTENTION[match[2]]}.{match[3]}" if match else name
 
 
-def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_state(path: Path | str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     shared = expected.keys() & state.keys()
     wrong = {
         "missing": expected.keys() - shared,

@@ -468,3 +468,25 @@ def test_bad_config(field: str) -> None:
 def test_config_of_another_model() -> None:
     with pytest.raises(ValueError, match="_class_name is 'UNet2DConditionModel', must be 'UNet2DModel'"):
         UNetConfig.from_dict({"_class_name": "UNet2DConditionModel"})
+
+
+@pytest.mark.parametrize("option", ["heads_of_8", "classes", "scale_shift", "channels"])
+@torch.no_grad()
+def test_to_and_from_diffusers(option: str) -> None:
+    theirs, ours = pair(SMALL | OPTIONS[option])
+    back = UNet.from_diffusers(ours.to_diffusers())
+    assert back.config == ours.config
+    assert type(ours.to_diffusers()) is type(theirs)
+    for name, parameter in ours.state_dict().items():
+        for copied in (back.state_dict()[name], ours.to_diffusers().state_dict()[name]):
+            assert torch.equal(copied, parameter)
+            assert copied.data_ptr() != parameter.data_ptr()
+    x, t, labels = inputs(ours.config)
+    expected = theirs(x.float(), t, labels).sample
+    torch.testing.assert_close(back(x.float(), t, labels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_from_diffusers_names_what_it_does_not_know() -> None:
+    model = UNet2DModel(**SMALL | {"act_fn": "gelu"})
+    with pytest.raises(ValueError, match="act_fn is 'gelu'"):
+        UNet.from_diffusers(model)
