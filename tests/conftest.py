@@ -13,6 +13,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Workers side by side share the cores; OpenMP threads that wait for each other would spin on them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -46,7 +46,9 @@ def run_tests(name: str, arguments: list[str], seconds: float) -> dict[str, Any]
         log = Path(folder) / "outcomes"
         here, root = Path(__file__).parents[1], [ROOT, ROOT / "kernels"]
         paths = [str(here), *map(str, root), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {VARIABLE: str(log), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        # Not those of a pytest that this may run in.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = own | {VARIABLE: str(log), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu.outcome_log", "-p", "no:cacheprovider"]
         # A file that needs what is not installed is one failure, and no reason to run none of the others.
         command += ["--continue-on-collection-errors", *arguments]

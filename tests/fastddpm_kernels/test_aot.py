@@ -16,11 +16,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.slow
-def test_all_variants_compile_for_all_targets_without_spills(tmp_path: Path) -> None:
+def test_all_variants_compile_for_both_vendors_without_spills(tmp_path: Path) -> None:
+    """For the GPU that is most tuned for, and for one of 64 threads to a warp; without --target it is all four."""
+    targets = ["sm_90", "gfx942"]
+    assert set(targets) < set(aot.TARGETS)
     report = tmp_path / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "fastddpm_kernels.aot", "--json", str(report)],
+        [sys.executable, "-m", "fastddpm_kernels.aot", "--json", str(report), "--target", *targets],
         env=environment,
         capture_output=True,
         text=True,
@@ -29,7 +32,7 @@ def test_all_variants_compile_for_all_targets_without_spills(tmp_path: Path) -> 
     print(run.stdout)
     assert run.returncode == 0, run.stderr
     rows = json.loads(report.read_text())
-    assert {row["target"] for row in rows} == set(aot.TARGETS)
+    assert {row["target"] for row in rows} == set(targets)
     for op in OPS:
         assert any(row["variant"].startswith(op) for row in rows), op
     assert all(row["registers"] > 0 for row in rows)
