@@ -181,7 +181,7 @@ def _print_precision(report: PrecisionReport, console: Console, missing: str | N
             highlight=False,
         )
     else:
-        console.print(f"Frechet distance: not measured, {missing}", highlight=False)
+        console.print(f"Frechet distance: not measured, {missing}", highlight=False, markup=False)
 
 
 def _range_text(report: PrecisionReport) -> str:
