@@ -164,7 +164,7 @@ class Bound(Protocol):
 
     def __call__(self, step: Tensor) -> Tensor:
         """The prediction for `inputs` at row `step` (int64 [1]); it may be overwritten by the next call."""
-        raise NotImplementedError
+        ...
 
 
 class _BoundModel:

@@ -69,7 +69,7 @@ class Sampler:
             measures to be fastest (up to 192 steps one by one, which is not worth measuring); a model that cannot be
             captured is run without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per
             launch) or "step" (one): only that way. False: no graphs, for models whose Python code does not do the
-            same in every call. The numbers are the same in all, bit for bit. `graph_report` says what was done.
+            same in every call. The operations are the same in all. `graph_report` says what was done.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.

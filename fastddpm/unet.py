@@ -153,7 +153,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: a wrong shape, dtype, device or label; or labels missing or not wanted.
         """
-        self.check_input(x)
+        self._check_input(x)
         return self.predict(x, self.embed(t, class_labels, batch_size=x.shape[0]))
 
     def embed(self, t: float | Tensor, class_labels: Tensor | None = None, *, batch_size: int) -> Tensor:
@@ -173,10 +173,10 @@ class UNet(nn.Module):
         if t.shape not in ((), (batch_size,)):
             raise ValueError(f"t has shape {tuple(t.shape)}, must be one number or have ({batch_size},)")
         self._check_labels(class_labels, batch_size)
-        emb = self.time_embedding(self.sinusoids(t.expand(batch_size)))
+        emb = self.time_embedding(sinusoids(self.config, t.expand(batch_size)).to(self.dtype))
         if class_labels is not None:
             if self.config.class_embed_type == "timestep":
-                class_labels = self.sinusoids(class_labels)
+                class_labels = sinusoids(self.config, class_labels).to(self.dtype)
             if self.class_embedding is not None:
                 class_labels = self.class_embedding(class_labels)
             emb = emb + class_labels.to(emb.dtype)
@@ -199,15 +199,7 @@ class UNet(nn.Module):
         x = group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, backend=self._backend)
         return self.conv_out(x)
 
-    def sinusoids(self, t: Tensor) -> Tensor:
-        """What the time embedding's layers read: [N] timesteps -> [N, block_out_channels[0]] in the U-Net's dtype."""
-        c = self.config
-        channels = c.block_out_channels[0]
-        emb = timestep_embedding(t, channels, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
-        return emb.to(self.dtype)
-
-    def check_input(self, x: Tensor) -> None:
-        """Raises ValueError unless `x` is [N, in_channels, H, W], where the U-Net is and in its dtype."""
+    def _check_input(self, x: Tensor) -> None:
         channels, factor = self.config.in_channels, 2 ** (len(self.config.block_out_channels) - 1)
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, must have shape [N, {channels}, H, W]")
@@ -317,6 +309,12 @@ class UNet(nn.Module):
             model: Any = UNet2DModel(**config)
         model.load_state_dict({name: p.detach().clone() for name, p in self.state_dict().items()}, assign=True)
         return model.eval()
+
+
+def sinusoids(config: UNetConfig, t: Tensor) -> Tensor:
+    """What the layers of a U-Net's time embedding read: [N] timesteps -> float32 [N, block_out_channels[0]]."""
+    channels = config.block_out_channels[0]
+    return timestep_embedding(t, channels, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

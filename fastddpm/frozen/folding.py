@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.layers import Attention, ResnetBlock, timestep_embedding
-from fastddpm.unet import UNet
+from fastddpm.layers import Attention, ResnetBlock
+from fastddpm.unet import UNet, sinusoids
 
 # What a row of a 4x4 transposed convolution of stride 2 holds of the rows of a 3x3 convolution of the upsampled image:
 # output row 2i sees input rows i - 1 (weight row 0) and i (rows 1 and 2), output row 2i + 1 sees i (0 and 1) and i + 1.
@@ -84,7 +84,10 @@ def time_projections(unet: UNet) -> tuple[Tensor, Tensor, dict[str, slice]]:
 
 
 class Embeddings(nn.Module):
-    """A U-Net's time and class embeddings in float64, apart from each other and before their SiLU."""
+    """A U-Net's time and class embeddings in float64, apart from each other and before their SiLU.
+
+    Their sinusoids are not rounded to the dtype that the U-Net happens to be in.
+    """
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -94,20 +97,13 @@ class Embeddings(nn.Module):
 
     def of_time(self, t: Tensor) -> Tensor:
         """[S] timesteps -> [S, E]."""
-        return self.time(self._sinusoids(t))
+        return self.time(sinusoids(self._config, t).double())
 
     def of_labels(self, labels: Tensor) -> Tensor:
         """Class labels, of the kind that the U-Net takes, [N] or [N, E] -> [N, E]."""
         if self._config.class_embed_type == "timestep":
-            labels = self._sinusoids(labels)
+            labels = sinusoids(self._config, labels).double()
         return labels.double() if self.classes is None else self.classes(labels)
-
-    def _sinusoids(self, t: Tensor) -> Tensor:
-        """As `UNet.sinusoids`, but not rounded to the dtype that the U-Net happens to be in."""
-        c = self._config
-        channels = c.block_out_channels[0]
-        emb = timestep_embedding(t, channels, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
-        return emb.double()
 
 
 def silu_of_sum(time: Tensor, labels: Tensor | None) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,19 +12,6 @@ from safetensors import safe_open
 from fastddpm.pretrained import BUNDLED, Pretrained, load_pretrained
 
 WEIGHTS = BUNDLED / "unet" / "diffusion_pytorch_model.safetensors"
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(scope="module")
-def digits() -> ModuleType:
-    """`examples/digits.py`: the real digits, the classifier trained on them, and the report."""
-    spec = importlib.util.spec_from_file_location("digits", EXAMPLES / "digits.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
 def bundled() -> Pretrained:
