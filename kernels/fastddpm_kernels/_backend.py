@@ -4,11 +4,13 @@ Every op has the same function for all backends:
 
 - `triton`: one fused kernel, on CUDA and ROCm devices (and, when the environment variable `TRITON_INTERPRET=1`
   was set before triton was imported, on the CPU through triton's interpreter: slow, for tests);
+- `native`: C++ for float32 on the CPU (`_native`), built by the system's compiler when it is first wanted; some ops;
 - `eager`: idiomatic torch in the input's own dtype, on any device;
 - `reference`: the readable specification, computed in float64.
 
-`auto` is `triton` on a GPU where triton can be imported, else `eager`. A backend that is asked for by name and
-cannot run raises; nothing falls back in silence.
+`auto` is `triton` on a GPU where triton can be imported, `native` on the CPU for the ops in place that a loop runs
+(so that the library is not built for one call of a plain function), else `eager`. A backend that is asked for by name
+and cannot run raises; nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ import shutil
 
 import torch
 
-BACKENDS = ("triton", "eager", "reference")
-OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox")
+BACKENDS = ("triton", "native", "eager", "reference")
+OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv")
+_WITHOUT_TRITON = ("conv",)  # the vendor's library is hard to beat there
+_NATIVE = ("group_norm_silu", "conv")
+_AUTO_NATIVE = ("group_norm_silu_", "conv")
 
 
 class BackendError(RuntimeError):
@@ -51,16 +56,37 @@ _COMPILERS = ("gcc", "clang", "cc")
 _HAS_COMPILER = bool(os.environ.get("CC")) or any(shutil.which(name) for name in _COMPILERS)
 
 
-def why_not(backend: str, device_type: str) -> str | None:
+def why_not(
+    backend: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None
+) -> str | None:
     """The reason why `backend` cannot run on a device of type `device_type` ("cuda", "cpu", ...), or None.
+
+    Args:
+        backend: one of `BACKENDS`. For "native" the library is built, if it never was and nothing else stands against.
+        device_type: of the input.
+        op: one of `OPS`, where not all have the same backends; an underscore after it means its form in place.
+        dtype: of the input, where it matters.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
+    name = None if op is None else op.rstrip("_")
+    if backend == "native":
+        if name is not None and name not in _NATIVE:
+            return f"there is no native kernel of {name}"
+        if device_type != "cpu":
+            return f"native kernels run on the CPU, not on device type {device_type!r}"
+        if dtype not in (None, torch.float32):
+            return f"native kernels compute in torch.float32, not {dtype}"
+        from fastddpm_kernels import _native
+
+        return _native.why_not()
     if backend != "triton":
         return None
+    if name in _WITHOUT_TRITON:
+        return f"there is no triton kernel of {name}"
     if device_type not in ("cuda", "cpu"):
         return f"there are no triton kernels for device type {device_type!r}"
     if device_type == "cpu" and not interpreting():
@@ -73,20 +99,25 @@ def why_not(backend: str, device_type: str) -> str | None:
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     """The backend that runs `op` on a device of type `device_type` when the caller asked for `backend`.
 
-    `dtype` is that of the input where it matters: "auto" never takes triton for float64, which the kernels do not
-    have. `torch.compile` traces through this function.
+    `op` is one of `OPS`, with an underscore for its form in place. `dtype` is that of the input where it matters:
+    "auto" never takes triton for float64, which the kernels do not have, and native for float32 alone.
+    `torch.compile` traces through this function.
 
     Raises:
         ValueError: `backend` is not `"auto"` or one of `BACKENDS`.
         BackendError: `backend` was named and cannot run here; the message says why.
     """
     if backend == "auto":
-        if device_type == "cuda" and dtype != torch.float64 and why_not("triton", device_type) is None:
+        if device_type == "cuda" and dtype != torch.float64 and why_not("triton", device_type, op) is None:
             return "triton"
+        if device_type == "cpu" and dtype == torch.float32 and op in _AUTO_NATIVE:
+            reason = why_not("native", device_type, op, dtype)
+            log.debug("%s on cpu: %s", op, "native" if reason is None else f"eager ({reason})")
+            return "native" if reason is None else "eager"
         if not torch.compiler.is_compiling():
-            log.debug("%s on %s: eager (%s)", op, device_type, why_not("triton", device_type) or "slow or float64")
+            log.debug("%s on %s: eager (%s)", op, device_type, why_not("triton", device_type, op) or "slow or float64")
         return "eager"
-    reason = why_not(backend, device_type)
+    reason = why_not(backend, device_type, op, dtype)
     if reason is not None:
         raise BackendError(f"{op}: backend {backend!r} cannot run here: {reason}")
     return backend

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastddpm_kernels import _tuned
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -129,15 +131,82 @@ def num_processors(device: torch.device) -> int:
 LIMITS = Limits(one_pass_elements=32768, tile_elements=8192, thread_elements=32, max_splits=128)
 
 
+# A tile that no kernel could hold, whatever a table says.
+LARGEST_TILE = 2**17
+
+
 def forward_plan(x: Tensor, channels: int, groups: int) -> Plan:
-    """The plan of `group_norm_silu`, forward, on x's device."""
-    return make_plan(x, channels, groups, num_processors(x.device), LIMITS)
+    """The plan of `group_norm_silu`, forward, on x's device: a tuned one, or what heuristics choose."""
+    plan = _tuned_plan("group_norm_silu", x, channels, groups)
+    return make_plan(x, channels, groups, num_processors(x.device), LIMITS) if plan is None else plan
 
 
-def in_place_plan(x: Tensor, channels: int, groups: int) -> Plan:
-    """The plan of `group_norm_silu_`, whether or not it has a residual."""
+def in_place_plan(x: Tensor, channels: int, groups: int, workspace: int | None = None) -> Plan:
+    """The plan of `group_norm_silu_`, whether or not it has a residual.
+
+    `workspace`: its elements, where there is one already. A tuned plan is not taken if it needs more: what was bound
+    before a shape was tuned goes on as it was.
+    """
+    plan = _tuned_plan("group_norm_silu_", x, channels, groups)
+    if plan is not None and (workspace is None or forward_workspace(x, groups, plan) <= workspace):
+        return plan
     processors = num_processors(x.device)
     return _in_place_plan(x.shape, x.itemsize, not x.is_contiguous(), channels, groups, processors, LIMITS)
+
+
+def heuristic_plan(op: str, shape: tuple[int, ...], itemsize: int, processors: int) -> Plan:
+    """The plan of "group_norm_silu" or "group_norm_silu_" for a shape of `_tuned.FIELDS`, where no table has one."""
+    batch, pixels, channels, second, groups, last = shape
+    if op == "group_norm_silu":
+        return _make_plan(batch, pixels, itemsize, bool(last), channels + second, groups, processors, LIMITS)
+    size = torch.Size((batch, channels, pixels))
+    return _in_place_plan(size, itemsize, bool(last), channels + second, groups, processors, LIMITS)
+
+
+@functools.lru_cache(maxsize=4096)
+def derived_plan(
+    batch: int,
+    pixels: int,
+    channels: int,
+    groups: int,
+    one_pass: bool,
+    slab_groups: int,
+    num_warps: int,
+    block_p: int = 1,
+    splits: int = 1,
+) -> Plan | None:
+    """The plan that a tuned choice stands for, right whatever the choice is; None where no kernel could hold it.
+
+    Args:
+        batch, pixels, channels, groups: of the call; the channels of x and x2 together.
+        one_pass, slab_groups, num_warps: as in `Plan`.
+        block_p, splits: as there, of two passes.
+    """
+    pixels, slab = max(pixels, 1), min(slab_groups, groups)
+    width = _power_of_2(slab * (channels // groups))
+    tiles = 1
+    if one_pass:
+        block_p, splits = _power_of_2(pixels), 1
+    else:
+        all_tiles = -(-pixels // block_p)
+        tiles = -(-all_tiles // min(splits, all_tiles))
+        splits = -(-all_tiles // tiles)
+    if block_p * width > LARGEST_TILE:
+        return None
+    return Plan(one_pass, -(-groups // slab), slab, width, block_p, splits, tiles, num_warps)
+
+
+def choice_of(plan: Plan) -> _tuned.Choice:
+    """The choice that `derived_plan` makes `plan` of."""
+    choice = {"one_pass": plan.one_pass, "slab_groups": plan.slab_groups, "num_warps": plan.num_warps}
+    return choice if plan.one_pass else {**choice, "block_p": plan.block_p, "splits": plan.splits}
+
+
+def _tuned_plan(op: str, x: Tensor, channels: int, groups: int) -> Plan | None:
+    batch, own, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    shape = (batch, pixels, own, channels - own, groups, int(not x.is_contiguous()))
+    choice = _tuned.choice(op, x.device, x.dtype, shape)
+    return None if choice is None else derived_plan(batch, pixels, channels, groups, **choice)
 
 
 @functools.lru_cache(maxsize=4096)

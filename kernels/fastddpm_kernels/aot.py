@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -18,9 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from fastddpm_kernels._backend import OPS
+from fastddpm_kernels import _backend
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+OPS = tuple(op for op in _backend.OPS if op not in _backend._WITHOUT_TRITON)
 COLUMNS = ("registers", "spills", "shared", "load_bits", "store_bits")
 
 
@@ -33,7 +35,13 @@ def compile_all(targets: Sequence[str] = TARGETS, ops: Sequence[str] = OPS, jobs
     """
     # The interpreter's stand-ins for kernels cannot be compiled, and are chosen when triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
-    work = [(op, index, name) for name in targets for op in ops for index in range(len(_variants(op)))]
+    work = [
+        (op, index, name)
+        for name in targets
+        for op in ops
+        for index, variant in enumerate(_variants(op))
+        if variant.target in (None, name)
+    ]
     if jobs == 1:
         return [_compile_one(*item) for item in work]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -65,12 +73,19 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def write_json(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes {"triton": its version, "rows": rows}, a line per row: the form of `benchmarks/results/aot.json`."""
+    lines = ",\n".join(map(json.dumps, rows))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f'{{"triton": {json.dumps(importlib.metadata.version("triton"))}, "rows": [\n{lines}\n]}}\n')
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastddpm_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", default=list(TARGETS), metavar="T", help="sm_80, sm_90, gfx942, ...")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, metavar="OP", help=", ".join(OPS))
-    parser.add_argument("--json", metavar="PATH", help="write the rows to a file as well")
+    parser.add_argument("--json", metavar="PATH", help="write the rows to a file as well, with triton's version")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     options = parser.parse_args(arguments)
 
@@ -81,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         values = row.get("error") or "  ".join(f"{row[name]:>10}" for name in COLUMNS)
         print(f"{row['variant']:{width}}  {row['target']:7}  {values}")
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+        write_json(options.json, rows)
     bad = failures(rows)
     print(f"{len(rows)} compiled, {len(bad)} of them with spills or errors")
     for line in bad:

@@ -3,6 +3,7 @@
     group_norm_silu    silu(film(group_norm(concat(x, x2) + time_bias)))       DDPM, guided-diffusion, diffusers
     group_norm_silu_   the same of concat(x + residual, x2), which it may also write, in place and without allocation
     rms_norm_silu      silu(film(channel_rms_norm(concat(x, x2))))             denoising_diffusion_pytorch >= 2
+    rms_norm_silu_     the same plus a residual, in place
 
 with `film(h) = h * (1 + scale) + shift`; every part in parentheses may be left out. The concatenation of a skip
 connection is read through two pointers and never written.
@@ -16,23 +17,34 @@ and the gradient once each and one write (`3 * itemsize`), or `5 * itemsize` for
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fastddpm_kernels import _backend, _norm_plan
+from fastddpm_kernels import _backend, _native, _norm_plan
+from fastddpm_kernels._norm_checks import (
+    DTYPES as DTYPES,
+)
+from fastddpm_kernels._norm_checks import (
+    check_adjacent,
+    check_apart,
+    check_for_triton,
+    check_groups,
+    check_in_place,
+    check_like,
+    check_no_gradients,
+    check_options,
+    check_tensors,
+    fits_native,
+)
 from fastddpm_kernels._norm_formula import (
     group_norm_eager,
     group_norm_eager_,
     group_norm_reference,
+    per_channel,
     rms_norm_eager,
     rms_norm_reference,
 )
-from fastddpm_kernels._norm_ops import group_norm, group_norm_, in_format_of, is_channels_last, rms_norm
-
-ACTIVATIONS = ("silu", None)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from fastddpm_kernels._norm_ops import empty_like, group_norm, group_norm_, in_format_of, rms_norm, rms_norm_
 
 
 def group_norm_silu(
@@ -64,23 +76,26 @@ def group_norm_silu(
         time_bias: `[N, C + C2]`, added to every pixel before the statistics.
         scale, shift: `[N, C + C2]`, both or neither (FiLM, Perez et al. 2018). Rows may be strided or expanded.
         activation: `"silu"` or None.
-        backend: `"auto"`, `"triton"`, `"eager"` or `"reference"`.
+        backend: `"auto"`, `"triton"`, `"native"`, `"eager"` or `"reference"`.
 
     Returns:
-        `[N, C + C2, ...]` in x's dtype and memory format.
+        `[N, C + C2, ...]` in x's dtype and memory format; from `native` always channels-last.
 
     Raises:
         TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
         ValueError: a shape, device or value that does not fit.
         BackendError: the backend that was named cannot run here.
     """
-    channels = _check(x, x2, {"weight": weight, "bias": bias}, {"time_bias": time_bias, "scale": scale, "shift": shift})
-    _check_options(scale, shift, eps, activation)
-    _check_groups(channels, num_groups)
+    rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
+    channels = check_tensors(x, x2, {"weight": weight, "bias": bias}, rows)
+    check_options(scale, shift, eps, activation)
+    check_groups(channels, num_groups)
     backend = _backend.resolve("group_norm_silu", backend, x.device.type, x.dtype)
     silu = activation == "silu"
+    if backend == "native":
+        return group_norm(x, weight, bias, num_groups, float(eps), x2, time_bias, scale, shift, silu, native=True)[0]
     if backend == "triton":
-        _check_for_triton(x, channels)
+        check_for_triton(x, channels)
         return group_norm(x, weight, bias, num_groups, float(eps), x2, time_bias, scale, shift, silu)[0]
     forward = group_norm_reference if backend == "reference" else group_norm_eager
     return in_format_of(x, forward(x, weight, bias, num_groups, eps, x2, time_bias, scale, shift, silu))
@@ -122,7 +137,7 @@ def group_norm_silu_(
         time_bias, scale, shift: as in `group_norm_silu`, neighbouring channels adjacent. `total` has no part of them.
         workspace: float32, of at least `group_norm_silu_workspace` elements, overwritten; may serve one call after
             another. Without it a call that needs one allocates it.
-        backend: `"auto"`, `"triton"`, `"eager"` or `"reference"`.
+        backend: `"auto"`, `"triton"`, `"native"`, `"eager"` or `"reference"`.
 
     Apart from what is named above, nothing that is written may overlap anything else.
 
@@ -132,23 +147,33 @@ def group_norm_silu_(
         BackendError: the backend that was named cannot run here.
     """
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
-    channels = _check(x, x2, {"weight": weight, "bias": bias}, rows)
-    _check_options(scale, shift, eps, activation)
-    _check_groups(channels, num_groups)
-    _check_in_place(y, x, x2, residual, total, workspace, channels)
-    _check_adjacent({"weight": weight, "bias": bias, **rows})
-    backend = _backend.resolve("group_norm_silu", backend, x.device.type, x.dtype)
+    channels = check_tensors(x, x2, {"weight": weight, "bias": bias}, rows)
+    check_options(scale, shift, eps, activation)
+    check_groups(channels, num_groups)
+    check_in_place(y, x, x2, residual, total, workspace, channels)
+    check_adjacent({"weight": weight, "bias": bias, **rows})
+    named, backend = backend, _backend.resolve("group_norm_silu_", backend, x.device.type, x.dtype)
+    if backend == "native" and not fits_native(named, x, y, x2, residual, total):
+        backend = "eager"
     silu = activation == "silu"
     if backend == "triton":
-        _check_for_triton(x, channels)
-        if workspace is not None and workspace.numel() < (needed := group_norm_silu_workspace(x, channels, num_groups)):
-            raise ValueError(f"workspace has {workspace.numel()} elements, must have {needed} or more")
+        check_for_triton(x, channels)
+        if workspace is not None:
+            plan = _norm_plan.in_place_plan(x, channels, num_groups, workspace.numel())
+            if workspace.numel() < (needed := _norm_plan.forward_workspace(x, num_groups, plan)):
+                raise ValueError(f"workspace has {workspace.numel()} elements, must have {needed} or more")
     if y.numel() == 0:
         return
     if backend == "triton":
         group_norm_(
             y, x, weight, bias, num_groups, float(eps), x2, residual, total, time_bias, scale, shift, silu, workspace
         )
+        return
+    if backend == "native":
+        total = _place_of_sum(y, x, x2, residual, total)
+        vectors = (weight.float(), bias.float())
+        rows_of = (_float(time_bias), _float(scale), _float(shift))
+        _native.group_norm(y, x, *vectors, num_groups, eps, x2, residual, total, *rows_of, silu)
         return
     if residual is not None:
         x = x + residual if total is None else torch.add(x, residual, out=total)
@@ -170,7 +195,7 @@ def group_norm_silu_workspace(x: Tensor, channels: int, num_groups: int) -> int:
     Raises:
         ValueError: num_groups does not divide channels.
     """
-    _check_groups(channels, num_groups)
+    check_groups(channels, num_groups)
     return _norm_plan.forward_workspace(x, num_groups, _norm_plan.in_place_plan(x, channels, num_groups))
 
 
@@ -179,7 +204,7 @@ def group_norm_silu_launches(x: Tensor, channels: int, num_groups: int) -> int:
 
     Args and raises: as `group_norm_silu_workspace`.
     """
-    _check_groups(channels, num_groups)
+    check_groups(channels, num_groups)
     if x.numel() == 0:
         return 0
     return 1 if _norm_plan.in_place_plan(x, channels, num_groups).one_pass else 2
@@ -213,128 +238,100 @@ def rms_norm_silu(
     Raises:
         TypeError, ValueError, BackendError: as `group_norm_silu`.
     """
-    channels = _check(x, x2, {"weight": weight}, {"scale": scale, "shift": shift})
-    _check_options(scale, shift, eps, activation)
+    channels = check_tensors(x, x2, {"weight": weight}, {"scale": scale, "shift": shift})
+    check_options(scale, shift, eps, activation)
     backend = _backend.resolve("group_norm_silu", backend, x.device.type, x.dtype)
     silu = activation == "silu"
+    if backend == "native":
+        check_no_gradients(x, weight, x2, scale, shift)
+        x, x2 = in_format_of(x, x), None if x2 is None else in_format_of(x, x2)
+        y = empty_like(x, channels)
+        rms_norm_silu_(
+            y, x, weight, eps=eps, x2=x2, scale=scale, shift=shift, activation=activation, backend="native"
+        )
+        return y
     if backend == "triton":
-        _check_for_triton(x, channels)
+        check_for_triton(x, channels)
         return rms_norm(x, weight, float(eps), x2, scale, shift, silu)
     forward = rms_norm_reference if backend == "reference" else rms_norm_eager
     return in_format_of(x, forward(x, weight, eps, x2, scale, shift, silu))
 
 
-# Validation.
-
-
-def _check(x: Tensor, x2: Tensor | None, vectors: dict[str, Tensor], rows: dict[str, Tensor | None]) -> int:
-    """Checks every tensor; returns the number of channels of x and x2 together."""
-    for name, value in {"x": x, "x2": x2, **vectors, **rows}.items():
-        if value is None and name not in vectors and name != "x":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name} is {value.dtype}, must be float32, float16, bfloat16 or float64")
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, must be on x's device, {x.device}")
-    if x.ndim < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, must be [N, C, ...]")
-    channels = x.shape[1]
-    if x2 is not None:
-        if x2.dtype != x.dtype:
-            raise TypeError(f"x2 is {x2.dtype}, must be of x's dtype, {x.dtype}")
-        if x2.ndim != x.ndim or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
-            raise ValueError(f"x2 has shape {tuple(x2.shape)}, must equal x's {tuple(x.shape)} but for the channels")
-        channels += x2.shape[1]
-    if channels < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, must have at least one channel")
-    for name, value in vectors.items():
-        if value.shape != (channels,):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, must be [{channels}], one per channel")
-    for name, row in rows.items():
-        if row is not None and row.shape != (x.shape[0], channels):
-            raise ValueError(f"{name} has shape {tuple(row.shape)}, must be [{x.shape[0]}, {channels}]")
-    return channels
-
-
-def _check_groups(channels: int, num_groups: int) -> None:
-    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups is {num_groups}, must divide the number of channels, {channels}")
-
-
-def _check_in_place(
+@torch.no_grad()
+def rms_norm_silu_(
     y: Tensor,
     x: Tensor,
-    x2: Tensor | None,
-    residual: Tensor | None,
-    total: Tensor | None,
-    workspace: Tensor | None,
-    channels: int,
+    weight: Tensor,
+    *,
+    eps: float = 1e-12,
+    x2: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
 ) -> None:
-    """Checks what `group_norm_silu_` takes and `group_norm_silu` does not."""
-    if total is not None and residual is None:
-        raise ValueError("total is given without residual, must be None: it is x itself")
-    dtype, device, shape, last = x.dtype, x.device, x.shape, is_channels_last(x)
-    shapes = {"y": (shape[0], channels, *shape[2:]), "residual": shape, "total": shape}
-    if not last and not x.is_contiguous():
-        raise ValueError(f"x has strides {x.stride()}, must be contiguous or channels-last")
-    for name, value in {"y": y, "residual": residual, "total": total, "x2": x2}.items():
-        if value is None and name != "y":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
-        if value.dtype != dtype:
-            raise TypeError(f"{name} is {value.dtype}, must be of x's dtype, {dtype}")
-        if value.device != device:
-            raise ValueError(f"{name} is on {value.device}, must be on x's device, {device}")
-        if name != "x2" and value.shape != shapes[name]:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, must be {tuple(shapes[name])}")
-        if not (is_channels_last(value, or_both=True) if last else value.is_contiguous()):
-            format = "channels-last" if last else "contiguous"
-            raise ValueError(f"{name} has strides {value.stride()}, must be {format}, as x is")
-    if total is not None:
-        _check_apart("y", y, "total", total)
-    if x2 is not None:  # else an element of y is written by whoever has read the same element of x and residual
-        for name, value in {"x": x, "residual": residual, "x2": x2}.items():
-            if value is not None:
-                _check_apart("y", y, name, value)
-        if total is not None:
-            _check_apart("total", total, "x2", x2)
-    if workspace is not None:
-        if not isinstance(workspace, Tensor) or workspace.dtype != torch.float32:
-            what = getattr(workspace, "dtype", type(workspace).__name__)
-            raise TypeError(f"workspace is {what}, must be a float32 tensor")
-        if workspace.device != x.device:
-            raise ValueError(f"workspace is on {workspace.device}, must be on x's device, {x.device}")
-        if not workspace.is_contiguous():
-            raise ValueError(f"workspace has strides {workspace.stride()}, must be contiguous")
+    """`rms_norm_silu` of `concat(x, x2) + bias`, plus `residual`, written to `y`. Not differentiable.
+
+    One pass on `triton` and (without `bias`) on `native`, in which the sum is rounded once.
+
+    Args:
+        y: `[N, C + C2, ...]`, overwritten. May be `residual`, or `x` where there is no `x2`.
+        x, x2: as in `group_norm_silu_`.
+        weight, eps, scale, shift, activation: as in `rms_norm_silu`, neighbouring channels adjacent.
+        bias: `[C + C2]`, any floating dtype, contiguous: the convolution's, added to every pixel before the norm.
+        residual: `[N, C + C2, ...]`, x's dtype and memory format, added last.
+        backend: `"auto"`, `"triton"`, `"native"`, `"eager"` or `"reference"`.
+
+    Raises:
+        TypeError, ValueError, BackendError: as `group_norm_silu_`.
+    """
+    rows = {"scale": scale, "shift": shift}
+    vectors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    channels = check_tensors(x, x2, vectors, rows)
+    check_options(scale, shift, eps, activation)
+    whole = (x.shape[0], channels, *x.shape[2:])
+    check_like(x, {"y": whole, "residual": whole}, {"y": y, "residual": residual, "x2": x2})
+    if x2 is not None:
+        check_apart("y", y, "x", x)
+        check_apart("y", y, "x2", x2)
+    check_adjacent({**vectors, **rows})
+    named, backend = backend, _backend.resolve("group_norm_silu_", backend, x.device.type, x.dtype)
+    if backend == "native" and not fits_native(named, x, y, x2, residual):
+        backend = "eager"
+    if backend == "triton":
+        check_for_triton(x, channels)
+    if y.numel() == 0:
+        return
+    if backend == "triton":
+        rms_norm_(y, x, weight, float(eps), x2, bias, residual, scale, shift, activation == "silu")
+        return
+    if backend == "reference":
+        x, x2 = x.double(), None if x2 is None else x2.double()
+    if bias is not None:
+        own = per_channel(bias.to(x.dtype), x)
+        x, x2 = x + own[: x.shape[1]], None if x2 is None else x2 + own[x.shape[1] :]
+    if backend == "native":
+        _native.rms_norm(
+            y, x, weight.float(), eps, x2, residual, _float(scale), _float(shift), activation == "silu"
+        )
+        return
+    value = rms_norm_silu(x, weight, eps=eps, x2=x2, **rows, activation=activation, backend=backend)
+    if residual is None:
+        y.copy_(value)
+    else:
+        torch.add(value, residual, out=y)
 
 
-def _check_apart(written: str, value: Tensor, read: str, other: Tensor) -> None:
-    if value.data_ptr() == other.data_ptr() != 0:  # 0 where there are no elements, or none that have values
-        raise ValueError(f"{written} is in the memory of {read}, must be in its own")
+def _place_of_sum(
+    y: Tensor, x: Tensor, x2: Tensor | None, residual: Tensor | None, total: Tensor | None
+) -> Tensor | None:
+    """Where native kernels keep x + residual between their passes."""
+    if residual is None or total is not None:
+        return total
+    return y if x2 is None else torch.empty_like(x)
 
 
-def _check_adjacent(values: dict[str, Tensor | None]) -> None:
-    """Raises ValueError where neighbouring channels are not adjacent, for a copy would allocate."""
-    for name, value in values.items():
-        if value is not None and value.stride(-1) != 1 and value.shape[-1] > 1:
-            raise ValueError(f"{name} has strides {value.stride()}, must be 1 from channel to channel")
-
-
-def _check_options(scale: Tensor | None, shift: Tensor | None, eps: float, activation: str | None) -> None:
-    if (scale is None) != (shift is None):
-        missing = "scale" if scale is None else "shift"
-        raise ValueError(f"{missing} is None, must be given: scale and shift come together")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, must be >= 0")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}, must be 'silu' or None")
-
-
-def _check_for_triton(x: Tensor, channels: int) -> None:
-    if x.dtype == torch.float64:
-        raise TypeError("x is torch.float64, must be float32, float16 or bfloat16 on the triton backend")
-    if channels * math.prod(x.shape[2:]) >= 2**31:
-        raise ValueError(f"x has shape {tuple(x.shape)}, must have fewer than 2^31 elements a sample on triton")
+def _float(row: Tensor | None) -> Tensor | None:
+    return row if row is None else row.float()

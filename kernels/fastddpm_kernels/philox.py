@@ -35,6 +35,8 @@ from fastddpm_kernels._checks import check_keys, check_step, values_are_at_hand
 
 # The last word of the counter: noise for different purposes never repeats.
 STREAM_INITIAL, STREAM_STEP, STREAM_Q_SAMPLE, STREAM_KNOWN = 0, 1, 2, 3
+STREAM_TRAINING, STREAM_OFFSET, STREAM_PERTURBATION, STREAM_LIKELIHOOD, STREAM_AUGMENTATION = 4, 5, 6, 7, 8
+STREAM_ORDER = 9
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -69,7 +69,7 @@ def pointwise_conv_(
     elif backend == "reference":
         _reference(y, x, weight, x2, weight2, bias, residual)
     else:
-        _eager(y, x, weight, x2, weight2, bias, residual)
+        by_matmul(y, x, weight, x2, weight2, bias, residual)
 
 
 def rows(x: Tensor) -> Tensor | None:
@@ -113,7 +113,7 @@ def _reference(
     y.copy_(value)
 
 
-def _eager(
+def by_matmul(
     y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -122,11 +122,11 @@ def _eager(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> None:
-    """Matrix products that write to `y` and add to it, on views; other memory formats are copied first."""
+    """Torch's matrix products, which write to `y` and add to it, on views; other memory formats are copied first."""
     out = rows(y)
     if out is None:
         dense = y.new_empty(y.shape[0], *y.shape[2:], y.shape[1]).movedim(-1, 1)
-        _eager(dense, x, weight, x2, weight2, bias, residual)
+        by_matmul(dense, x, weight, x2, weight2, bias, residual)
         y.copy_(dense)
         return
     if bias is not None:

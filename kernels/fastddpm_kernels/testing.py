@@ -54,6 +54,7 @@ def assert_close(
     *,
     eager: Tensor | None = None,
     factor: float = 2.0,
+    max_factor: float | None = None,
     dtype: torch.dtype | None = None,
     name: str = "",
 ) -> None:
@@ -67,6 +68,7 @@ def assert_close(
         expected: the truth, usually computed in float64 from the same inputs.
         eager: what torch itself gives in `actual`'s dtype.
         factor: how many times eager's error is allowed.
+        max_factor: the same of the largest error, where that is more: not all elements may lose alike.
         dtype: whose floor applies; `actual.dtype` by default (name it where a float32 output is computed from
             half-precision intermediates).
         name: says in the message which tensor it was.
@@ -75,7 +77,8 @@ def assert_close(
     got = errors(actual, expected)
     floor = FLOORS[dtype or actual.dtype]
     granted = errors(eager, expected) if eager is not None else (0.0, 0.0)
-    bounds = tuple(max(f, factor * g) for f, g in zip(floor, granted, strict=True))
+    factors = (factor, factor if max_factor is None else max_factor)
+    bounds = tuple(max(f, k * g) for f, k, g in zip(floor, factors, granted, strict=True))
     if got[0] <= bounds[0] and got[1] <= bounds[1]:
         return
     difference = (actual.detach().double().cpu() - expected.detach().double().cpu()).abs().nan_to_num(float("inf"))

@@ -82,7 +82,7 @@ def test_torch_backends_run_anywhere() -> None:
 
 
 def test_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="backend is 'cudnn', must be 'auto' or one of triton, eager, reference"):
+    with pytest.raises(ValueError, match="'cudnn', must be 'auto' or one of triton, native, eager, reference"):
         resolve("philox", "cudnn", "cpu")
 
 

@@ -234,8 +234,16 @@ def test_reference_is_the_peers_rms_norm() -> None:
     assert_close(rms_norm_silu(x, g.flatten(), activation=None, backend="reference"), expected)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("op", "layout", "backend"),
+    [
+        ("group_norm", "contiguous", "eager"),
+        ("group_norm", "channels_last", "triton"),
+        ("rms_norm", "contiguous", "triton"),
+        ("rms_norm", "channels_last", "eager"),
+    ],
+    indirect=["backend"],
+)
 def test_under_torch_compile(op: str, layout: str, backend: str, device: torch.device) -> None:
     tensors = {name: value.to(device) for name, value in make(op, (2, 20, 4, 4), VARIANTS["all"]).items()}
     options = options_of(op, 4)

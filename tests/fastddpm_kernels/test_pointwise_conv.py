@@ -183,12 +183,14 @@ def test_every_tile(unit: str, device: torch.device, monkeypatch: pytest.MonkeyP
     from fastddpm_kernels._triton import pointwise_conv
 
     chosen = getattr(pointwise_conv, unit)
-    tensors = make((1, 13, 23), 36, 128, 150, ("bias", "residual is y"))
     dtype = torch.float16 if unit == "HALF" else torch.float32
-    if unit == "TF32":
-        # Factors of 11 significant bits are exact in TensorFloat-32: what is left is the error of the sum.
-        tensors = {name: value.half().double() for name, value in tensors.items()}
     for shape in chosen.shapes:
+        # Two tiles of columns and two of rows, or of the lowest a group of GROUP_M and two more; the last not full.
+        tall = pointwise_conv.GROUP_M + 1 if shape[0] == 16 else 1
+        tensors = make((1, tall * shape[0] + 13), 36, 128, shape[1] + 7, ("bias", "residual is y"))
+        if unit == "TF32":
+            # Factors of 11 significant bits are exact in TensorFloat-32: what is left is the error of the sum.
+            tensors = {name: value.half().double() for name, value in tensors.items()}
         monkeypatch.setattr(pointwise_conv, unit, replace(chosen, shapes=(shape,)))
         check("triton", device, tensors, dtype, in_place=True, allow_tf32=unit == "TF32")
 

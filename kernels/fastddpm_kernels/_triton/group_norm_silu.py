@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels._norm_plan import forward_plan, forward_workspace, in_place_plan
+from fastddpm_kernels import _tuned
+from fastddpm_kernels._norm_plan import Plan, derived_plan, forward_plan, forward_workspace, in_place_plan
 from fastddpm_kernels._triton.norm_tile import (
     Launch,
     affine,
@@ -34,7 +35,7 @@ from fastddpm_kernels._triton.norm_tile import (
     to_groups,
     unit_rows,
 )
-from fastddpm_kernels._triton.variant import Variant
+from fastddpm_kernels._triton.variant import Variant, packaged_variants
 
 
 @triton.jit
@@ -192,35 +193,39 @@ def _apply(
 
 def forward_launches(
     y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, x2: Tensor | None,
-    time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool,
+    time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, plan: Plan | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write y, mean and rstd [N, groups]. x, x2 and y are dense and of one memory format."""
+    """The launches that write y, mean and rstd [N, groups]. x, x2 and y are dense and of one memory format.
+
+    `plan`: in place of the one that is chosen."""
     weight, bias = weight.contiguous(), bias.contiguous()
+    plan = plan or forward_plan(x, len(weight), mean.shape[1])
     return _launches(
-        y, mean, rstd, x, weight, bias, mean.shape[1], eps, x2, None, None, time_bias, scale, shift, silu, None
+        plan, y, mean, rstd, x, weight, bias, mean.shape[1], eps, x2, None, None, time_bias, scale, shift, silu, None
     )
 
 
 def in_place_launches(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
     residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, silu: bool, workspace: Tensor | None,
+    shift: Tensor | None, silu: bool, workspace: Tensor | None, plan: Plan | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches that write y and, if it is given, total; as above, but nothing is copied or allocated, except for
     the workspace where there is none. y, total and residual may be x, since a program reads what it overwrites, and
     only it reads that (the second pass reads total, which the first has written)."""
+    plan = plan or in_place_plan(x, len(weight), num_groups, None if workspace is None else workspace.numel())
     return _launches(
-        y, None, None, x, weight, bias, num_groups, eps, x2, residual, total, time_bias, scale, shift, silu, workspace
-    )
+        plan, y, None, None, x, weight, bias, num_groups, eps, x2, residual, total, time_bias, scale, shift, silu,
+        workspace,
+    )  # fmt: skip
 
 
 def _launches(
-    y: Tensor, mean: Tensor | None, rstd: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, groups: int,
-    eps: float, x2: Tensor | None, residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool, workspace: Tensor | None,
+    plan: Plan, y: Tensor, mean: Tensor | None, rstd: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
+    groups: int, eps: float, x2: Tensor | None, residual: Tensor | None, total: Tensor | None,
+    time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, workspace: Tensor | None,
 ) -> list[Launch]:  # fmt: skip
     n, channels = y.shape[:2]
-    plan = forward_plan(x, channels, groups) if mean is not None else in_place_plan(x, channels, groups)
     time_bias, time_stride = unit_rows(time_bias)
     scale, scale_stride = unit_rows(scale)
     shift, shift_stride = unit_rows(shift)
@@ -250,7 +255,9 @@ def _launches(
 
 
 def aot_variants() -> list[Variant]:
-    """Every kernel of `group_norm_silu` and `rms_norm_silu`, at sizes of U-Nets that are in use."""
+    """Every kernel of `group_norm_silu` and `rms_norm_silu`, at sizes of U-Nets that are in use, and tuned ones."""
+    from fastddpm_kernels._triton import rms_norm_silu
+
     variants = []
     for tag, n, c1, c2, side, channels_last, time_bias, film, dtypes in (
         ("32x32", 64, 128, 0, 32, True, True, False, ("fp32", "fp16", "bf16")),
@@ -282,19 +289,42 @@ def aot_variants() -> list[Variant]:
                 for launch in _example_in_place(x, x2, y, rows, total)
                 if total is x or launch.kernel is _apply  # which then forms the sum again
             ]
-    return variants
+    variants += packaged_variants(("group_norm_silu", "group_norm_silu_"), tuned_variants)
+    return variants + packaged_variants(("rms_norm_silu",), rms_norm_silu.tuned_variants)
+
+
+def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+    """The kernels that a tuned choice runs: with a residual and without, where the op takes one."""
+    n, pixels, c1, c2, groups, last = key.shape
+    x, x2, y, rows = _example(n, c1, c2, (1, pixels), bool(last), key.dtype)
+    plan = derived_plan(n, pixels, c1 + c2, groups, **choice)
+    if plan is None:
+        raise ValueError("its tile is larger than a kernel could hold")
+    weight, mean = (torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((c1 + c2,), (n, groups)))
+    if key.op == "group_norm_silu":
+        launches = forward_launches(y, mean, mean, x, weight, weight, 1e-5, x2, rows, None, None, True, plan)
+    else:
+        launches = [
+            launch
+            for residual, total in ((None, None), (x, x), (x, None))
+            for launch in in_place_launches(
+                y, x, weight, weight, groups, 1e-5, x2, residual, total, rows, None, None, True, None, plan
+            )
+        ]
+    return [launch.variant(f"tuned, {key.dtype}, {key.shape}, {index}") for index, launch in enumerate(launches)]
 
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _example(
-    n: int, c1: int, c2: int, side: int, channels_last: bool, dtype: torch.dtype
+    n: int, c1: int, c2: int, size: int | tuple[int, int], channels_last: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """x, x2, y and a row [N, C] on the meta device."""
+    size = (size, size) if isinstance(size, int) else size
 
     def image(channels: int) -> Tensor:
-        shape = (n, side, side, channels) if channels_last else (n, channels, side, side)
+        shape = (n, *size, channels) if channels_last else (n, channels, *size)
         return torch.empty(shape, dtype=dtype, device="meta").movedim(-1 if channels_last else 1, 1)
 
     rows = torch.empty(n, c1 + c2, dtype=dtype, device="meta")
@@ -316,6 +346,7 @@ def _example_launches(
     )
     if film is not None or y.shape[2] == 64:
         launches += rms_norm_silu.forward_launches(y, x, weight, 1e-12, x2, film, film, silu)
+        launches += rms_norm_silu.forward_launches(y, x, weight, 1e-12, x2, film, film, silu, weight, y)
         launches += rms_norm_silu.backward_launches(x, x2, y, x, weight, 1e-12, x2, film, film, silu)[0]
     return launches
 

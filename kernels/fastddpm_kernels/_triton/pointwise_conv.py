@@ -4,8 +4,9 @@ One program makes a tile of the output, `[BLOCK_M, BLOCK_N]`, in one float32 acc
 x, then over those of x2, then bias and residual, then one store. Programs that share rows of x run next to each
 other, so that x comes from device memory once; the weights are small and stay in L2.
 
-The tile is chosen by what a model of the time predicts (`choose_tile`): the work of the processor that has most of
-it, and the latency of the loop that each program runs.
+Where no table has a choice, the tile is chosen by what a model of the time predicts (`choose_tile`): the work of the
+processor that has most of it, and the latency of the loop that each program runs. A table may also choose the vendor's
+matrix product for 16-bit values, which has the same factors but rounds after each source.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels._norm_plan import num_processors
+from fastddpm_kernels import _tuned
+from fastddpm_kernels._norm_plan import LARGEST_TILE, num_processors
 from fastddpm_kernels._triton.norm_tile import Launch
-from fastddpm_kernels._triton.variant import Variant
-from fastddpm_kernels.pointwise_conv import rows
+from fastddpm_kernels._triton.variant import Variant, packaged_variants
+from fastddpm_kernels.pointwise_conv import by_matmul, rows
 
 NUM_STAGES_OF_64 = 2  # on GPUs with 64 threads to a warp: one tile in registers, one in 64 KiB of shared memory
 GROUP_M = 8  # tiles of rows that run side by side for all columns
@@ -182,13 +184,15 @@ def _depth(c: int, c2: int, deepest: int) -> int:
 
 def make_launch(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, allow_tf32: bool, processors: int,
+    residual: Tensor | None, allow_tf32: bool, processors: int, tile: Tile | None = None,
 ) -> tuple[Launch, Tile]:  # fmt: skip
-    """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do)."""
+    """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do).
+
+    `tile`: in place of the one that is predicted to be the fastest."""
     (o, c), c2 = weight.shape, 0 if weight2 is None else weight2.shape[1]
-    unit = HALF if x.itemsize == 2 else TF32 if allow_tf32 else FMA
+    unit = unit_of(x.dtype, allow_tf32)
     m = y.numel() // o
-    tile = choose_tile(m, o, c, c2, x.itemsize, unit, processors)
+    tile = tile or choose_tile(m, o, c, c2, x.itemsize, unit, processors)
     args = {"y": y, "x": x, "weight": weight, "x2": x2, "weight2": weight2, "bias": bias,
             "residual": residual, "M": m}  # fmt: skip
     # Known at compile time, a stride that is a multiple of 8 and not of 16 still gives accesses of 16 bytes.
@@ -198,6 +202,11 @@ def make_launch(
                   "BLOCK_K": tile.block_k, "GROUP_M": GROUP_M}  # fmt: skip
     launch = Launch("pointwise_conv", _pointwise_conv, tile.programs(m, o), args, constexprs, tile.num_warps)
     return launch, tile
+
+
+def unit_of(dtype: torch.dtype, allow_tf32: bool) -> Unit:
+    """What multiplies values of a dtype."""
+    return HALF if dtype.itemsize == 2 else TF32 if allow_tf32 else FMA
 
 
 def _row_stride(x: Tensor | None) -> int:
@@ -210,16 +219,41 @@ def launch(
     residual: Tensor | None, allow_tf32: bool,
 ) -> None:  # fmt: skip
     """Writes y. All images can be seen as rows of adjacent channels (`rows`), and y has elements."""
-    made, tile = make_launch(y, x, weight, x2, weight2, bias, residual, allow_tf32, num_processors(x.device))
+    (columns, channels), second = weight.shape, 0 if weight2 is None else weight2.shape[1]
+    shape = (y.numel() // columns, columns, channels, second, int(residual is not None), int(allow_tf32))
+    choice = _tuned.choice("pointwise_conv", x.device, x.dtype, shape)
+    run_choice(choice, y, x, weight, x2, weight2, bias, residual, allow_tf32)
+
+
+def run_choice(
+    choice: _tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, allow_tf32: bool,
+) -> None:  # fmt: skip
+    """As `launch`, in the way of a choice; None for the heuristics'."""
+    if choice == MATMUL and x.itemsize == 2:  # torch's own switch, not `allow_tf32`, would decide for float32
+        by_matmul(y, x, weight, x2, weight2, bias, residual)
+        return
+    tile, processors = tile_of(choice), num_processors(x.device)
+    made, tile = make_launch(y, x, weight, x2, weight2, bias, residual, allow_tf32, processors, tile)
     wide = warps_of_64(x.device)
     with torch.cuda.device_of(x):
         made.kernel[(made.programs,)](
             **made.args,
             **made.constexprs,
             num_warps=max(tile.num_warps // 2, 1) if wide else tile.num_warps,
-            num_stages=NUM_STAGES_OF_64 if wide else tile.num_stages,
+            num_stages=min(tile.num_stages, NUM_STAGES_OF_64) if wide else tile.num_stages,
             **OPTIONS,
         )
+
+
+MATMUL = {"implementation": "addmm"}
+
+
+def tile_of(choice: _tuned.Choice | None) -> Tile | None:
+    """The tile that a choice names, if it names one that a kernel can hold."""
+    if choice is None or choice == MATMUL or choice["block_m"] * choice["block_n"] > LARGEST_TILE:
+        return None
+    return Tile(**choice)
 
 
 def warps_of_64(device: torch.device) -> bool:
@@ -270,4 +304,26 @@ def aot_variants() -> list[Variant]:
                 options=OPTIONS,
             )
         )
-    return variants
+    return variants + packaged_variants(("pointwise_conv",), tuned_variants)
+
+
+def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+    """The kernel that a tuned choice runs; none where it is the vendor's."""
+    tile = tile_of(choice)
+    if tile is None:
+        return []
+    m, o, c, c2, residual, allow_tf32 = key.shape
+    y, x, weight, x2, weight2 = (
+        torch.empty(size, dtype=key.dtype, device="meta") for size in ((m, o), (m, c), (o, c), (m, c2), (o, c2))
+    )
+    bias = torch.empty(o, device="meta")
+    made, _ = make_launch(
+        y, x, weight, x2 if c2 else None, weight2 if c2 else None, bias, y if residual else None, bool(allow_tf32), 132,
+        tile,
+    )  # fmt: skip
+    return [
+        replace(
+            made.variant(f"tuned, {key.dtype}, {key.shape}"), num_warps_of_64=max(tile.num_warps // 2, 1),
+            num_stages=tile.num_stages, num_stages_of_64=min(tile.num_stages, NUM_STAGES_OF_64), options=OPTIONS,
+        )
+    ]  # fmt: skip

@@ -9,22 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels._norm_plan import num_processors
+from fastddpm_kernels import _tuned
+from fastddpm_kernels._norm_plan import LARGEST_TILE, num_processors
 from fastddpm_kernels._triton.norm_tile import (
     Launch,
     affine,
     pointers,
+    row,
     silu,
     silu_gradient,
     unit_rows,
 )
+from fastddpm_kernels._triton.variant import Variant
 
 TILE_ELEMENTS = 4096
 
 
 @triton.jit
 def _forward(
-    y, x, x2, weight, scale, shift, scale_stride, shift_stride, P, blocks, eps, root,
+    y, x, x2, weight, bias, scale, shift, residual, scale_stride, shift_stride, P, blocks, eps, root,
     C1: tl.constexpr, C2: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -35,10 +38,14 @@ def _forward(
     mask = (p < P)[:, None] & (c < C)[None, :]
     a, b = affine(weight, None, scale, shift, n, scale_stride, shift_stride, c, c < C)
     tile = tl.load(pointers(x, x2, n, p, c, P, C1, C2, CHANNELS_LAST), mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        tile += row(bias, 0, 0, c, c < C)[None, :]
     r = root / tl.maximum(tl.sqrt(tl.sum(tile * tile, axis=1)), eps)
     v = tile * r[:, None] * a[None, :] + b[None, :]
     if SILU:
         v = silu(v)
+    if residual is not None:
+        v += tl.load(pointers(residual, None, n, p, c, P, C, 0, CHANNELS_LAST), mask=mask, other=0.0).to(tl.float32)
     tl.store(pointers(y, None, n, p, c, P, C, 0, CHANNELS_LAST), v.to(y.dtype.element_ty), mask=mask)
 
 
@@ -94,20 +101,53 @@ def _tile(x: Tensor, channels: int, thread_elements: int, elements: int) -> tupl
 
 def forward_launches(
     y: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
+    scale: Tensor | None, shift: Tensor | None, silu: bool, bias: Tensor | None = None, residual: Tensor | None = None,
+    choice: _tuned.Choice | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launch that writes y. x, x2 and y are dense and of one memory format."""
+    """The launch that writes y. x, x2, y and residual are dense and of one memory format.
+
+    `choice`: in place of what the tables or heuristics choose."""
     (n, channels), pixels = y.shape[:2], math.prod(x.shape[2:])
+    if choice is None:
+        shape = (n, pixels, x.shape[1], channels - x.shape[1], int(not x.is_contiguous()))
+        choice = _tuned.choice("rms_norm_silu", x.device, x.dtype, shape)
     tile, num_warps = _tile(x, channels, 32, TILE_ELEMENTS)
+    if choice is not None and choice["block_p"] * tile["BLOCK_C"] <= LARGEST_TILE:
+        tile, num_warps = {**tile, "BLOCK_P": choice["block_p"]}, choice["num_warps"]
     blocks = -(-pixels // tile["BLOCK_P"])
     scale, scale_stride = unit_rows(scale)
     shift, shift_stride = unit_rows(shift)
-    args = {"y": y, "x": x, "x2": x2, "weight": weight.contiguous(), "scale": scale, "shift": shift,
-            "scale_stride": scale_stride, "shift_stride": shift_stride, "P": pixels, "blocks": blocks, "eps": eps,
-            "root": math.sqrt(channels)}  # fmt: skip
+    args = {"y": y, "x": x, "x2": x2, "weight": weight.contiguous(), "bias": bias, "scale": scale, "shift": shift,
+            "residual": residual, "scale_stride": scale_stride, "shift_stride": shift_stride, "P": pixels,
+            "blocks": blocks, "eps": eps, "root": math.sqrt(channels)}  # fmt: skip
     constexprs = {"C1": x.shape[1], "C2": channels - x.shape[1], "SILU": silu,
                   "CHANNELS_LAST": not x.is_contiguous(), **tile}  # fmt: skip
-    return [Launch("rms_norm_silu.forward", _forward, n * blocks, args, constexprs, num_warps)]
+    name = "rms_norm_silu" if bias is None and residual is None else "rms_norm_silu_"
+    return [Launch(f"{name}.forward", _forward, n * blocks, args, constexprs, num_warps)]
+
+
+def heuristic_choice(x: Tensor, channels: int) -> _tuned.Choice:
+    """The choice that stands for what `forward_launches` does where no table has one."""
+    tile, num_warps = _tile(x, channels, 32, TILE_ELEMENTS)
+    return {"block_p": tile["BLOCK_P"], "num_warps": num_warps}
+
+
+def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+    """The kernels that a tuned choice runs: with bias and residual, and without."""
+    n, pixels, c1, c2, last = key.shape
+
+    def image(channels: int) -> Tensor:
+        shape = (n, 1, pixels, channels) if last else (n, channels, 1, pixels)
+        return torch.empty(shape, dtype=key.dtype, device="meta").movedim(-1 if last else 1, 1)
+
+    x, x2, y = image(c1), image(c2) if c2 else None, image(c1 + c2)
+    weight = torch.empty(c1 + c2, dtype=torch.float32, device="meta")
+    rows = torch.empty(n, c1 + c2, dtype=key.dtype, device="meta")
+    return [
+        launch.variant(f"tuned, {key.dtype}, {key.shape}")
+        for bias, residual in ((None, None), (weight, y))
+        for launch in forward_launches(y, x, weight, 1e-12, x2, rows, rows, True, bias, residual, choice)
+    ]
 
 
 def backward_launches(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from fastddpm_kernels import _tuned
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Variant:
         options: further compiler options that the launcher passes.
         divisible: integer arguments to be compiled as multiples of 16. Pointers always are, because torch's
             allocations are 256-byte aligned; without this what is compiled is not what runs.
+        target: the only one that it is for, or None.
     """
 
     name: str
@@ -35,3 +38,16 @@ class Variant:
     num_stages_of_64: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     divisible: tuple[str, ...] = ()
+    target: str | None = None
+
+
+def packaged_variants(
+    ops: Sequence[str], make: Callable[[_tuned.Key, _tuned.Choice], list[Variant]]
+) -> list[Variant]:
+    """Those that the package's tuned tables run, each for the GPU it was found on."""
+    return [
+        replace(variant, target=target)
+        for op in ops
+        for target, key, choice in _tuned.packaged(op)
+        for variant in make(key, choice)
+    ]

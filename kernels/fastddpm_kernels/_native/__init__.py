@@ -1,0 +1,208 @@
+"""The native backend: C++ for the CPU, float32. The only place that builds, loads and calls the library.
+
+The library knows neither Python nor torch: it takes addresses and sizes, checked by the ops, and runs on the threads
+of the OpenMP runtime that torch has loaded. Python's global lock is not held meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import shutil
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+from fastddpm_kernels._native.build import BuildError, library
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_ARGUMENTS = {
+    "fastddpm_conv3x3_winograd": [_P] * 6 + [_L] * 6 + [_I] * 3,
+    "fastddpm_conv3x3_unpacked": [_P] * 4 + [_L] * 4 + [_P] + [_L] * 6 + [_I] * 2,
+    "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 6 + [_I] * 2,
+    "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I],
+    "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 2,
+    "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F, _I, _I, _P, _P],
+    "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I, _I],
+    "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F, _I, _I],
+}
+_lock = threading.Lock()
+
+
+class _Library:
+    """The loaded library.
+
+    Attributes:
+        panel: output channels of a panel of packed weights.
+    """
+
+    def __init__(self) -> None:
+        if sys.platform != "linux":
+            raise BuildError(f"it is made for Linux, this is {sys.platform}")
+        # Symbols of what torch's own extension depends on: the runtime whose threads torch uses.
+        runtime = ctypes.CDLL(torch._C.__file__)
+        if not hasattr(runtime, "GOMP_parallel"):
+            raise BuildError("torch's threads are not those of an OpenMP runtime")
+        path, temporary = library()
+        try:
+            functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(f"the library does not load: {error}") from None
+        finally:
+            if temporary:
+                shutil.rmtree(path.parent, ignore_errors=True)
+        for name, types in _ARGUMENTS.items():
+            function = getattr(functions, name)
+            function.argtypes, function.restype = types, None
+        functions.fastddpm_start.argtypes, functions.fastddpm_start.restype = [_P], _I
+        self.panel: int = functions.fastddpm_start(ctypes.cast(runtime.GOMP_parallel, _P))
+        self.functions = functions
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> _Library | str:
+    try:
+        return _Library()
+    except BuildError as error:
+        return str(error)
+
+
+def why_not() -> str | None:
+    """Why the library cannot run here, or None; builds and loads it the first time. `torch.compile` asks once."""
+    with _lock:
+        loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+# As torch.compiler.assume_constant_result does, which would import torch._dynamo, and seconds with it.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def get() -> _Library:
+    """The library.
+
+    Raises:
+        BuildError: `why_not` says why.
+    """
+    with _lock:
+        loaded = _load()
+    if isinstance(loaded, str):
+        raise BuildError(loaded)
+    return loaded
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _row_stride(row: Tensor | None) -> int:
+    return 0 if row is None else row.stride(0)
+
+
+def conv3x3_winograd(
+    y: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, m: int,
+    upsample: bool,
+) -> None:  # fmt: skip
+    """Tiles of `m` x `m`. All are float32 and channels-last or contiguous; `weight` is packed for `m`."""
+    n, out_channels, height, width = y.shape
+    get().functions.fastddpm_conv3x3_winograd(
+        _at(y), _at(x), _at(x2), _at(weight), _at(bias), _at(residual), n, height, width, x.shape[1],
+        0 if x2 is None else x2.shape[1], out_channels, m, upsample, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def conv3x3_unpacked(
+    y: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, m: int, *, transposed: bool = False
+) -> None:
+    """As `conv3x3_winograd`, for a weight [O, C + C2, 3, 3] of any strides, packed for this call.
+
+    `transposed`: the adjoint of the convolution, from its O channels `x` to its C channels `y`.
+    """
+    place, strides = _taps(weight, transposed)
+    n, out_channels, height, width = y.shape
+    get().functions.fastddpm_conv3x3_unpacked(
+        _at(y), _at(x), _at(x2), place, *strides, _at(bias), n, height, width, x.shape[1],
+        0 if x2 is None else x2.shape[1], out_channels, m, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def conv3x3_pack(packed: Tensor, weight: Tensor, m: int, *, transposed: bool = False) -> None:
+    """Into `packed`, for `conv3x3_winograd`; `weight` as in `conv3x3_unpacked`."""
+    place, strides = _taps(weight, transposed)
+    outs, ins = weight.shape[:2][:: -1 if transposed else 1]
+    get().functions.fastddpm_conv3x3_pack(_at(packed), place, *strides, outs, ins, m, torch.get_num_threads())
+
+
+def conv3x3_weight_gradient(
+    dweight: Tensor, dbias: Tensor | None, dy: Tensor, x: Tensor, x2: Tensor | None
+) -> None:
+    """Into `dweight` [O, C + C2, 3, 3] of any strides, and `dbias` [O]. `dy`, `x` and `x2` are channels-last."""
+    n, out_channels, height, width = dy.shape
+    get().functions.fastddpm_conv3x3_weight_gradient(
+        _at(dweight), *dweight.stride(), _at(dbias), _at(dy), _at(x), _at(x2), n, height, width, x.shape[1],
+        0 if x2 is None else x2.shape[1], out_channels, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _taps(weight: Tensor, transposed: bool) -> tuple[int, tuple[int, int, int, int]]:
+    """The address of a 3x3 weight's first tap and its strides; `transposed`, of the one that is its adjoint."""
+    out, inner, row, column = weight.stride()
+    if not transposed:
+        return weight.data_ptr(), (out, inner, row, column)
+    return weight[:, :, 2, 2].data_ptr(), (inner, out, -row, -column)
+
+
+def conv_direct(
+    y: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kernel: int,
+    stride: int, padding: int, upsample: bool,
+) -> None:  # fmt: skip
+    """As `conv3x3_winograd`, for any kernel."""
+    n, channels, height, width = x.shape
+    get().functions.fastddpm_conv_direct(
+        _at(y), _at(x), _at(x2), _at(weight), _at(bias), _at(residual), n, height, width, channels,
+        0 if x2 is None else x2.shape[1], y.shape[2], y.shape[3], y.shape[1], kernel, stride, padding, upsample,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def group_norm(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
+    residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, silu: bool, *, mean: Tensor | None = None, rstd: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Into `y` and, with a residual, `total`; for gradients also `mean` and `rstd` [N, num_groups]."""
+    get().functions.fastddpm_group_norm(
+        _at(y), _at(x), _at(x2), _at(residual), _at(total), _at(weight), _at(bias), _at(time_bias), _at(scale),
+        _at(shift), _row_stride(time_bias), _row_stride(scale), _row_stride(shift), x.shape[0],
+        math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1], num_groups, eps, silu,
+        torch.get_num_threads(), _at(mean), _at(rstd),
+    )  # fmt: skip
+
+
+def group_norm_gradient(
+    dx: Tensor, dx2: Tensor | None, sums: Tensor, dy: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor,
+    bias: Tensor, mean: Tensor, rstd: Tensor, time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    silu: bool,
+) -> None:  # fmt: skip
+    """Into `dx`, `dx2` and `sums` [3, N, C + C2], over the pixels, from which all other gradients follow."""
+    get().functions.fastddpm_group_norm_gradient(
+        _at(dx), _at(dx2), _at(sums), _at(dy), _at(x), _at(x2), _at(weight), _at(bias), _at(mean), _at(rstd),
+        _at(time_bias), _at(scale), _at(shift), _row_stride(time_bias), _row_stride(scale), _row_stride(shift),
+        x.shape[0], math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1], mean.shape[1], silu,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def rms_norm(
+    y: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None, residual: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, silu: bool,
+) -> None:  # fmt: skip
+    """Into `y`."""
+    get().functions.fastddpm_rms_norm(
+        _at(y), _at(x), _at(x2), _at(residual), _at(weight), _at(scale), _at(shift), _row_stride(scale),
+        _row_stride(shift), x.shape[0], math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1], eps,
+        silu, torch.get_num_threads(),
+    )  # fmt: skip

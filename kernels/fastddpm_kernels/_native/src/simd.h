@@ -1,0 +1,65 @@
+// Vectors of floats by the extensions that GCC and Clang share, as wide as the CPU that is compiled for has them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastddpm {
+
+// Lanes of a vector, and the tile of a matrix product that fits the registers: kRows x (kColumns vectors).
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 14, kColumns = 2;  // 32 registers: 28 sums, 2 of weights, 1 of the input
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 6, kColumns = 2;  // 16 registers
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRows = 7, kColumns = 4;  // 32 registers
+#else
+constexpr int kLanes = 4, kRows = 4, kColumns = 2;
+#endif
+constexpr int kPanel = kColumns * kLanes;  // output channels of one panel of packed weights
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef float UnalignedVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline Vec zero() { return Vec{}; }
+inline Vec broadcast(float value) { return zero() + value; }
+
+// The first `count` lanes, others zero; and their counterpart.
+inline Vec load_some(const float* p, long count) {
+    if (count >= kLanes) return load(p);
+    float lanes[kLanes] = {};
+    std::memcpy(lanes, p, count * sizeof(float));
+    return load(lanes);
+}
+inline void store_some(float* p, Vec v, long count) {
+    if (count >= kLanes) return store(p, v);
+    float lanes[kLanes];
+    store(lanes, v);
+    std::memcpy(p, lanes, count * sizeof(float));
+}
+
+// e^x to 2 ulp: x = n ln 2 + r, a polynomial of r (the coefficients of Cephes' expf), and n into the exponent.
+// What is beyond the range of normal numbers comes out as its end; a NaN stays one.
+inline Vec exp(Vec x) {
+    x = x < -87.0f ? broadcast(-87.0f) : x;
+    x = x > 88.0f ? broadcast(88.0f) : x;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const Vec shifted = x * 1.44269504f + kRound;
+    const Vec n = shifted - kRound;
+    const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const IntVec exponent = ((IntVec)shifted << 23) + (127 << 23);
+    return p * (Vec)exponent;
+}
+
+inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
+}  // namespace fastddpm
