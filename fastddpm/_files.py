@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and nothing in those that are read is executed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -62,3 +66,34 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, holds a {type(content).__name__}")
     return content
+
+
+def read_tensors(path: str | os.PathLike[str]) -> Any:
+    """What a safetensors file (by its suffix), or one that torch saved, holds: tensors in plain containers, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        ValueError: it cannot be read, or holds other objects; the message names it.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle may end in any
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """As `read_tensors`, of a file that holds tensors by name and nothing else.
+
+    Raises:
+        FileNotFoundError, ValueError: as there, or it holds other things.
+    """
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    return state

@@ -40,6 +40,8 @@ class StepTable:
         start: (signal, noise) of x before the first step.
         learned: how v is meant: "range" (between the two logarithms), "log" (v is the log-variance: the same formula
             with bounds -1 and 1), "variance" (v is the variance: as "log" once its logarithm is taken), or None.
+        mean_std: float64 [S], by whose square a classifier's gradient moves the mean, where that is not S (a factor of
+            v's standard deviation, as S is); else None.
     """
 
     timesteps: Tensor
@@ -49,6 +51,7 @@ class StepTable:
     needs_network: Tensor
     start: Level
     learned: str | None = None
+    mean_std: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -82,6 +85,7 @@ class StepTable:
             levels=self.levels[index:],
             needs_network=self.needs_network[index:],
             start=(signal, noise),
+            mean_std=None if self.mean_std is None else self.mean_std[index:],
         )
 
 
@@ -98,7 +102,8 @@ def ddpm_table(
     For strided steps alpha_t is abar_t / abar_prev, with abar_prev = 1 after the last. beta_tilde is then 0, whose
     logarithm the libraries avoid in their own ways, which `convention` names: "diffusers" and
     "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step before. They also
-    differ in what gets noise: every timestep above 0 in the first two, every step but the last in guided-diffusion.
+    differ in what gets noise: every timestep above 0 in the first two, every step but the last in guided-diffusion,
+    where a classifier's gradient moves the last one all the same, by the variance that the step has.
 
     Args:
         schedule: the forward process the network was trained on.
@@ -135,6 +140,11 @@ def ddpm_table(
         bounds = torch.tensor([[-1.0, 1.0]], dtype=torch.float64).repeat(len(timesteps), 1)
     std = torch.ones_like(beta) if learned else (beta if variance_type == "fixed_large" else small).sqrt()
     zero = torch.zeros_like(beta)
+    mean_std = None
+    if convention == "guided_diffusion":
+        # At the last step its fixed variances are the beta_tilde of the step before ("large") and beta_tilde itself, 0.
+        final = std[-1:] if learned else small[-1:].sqrt() if variance_type == "fixed_large" else zero[-1:]
+        mean_std = torch.cat([std[:-1], final])
     return make_table(
         timesteps,
         (
@@ -149,6 +159,7 @@ def ddpm_table(
         after=bar_prev,
         log_variance=bounds,
         learned=learned,
+        mean_std=mean_std,
     )
 
 
@@ -228,6 +239,7 @@ def make_table(
     log_variance: Tensor | None = None,
     learned: str | None = None,
     needs_network: Tensor | None = None,
+    mean_std: Tensor | None = None,
 ) -> StepTable:
     """A `StepTable` from its seven columns and abar before and after each step, all [S]."""
     return StepTable(
@@ -238,6 +250,7 @@ def make_table(
         torch.ones_like(timesteps, dtype=torch.bool) if needs_network is None else needs_network,
         (float(before[0].sqrt()), float((1 - before[0]).sqrt())),
         learned,
+        mean_std,
     )
 
 

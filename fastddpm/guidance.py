@@ -25,13 +25,16 @@ class Classifier:
     Attributes:
         gradient: (x float32 [N, ...], t int64 [N], labels int64 [N]) -> gradient of log p(label | x_t) in x, [N, ...].
         scale: of the gradient.
-        shifts: "mean", of the step, by its variance times the gradient (algorithm 1, for ancestral sampling), or
-            "epsilon", by -sqrt(1 - abar) times the gradient (algorithm 2, for DDIM and its like).
+        shifts: "mean", of the step, by its variance times the gradient (algorithm 1, for ancestral sampling; at the
+            last step, which adds no noise, in convention "guided_diffusion" alone),
+            "epsilon", by -sqrt(1 - abar) times the gradient (algorithm 2, for DDIM and its like), or "clipped epsilon":
+            the same of the epsilon that the clipped x0 means, and x0 is not clipped again (guided-diffusion's
+            `condition_score`).
     """
 
     gradient: ClassifierFn
     scale: float
-    shifts: Literal["mean", "epsilon"]
+    shifts: Literal["mean", "epsilon", "clipped epsilon"]
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """scale * gradient, float32 like `x`. The function may differentiate in its x, a detached view of `x`."""
@@ -93,6 +96,25 @@ def add_to_prediction(out: Tensor, channels: int, shift: Tensor) -> Tensor:
     """`out` with `shift` [N, `channels`, ...] added to its prediction, to both halves of a doubled batch."""
     shift = shift.repeat(len(out) // len(shift), *[1] * (shift.ndim - 1))
     return torch.cat([out[:, :channels] + shift, out[:, channels:]], dim=1)
+
+
+def clipped_prediction(
+    prediction: Tensor, x: Tensor, row: Tensor, clip_range: float | None, threshold: DynamicThreshold | None
+) -> Tensor:
+    """The prediction [N, ...] that means the x0 which `prediction` means, clipped: out of x0 = A x + B out.
+
+    Args:
+        row: [7], of the table.
+        clip_range, threshold: how x0 is clipped, if at all.
+    """
+    a, b = row[0], row[1]
+    x0 = a * x + b * prediction
+    if threshold is not None:
+        limit = per_sample(threshold(x0), x0)
+        x0 = x0.clamp(-limit, limit) / limit
+    elif clip_range is not None:
+        x0 = x0.clamp(-clip_range, clip_range)
+    return torch.where(b == 0, prediction, (x0 - a * x) / b)  # where x is clean, x0 says nothing of a prediction
 
 
 def log_of_variance(out: Tensor, channels: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 An `nn.GroupNorm` here only holds parameters: each normalisation runs as one `group_norm_silu`, fused with
 what surrounds it (the skip concatenation, the time embedding, SiLU). A layer's `backend` says which backend
-that op uses; `UNet.backend` sets it everywhere.
+that op and the 3x3 convolutions use; `UNet.backend` sets it everywhere. "auto" is "native" in training mode where the
+weights are float32 on a CPU that has a compiler; in evaluation mode torch's own, of the least error.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels.conv_training import conv3x3, why_not_native
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
 
 
-def timestep_embedding(t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+def timestep_embedding(
+    t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: float, scale: float = 1.0
+) -> Tensor:
     """Sinusoids of the timestep (Ho et al. 2020, after Vaswani et al. 2017): float32 [N, channels].
 
     Of half = channels // 2 frequencies, number i is 10000 ** (-i / (half - freq_shift)). An odd last channel
@@ -28,10 +32,11 @@ def timestep_embedding(t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_
         channels: how many values per timestep.
         flip_sin_to_cos: [cos, sin] instead of [sin, cos].
         freq_shift: 1 makes the last frequency exactly 1 / 10000 (the original DDPM); 0 stops one short of it.
+        scale: a factor of the timesteps, multiplied in float32.
     """
     half = channels // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = t[:, None].float() * torch.exp(exponent / (half - freq_shift))[None, :]
+    angle = (t.float() * scale)[:, None] * torch.exp(exponent / (half - freq_shift))[None, :]
     parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
 
@@ -48,11 +53,24 @@ class EmbeddingMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1 and padding 1, by the fewest multiplications that the backend knows."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        native = self.backend == "native" or (self.backend == "auto" and self.training)
+        return conv3x3(x, self.weight, self.bias, backend=self.backend if native else "eager")
+
+
 class ResnetBlock(nn.Module):
     """(shortcut(x) + conv2(dropout(SiLU(norm2(conv1(SiLU(norm1(x))), embedding))))) / output_scale.
 
     The embedding, projected, is added before the second norm, or (`scale_shift`) applied after it, as
-    norm2 * (1 + scale) + shift.
+    norm2 * (1 + scale) + shift. With `resample` "down" or "up" what conv1 and shortcut read is pooled or upsampled by
+    two first.
     """
 
     def __init__(
@@ -66,35 +84,41 @@ class ResnetBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         output_scale: float = 1.0,
+        resample: str | None = None,
     ) -> None:
         super().__init__()
         self.backend = "auto"
         self.scale_shift = scale_shift
         self.output_scale = output_scale
+        self.resample = resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """The block's output [N, out_channels, H, W].
+        """The block's output [N, out_channels, H, W], of half or twice the size where it resamples.
 
         Args:
             x: [N, C, H, W].
             emb: SiLU of the time (and class) embedding, [N, emb_channels].
             skip: [N, in_channels - C, H, W], as if concatenated to `x`.
         """
-        h = _group_norm(self.norm1, x, self.backend, x2=skip)
+        h = norm_silu(self.norm1, x, self.backend, x2=skip)
+        if self.resample is not None:
+            assert skip is None  # no U-Net has such a block
+            resample = halve if self.resample == "down" else double
+            h, x = resample(h), resample(x)
         h = self.conv1(h)
         time = self.time_emb_proj(emb)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = _group_norm(self.norm2, h, self.backend, scale=scale, shift=shift)
+            h = norm_silu(self.norm2, h, self.backend, scale=scale, shift=shift)
         else:
-            h = _group_norm(self.norm2, h, self.backend, time_bias=time)
+            h = norm_silu(self.norm2, h, self.backend, time_bias=time)
         h = self.conv2(self.dropout(h))
         y = self._shortcut(x, skip) + h
         return y if self.output_scale == 1 else y / self.output_scale
@@ -139,7 +163,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
-        h = x if self.group_norm is None else _group_norm(self.group_norm, x, self.backend, activation=None)
+        h = x if self.group_norm is None else norm_silu(self.group_norm, x, self.backend, activation=None)
         h = h.flatten(2).transpose(1, 2)  # [N, pixels, C], a view where x is channels-last
         heads = (self.heads, self.head_dim)
         q, k, v = (to(h).unflatten(2, heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
@@ -149,36 +173,56 @@ class Attention(nn.Module):
         return y if self.output_scale == 1 else y / self.output_scale
 
 
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2; `padding` 0 pads right and bottom only, by one, as the original DDPM."""
+def halve(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H / 2, W / 2]: means of 2x2 pixels."""
+    return F.avg_pool2d(x, 2)
 
-    def __init__(self, channels: int, padding: int) -> None:
+
+def double(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W]: every pixel four times."""
+    if 4 * x.numel() >= 2**31:  # beyond this, channels-last, CUDA returns zeros (pytorch issue 141831)
+        x = x.contiguous()
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2; `padding` 0 pads right and bottom only, by one, as the original DDPM.
+
+    Means of 2x2 pixels where `padding` is None.
+    """
+
+    def __init__(self, channels: int, padding: int | None) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = None if padding is None else nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
+        if self.conv is None:
+            return halve(x)
+        # Under autocast x is of the dtype of the 3x3 convolutions before, and so must all be that skips end in.
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x).to(x.dtype)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by two, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling by two, then a 3x3 convolution unless `convolve` is False."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, convolve: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels) if convolve else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if 4 * x.numel() >= 2**31:  # beyond this, channels-last, CUDA returns zeros (pytorch issue 141831)
-            x = x.contiguous()
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = double(x)
+        return x if self.conv is None else self.conv(x)
 
 
 class DownBlock(nn.Module):
     """Residual blocks, each followed by attention if there are `attentions`, then the downsampler if any."""
 
     def __init__(
-        self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention], downsampler: Downsample | None
+        self,
+        resnets: Sequence[ResnetBlock],
+        attentions: Sequence[Attention],
+        downsampler: Downsample | ResnetBlock | None,
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
@@ -194,7 +238,7 @@ class DownBlock(nn.Module):
                 x = self.attentions[i](x)
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x)
+            x = downsampler(x, emb) if isinstance(downsampler, ResnetBlock) else downsampler(x)
             skips.append(x)
         return x, skips
 
@@ -218,7 +262,10 @@ class UpBlock(nn.Module):
     """Residual blocks that take up a skip each, attention after each if any, then the upsampler if any."""
 
     def __init__(
-        self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention], upsampler: Upsample | None
+        self,
+        resnets: Sequence[ResnetBlock],
+        attentions: Sequence[Attention],
+        upsampler: Upsample | ResnetBlock | None,
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
@@ -232,11 +279,11 @@ class UpBlock(nn.Module):
             if len(self.attentions) > 0:
                 x = self.attentions[i](x)
         for upsampler in self.upsamplers:
-            x = upsampler(x)
+            x = upsampler(x, emb) if isinstance(upsampler, ResnetBlock) else upsampler(x)
         return x
 
 
-def _group_norm(
+def norm_silu(
     norm: nn.GroupNorm,
     x: Tensor,
     backend: str,
@@ -247,6 +294,9 @@ def _group_norm(
     shift: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
+    """`group_norm_silu` with the parameters of `norm`; see there."""
+    if backend == "auto" and norm.training and why_not_native(x, x2) is None:
+        backend = "native"
     return group_norm_silu(
         x,
         norm.weight,

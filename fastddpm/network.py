@@ -8,6 +8,7 @@ import itertools
 import logging
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastddpm.frozen import FrozenUNet, why_not
+from fastddpm.frozen import FrozenUNet, blueprint_of, why_not
 from fastddpm.unet import UNet
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,57 @@ _EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] =
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class Call:
+    """How a model of any library is called, found from the names of its parameters.
+
+    Attributes:
+        takes_self_condition: whether it has a parameter `x_self_cond`.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        names = _parameters(model)
+        self.takes_self_condition = "x_self_cond" in names
+        self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
+
+    def __call__(
+        self, model: Callable[..., Any], x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None
+    ) -> Tensor:
+        """What `model` returns, a tensor, for x [N, ...], t int64 [N], labels int64 [N] and x_self_cond, if any.
+
+        Raises:
+            TypeError: it returned something else.
+        """
+        named = {} if self_condition is None else {"x_self_cond": self_condition}
+        if labels is None:
+            out = model(x, t, **named)
+        elif self._labels_name is None:
+            out = model(x, t, labels, **named)
+        else:
+            out = model(x, t, **{self._labels_name: labels}, **named)
+        if isinstance(out, Tensor):
+            return out
+        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
+            return out[0]
+        if isinstance(sample := getattr(out, "sample", None), Tensor):
+            return sample
+        raise TypeError(f"model returned a {type(out).__name__}, must return a tensor, a tuple or have a .sample")
+
+
+class AroundUNet(nn.Module, ABC):
+    """A model that calls a U-Net and makes its prediction of what that returns.
+
+    Where the U-Net can be frozen, what `bind_frozen` returns runs in place of `forward`.
+    """
+
+    @abstractmethod
+    def to_freeze(self) -> nn.Module | None:
+        """The U-Net, or None if it is to be called as it is."""
+
+    @abstractmethod
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> Bound:
+        """As `Network.bind`, with the U-Net frozen."""
+
+
 class Network:
     """A model in the place and dtype it runs in: itself if it is there already, else a copy.
 
@@ -34,7 +86,7 @@ class Network:
         frozen: the U-Net as prepared for sampling, which `bind` runs in its place, or None.
         config: its configuration, or None.
         device, dtype: where and in which dtype it runs.
-        takes_self_condition: whether it has a parameter `x_self_cond`.
+        takes_self_condition: whether it has a parameter `x_self_cond`, which is not among the channels of its input.
     """
 
     def __init__(
@@ -49,8 +101,8 @@ class Network:
     ) -> None:
         """See `Sampler` for the arguments.
 
-        `freeze`: prepare the model for sampling if it is a `fastddpm.UNet` of nothing but its own layers. It is then
-        run through `bind` alone.
+        `freeze`: prepare the model for sampling if it is a U-Net that can be frozen, or `AroundUNet`. It is then run
+        through `bind` alone.
 
         Raises:
             TypeError: the model cannot be called.
@@ -58,35 +110,19 @@ class Network:
         """
         if not callable(model):
             raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or a callable model(x, t)")
-        names = _parameters(model)
+        self._call = Call(model)
         self.device, self.dtype = _place(model, device, dtype)
         self.frozen: FrozenUNet | None = None
-        if freeze and backend != "reference" and isinstance(model, UNet):
-            if reason := why_not(model, self.device):
-                _log.info("the U-Net is not prepared for sampling: %s", reason)
-            else:
-                self.frozen = FrozenUNet(model, self.dtype, self.device, backend=backend, allow_tf32=allow_tf32)
+        if freeze and backend != "reference":
+            self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32)
         self.model = model if self.frozen else _prepare(model, self.device, self.dtype, backend)
         self.config = getattr(model, "config", None)
-        self.takes_self_condition = "x_self_cond" in names
-        self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
+        concatenated = self.frozen is not None and self.frozen.blueprint.optional_channels > 0
+        self.takes_self_condition = self._call.takes_self_condition and not concatenated
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None = None) -> Tensor:
         """The prediction for x [N, ...] at t int64 [N], with labels int64 [N] and the x0 predicted before, if any."""
-        named = {} if self_condition is None else {"x_self_cond": self_condition}
-        if labels is None:
-            out = self.model(x, t, **named)
-        elif self._labels_name is None:
-            out = self.model(x, t, labels, **named)
-        else:
-            out = self.model(x, t, **{self._labels_name: labels}, **named)
-        if isinstance(out, Tensor):
-            return out
-        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
-            return out[0]
-        if isinstance(sample := getattr(out, "sample", None), Tensor):
-            return sample
-        raise TypeError(f"model returned a {type(out).__name__}, must return a tensor, a tuple or have a .sample")
+        return self._call(self.model, x, t, labels, self_condition)
 
     def new_input(self, shape: Sequence[int]) -> Tensor:
         """Zeros [N, C, ...] for `bind`, in the dtype, place and memory format that the network reads best."""
@@ -105,6 +141,8 @@ class Network:
             labels: int64 [N], or None.
             self_condition: like `inputs`, or None.
         """
+        if self.frozen is not None and isinstance(self.model, AroundUNet):
+            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels)
         if self.frozen is not None:
             return self.frozen.bind(inputs, timesteps, labels)
         return _BoundModel(self, inputs, timesteps, labels, self_condition)
@@ -182,6 +220,24 @@ class _BoundModel:
     def __call__(self, step: Tensor) -> Tensor:
         t = self._timesteps.index_select(0, step).expand(len(self._inputs))
         return self._network(self._inputs, t, self._labels, self._self_condition)
+
+
+def _frozen(
+    model: Callable[..., Any], dtype: torch.dtype, device: torch.device, backend: str, allow_tf32: bool
+) -> FrozenUNet | None:
+    """The model's U-Net as prepared for sampling, or None where there is none that could be."""
+    unet = model.to_freeze() if isinstance(model, AroundUNet) else model
+    kind = blueprint_of(unet)
+    if not isinstance(unet, UNet) and (kind is None or (unet is model and not kind.alone)):
+        return None
+    reason = why_not(unet, device)
+    if reason is None and isinstance(unet, nn.Module):
+        frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
+        reason = frozen.differs() if frozen.blueprint.foreign else None
+        if reason is None:
+            return frozen
+    _log.info("the network is not prepared for sampling: %s", reason)
+    return None
 
 
 def _place(

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels._backend import BACKENDS
-from fastddpm_kernels.group_norm_silu import group_norm_silu
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastddpm._files import atomic_write, write_json
+from fastddpm._files import atomic_write, read_weights, write_json
 from fastddpm.layers import (
     Attention,
+    Conv3x3,
     DownBlock,
     Downsample,
     EmbeddingMLP,
@@ -30,6 +30,7 @@ from fastddpm.layers import (
     ResnetBlock,
     UpBlock,
     Upsample,
+    norm_silu,
     timestep_embedding,
 )
 from fastddpm.unet_config import UNetConfig
@@ -69,13 +70,13 @@ class UNet(nn.Module):
             scale_shift=c.resnet_time_scale_shift == "scale_shift",
         )
         groups, scale = c.norm_num_groups, c.mid_block_scale_factor
-        attention = partial(Attention, head_dim=c.attention_head_dim, groups=groups, eps=c.norm_eps)
+        attention = partial(Attention, groups=groups, eps=c.norm_eps)
 
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = EmbeddingMLP(widths[0], emb)
+        self.conv_in = Conv3x3(c.in_channels, widths[0])
+        self.time_embedding = EmbeddingMLP(c.sinusoid_channels, emb)
         self.class_embedding: nn.Module | None = None
         if c.class_embed_type == "timestep":
-            self.class_embedding = EmbeddingMLP(widths[0], emb)
+            self.class_embedding = EmbeddingMLP(c.sinusoid_channels, emb)
         elif c.class_embed_type is None and c.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(c.num_class_embeds, emb)
 
@@ -84,12 +85,17 @@ class UNet(nn.Module):
         skip_widths = [widths[0]]
         for i, (out, kind) in enumerate(zip(widths, c.down_block_types, strict=True)):
             ins = [widths[max(i - 1, 0)]] + [out] * (layers - 1)
-            last = i == levels - 1
+            last, head_dim = i == levels - 1, c.head_dims[i]
+            downsampler: ResnetBlock | Downsample | None = None
+            if not last and _by_resnet(kind, c.downsample_type):
+                downsampler = resnet(out, out, resample="down")
+            elif not last:
+                downsampler = Downsample(out, None if c.downsample_type == "pool" else c.downsample_padding)
             self.down_blocks.append(
                 DownBlock(
                     [resnet(n, out) for n in ins],
-                    [attention(out) for _ in ins if kind == "AttnDownBlock2D"],
-                    None if last else Downsample(out, c.downsample_padding),
+                    [attention(out, head_dim=head_dim) for _ in ins if kind == "AttnDownBlock2D"],
+                    downsampler,
                 )
             )
             skip_widths += [out] * (layers if last else layers + 1)
@@ -97,24 +103,30 @@ class UNet(nn.Module):
         self.mid_block: MidBlock | None = None
         if c.mid_block_type is not None:
             resnets = [resnet(widths[-1], widths[-1], output_scale=scale) for _ in range(2)]
-            middle = partial(attention, widths[-1], groups=c.mid_attention_groups, output_scale=scale)
-            self.mid_block = MidBlock(resnets, [middle()] if c.add_attention else [])
+            middle = partial(attention, head_dim=c.head_dims[levels], groups=c.mid_attention_groups, output_scale=scale)
+            self.mid_block = MidBlock(resnets, [middle(widths[-1])] if c.add_attention else [])
 
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
         for i, (out, kind) in enumerate(zip(reversed(widths), c.up_block_types, strict=True)):
             ins = [n + skip_widths.pop() for n in [below] + [out] * layers]
+            last, head_dim = i == levels - 1, c.head_dims[levels + 1 + i]
+            upsampler: ResnetBlock | Upsample | None = None
+            if not last and _by_resnet(kind, c.upsample_type):
+                upsampler = resnet(out, out, resample="up")
+            elif not last:
+                upsampler = Upsample(out, convolve=c.upsample_type != "nearest")
             self.up_blocks.append(
                 UpBlock(
                     [resnet(n, out) for n in ins],
-                    [attention(out) for _ in ins if kind == "AttnUpBlock2D"],
-                    None if i == levels - 1 else Upsample(out),
+                    [attention(out, head_dim=head_dim) for _ in ins if kind == "AttnUpBlock2D"],
+                    upsampler,
                 )
             )
             below = out
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], c.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[0], c.out_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +140,7 @@ class UNet(nn.Module):
 
     @property
     def backend(self) -> str:
-        """Which backend the norm ops use: "auto", "triton", "eager" or "reference". Set it for all layers."""
+        """Which backend the layers use: "auto", "triton", "native", "eager" or "reference". Set it for all."""
         return self._backend
 
     @backend.setter
@@ -137,7 +149,7 @@ class UNet(nn.Module):
             raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
         self._backend = backend
         for module in self.modules():
-            if isinstance(module, ResnetBlock | Attention):
+            if isinstance(module, ResnetBlock | Attention | Conv3x3):
                 module.backend = backend
 
     def forward(self, x: Tensor, t: float | Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -195,9 +207,7 @@ class UNet(nn.Module):
             x = self.mid_block(x, emb)
         for block in self.up_blocks:
             x = block(x, emb, skips)
-        norm = self.conv_norm_out
-        x = group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, backend=self._backend)
-        return self.conv_out(x)
+        return self.conv_out(norm_silu(self.conv_norm_out, x, self._backend))
 
     def _check_input(self, x: Tensor) -> None:
         channels, factor = self.config.in_channels, 2 ** (len(self.config.block_out_channels) - 1)
@@ -237,7 +247,8 @@ class UNet(nn.Module):
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Writes `folder`/config.json and the weights as safetensors, each whole or not at all.
 
-        `diffusers.UNet2DModel.from_pretrained(folder)` loads them.
+        `diffusers.UNet2DModel.from_pretrained(folder)` loads them, unless the config has what diffusers cannot be
+        (`UNetConfig.not_in_diffusers`).
         """
         folder = Path(folder)
         state = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
@@ -251,6 +262,7 @@ class UNet(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        variant: str | None = None,
     ) -> UNet:
         """The U-Net that `save_pretrained`, or diffusers' UNet2DModel, saved in `folder`; in evaluation mode.
 
@@ -261,6 +273,7 @@ class UNet(nn.Module):
             folder: holds config.json and the weights.
             dtype: of the parameters; the file's own (the widest in it) if None.
             device: where to put them.
+            variant: of the weights, as diffusers names files: "ema" for diffusion_pytorch_model.ema.safetensors.
 
         Raises:
             FileNotFoundError: no such folder, no config or no weights in it.
@@ -268,7 +281,7 @@ class UNet(nn.Module):
         """
         folder = Path(folder)
         config = UNetConfig.from_file(folder / CONFIG_FILE)
-        path, state = _read_weights(folder)
+        path, state = _read_weights(folder, variant)
         with torch.device("meta"):
             unet = cls(config)
         _check_state(path, state, unet.state_dict())
@@ -301,9 +314,13 @@ class UNet(nn.Module):
 
         Raises:
             ModuleNotFoundError: diffusers is not installed.
+            ValueError: diffusers cannot be such a network; the message names the fields.
         """
         from diffusers import UNet2DModel
 
+        if names := self.config.not_in_diffusers:
+            values = " and ".join(f"{name} is {getattr(self.config, name)!r}" for name in names)
+            raise ValueError(f"{values}, which diffusers' UNet2DModel does not have; fastddpm.UNet does")
         config = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
         with torch.device("meta"):
             model: Any = UNet2DModel(**config)
@@ -312,30 +329,35 @@ class UNet(nn.Module):
 
 
 def sinusoids(config: UNetConfig, t: Tensor) -> Tensor:
-    """What the layers of a U-Net's time embedding read: [N] timesteps -> float32 [N, block_out_channels[0]]."""
-    channels = config.block_out_channels[0]
-    return timestep_embedding(t, channels, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+    """What the layers of a U-Net's time embedding read: [N] timesteps -> float32 [N, config.sinusoid_channels]."""
+    return timestep_embedding(
+        t,
+        config.sinusoid_channels,
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+        scale=config.timestep_scale,
+    )
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    for path in (folder / WEIGHTS_FILE, folder / OLD_WEIGHTS_FILE):
-        if path.is_file():
-            break
-    else:
-        raise FileNotFoundError(f"{folder} has neither {WEIGHTS_FILE} nor {OLD_WEIGHTS_FILE}")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a broken pickle may end in any
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} does not hold a dictionary of tensors")
-    return path, {_new_name(name): tensor for name, tensor in state.items()}
+def _by_resnet(kind: str, resample_type: str) -> bool:
+    """Whether a block of that type changes the resolution by a residual block."""
+    return kind.startswith("Resnet") or (kind.startswith("Attn") and resample_type == "resnet")
+
+
+def weights_files(variant: str | None = None) -> tuple[str, str]:
+    """What the files of weights are called, the one that is preferred first."""
+    if variant is None:
+        return WEIGHTS_FILE, OLD_WEIGHTS_FILE
+    new, old = (f".{variant}.".join(name.rsplit(".", 1)) for name in (WEIGHTS_FILE, OLD_WEIGHTS_FILE))
+    return new, old
+
+
+def _read_weights(folder: Path, variant: str | None) -> tuple[Path, dict[str, Tensor]]:
+    names = weights_files(variant)
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(names)}")
+    return path, {_new_name(name): tensor for name, tensor in read_weights(path).items()}
 
 
 def _new_name(name: str) -> str:

@@ -1,8 +1,9 @@
-"""What a U-Net is made of: the fields of diffusers' UNet2DModel, checked."""
+"""What a U-Net is made of: the fields of diffusers' UNet2DModel and a few more, checked."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -15,30 +16,38 @@ CLASS_NAME = "UNet2DModel"
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "time_embedding_type": ("positional",),
     "mid_block_type": ("UNetMidBlock2D", None),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
+    "downsample_type": ("conv", "resnet", "pool"),
+    "upsample_type": ("conv", "resnet", "nearest"),
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None, "timestep", "identity"),
 }
 _BLOCK_CHOICES = {
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
 }
+# Fields of our own, with their defaults. But for `null_class`, which changes nothing that diffusers computes, they have
+# their plain names in a config.json, so that diffusers warns that it ignores them.
+_OWN: dict[str, Any] = {"null_class": None, "timestep_channels": None, "timestep_scale": 1.0}
 _POSITIVE = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
 _POSITIVE_OR_NONE = (
     "time_embedding_dim",
-    "attention_head_dim",
     "attn_norm_num_groups",
     "num_class_embeds",
     "num_train_timesteps",
+    "timestep_channels",
+)
+# What diffusers' EMAModel adds when it saves a model.
+_OF_AVERAGING = (
+    *("decay", "min_decay", "optimization_step", "update_after_step"),
+    *("use_ema_warmup", "inv_gamma", "power"),
 )
 _FLAGS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The fields of diffusers' UNet2DModel with its defaults, and `null_class`.
+    """The fields of diffusers' UNet2DModel with its defaults, and what other libraries' U-Nets need beyond them.
 
     `block_out_channels` are the widths of the levels, each at half the resolution of the one before. What
     None means: `time_embedding_dim`, 4 * block_out_channels[0]; `attention_head_dim`, one head of all
@@ -46,8 +55,18 @@ class UNetConfig:
     no norm; `mid_block_type`, no mid block. `sample_size` (pixels) and `num_train_timesteps` do not change
     the network. diffusers documents the other fields.
 
-    `null_class` is the label, one of `num_class_embeds`, that means "no class", for classifier-free guidance.
-    In config.json it is `_null_class`, since diffusers ignores names with an underscore.
+    As in diffusers, blocks without attention choose by their type how they change the resolution, by a residual block
+    in "ResnetDownsampleBlock2D" and "ResnetUpsampleBlock2D" and by a convolution in "DownBlock2D" and "UpBlock2D";
+    those with attention by `downsample_type` and `upsample_type`, "resnet" or "conv".
+
+    Beyond diffusers:
+        downsample_type "pool", upsample_type "nearest": 2x2 means and repeated pixels, without a convolution, in
+            blocks with and without attention.
+        attention_head_dim: also a tuple of one for every down block, the mid block and every up block.
+        timestep_channels: how many sinusoids of the timestep there are; None for block_out_channels[0].
+        timestep_scale: the sinusoids are those of the timestep times it, in float32.
+        null_class: the label, one of `num_class_embeds`, that means "no class", for classifier-free guidance. In
+            config.json it is `_null_class`, since diffusers ignores names with an underscore.
 
     Raises:
         ValueError: a value that is wrong, or that diffusers has and fastddpm does not; the message names the
@@ -73,7 +92,7 @@ class UNetConfig:
     upsample_type: str = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
-    attention_head_dim: int | None = 8
+    attention_head_dim: int | tuple[int, ...] | None = 8
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
@@ -83,6 +102,8 @@ class UNetConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     null_class: int | None = None
+    timestep_channels: int | None = None
+    timestep_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -96,6 +117,24 @@ class UNetConfig:
     def embedding_channels(self) -> int:
         """Channels of the time (and class) embedding."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def sinusoid_channels(self) -> int:
+        """How many sinusoids of the timestep the time embedding reads."""
+        return self.timestep_channels or self.block_out_channels[0]
+
+    @property
+    def head_dims(self) -> tuple[int | None, ...]:
+        """Channels per head of attention in every down block, the mid block and every up block; None: all of them."""
+        dims = self.attention_head_dim
+        return dims if isinstance(dims, tuple) else (dims,) * (2 * len(self.block_out_channels) + 1)
+
+    @property
+    def not_in_diffusers(self) -> list[str]:
+        """The fields that say what diffusers' UNet2DModel cannot be."""
+        names = [name for name, default in _OWN.items() if name != "null_class" and getattr(self, name) != default]
+        names += [name for name in ("downsample_type", "upsample_type") if getattr(self, name) in ("pool", "nearest")]
+        return names + ["attention_head_dim"] * isinstance(self.attention_head_dim, tuple)
 
     @property
     def has_classes(self) -> bool:
@@ -131,7 +170,7 @@ class UNetConfig:
         name = config.get("_class_name", CLASS_NAME)
         if name != CLASS_NAME:
             raise ValueError(f"_class_name is {name!r}, must be {CLASS_NAME!r}")
-        fields = {name: value for name, value in config.items() if not name.startswith("_")}
+        fields = {name: v for name, v in config.items() if not name.startswith("_") and name not in _OF_AVERAGING}
         for kinds in _BLOCK_CHOICES:
             if isinstance(fields.get(kinds), (list, tuple)):  # "UNetRes..." in the oldest files
                 fields[kinds] = tuple(str(kind).removeprefix("UNetRes") for kind in fields[kinds])
@@ -153,14 +192,17 @@ class UNetConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: lists for tuples, `_class_name`, and `_null_class` if there is one."""
+        """What goes into config.json: lists for tuples, `_class_name`, and fields of our own that are not the default.
+
+        The null class is `_null_class`.
+        """
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
-        null_class = fields.pop("null_class")
-        return {
-            "_class_name": CLASS_NAME,
-            **fields,
-            **({} if null_class is None else {"_null_class": null_class}),
-        }
+        for name, default in _OWN.items():
+            if fields[name] == default:
+                del fields[name]
+        if "null_class" in fields:
+            fields["_null_class"] = fields.pop("null_class")
+        return {"_class_name": CLASS_NAME, **fields}
 
     def _check_types(self) -> None:
         require = self._require
@@ -182,6 +224,10 @@ class UNetConfig:
         require("norm_eps", _is_number(eps) and eps > 0, "a positive number")
         scale = self.mid_block_scale_factor
         require("mid_block_scale_factor", _is_number(scale) and scale != 0, "a number other than 0")
+        scale = self.timestep_scale
+        require("timestep_scale", _is_number(scale) and 0 < scale < math.inf, "a positive number")
+        valid = scale == 1 or self.class_embed_type != "timestep"
+        require("timestep_scale", valid, "1 where class_embed_type is 'timestep': labels are not scaled")
 
     def _check_blocks(self) -> None:
         require, widths, groups = self._require, self.block_out_channels, self.norm_num_groups
@@ -194,20 +240,30 @@ class UNetConfig:
             valid = isinstance(kinds, tuple) and len(kinds) == len(widths) and set(kinds) <= set(choices)
             names = " or ".join(map(repr, choices))
             require(name, valid, f"a sequence of {names}, as many as block_out_channels ({len(widths)})")
-        attentive = {n for n, kind in zip(widths, self.down_block_types, strict=True) if "Attn" in kind}
-        attentive |= {n for n, kind in zip(widths[::-1], self.up_block_types, strict=True) if "Attn" in kind}
         if self.mid_block_type is not None and self.add_attention:
-            attentive.add(widths[-1])
             valid = self.attn_norm_num_groups is None or widths[-1] % self.attn_norm_num_groups == 0
             require("attn_norm_num_groups", valid, f"None or a divisor of the last width, {widths[-1]}")
-        if attentive and self.attention_head_dim is not None:
-            valid = self.attention_head_dim <= min(attentive)
-            require("attention_head_dim", valid, f"None or at most {min(attentive)}, a width with attention")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """Heads must be no wider than where there is attention; diffusers lets them divide a width with a rest."""
+        widths, dims = self.block_out_channels, self.head_dims
+        count = 2 * len(widths) + 1
+        valid = len(dims) == count and all(dim is None or _is_int(dim, 1) for dim in dims)
+        valid = valid and (self.attention_head_dim is None or None not in dims)
+        what = f"a positive integer, None, or {count} positive integers, of the down, mid and up blocks"
+        self._require("attention_head_dim", valid, what)
+        mid = self.mid_block_type is not None and self.add_attention
+        attends = ["Attn" in kind for kind in self.down_block_types] + [mid]
+        attends += ["Attn" in kind for kind in self.up_block_types]
+        for dim, width, used in zip(dims, (*widths, widths[-1], *widths[::-1]), attends, strict=True):
+            valid = dim is None or not used or dim <= width
+            self._require("attention_head_dim", valid, f"None or at most {width}, a width with attention")
 
     def _check_embeddings(self) -> None:
-        half = self.block_out_channels[0] // 2
+        half = self.sinusoid_channels // 2
         valid = _is_number(self.freq_shift) and self.freq_shift < half
-        self._require("freq_shift", valid, f"a number below {half}, half the first width")
+        self._require("freq_shift", valid, f"a number below {half}, the number of frequencies")
         if self.null_class is not None:
             labels = self.num_class_embeds if self.class_embed_type is None else None
             valid = labels is not None and _is_int(self.null_class, 0) and self.null_class < labels

@@ -8,20 +8,23 @@ adds it while it reads. In plain torch (`fused` False) convolutions have their b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
 from torch import Tensor, nn
 
+from fastddpm.frozen import folding
 from fastddpm.frozen import instructions as ops
 from fastddpm.frozen.instructions import Instruction, Machine
 
 if TYPE_CHECKING:
-    from fastddpm.frozen import FrozenUNet
+    from fastddpm.frozen.frozen_unet import FrozenUNet
 
 
 @dataclass
@@ -66,9 +69,12 @@ class Builder:
 
     def conv(
         self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own", stride: int = 1, padding: int = 1,
-        in_channels: int | None = None, out_channels: int | None = None,
+        in_channels: int | None = None, out_channels: int | None = None, below: int | None = None,
     ) -> Activation:  # fmt: skip
-        """A convolution; `bias`, where given, in place of its own. Channels beyond the layer's have zero weights."""
+        """A convolution; `bias`, where given, in place of its own. Channels beyond the layer's have zero weights.
+
+        `below`: rows and columns of zeros below and to the right, where not `padding`; native convolutions only.
+        """
         assert x.residual is None
         assert x.bias is None
         name, size = self.names[layer], layer.kernel_size[0]
@@ -77,21 +83,51 @@ class Builder:
         more_out = (out_channels or layer.out_channels) - layer.out_channels
         if more_out and values is not None:
             values = F.pad(values, (0, more_out))
-        weight = self.put(f"{name}.weight", lambda: F.pad(layer.weight, (0, 0, 0, 0, 0, more_in, 0, more_out)))
+        outputs, inputs = layer.out_channels + more_out, layer.in_channels + more_in
         _, height, width = self.shapes[x.slot]
-        target = self.new(
-            len(weight),
-            (height + 2 * padding - size) // stride + 1,
-            (width + 2 * padding - size) // stride + 1,
-        )
+        more = padding + (padding if below is None else below) - size
+        target = self.new(outputs, (height + more) // stride + 1, (width + more) // stride + 1)
+
+        def padded() -> Tensor:
+            return F.pad(layer.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+
         if isinstance(bias, str):
             own, pending = self.bias_of(layer, values)
         else:  # a row of the time table, to be read at every run
             own, pending = values, None
+        if self.m.native:
+            packed = self.packed(f"{name}.weight", padded, (outputs, inputs, size), (height, width), stride, padding)
+            run = ops.native_conv(self.m, x.slot, target, packed, own, stride, padding)
+        else:
+            assert below is None
+            run = ops.conv(self.m, x.slot, target, self.put(f"{name}.weight", padded), own, stride, padding)
+        numel = outputs * inputs * size**2
+        self.emit(name, "conv", [x.slot], [target], run, flops=2 * self.pixels(target) * numel, weights=numel)
+        return Activation(target, pending)
+
+    def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
+        """A 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
+        assert x.residual is None
+        assert x.bias is None
+        name = self.names[layer]
+        _, height, width = self.shapes[x.slot]
+        target = self.new(layer.out_channels, 2 * height, 2 * width)
+        own, pending = self.bias_of(layer, layer.bias) if isinstance(bias, str) else (bias, None)
+        if self.m.native:
+            shape = (layer.out_channels, layer.in_channels, 3)
+            packed = self.packed(f"{name}.weight", lambda: layer.weight, shape, (height, width), 1, 1, True)
+            run = ops.native_conv(self.m, x.slot, target, packed, own)
+            self.emit(
+                name, "conv", [x.slot], [target], run, flops=8 * self.pixels(target) * shape[0] * shape[1],
+                weights=layer.weight.numel(),
+            )  # fmt: skip
+            return Activation(target, pending)
+        self.loose.add(target)
+        weight = self.put(f"{name}.weight", lambda: folding.upsample_conv(layer.weight))
         self.emit(
             name, "conv", [x.slot], [target],
-            ops.conv(self.m, x.slot, target, weight, own, stride, padding),
-            flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
+            ops.upsample(self.m, x.slot, target, weight, own),
+            flops=2 * self.pixels(x.slot) * weight.numel(), weights=weight.numel(),
         )  # fmt: skip
         return Activation(target, pending)
 
@@ -148,21 +184,45 @@ class Builder:
         return self.pointwise(self.names[layer], x.slot, weight, bias, h.slot, second, h.slot)
 
     def pointwise(
-        self, name: str, source: int, weight: Tensor, bias: Tensor | None, residual: int,
+        self, name: str, source: int, weight: Tensor, bias: Tensor | None, residual: int | None,
         second: int | None = None, target: int | None = None,
     ) -> Activation:  # fmt: skip
         width = self.shapes[source][0]
         if target is None:
             target = self.new(len(weight), *self.shapes[source][1:])
+        reads = [slot for slot in (source, second, residual) if slot is not None]
+        if self.m.native:
+            shape = (*weight.shape, 1)
+            packed = self.packed(f"{name}.weight", lambda: weight[:, :, None, None], shape, self.shapes[source][1:])
+            own = None if bias is None else self.put(f"{name}.bias", bias, self.vector_dtype)
+            self.emit(
+                name, "pointwise", reads, [target],
+                ops.native_conv(self.m, source, target, packed, own, 1, 0, second, residual),
+                flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
+            )  # fmt: skip
+            return Activation(target)
         first = self.put(f"{name}.first", weight[:, :width])
         other = None if second is None else self.put(f"{name}.second", weight[:, width:])
         own = None if bias is None else self.put(f"{name}.bias", bias, self.vector_dtype)
         self.emit(
-            name, "pointwise", [slot for slot in (source, second, residual) if slot is not None], [target],
+            name, "pointwise", reads, [target],
             ops.pointwise(self.m, source, target, first, own, second, other, residual),
             flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
         )  # fmt: skip
         return Activation(target)
+
+    def linear(self, name: str, source: int, weight: Tensor, bias: Tensor) -> int:
+        """A 1x1 convolution with bias by the vendor's matrix product, or the native one. Returns its slot."""
+        if self.m.native:
+            return self.pointwise(name, source, weight, bias, None).slot
+        target = self.new(len(weight), *self.shapes[source][1:])
+        own = self.put(f"{name}.bias", bias)
+        self.emit(
+            name, "pointwise", [source], [target],
+            ops.linear(self.m, source, target, self.put(f"{name}.weight", weight.T), own),
+            flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
+        )  # fmt: skip
+        return target
 
     def complete(self, x: Activation, name: str, padded: int | None = None) -> None:
         """Adds what `x` lacks, in its place; if `padded`, copies it there as well."""
@@ -197,9 +257,28 @@ class Builder:
         """(what the convolution adds itself, what stays pending)."""
         if bias is None:
             return None, None
-        if self.m.fused:
+        if self.m.fused and not self.m.native:
             return None, bias.double()
         return self.put(f"{self.names[layer]}.bias", bias), None
+
+    def packed(
+        self, name: str, weight: Callable[[], Tensor], shape: tuple[int, int, int], size: tuple[int, int],
+        stride: int = 1, padding: int = 0, upsample: bool = False,
+    ) -> PackedWeight:  # fmt: skip
+        """A weight for the native convolution of an input of `size`. `shape`: output and input channels, kernel.
+
+        It is kept for every algorithm that some size has wanted.
+        """
+        outputs, inputs, kernel = shape
+        algorithm = choose_algorithm(
+            self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample
+        )
+        kinds = [algorithm]
+        if self.constants.refilling:  # sizes do not matter then: nothing will run
+            kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
+        for kind in kinds:
+            values = self.put(f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample))
+        return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample)
 
     def put(self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
         return self.constants.put(name, values, dtype)
@@ -217,11 +296,16 @@ class Builder:
         kernels: int = 1, flops: int = 0, weights: int = 0,
     ) -> None:  # fmt: skip
         elements = sum(self.pixels(slot) * self.shapes[slot][0] for slot in [*reads, *writes]) + weights
+        size = self.shapes[writes[0]][1:]
         self.instructions.append(
             Instruction(
-                name, kind, tuple(reads), tuple(writes), kernels, flops, elements * self.dtype.itemsize, run
+                name, kind, tuple(reads), tuple(writes), kernels, flops, elements * self.dtype.itemsize, run, size
             )
         )
+
+
+def _packed(weight: Callable[[], Tensor], algorithm: str, upsample: bool) -> Tensor:
+    return packed_values(weight(), algorithm, upsample)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

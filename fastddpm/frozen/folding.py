@@ -9,9 +9,9 @@ import copy
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastddpm.frozen.blueprint import Embeddings
 from fastddpm.layers import Attention, ResnetBlock
 from fastddpm.unet import UNet, sinusoids
 
@@ -83,17 +83,16 @@ def time_projections(unet: UNet) -> tuple[Tensor, Tensor, dict[str, slice]]:
     return torch.cat(weights), torch.cat(biases), columns
 
 
-class Embeddings(nn.Module):
-    """A U-Net's time and class embeddings in float64, apart from each other and before their SiLU.
-
-    Their sinusoids are not rounded to the dtype that the U-Net happens to be in.
-    """
+class UNetEmbeddings(Embeddings):
+    """See `Embeddings`. The sinusoids are not rounded to the dtype that the U-Net happens to be in."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.time = copy.deepcopy(unet.time_embedding).double()
         self.classes = None if unet.class_embedding is None else copy.deepcopy(unet.class_embedding).double()
         self._config = unet.config
+        if isinstance(self.classes, nn.Embedding):
+            self.num_labels = self.classes.num_embeddings
 
     def of_time(self, t: Tensor) -> Tensor:
         """[S] timesteps -> [S, E]."""
@@ -104,8 +103,3 @@ class Embeddings(nn.Module):
         if self._config.class_embed_type == "timestep":
             labels = sinusoids(self._config, labels).double()
         return labels.double() if self.classes is None else self.classes(labels)
-
-
-def silu_of_sum(time: Tensor, labels: Tensor | None) -> Tensor:
-    """What every block's projection reads: SiLU of the embeddings' sum, broadcast."""
-    return F.silu(time if labels is None else time + labels)

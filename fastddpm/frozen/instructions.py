@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels.conv import PackedWeight, conv_
 from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
 from fastddpm_kernels.residual_add import residual_add_
@@ -33,6 +34,7 @@ class Instruction:
         flops: multiplications and additions of its matrix products and convolutions.
         bytes: each operand, weights included, read once and each result written once.
         run: does it.
+        size: (height, width) of what it writes; None of the time table.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Instruction:
     flops: int
     bytes: int
     run: Callable[[], object] = field(repr=False)
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -51,8 +54,8 @@ class Machine:
 
     Attributes:
         fused: whether the fused kernels run, whose results go to given places; else plain torch.
-        static: whether every slot has its place before the first run (CUDA with cuDNN).
-        backend: of the fused kernels: "triton", "eager" or "reference".
+        static: whether every slot has its place before the first run (CUDA with cuDNN, and native kernels).
+        backend: of the fused kernels: "triton", "native", "eager" or "reference".
         allow_tf32: whether float32 products may be rounded to TF32.
         slots: the activations.
         workspace: scratch for the fused kernels, float32.
@@ -66,6 +69,11 @@ class Machine:
     slots: list[Any] = field(default_factory=list)
     workspace: Tensor | None = None
     step: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def native(self) -> bool:
+        """Whether convolutions are those of the native backend, which add biases and residuals as they write."""
+        return self.backend == "native"
 
     def place(self, slot: int, like: Tensor, channels: int) -> Tensor:
         """Where a fused kernel puts its result: the slot's own place, or new memory."""
@@ -87,6 +95,29 @@ def conv(
         m.slots[target] = channels_last(F.conv2d(m.slots[source], weight, bias, stride, padding))
 
     return run_static if m.static else run
+
+
+def native_conv(
+    m: Machine,
+    source: int,
+    target: int,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    stride: int = 1,
+    padding: int = 1,
+    second: int | None = None,
+    residual: int | None = None,
+) -> Callable[[], None]:
+    """A convolution of concat(source, second), plus residual, which may be the target, by the native backend."""
+
+    def run() -> None:
+        conv_(
+            m.slots[target], m.slots[source], weight, x2=None if second is None else m.slots[second], bias=bias,
+            residual=None if residual is None else m.slots[residual], stride=stride, padding=padding,
+            upsample=weight.upsample, backend="native",
+        )  # fmt: skip
+
+    return run
 
 
 def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:
@@ -215,7 +246,8 @@ def residual_add(
         added = None if residual is None else m.slots[residual]
         if m.fused:
             y = x if padded is None else m.slots[padded]
-            residual_add_(y, x, residual=added, bias=bias, total=None if padded is None else x, backend=m.backend)
+            backend = "eager" if m.native else m.backend
+            residual_add_(y, x, residual=added, bias=bias, total=None if padded is None else x, backend=backend)
             return
         if added is not None:
             x.add_(added)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -11,10 +12,11 @@ from fastddpm.frozen import folding
 from fastddpm.frozen import instructions as ops
 from fastddpm.frozen.builder import Activation, Builder, add
 from fastddpm.frozen.instructions import Machine
-from fastddpm.layers import DownBlock, UpBlock
+from fastddpm.layers import DownBlock, ResnetBlock, UpBlock, double, halve
+from fastddpm.unet import UNet
 
 if TYPE_CHECKING:
-    from fastddpm.frozen import FrozenUNet
+    from fastddpm.frozen.frozen_unet import FrozenUNet
 
 
 class Lowering(Builder):
@@ -23,6 +25,8 @@ class Lowering(Builder):
     Attributes:
         result: the slot of the network's output, of which the first `out_channels` channels count.
     """
+
+    unet: UNet
 
     def __init__(
         self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
@@ -47,7 +51,7 @@ class Lowering(Builder):
                     x = self._attention(attentions.pop(0), x)
                 skips.append(x)
             for layer in down.downsamplers:
-                x = self._downsample(layer, x)
+                x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._downsample(layer, x)
                 skips.append(x)
         if unet.mid_block is not None:
             first, last = unet.mid_block.resnets
@@ -62,7 +66,7 @@ class Lowering(Builder):
                 if attentions:
                     x = self._attention(attentions.pop(0), x)
             for layer in up.upsamplers:
-                x = self._upsample(layer, x)
+                x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._upsample(layer, x)
         x = self.norm(unet.conv_norm_out, x)
         out_channels = unet.config.out_channels
         # Whole vectors of channels: a convolution to three is otherwise a slow one, or padded by the library.
@@ -79,15 +83,20 @@ class Lowering(Builder):
             self.complete(skip, f"{name}.skip")
         time = self.row[:, self.columns[name]]
         h = self.norm(block.norm1, x, skip)  # from here on x has no pending residual
+        conv1: Callable[..., Activation] = self.conv
+        if block.resample == "down":
+            h, x = self._resampled(h, halve, f"{name}.norm1"), self._resampled(x, halve, name)
+        elif block.resample == "up":
+            x, conv1 = self._resampled(x, double, name), self.conv_of_double
         if block.scale_shift:
-            h = self.conv(block.conv1, h)
+            h = conv1(block.conv1, h)
             scale, shift = time.expand(self.batch, -1).chunk(2, dim=1)
             h = self.norm(block.norm2, h, scale=scale, shift=shift)
         elif self.m.fused or len(time) > 1:  # the bias of conv1 is in the row
-            h = self.conv(block.conv1, h, bias=None)
+            h = conv1(block.conv1, h, bias=None)
             h = self.norm(block.norm2, h, time_bias=time.expand(self.batch, -1))
         else:
-            h = self.norm(block.norm2, self.conv(block.conv1, h, bias=time[0]))
+            h = self.norm(block.norm2, conv1(block.conv1, h, bias=time[0]))
         h = self.conv(block.conv2, h)
 
         if block.conv_shortcut is not None:
@@ -105,12 +114,7 @@ class Lowering(Builder):
         else:
             h = self.norm(layer.group_norm, x, activation=None)
         weight, bias = folding.attention_projections(layer)
-        qkv = self.new(len(bias), *self.shapes[x.slot][1:])
-        self.emit(
-            f"{name}.to_qkv", "pointwise", [h.slot], [qkv],
-            ops.linear(self.m, h.slot, qkv, self.put(f"{name}.qkv", weight.T), self.put(f"{name}.qkv_bias", bias)),
-            flops=2 * self.pixels(qkv) * weight.numel(), weights=weight.numel(),
-        )  # fmt: skip
+        qkv = self.linear(f"{name}.to_qkv", h.slot, weight, bias)
         folded = folding.folds_output(layer)
         inner = layer.heads * layer.head_dim
         value_dim = (len(bias) - 2 * inner) // layer.heads
@@ -131,9 +135,14 @@ class Lowering(Builder):
 
     def _downsample(self, layer: Any, x: Activation) -> Activation:
         name = self.names[layer]
+        if layer.conv is None:
+            return self._resampled(x, halve, name)
         if layer.padding != 0:
             self.complete(x, name)
             return self.conv(layer.conv, x, stride=2, padding=layer.padding)
+        if self.m.native:
+            self.complete(x, name)
+            return self.conv(layer.conv, x, stride=2, padding=0, below=1)
         channels, height, width = self.shapes[x.slot]
         padded = self.new(channels, height + 1, width + 1)
         self.bordered.append(padded)
@@ -141,16 +150,13 @@ class Lowering(Builder):
         return self.conv(layer.conv, Activation(padded), stride=2, padding=0)
 
     def _upsample(self, layer: Any, x: Activation) -> Activation:
-        name = self.names[layer]
-        self.complete(x, name)
-        _, height, width = self.shapes[x.slot]
-        weight = self.put(f"{name}.weight", lambda: folding.upsample_conv(layer.conv.weight))
-        target = self.new(weight.shape[1], 2 * height, 2 * width)
-        self.loose.add(target)
-        own, bias = self.bias_of(layer.conv, layer.conv.bias)
-        self.emit(
-            name, "conv", [x.slot], [target],
-            ops.upsample(self.m, x.slot, target, weight, own),
-            flops=2 * self.pixels(x.slot) * weight.numel(), weights=weight.numel(),
-        )  # fmt: skip
-        return Activation(target, bias)
+        if layer.conv is None:
+            return self._resampled(x, double, self.names[layer])
+        self.complete(x, self.names[layer])
+        return self.conv_of_double(layer.conv, x)
+
+    def _resampled(self, x: Activation, resample: Callable[[Tensor], Tensor], name: str) -> Activation:
+        """`halve` or `double` of `x`, whose pending bias stays pending: it is the same in every pixel."""
+        if x.residual is not None:
+            self.complete(x, name)
+        return replace(self.other(f"{name}.{resample.__name__}", [x.slot], resample), bias=x.bias)

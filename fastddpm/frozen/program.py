@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastddpm.frozen.builder import Builder
 from fastddpm.frozen.instructions import Instruction, Machine
-from fastddpm.frozen.lowering import Lowering
 
 if TYPE_CHECKING:
-    from fastddpm.frozen import FrozenUNet
+    from fastddpm.frozen.frozen_unet import FrozenUNet
 
 ALIGNMENT = 256  # bytes, as the allocator's own
 
@@ -30,14 +30,15 @@ class Program:
     def __init__(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> None:
         """See `FrozenUNet.bind`."""
         self._frozen, self._timesteps = frozen, timesteps
-        self._out_channels = frozen.unet.config.out_channels
+        self._out_channels = frozen.blueprint.out_channels
         self._machine = m = Machine(frozen.fused, frozen.static, frozen.backend, frozen.allow_tf32)
         inputs = frozen.whole_input(inputs)
         batch, channels, *size = inputs.shape
         self._times = frozen.time_table(m, timesteps, labels, batch)
-        lowering = Lowering(frozen, m, self._times.row, batch, (size[0], size[1]), channels)
+        lowering, self._result = frozen.blueprint.lower(
+            frozen, m, self._times.row, batch, (size[0], size[1]), channels
+        )
         self.instructions: list[Instruction] = self._times.instructions + lowering.instructions
-        self._result = lowering.result
         m.slots = [None] * len(lowering.shapes)
         m.slots[lowering.INPUT] = inputs
         if lowering.workspace_numel:
@@ -84,7 +85,7 @@ class Program:
             self.loads += 1
         self._times.load_labels()
 
-    def _place(self, lowering: Lowering, batch: int) -> None:
+    def _place(self, lowering: Builder, batch: int) -> None:
         """Gives slots their place in the arena (where static), and says after which instruction the others are dead."""
         m, dtype, device = self._machine, self._frozen.dtype, self._frozen.device
         first: dict[int, int] = {}

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastddpm.frozen.folding import Embeddings, silu_of_sum
+from fastddpm.frozen.blueprint import Embeddings
 from fastddpm.frozen.instructions import Instruction, Machine
 
 MAX_BYTES = 256 * 2**20
@@ -27,7 +27,7 @@ class TimeTable:
         self, machine: Machine, embeddings: Embeddings, weight: Tensor, bias: Tensor, timesteps: Tensor,
         labels: Tensor | None, batch: int, dtype: torch.dtype, max_bytes: int = MAX_BYTES,
     ) -> None:  # fmt: skip
-        """`weight` [sum C, E] and `bias` [sum C] are float64: `folding.time_projections`."""
+        """`weight` [sum C, E] and `bias` [sum C] are float64: `Blueprint.time_projections`."""
         self._m, self._embeddings, self._weight, self._bias = machine, embeddings, weight, bias
         self._timesteps, self._labels = timesteps, labels
         device, (width, channels), steps = weight.device, weight.shape, len(timesteps)
@@ -37,7 +37,7 @@ class TimeTable:
 
         self.row = empty(1 if labels is None else batch, width)
         self.instructions: list[Instruction] = []
-        classes = embeddings.classes.num_embeddings if isinstance(embeddings.classes, nn.Embedding) else None
+        classes = embeddings.num_labels
         fits = classes is not None and steps * classes * width * dtype.itemsize <= max_bytes
         self._classes = 1 if labels is None else classes if fits else None  # per row of the table
         if self._classes is None:
@@ -73,7 +73,7 @@ class TimeTable:
         steps_at_once = max(_ROWS_AT_ONCE // self._classes, 1)
         for start in range(0, len(of_time), steps_at_once):
             part = of_time[start : start + steps_at_once]
-            emb = silu_of_sum(part, None) if of_labels is None else silu_of_sum(part[:, None], of_labels[None])
+            emb = F.silu(part if of_labels is None else part[:, None] + of_labels)
             rows = torch.addmm(self._bias, emb.flatten(0, -2), self._weight.T)
             first = start * self._classes
             self._table[first : first + len(rows)] = rows.to(self._table.dtype)

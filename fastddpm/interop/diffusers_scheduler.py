@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.coefficients import StepTable, ddim_table, ddpm_table
-from fastddpm.pretrained import scheduler_settings
 from fastddpm.schedule import NoiseSchedule
+from fastddpm.scheduler_config import scheduler_settings
 from fastddpm.solvers import dpmsolver_table
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
@@ -72,7 +72,8 @@ class Recognised:
         prediction_type = self.settings.get("prediction_type", "epsilon")
         if self.method == "ddpm":
             variance_type = self.settings.get("variance_type", "fixed_small")
-            return ddpm_table(self.schedule, timesteps, prediction_type=prediction_type, variance_type=variance_type)
+            table = ddpm_table(self.schedule, timesteps, prediction_type=prediction_type, variance_type=variance_type)
+            return _rounded_ddpm_table(table, self.schedule, variance_type)
         if self.method == "ddim":
             stride = self.schedule.num_train_timesteps // num_inference_steps
             return _strided_ddim_table(
@@ -125,6 +126,26 @@ def recognise(scheduler: Any) -> Recognised:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return result
+
+
+def _rounded_ddpm_table(table: StepTable, schedule: NoiseSchedule, variance_type: str) -> StepTable:
+    """DDPM's table with the coefficients of x0, x_t and the noise as `DDPMScheduler` has them, in float32.
+
+    Where little noise is left, 1 - abar_t / abar_prev has but three digits there: 5e-5 in the image.
+    """
+    timesteps = table.timesteps
+    bar = schedule.alphas_cumprod.float()[timesteps]  # the scheduler's own, to the last bit
+    before = torch.cat([bar[1:], bar.new_ones(1)])
+    alpha = bar / before
+    beta = 1 - alpha
+    rows = table.rows.clone()
+    rows[:, 2] = before.sqrt() * beta / (1 - bar)
+    rows[:, 3] = alpha.sqrt() * (1 - before) / (1 - bar)
+    if table.learned is None:
+        small = ((1 - before) / (1 - bar) * beta).clamp_min(1e-20)
+        std = (beta if variance_type == "fixed_large" else small).sqrt()
+        rows[:, 6] = torch.where(timesteps > 0, std, torch.zeros_like(std))
+    return replace(table, rows=rows)
 
 
 def _strided_ddim_table(schedule: NoiseSchedule, timesteps: Tensor, stride: int, **options: Any) -> StepTable:

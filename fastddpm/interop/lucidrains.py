@@ -58,9 +58,11 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
         allow_general: run the original's own loop where a call asks for what the table of a sampler cannot hold
             (`model_forward_kwargs`; DDIM with `use_cfg_plus_plus`), with a warning in the log; an error otherwise.
         **options: of `Sampler`: dtype, device, backend, cuda_graph; of its `sample`: batch_size, progress (True);
-            noise: "philox" (the default) or "torch"; fuse_norms: replace the norms of the library's networks by fused
-            kernels, in a copy that shares their parameters and is compared with the network first; None for wherever
-            it runs on CUDA; channels_last: run the network of images in that memory format, in a copy.
+            noise: "philox" (the default) or "torch"; freeze: whether the library's two-dimensional U-Nets are
+            prepared for sampling (`fastddpm.frozen`); None for wherever they can be, after one comparison with the
+            network itself. For networks that are not: fuse_norms: replace the library's norms by fused kernels, in a
+            copy that shares their parameters and is compared with the network first; None for wherever it runs on
+            CUDA; channels_last: run the network of images in that memory format, in a copy.
 
     Raises:
         TypeError: `obj` is none of these, or an option is not known.

@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastddpm._files import read_tensors
+from fastddpm.interop.lucidrains_shapes import unet_arguments
+from fastddpm.interop.lucidrains_tables import OBJECTIVES
+from fastddpm.schedule import NoiseSchedule
 
 # Where each kind of weights is: the entry of the file, and what its keys begin with.
 _WEIGHTS = {"ema": ("ema", "ema_model."), "model": ("model", "")}
@@ -44,7 +50,9 @@ def load_trainer_checkpoint(
         ValueError: it is no such checkpoint, or not of this diffusion: the message names keys, shapes or objective.
         TypeError: `diffusion` is neither, or arguments are missing.
     """
-    state = _read(Path(path), weights)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file; the trainers save model-N.pt in their results_folder")
+    state = _state(read_tensors(path), path, weights)
     if isinstance(diffusion, nn.Module):
         if diffusion_kwargs:
             raise TypeError(f"{next(iter(diffusion_kwargs))} is given along with a diffusion, which is built already")
@@ -62,16 +70,108 @@ def load_trainer_checkpoint(
     return result.to(device).eval()
 
 
-def _read(path: Path, weights: str) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class ImageConfig:
+    """What a sampler, and a command, asks of the network of such a checkpoint; named as in diffusers' UNet2DModel.
+
+    Attributes:
+        sample_size: (height, width) of an image, in pixels.
+        out_channels: of the images.
+    """
+
+    sample_size: tuple[int, int]
+    out_channels: int
+    num_class_embeds: int | None = None
+    null_class: int | None = None
+
+
+def is_trainer_checkpoint(data: Any) -> bool:
+    """Whether the content of a file is a trainer's checkpoint."""
+    return isinstance(data, Mapping) and any(isinstance(data.get(entry), Mapping) for entry, _ in _WEIGHTS.values())
+
+
+def network_of_checkpoint(
+    data: Mapping[str, Any],
+    where: str,
+    *,
+    ema: bool = True,
+    image_size: int | str | tuple[int, int] | None = None,
+    objective: str | None = None,
+    sinusoidal_pos_emb_theta: float | str = 10000,
+) -> tuple[nn.Module, NoiseSchedule, dict[str, Any]]:
+    """The `Unet` of a trainer's checkpoint, in eval mode, its schedule, and the settings of `Sampler` that fit them.
+
+    The arguments of the `Unet` are read off its weights, the schedule and mostly the objective off the diffusion's
+    buffers. The network has a `config`, an `ImageConfig`. Arguments may be texts.
+
+    Args:
+        data: the content of the file.
+        where: its name, for messages.
+        ema: take the moving average of the weights, from which the trainer samples, and not the weights.
+        image_size: of an image in pixels, one number or (height, width), in a text "64" or "64,32".
+        objective: "pred_noise", "pred_x0" or "pred_v"; where the file tells, it must agree.
+        sinusoidal_pos_emb_theta: as the `Unet` had it.
+
+    Raises:
+        ModuleNotFoundError: denoising_diffusion_pytorch is not installed.
+        ValueError: it is not of a `Unet` for images, or an argument is missing, wrong or not what the file says.
+    """
+    state = _state(data, where, "ema" if ema else "model")
+    weights = {name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")}
+    arguments = unet_arguments(weights, where)
+    size = _image_size(image_size, 2 ** (len(arguments["dim_mults"]) - 1), where)
+    known = _objective(state)
+    if objective is None and known is None:
+        raise ValueError(f"objective is missing, must be given: {where} does not tell which of {', '.join(OBJECTIVES)}")
+    if objective is not None and objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}, must be one of {', '.join(OBJECTIVES)}")
+    if None not in (objective, known) and objective != known:
+        raise ValueError(f"objective is {objective!r} but {where} was trained with {known!r}")
+    try:
+        theta = float(sinusoidal_pos_emb_theta)
+    except ValueError:
+        raise ValueError(f"sinusoidal_pos_emb_theta is {sinusoidal_pos_emb_theta!r}, must be a number") from None
+    schedule = NoiseSchedule.from_betas(state["betas"].double().tolist())
+    try:
+        from denoising_diffusion_pytorch import Unet
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"{where} is of denoising_diffusion_pytorch, whose Unet it needs: "
+            "pip install 'fastddpm[denoising-diffusion-pytorch]'"
+        ) from None
+    # Arguments that are the library's defaults are left out: some versions lack them.
+    network = Unet(**arguments, **({} if theta == 10000 else {"sinusoidal_pos_emb_theta": theta}))
+    _check_keys(where, network.state_dict(), weights)
+    network.load_state_dict(weights)
+    network.config = ImageConfig(size, arguments["channels"])
+    settings = {
+        "method": "ddpm",
+        "prediction_type": OBJECTIVES[objective or known or ""],
+        "timestep_spacing": "denoising_diffusion_pytorch",
+        "convention": "denoising_diffusion_pytorch",
+        "use_clipped_model_output": True,  # its DDIM derives the noise from the clipped x0
+        "self_condition": arguments["self_condition"],
+    }
+    return network.eval(), schedule, settings
+
+
+def _image_size(given: int | str | tuple[int, int] | None, factor: int, where: str) -> tuple[int, int]:
+    if given is None:
+        raise ValueError(f"image_size is missing, must be given: {where} does not say how large its images are")
+    sizes: Any = given.split(",") if isinstance(given, str) else given
+    try:
+        sizes = [int(size) for size in sizes] if isinstance(sizes, (list, tuple)) else [int(sizes)]
+    except (TypeError, ValueError):
+        sizes = []
+    if len(sizes) not in (1, 2) or any(size < 1 or size % factor for size in sizes):
+        raise ValueError(f"image_size is {given!r}, must be one or two multiples of {factor}, such as 64 or 64,32")
+    return sizes[0], sizes[-1]
+
+
+def _state(data: Any, path: str | os.PathLike[str], weights: str) -> dict[str, Tensor]:
     """The state dict of the diffusion."""
     if weights not in _WEIGHTS:
         raise ValueError(f"weights is {weights!r}, must be one of {', '.join(_WEIGHTS)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; the trainers save model-N.pt in their results_folder")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, all of which mean the same
-        raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
     entry, prefix = _WEIGHTS[weights]
     if not isinstance(data, dict) or not isinstance(data.get(entry), dict):
         held = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__

@@ -15,7 +15,10 @@ from fastddpm_kernels.group_norm_silu import rms_norm_silu
 from torch import Tensor, nn
 from torch.nn import functional
 
-LIBRARY = "denoising_diffusion_pytorch"
+from fastddpm.frozen import FrozenUNet
+from fastddpm.frozen.lucidrains_blueprint import LIBRARY
+from fastddpm.network import AroundUNet, Bound
+
 _VERIFIED_TO = 1e-4  # of the largest magnitude: float32 rounds a U-Net's output to about 1e-6 of it
 
 
@@ -38,7 +41,7 @@ class Predictor(nn.Module):
         return self.model(x, t) if x_self_cond is None else self.model(x, t, x_self_cond=x_self_cond)
 
 
-class GuidedPredictor(nn.Module):
+class GuidedPredictor(AroundUNet):
     """`forward_with_cond_scale` of the class-conditional U-Net: both halves in one batch, scales in device memory.
 
     cond + (cond_scale - 1) * (cond - null without what of it is parallel to cond), of which a share `rescaled_phi` is
@@ -49,11 +52,14 @@ class GuidedPredictor(nn.Module):
         guided: whether the unconditional half is computed.
         rescaled: whether the standard deviation is brought back.
         device: where it runs.
+        freeze: whether the U-Net may be frozen.
     """
 
-    def __init__(self, model: nn.Module, *, guided: bool, rescaled: bool, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, *, guided: bool, rescaled: bool, device: torch.device, freeze: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.guided, self.rescaled = model, guided, rescaled
+        self.model, self.guided, self.rescaled, self.freeze = model, guided, rescaled, freeze
         self._masks = "cond_keep_mask" in inspect.signature(model.forward).parameters
         # No buffer, so that it stays float32 where the network does not.
         self._scales = torch.zeros(3, dtype=torch.float32, device=device)
@@ -74,11 +80,46 @@ class GuidedPredictor(nn.Module):
         else:
             cond = self.model(x, t, classes, cond_drop_prob=0.0).float()
             null = self.model(x, t, classes, cond_drop_prob=1.0).float()
+        return self.combine(cond, null)
+
+    def combine(self, cond: Tensor, null: Tensor) -> Tensor:
+        """The guided prediction of both halves, float32 [N, C, H, W]."""
         further, phi, rest = self._scales.unbind()
         out = cond + _orthogonal(cond - null, cond) * further
         if not self.rescaled:
             return out
         return out * (_std(cond) / _std(out)) * phi + out * rest
+
+    def to_freeze(self) -> nn.Module | None:
+        return self.model if self.freeze else None
+
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> Bound:
+        if labels is None or not self.guided:
+            return frozen.bind(inputs, timesteps, labels)
+        return _GuidedProgram(self, frozen, inputs, timesteps, labels)
+
+
+class _GuidedProgram:
+    """A `GuidedPredictor` on its buffers, the U-Net frozen."""
+
+    def __init__(
+        self, predictor: GuidedPredictor, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor
+    ) -> None:
+        self._combine, self._inputs, self._labels = predictor.combine, inputs, labels
+        self._both = frozen.new_input((2 * len(inputs), *inputs.shape[1:]))
+        none = frozen.embeddings.num_labels
+        assert none is not None
+        self._both_labels = torch.full((2 * len(labels),), none - 1, device=labels.device)
+        self._program = frozen.bind(self._both, timesteps, self._both_labels)
+
+    def load(self) -> None:
+        self._both_labels[: len(self._labels)].copy_(self._labels)
+        self._program.load()
+
+    def __call__(self, step: Tensor) -> Tensor:
+        for half in self._both.split(len(self._inputs)):
+            half.copy_(self._inputs)
+        return self._combine(*self._program(step).float().split(len(self._inputs)))
 
 
 def _orthogonal(update: Tensor, to: Tensor) -> Tensor:

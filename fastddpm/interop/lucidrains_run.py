@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from fastddpm import checks
 from fastddpm.coefficients import StepTable
+from fastddpm.frozen import why_not
 from fastddpm.interop.lucidrains_models import GuidedPredictor, Predictor, cast_embeddings, fuse_norms, verify_fused
 from fastddpm.interop.lucidrains_tables import prediction_type
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
+from fastddpm.weights import Follower
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Options:
     batch_size: int | str | None = None
     progress: bool = True
     noise: str = "philox"
+    freeze: bool | None = None
     fuse_norms: bool | None = None
     channels_last: bool = False
     allow_general: bool = False
@@ -133,15 +136,40 @@ class _Held:
     """A sampler and what it was made of."""
 
     def __init__(self, diffusion: Any, options: Options, variant: Variant, by_name: bool) -> None:
-        device = torch.device(options.device or diffusion.device)
+        self._device = torch.device(options.device or diffusion.device)
+        self._made_of = _identity(diffusion, options)
+        self._follower: Follower | None = None
+        if options.freeze is not False:
+            reason = why_not(diffusion.model, self._device)
+            if options.backend == "reference":
+                reason = "backend is 'reference', which runs a network as it is"
+            if reason is None:
+                self.sampler = self._frozen(diffusion, options, variant)
+                if self.sampler.network.frozen is not None:
+                    return
+                reason = "its forward computes something else than was frozen"  # the log says how far it is from that
+            if options.freeze:
+                raise ValueError(f"freeze is True but the diffusion's model cannot be frozen: {reason}; must be None")
+        self.sampler = self._plain(diffusion, options, variant, by_name)
+
+    def _frozen(self, diffusion: Any, options: Options, variant: Variant) -> Sampler:
+        model = diffusion.model
+        if variant.labelled:
+            model = GuidedPredictor(
+                model, guided=variant.guided, rescaled=variant.rescaled, device=self._device, freeze=True
+            )
+        return self._sampler(model, diffusion, options, variant)
+
+    def _plain(self, diffusion: Any, options: Options, variant: Variant, by_name: bool) -> Sampler:
+        """The library's modules, some of them replaced."""
 
         def called(model: nn.Module, **guidance: bool) -> nn.Module:
             if not variant.labelled:
                 return Predictor(model, by_name=by_name)
-            return GuidedPredictor(model, device=device, **{"guided": False, "rescaled": False, **guidance})
+            return GuidedPredictor(model, device=self._device, **{"guided": False, "rescaled": False, **guidance})
 
         model = diffusion.model
-        if options.fuse_norms or (options.fuse_norms is None and device.type == "cuda"):
+        if options.fuse_norms or (options.fuse_norms is None and self._device.type == "cuda"):
             fused, count = fuse_norms(model, options.backend)
             if count:
                 verify_fused(called(model), called(fused), *_example(diffusion, variant))
@@ -153,19 +181,23 @@ class _Held:
                 )
         if options.dtype is not None:
             model = cast_embeddings(model)
-        self._made_of = _identity(diffusion, options)
-        self._predictor = network = called(model, guided=variant.guided, rescaled=variant.rescaled)
-        self._versions = _versions(self._predictor)
+        predictor = network = called(model, guided=variant.guided, rescaled=variant.rescaled)
         if options.channels_last:
             network = copy.deepcopy(network).to(memory_format=torch.channels_last)
-        self.sampler = Sampler(
+        sampler = self._sampler(network, diffusion, options, variant)
+        if isinstance(sampler.model, nn.Module) and sampler.model is not predictor:
+            self._follower = Follower(predictor, sampler.model)
+        return sampler
+
+    def _sampler(self, network: nn.Module, diffusion: Any, options: Options, variant: Variant) -> Sampler:
+        return Sampler(
             network,
             NoiseSchedule.from_betas(diffusion.betas),
             "ddpm",
             prediction_type=prediction_type(diffusion),
             clip_sample=variant.clip,
             dtype=options.dtype,
-            device=device,
+            device=self._device,
             backend=options.backend,
             cuda_graph=options.cuda_graph,
             convention="denoising_diffusion_pytorch",
@@ -174,18 +206,15 @@ class _Held:
 
     def fits(self, diffusion: Any, options: Options) -> bool:
         """Whether the diffusion is still what it was made of."""
+        frozen = self.sampler.network.frozen is not None
+        if frozen and why_not(diffusion.model, self._device) is not None:
+            return False
         return self._made_of == _identity(diffusion, options)
 
     def refresh(self) -> None:
-        """Copies the weights to the sampler's network, where that is a copy and they have changed."""
-        copied = self.sampler.model
-        if copied is self._predictor or not isinstance(copied, nn.Module):
-            return  # it reads the weights themselves
-        versions = _versions(self._predictor)
-        if versions != self._versions:
-            for mine, theirs in zip(_tensors(copied), _tensors(self._predictor), strict=True):
-                mine.copy_(theirs)
-            self._versions = versions
+        """Takes over the weights where the sampler's network is a copy and they have changed; others do so alone."""
+        if self._follower is not None:
+            self._follower.refresh()
 
 
 class Drawing:
@@ -314,19 +343,11 @@ def _check_noise(source: Any) -> str:
     return source
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())
-
-
 def _identity(diffusion: Any, options: Options) -> tuple[Any, ...]:
     """What may not change for a sampler to stay right: the device, and which parameters there are in which dtype."""
-    tensors = tuple((id(tensor), tensor.dtype, tensor.device) for tensor in _tensors(diffusion.model))
+    every = itertools.chain(diffusion.model.parameters(), diffusion.model.buffers())
+    tensors = tuple((id(tensor), tensor.dtype, tensor.device) for tensor in every)
     return (torch.device(options.device or diffusion.device), id(diffusion.model), *tensors)
-
-
-def _versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight does."""
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(module))
 
 
 def _example(diffusion: Any, variant: Variant) -> tuple[Any, ...]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,11 @@ SMALL: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
+RESNETS: dict[str, Any] = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "block_out_channels": (16, 24, 8),
+}
 # What differs from SMALL. Whatever diffusers does with an option, so does fastddpm.
 OPTIONS: dict[str, dict[str, Any]] = {
     "heads_of_8": {},
@@ -65,6 +68,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no_mid_block": {"mid_block_type": None},
     "centred": {"center_input_sample": True, "act_fn": "swish"},
     "channels": {"in_channels": 1, "out_channels": 6, "layers_per_block": 2},
+    "resnet_resampling": {"downsample_type": "resnet", "upsample_type": "resnet", **RESNETS},
+    "resnet_resampling_scale_shift": {
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+        "downsample_type": "resnet",
+        "num_class_embeds": 5,
+        **RESNETS,
+    },
+    "resnet_resampling_in_some_blocks": {"upsample_type": "resnet", "layers_per_block": 2},
     "one_level": {
         "block_out_channels": (16,),
         "down_block_types": ("AttnDownBlock2D",),
@@ -316,61 +328,6 @@ def test_old_names_of_attention(tmp_path: Path, suffix: str) -> None:
         assert torch.equal(loaded.state_dict()[name], parameter), name
 
 
-class Harmful:
-    """Makes a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_bad_files(tmp_path: Path) -> None:
-    weights, config = tmp_path / WEIGHTS_FILE, tmp_path / "config.json"
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        UNet.from_pretrained(tmp_path)
-    unet = UNet(**SMALL)
-    unet.save_pretrained(tmp_path)
-    state = load_file(weights)
-
-    del state["conv_in.bias"]
-    state["extra.weight"] = torch.zeros(1)
-    state["conv_out.bias"] = torch.zeros(4)
-    save_file(state, weights)
-    message = (
-        rf"{WEIGHTS_FILE} does not fit its config.json; missing: conv_in.bias; "
-        r"unexpected: extra.weight; of another shape: conv_out.bias$"
-    )
-    with pytest.raises(ValueError, match=message):
-        UNet.from_pretrained(tmp_path)
-
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE} cannot be read: SafetensorError: [^\n]*$"):
-        UNet.from_pretrained(tmp_path)
-    weights.unlink()
-    with pytest.raises(FileNotFoundError, match=f"has neither {WEIGHTS_FILE} nor {OLD_WEIGHTS_FILE}"):
-        UNet.from_pretrained(tmp_path)
-
-    torch.save({"conv_in.bias": Harmful(tmp_path / "harm")}, tmp_path / OLD_WEIGHTS_FILE)
-    with pytest.raises(ValueError, match=rf"{OLD_WEIGHTS_FILE} cannot be read: [^\n]*$"):
-        UNet.from_pretrained(tmp_path)
-    assert not (tmp_path / "harm").exists()
-    (tmp_path / OLD_WEIGHTS_FILE).write_bytes(b"no pickle")
-    with pytest.raises(ValueError, match=rf"{OLD_WEIGHTS_FILE} cannot be read: [^\n]*$"):
-        UNet.from_pretrained(tmp_path)
-    torch.save([torch.zeros(1)], tmp_path / OLD_WEIGHTS_FILE)
-    with pytest.raises(ValueError, match="does not hold a dictionary of tensors"):
-        UNet.from_pretrained(tmp_path)
-
-    config.write_text(json.dumps(unet.config.to_dict() | {"act_fn": "mish"}))
-    with pytest.raises(ValueError, match=r"config\.json: act_fn is 'mish', must be one of 'silu', 'swish'"):
-        UNet.from_pretrained(tmp_path)
-    config.write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json"):
-        UNet.from_pretrained(tmp_path)
-
-
 BAD_INPUT = {
     "x has shape (3, 8, 8), must have shape [N, 3, H, W]": {"x": torch.zeros(3, 8, 8)},
     "x has shape (2, 4, 8, 8), must have shape [N, 3, H, W]": {"x": torch.zeros(2, 4, 8, 8)},
@@ -403,71 +360,6 @@ def test_bad_input(message: str) -> None:
 def test_labels_that_are_not_wanted() -> None:
     with pytest.raises(ValueError, match="class_labels are given, but this U-Net has no classes"):
         UNet(**SMALL)(torch.zeros(1, 3, 8, 8), 0, torch.zeros(1, dtype=torch.int64))
-
-
-def test_config_has_the_fields_and_defaults_of_diffusers() -> None:
-    parameters = inspect.signature(UNet2DModel.__init__).parameters
-    theirs = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
-    ours = vars(UNetConfig()).copy()
-    assert ours.pop("null_class") is None
-    assert ours == theirs
-
-
-def test_config_round_trip() -> None:
-    config = UNetConfig(**SMALL | {"num_class_embeds": 3, "null_class": 2, "sample_size": [8, 16]})
-    stored = json.loads(json.dumps(config.to_dict()))
-    assert stored["_class_name"] == "UNet2DModel"
-    assert stored["_null_class"] == 2
-    assert "null_class" not in stored
-    assert UNetConfig.from_dict(stored | {"_diffusers_version": "0.0.4"}) == config
-    assert hash(config) == hash(UNetConfig.from_dict(stored))
-    assert "_null_class" not in UNetConfig().to_dict()
-    oldest = stored | {"down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"]}
-    assert UNetConfig.from_dict(oldest).down_block_types == SMALL["down_block_types"]
-
-
-BAD_CONFIG: dict[str, Any] = {
-    "time_embedding_type": "fourier",
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "act_fn": "gelu",
-    "resnet_time_scale_shift": "spatial",
-    "class_embed_type": "projection",
-    "down_block_types": ("DownBlock2D", "SkipDownBlock2D"),
-    "up_block_types": ("UpBlock2D",),
-    "block_out_channels": (16, 20),
-    "in_channels": 0,
-    "layers_per_block": (1, 2),
-    "norm_num_groups": None,
-    "attn_norm_num_groups": 7,
-    "attention_head_dim": 25,
-    "downsample_padding": 2,
-    "dropout": 1.0,
-    "norm_eps": 0,
-    "mid_block_scale_factor": 0,
-    "freq_shift": 8,
-    "center_input_sample": "yes",
-    "sample_size": (8, 8, 8),
-    "null_class": 0,
-    "num_class_embeds": True,
-    "num_heads": 8,
-}
-
-
-@pytest.mark.parametrize("field", BAD_CONFIG)
-def test_bad_config(field: str) -> None:
-    value = BAD_CONFIG[field]
-    with pytest.raises(ValueError) as raised:
-        UNet(UNetConfig(**SMALL), **{field: value})
-    assert str(raised.value).startswith(field)
-    assert repr(value) in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_config_of_another_model() -> None:
-    with pytest.raises(ValueError, match="_class_name is 'UNet2DConditionModel', must be 'UNet2DModel'"):
-        UNetConfig.from_dict({"_class_name": "UNet2DConditionModel"})
 
 
 @pytest.mark.parametrize("option", ["heads_of_8", "classes", "scale_shift", "channels"])

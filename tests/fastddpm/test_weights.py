@@ -1,0 +1,74 @@
+"""Changed weights are seen however they were written, and copies take them over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastddpm.weights import Follower, fingerprint
+
+
+def make() -> nn.Module:
+    """Parameters of several dtypes, and buffers of numbers, of counts and of flags."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).double(), nn.Linear(2, 2).bfloat16())
+    module.register_buffer("flags", torch.tensor([True, False]))
+    module.register_buffer("waves", torch.zeros(2, dtype=torch.complex64))
+    return module
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda module: module[0].weight.mul_(2),
+    "past autograd": lambda module: module[0].weight.data.mul_(2),
+    "a sign": lambda module: module[2].weight.data[0, 0].neg_(),
+    "bfloat16": lambda module: module[3].bias.data.add_(1),
+    "a buffer": lambda module: module[1].running_mean.data.add_(1e-3),
+    "a count": lambda module: module[1].num_batches_tracked.data.add_(1),
+    "a flag": lambda module: module.flags.data.fill_(True),
+    "a complex number": lambda module: module.waves.data.add_(1j),
+    "another tensor": lambda module: setattr(module[0], "bias", nn.Parameter(module[0].bias.clone())),
+    "a load": lambda module: module.load_state_dict({n: v + 1 for n, v in module.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_changes_are_seen_and_followed(change: str) -> None:
+    module = make()
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    follower = Follower(module, copy.deepcopy(module))
+    follower.copy[0].double()  # type: ignore[index, operator, union-attr]
+    CHANGES[change](module)
+    assert fingerprint(module) != before
+    follower.refresh()
+    for mine, theirs in zip(tensors(follower.copy), tensors(module), strict=True):
+        assert torch.equal(mine, theirs.to(mine.dtype))
+
+
+def test_a_copy_is_left_alone_while_nothing_changes() -> None:
+    module = make()
+    follower = Follower(module, copy.deepcopy(module))
+    with torch.no_grad():
+        follower.copy[0].weight.zero_()  # type: ignore[index, operator, union-attr]
+    follower.refresh()
+    assert not follower.copy[0].weight.any()  # type: ignore[index, operator, union-attr]
+
+
+def test_inference_tensors_are_seen_to_change() -> None:
+    with torch.inference_mode():
+        module = nn.Linear(2, 2)
+        before = fingerprint(module)
+        module.weight.mul_(0.5)
+    assert fingerprint(module) != before
+
+
+def test_modules_without_weights_do_not_change() -> None:
+    assert fingerprint(nn.Identity()) == fingerprint(nn.Identity())
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
