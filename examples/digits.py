@@ -7,10 +7,12 @@ Images are float32 [N, 1, 16, 16] in [-1, 1], paper -1 and ink 1.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich import get_console
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -19,6 +21,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
+
+from fastddpm.images import save_grid
+from fastddpm.pretrained import load_pretrained
 
 SIZE, CLASSES = 16, 10
 
@@ -154,6 +159,21 @@ def evaluate(samples: Tensor, labels: Tensor) -> dict[str, Any]:
         },
         "frechet": {"samples_to_real": float(np.mean(fake_split)), "real_to_real": float(np.mean(real_split))},
     }
+
+
+def report_on(folder: Path, samples: int, *, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+    """Samples a saved model, all its DDPM steps, no guidance, as many of each digit; prints how good they are.
+
+    Returns what `evaluate` does. A hundred samples are drawn to `samples.png` in the folder.
+    """
+    labels = torch.arange(samples) % CLASSES
+    sampler = load_pretrained(folder).sampler(device=device)
+    images = sampler.sample(samples, seed=seed, class_labels=labels, batch_size=100, progress=True).cpu()
+    figures = evaluate(images, labels)
+    print_report(figures, get_console())
+    order = labels[:100].argsort(stable=True)
+    save_grid(folder / "samples.png", images[:100][order], labels[:100][order].tolist())
+    return figures
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

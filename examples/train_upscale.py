@@ -29,8 +29,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
-from train_digits import write_record
-from training import add_training_arguments, fit
+from training import add_training_arguments, fit, write_record
 
 from fastddpm.editing import super_resolution
 from fastddpm.images import grid

@@ -1,13 +1,18 @@
-"""The training loop that `train_upscale.py` and `train_1d.py` share."""
+"""The training loop that `train_upscale.py` and `train_1d.py` share, and the record that all examples keep.
+
+`fastddpm.Trainer` gives a network images and labels. Here data are drawn anew for every batch, and the network is told
+what the example likes: a small image, say.
+"""
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import platform
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import sklearn
@@ -17,10 +22,10 @@ from fastddpm_kernels.q_sample import q_sample
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from train_digits import learning_rate, update_average
 
 import fastddpm
 from fastddpm.schedule import NoiseSchedule
+from fastddpm.training import ExponentialAverage, TrainerSettings
 
 # draw(n, generator) -> clean data [n, ...] and what the network is told about each sample.
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
@@ -68,11 +73,13 @@ def fit(
     generator = torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device)
     model.to(device)
-    average = copy.deepcopy(model).requires_grad_(False)
+    average = ExponentialAverage(model, args.ema_decay)
     table = schedule.q_sample_table().to(device)
     levels, n = len(table), args.batch_size
     keys = sample_keys([args.seed] * n, range(n), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    rates = TrainerSettings(train_num_steps=args.steps, lr_warmup_steps=args.warmup_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates.learning_rate(step))
 
     start, recent, curve = time.perf_counter(), [], []
     with Progress() as progress:
@@ -87,13 +94,12 @@ def fit(
             with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
                 predicted = predict(model, noised, t, told)
             loss = mse_loss(predicted.float(), target)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            update_average(average, model, step, args.ema_decay)
+            scheduler.step()
+            average.update_parameters(model)
 
             recent.append(loss.detach())
             progress.advance(bar)
@@ -109,6 +115,14 @@ def fit(
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_minutes": round((time.perf_counter() - start) / 60, 1),
         "mean_loss": curve,
+        **versions(),
+    }
+    return average.module.cpu(), record
+
+
+def versions() -> dict[str, Any]:
+    """When something was made, and by which versions."""
+    return {
         "date": date.today().isoformat(),
         "versions": {
             "python": platform.python_version(),
@@ -117,4 +131,10 @@ def fit(
             "fastddpm": fastddpm.__version__,
         },
     }
-    return average.cpu(), record
+
+
+def write_record(folder: Path, **entries: Any) -> None:
+    """Adds entries to `training.json` in the model's folder, or replaces them."""
+    path = folder / "training.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(record | entries, indent=2) + "\n")

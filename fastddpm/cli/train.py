@@ -1,0 +1,228 @@
+"""`fastddpm train`: from a folder of pictures to a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastddpm.cli.options import integer
+
+if TYPE_CHECKING:
+    from fastddpm.training.config import RunConfig, Tables
+
+RESULTS = "results"
+METRICS = ("none", "frechet")
+# Options that are keys of [trainer].
+_TRAINER = (
+    "results_folder",
+    "train_num_steps",
+    "train_batch_size",
+    "train_lr",
+    "mixed_precision",
+    "metric",
+    "augment_horizontal_flip",
+    "device",
+    "seed",
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser."""
+    train = commands.add_parser(
+        "train",
+        help="train a model on a folder of pictures",
+        description="Train a model on pictures of any size and format, or on an .npz. What is not said is chosen from "
+        "the data: the size, grey or colour, the U-Net. Everything is written to one folder: the model, samples on the "
+        "way, the loss, and checkpoints, from which --resume goes on. SIGTERM and Ctrl-C write a checkpoint first.",
+    )
+    add = train.add_argument
+    add(
+        "folder",
+        nargs="?",
+        metavar="FOLDER",
+        help="pictures, also in subfolders: if all are in one, each subfolder is a class; or an .npz (arr_0 uint8 "
+        "NHWC, arr_1 labels)",
+    )
+    add("--config", type=Path, metavar="FILE.toml", help="settings, as --print-config shows them")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="SECTION.KEY=VALUE",
+        help="one of these settings, such as trainer.train_lr=2e-4; may be repeated",
+    )
+    add("--print-config", action="store_true", help="print all settings as they would be used, and do nothing else")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the results, if there is one")
+    add("-o", "--results-folder", "--output", metavar="DIR", help=f"where everything goes (default: {RESULTS})")
+    group = train.add_argument_group("model (default: chosen from the data)")
+    group.add_argument("--image-size", type=integer(1), metavar="PIXELS", help="a side; pictures are cut and resized")
+    group.add_argument("--channels", type=int, choices=(1, 3, 4), help="1 for grey, 3 for colour, 4 with opacity")
+    group.add_argument("--width", type=integer(1), metavar="C", help="channels of the U-Net at full size")
+    group.add_argument(
+        "--class-labels",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model is told classes (default: if there are)",
+    )
+    group = train.add_argument_group("training")
+    group.add_argument(
+        "--steps",
+        "--train-num-steps",
+        type=integer(1),
+        dest="train_num_steps",
+        metavar="N",
+        help="in all (default: 100000)",
+    )
+    group.add_argument(
+        "--batch-size",
+        "--train-batch-size",
+        type=integer(1),
+        dest="train_batch_size",
+        metavar="B",
+        help="images at once, over all processes (default: 16)",
+    )
+    group.add_argument(
+        "--learning-rate", "--train-lr", type=float, dest="train_lr", metavar="R", help="at its peak (default: 1e-4)"
+    )
+    group.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16", "fp16"),
+        help="(default: bf16 on a CUDA device that has it, else no)",
+    )
+    group.add_argument(
+        "--flip", "--augment-horizontal-flip", action="store_true", default=None, dest="augment_horizontal_flip",
+        help="mirror half of the images, at random",
+    )  # fmt: skip
+    group.add_argument(
+        "--metric",
+        choices=METRICS,
+        help="measured with every grid of samples; the best model is kept: the Frechet distance to the data in their "
+        "principal components (default: none, or that of the run that is resumed)",
+    )
+    group.add_argument("--device", help="cuda, mps, cpu (default: the first of these that there is)")
+    group.add_argument("--seed", type=integer(0), help="of weights, order, flips and noise")
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from fastddpm.training import ComponentDistance, DivergedError, Trainer
+    from fastddpm.training.config import to_toml
+
+    config = _config(options)
+    if options.print_config:
+        print(to_toml(config.to_tables()), end="")
+        return
+    if config.folder is None:
+        raise ValueError("FOLDER is missing, and there is no folder in [data]")
+    trainer = Trainer(config.build(), config.folder, config.trainer, resume=options.resume)
+    if config.metric is not None:
+        trainer.metric = ComponentDistance(trainer.source)
+    main = trainer.accelerator.is_main_process
+    if main:
+        _describe(trainer)
+    again = f"fastddpm train --resume -o {trainer.folder}"
+    try:
+        result = trainer.train()
+    except DivergedError as error:
+        raise ValueError(str(error)) from None
+    except (KeyboardInterrupt, SystemExit):
+        if main:
+            print(f"stopped after step {trainer.step}, saved; go on with: {again}", file=sys.stderr)
+        raise
+    if not main:
+        return
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    print(f"{result.step} steps done{loss}; the model is in {result.model}")
+    print(f"draw samples with: fastddpm sample {result.model}")
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    """Defaults from the data, then the file, then the options."""
+    from fastddpm.training.config import RunConfig, parse_assignment, read_tables
+
+    path = options.config
+    if path is None and options.resume:
+        before = Path(options.results_folder or RESULTS) / "config.toml"
+        path = before if before.is_file() else None
+    given: Tables = {} if path is None else read_tables(path)
+    if path is not None and options.config is None:
+        given.setdefault("trainer", {})["results_folder"] = str(path.parent)  # it may have been moved
+    trainer = given.setdefault("trainer", {})
+    trainer |= {name: value for name in _TRAINER if (value := getattr(options, name)) is not None}
+    if options.metric == "none":
+        trainer["metric"] = None
+    if options.folder is not None:
+        given.setdefault("data", {})["folder"] = options.folder
+    if options.seed is not None:
+        given.setdefault("diffusion", {})["seed"] = options.seed
+    for text in options.assignments:
+        section, key, value = parse_assignment(text)
+        given.setdefault(section, {})[key] = value
+    if "mixed_precision" not in trainer and _bf16(trainer.get("device")):
+        trainer["mixed_precision"] = "bf16"
+    _fill_in(given, options)
+    return RunConfig.from_tables(given, "the settings" if path is None else str(path))
+
+
+def _bf16(device: str | None) -> bool:
+    import torch
+
+    if device not in (None, "cuda") or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _fill_in(given: Tables, options: argparse.Namespace) -> None:
+    """Adds what is chosen from the data to the settings that were given."""
+    from dataclasses import replace
+
+    from fastddpm.training.defaults import default_diffusion, default_model, look_at
+
+    folder = given.get("data", {}).get("folder")
+    if folder is None:
+        if options.print_config:
+            return
+        raise ValueError("FOLDER is missing: name a folder of pictures or an .npz, or --config a file with one")
+    if not isinstance(folder, str):
+        raise ValueError(f"[data] folder is {folder!r}, must be a path in quotes")
+    look = look_at(folder)
+    model = given.setdefault("model", {})
+    if options.class_labels and not look.classes:
+        raise ValueError(f"--class-labels is given, but {folder} has no classes: a subfolder for each is needed")
+    look = replace(
+        look,
+        size=options.image_size or model.get("sample_size") or look.size,
+        channels=options.channels or model.get("out_channels") or look.channels,
+        classes=0 if options.class_labels is False else look.classes,
+    )
+    defaults = default_model(look, width=options.width)
+    structure = ("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim", "norm_num_groups")
+    if not options.width and any(key in model for key in structure):
+        defaults = {key: value for key, value in defaults.items() if key not in structure}
+    fixed = {key for key, asked in (("sample_size", options.image_size), ("in_channels", options.channels)) if asked}
+    if options.width:
+        fixed |= set(structure)
+    if options.channels:
+        fixed.add("out_channels")
+    given["model"] = {**defaults, **{key: value for key, value in model.items() if key not in fixed}}
+    given["diffusion"] = {**default_diffusion(look), **given.get("diffusion", {})}
+    if given["diffusion"].get("variance_type") == "learned_range" and "out_channels" not in model:
+        given["model"]["out_channels"] = 2 * look.channels
+
+
+def _describe(trainer: Any) -> None:
+    from fastddpm.cli.options import device_name
+
+    source, settings = trainer.source, trainer.settings
+    classes = f", {len(source.classes)} classes" if source.classes else ""
+    size = " x ".join(str(side) for side in trainer.shape)
+    parameters = sum(p.numel() for p in trainer.diffusion.unet.parameters()) / 1e6
+    print(f"{len(source)} images of {size}{classes}; a network of {parameters:.1f} million parameters")
+    processes = trainer.accelerator.num_processes
+    print(
+        f"{settings.train_num_steps} steps of {settings.images_per_step} images, from step {trainer.step}, on "
+        f"{device_name(trainer.accelerator.device)}{f' in {processes} processes' if processes > 1 else ''}, mixed "
+        f"precision {trainer.accelerator.mixed_precision}; results in {trainer.folder}"
+    )

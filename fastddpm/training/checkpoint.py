@@ -1,0 +1,231 @@
+"""Checkpoints: folders that are there whole or not at all, and are checked before they are believed.
+
+    checkpoints/step-0001000/
+        diffusion.safetensors     the weights, and the history of importance-sampled timesteps
+        ema-0.safetensors, ...    the averages
+        training.pt               optimizer, learning rate, gradient scaler, random states (tensors and plain values)
+        state.json                step, metrics, best so far
+        manifest.json             size and SHA-256 of the others
+
+A folder is written under a temporary name, flushed to the disk, and renamed. What is found broken (truncated, say, by a
+disk that lost it) is left out with a warning, and the checkpoint before it is taken. Nothing in one is executed:
+`training.pt` is read by `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d+)")
+MANIFEST, STATE, TRAINING = "manifest.json", "state.json", "training.pt"
+
+
+def atomic_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write(temporary)` fill a folder beside `path`, flushes it to the disk, and renames it to `path`.
+
+    A folder that was at `path` is replaced. The folder at `path` is the old one or the whole new one; only if the
+    process dies between two renames it is missing, and the old one lies beside it as `.NAME-old`. If `write` fails, the
+    temporary folder is removed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        write(temporary)
+        for place, _, files in os.walk(temporary):
+            for name in files:
+                _flush(os.path.join(place, name))
+            _flush(place)
+        old = path.parent / f".{path.name}-old"
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)  # also that of a process that died
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint.
+
+    Attributes:
+        weights: of `diffusion.safetensors` and so on: by name, flat dictionaries of tensors.
+        training: nested dictionaries and lists of tensors and plain values.
+        state: plain values, for JSON.
+    """
+
+    weights: dict[str, dict[str, Tensor]]
+    training: dict[str, Any]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    Args:
+        folder: made when the first is saved.
+        keep_last: how many of the last are kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 3) -> None:
+        self.folder, self.keep_last = Path(folder), keep_last
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step-{step:07d}"
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a folder, rising, whether or not it is whole."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, step: int, checkpoint: Checkpoint, *, keep: Collection[int] = ()) -> Path:
+        """Writes a checkpoint, then removes those that are neither among the last nor in `keep`.
+
+        Raises:
+            OSError: it cannot be written, the disk being full, say. All that were there are as they were.
+        """
+
+        def write(folder: Path) -> None:
+            for name, tensors in checkpoint.weights.items():
+                # safetensors holds no two names of one tensor, which tied weights are: it gets copies.
+                flat = {
+                    key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    for key, tensor in tensors.items()
+                }
+                _no_error_but_oserror(save_file, flat, folder / f"{name}.safetensors")
+            _no_error_but_oserror(torch.save, checkpoint.training, folder / TRAINING)
+            (folder / STATE).write_text(json.dumps(checkpoint.state, indent=1) + "\n", encoding="utf-8")
+            files = {entry.name: _fingerprint(entry) for entry in sorted(folder.iterdir())}
+            (folder / MANIFEST).write_text(
+                json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8"
+            )
+
+        path = self.path(step)
+        atomic_folder(path, write)
+        self._prune({step, *keep})
+        return path
+
+    def _prune(self, keep: Collection[int]) -> None:
+        whole = self.steps()
+        for step in set(whole[: -self.keep_last]) - set(keep):
+            # Renamed first, so that no part of it can be taken for a checkpoint.
+            away = self.folder / f".step-{step:07d}-removed"
+            try:
+                self.path(step).rename(away)
+            except OSError:
+                continue
+            shutil.rmtree(away, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Removes what a process that was killed left behind: temporary folders and half-removed ones."""
+        if not self.folder.is_dir():
+            return
+        for entry in self.folder.iterdir():
+            old = re.fullmatch(r"\.(step-\d+)-old", entry.name)
+            if old and not (self.folder / old[1]).exists():
+                entry.rename(self.folder / old[1])  # killed between two renames
+            elif entry.is_dir() and re.fullmatch(r"\.step-\d+-.*", entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def problem(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, in one line; None if it is whole."""
+        folder = self.path(step)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+            for name, expected in files.items():
+                path = folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != expected["size"]:
+                    return f"{name} has {path.stat().st_size} bytes, should have {expected['size']}"
+                if _fingerprint(path) != expected:
+                    return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{MANIFEST} cannot be read: {error}"
+        return None
+
+    def latest(self) -> int | None:
+        """The last step with a whole checkpoint; None if there is none. Broken ones are warned of."""
+        for step in reversed(self.steps()):
+            problem = self.problem(step)
+            if problem is None:
+                return step
+            _log.warning("%s is left out: %s", self.path(step), problem)
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """Reads a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not whole.
+        """
+        folder = self.path(step)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing")
+        if problem := self.problem(step):
+            raise ValueError(f"{folder} cannot be read: {problem}")
+        weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+        return Checkpoint(weights, training, json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _no_error_but_oserror(write: Callable[[Any, Path], None], content: Any, path: Path) -> None:
+    """`write(content, path)`; safetensors and torch report a full disk by errors of their own."""
+    try:
+        write(content, path)
+    except OSError:
+        raise
+    except Exception as error:
+        free = shutil.disk_usage(path.parent).free
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path.name} cannot be written ({free / 1e6:.0f} MB are free): {reason}") from error

@@ -1,0 +1,253 @@
+"""A run as a TOML file: what is trained, on what, how.
+
+    [data]       folder
+    [model]      fields of `fastddpm.UNetConfig`
+    [diffusion]  the noise schedule (beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas,
+                 rescale_betas_zero_snr) and the keyword arguments of `fastddpm.GaussianDiffusion`
+    [trainer]    fields of `fastddpm.TrainerSettings`, and metric: "none" or "frechet", that of `ComponentDistance`
+
+What is left out has its default. "none" stands for None, since TOML has no such value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastddpm._files import atomic_write
+from fastddpm.diffusion import GaussianDiffusion
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.training.metrics import ComponentDistance
+from fastddpm.training.settings import TrainerSettings
+from fastddpm.unet import UNet
+from fastddpm.unet_config import UNetConfig
+
+if TYPE_CHECKING:
+    from fastddpm.training.trainer import Trainer
+
+_SCHEDULE = {
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
+_OBJECTIVE = {
+    name: parameter.default
+    for name, parameter in inspect.signature(GaussianDiffusion.__init__).parameters.items()
+    if parameter.kind == parameter.KEYWORD_ONLY
+}
+KEYS: dict[str, list[str]] = {
+    "data": ["folder"],
+    "model": [field.name for field in dataclasses.fields(UNetConfig)],
+    "diffusion": [*_SCHEDULE, *_OBJECTIVE],
+    "trainer": [*(field.name for field in dataclasses.fields(TrainerSettings)), "metric"],
+}
+METRICS = (None, "frechet")
+Tables = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `fastddpm train` is told.
+
+    Attributes:
+        folder: of pictures, or an `.npz`.
+        model: the U-Net.
+        diffusion: keys of [diffusion].
+        trainer: settings.
+        metric: "frechet" or None.
+    """
+
+    folder: str | None
+    model: UNetConfig
+    diffusion: dict[str, Any]
+    trainer: TrainerSettings
+    metric: str | None = None
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Mapping[str, Any]], where: str = "config") -> RunConfig:
+        """From sections and their keys.
+
+        Raises:
+            ValueError: a section or key is not known, or a value is wrong; the message names it.
+        """
+        check_keys(tables, where)
+        sections = {section: dict(tables.get(section, {})) for section in KEYS}
+        metric = sections["trainer"].pop("metric", None)
+        if metric not in METRICS:
+            raise ValueError(f"{where}: metric is {metric!r}, must be 'none' or 'frechet'")
+        try:
+            model = UNetConfig().replace(**sections["model"])
+            trainer = TrainerSettings(**sections["trainer"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        return cls(sections["data"].get("folder"), model, sections["diffusion"], trainer, metric)
+
+    def build(self) -> GaussianDiffusion:
+        """The diffusion with a U-Net that is initialised from `trainer.seed`.
+
+        Raises:
+            ValueError, TypeError: a setting is wrong, or two contradict each other.
+        """
+        schedule = {name: self.diffusion.get(name, default) for name, default in _SCHEDULE.items()}
+        rescale, betas = schedule.pop("rescale_betas_zero_snr"), schedule.pop("trained_betas")
+        chosen = NoiseSchedule.from_name(**schedule) if betas is None else NoiseSchedule.from_betas(betas)
+        objective = {name: value for name, value in self.diffusion.items() if name not in _SCHEDULE}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.trainer.seed)
+            unet = UNet(self.model)
+        return GaussianDiffusion(unet, chosen.rescale_zero_terminal_snr() if rescale else chosen, **objective)
+
+    def to_tables(self) -> Tables:
+        """All sections with all their keys."""
+        return {
+            "data": {"folder": self.folder},
+            "model": dict(vars(self.model)),
+            "diffusion": {**_SCHEDULE, **_OBJECTIVE, **self.diffusion},
+            "trainer": {**vars(self.trainer), "metric": self.metric},
+        }
+
+
+def read_tables(path: str | os.PathLike[str]) -> Tables:
+    """The sections of a TOML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no TOML, or has a section or key that is not known.
+        ModuleNotFoundError: python is 3.10 and tomli is not installed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = _toml().loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for section, keys in content.items():
+        if not isinstance(keys, dict):
+            raise ValueError(f"{path}: {section} stands outside of a section, must be in one of {_sections()}")
+    check_keys(content, str(path))
+    return {section: {key: _none(value) for key, value in keys.items()} for section, keys in content.items()}
+
+
+def parse_assignment(text: str) -> tuple[str, str, Any]:
+    """(section, key, value) of `section.key=value`, the value as TOML writes it; a bare word is a string.
+
+    Raises:
+        ValueError: it is not of this form, or there is no such key.
+    """
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot:
+        raise ValueError(f"{text!r} must be SECTION.KEY=VALUE, such as trainer.train_lr=2e-4")
+    check_keys({section: {key: None}}, "--set")
+    try:
+        parsed = _toml().loads(f"value = {value}")["value"]
+    except ValueError:
+        parsed = value.strip()
+    return section, key, _none(parsed)
+
+
+def check_keys(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Raises ValueError where a section or a key is not known."""
+    for section, keys in tables.items():
+        if section not in KEYS:
+            raise ValueError(f"{where}: there is no section [{section}], only {_sections()}")
+        for key in keys:
+            if key not in KEYS[section]:
+                near = difflib.get_close_matches(key, KEYS[section], 1)
+                hint = f"is {near[0]} meant?" if near else f"keys are {', '.join(KEYS[section])}"
+                raise ValueError(f"{where}: [{section}] has no key {key}; {hint}")
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]], comment: str = "") -> str:
+    """TOML of sections; `comment` goes before them."""
+    lines = [f"# {line}" for line in comment.splitlines()]
+    for section, keys in tables.items():
+        lines += ["", f"[{section}]", *(f"{key} = {_value(value)}" for key, value in keys.items())]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def write_run_config(path: Path, trainer: Trainer) -> None:
+    """Writes what a trainer was told, as far as a file can say it: all of it for pictures and a `fastddpm.UNet`."""
+    from fastddpm import __version__
+
+    diffusion = trainer.diffusion
+    tables: Tables = {"data": {"folder": trainer.data_folder}}
+    comments = [f"fastddpm {__version__}, torch {torch.__version__}"]
+    if trainer.data_folder is None:
+        comments.append("The data were a Dataset, which this file cannot name.")
+    if isinstance(diffusion.unet, UNet):
+        tables["model"] = dict(vars(diffusion.unet.config))
+    else:
+        comments.append(f"The network was a {type(diffusion.unet).__name__}, which this file cannot describe.")
+    schedule = diffusion.schedule
+    named = schedule.beta_schedule != "trained_betas"
+    tables["diffusion"] = {
+        "beta_schedule": schedule.beta_schedule if named else "linear",
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "beta_start": schedule.beta_start if schedule.beta_start is not None else _SCHEDULE["beta_start"],
+        "beta_end": schedule.beta_end if schedule.beta_end is not None else _SCHEDULE["beta_end"],
+        "trained_betas": None if named else schedule.betas.tolist(),
+        "rescale_betas_zero_snr": False,
+    }
+    tables["diffusion"] |= {
+        name: diffusion.timestep_sampler.kind if name == "timestep_sampling" else getattr(diffusion, name)
+        for name in _OBJECTIVE
+    }
+    tables["trainer"] = {**vars(trainer.settings), "mixed_precision": trainer.accelerator.mixed_precision}
+    tables["trainer"]["metric"] = "frechet" if isinstance(trainer.metric, ComponentDistance) else None
+    if trainer.metric is not None and tables["trainer"]["metric"] is None:
+        comments.append("The metric was a function, which this file cannot name.")
+    text = to_toml(tables, "\n".join(comments))
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    atomic_write(path, write)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # TOML's basic strings have JSON's escapes
+    if isinstance(value, numbers.Real):  # numpy's among them, whose repr is none of TOML's
+        return repr(int(value) if isinstance(value, numbers.Integral) else float(value))
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which TOML cannot hold")
+
+
+def _none(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _sections() -> str:
+    return ", ".join(f"[{section}]" for section in KEYS)
+
+
+def _toml() -> Any:
+    try:
+        import tomllib as toml
+    except ModuleNotFoundError:  # python 3.10
+        try:
+            import tomli as toml  # type: ignore[no-redef]
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "tomli is missing, which reads TOML in python 3.10: pip install fastddpm[train]", name="tomli"
+            ) from None
+    return toml

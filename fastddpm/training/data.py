@@ -1,0 +1,278 @@
+"""Where training images come from: a folder of pictures, an .npz, or any torch Dataset."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from fastddpm._files import read_json, write_json
+from fastddpm.progress import progress_bar
+from fastddpm.training.folder import PictureFolder, list_pictures
+from fastddpm.training.order import Batches, Pick
+from fastddpm.training.randomness import randomness_kept
+
+_log = logging.getLogger(__name__)
+
+IMAGE_KEYS = ("image", "images", "pixel_values", "x")
+LABEL_KEYS = ("label", "labels", "class_label", "class_labels", "y")
+
+
+class Source(Protocol):
+    """Images by their numbers.
+
+    Attributes:
+        classes: names of the classes, as far as they are known; empty if there are none.
+        in_memory: whether reading costs nothing.
+    """
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def in_memory(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
+        """Images [N, C, ...], uint8 or float32 in [-1, 1], and labels int64 [N] or None."""
+        ...
+
+
+class ArraySource:
+    """The arrays of an `.npz` as `fastddpm sample -o images.npz` and the ADM evaluator's files have them.
+
+    `arr_0` is uint8 [N, H, W, C] or [N, H, W], and `arr_1`, if it is there, integer labels [N].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read or is not of this kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        from fastddpm.images import read_npz  # PIL is imported where pictures are
+
+        arrays = read_npz(path, ("arr_0", "arr_1"))
+        images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
+            what = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{path}: arr_0 is {what}, must be images uint8 [N, H, W, C]")
+        images = images[..., None] if images.ndim == 3 else images
+        if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}, must be integer labels [{len(images)}]"
+            )
+        self._images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        self._labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        count = 0 if self._labels is None else int(self._labels.max()) + 1
+        self.classes = tuple(str(label) for label in range(count))
+        self.shape: tuple[int, int, int] = tuple(self._images.shape[1:])  # type: ignore[assignment]
+        self.in_memory = True
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
+        places = torch.tensor([pick.image for pick in picks])
+        return self._images[places], None if self._labels is None else self._labels[places]
+
+
+class DatasetSource:
+    """Any map-style Dataset whose items are an image, (image, label), or a mapping with keys such as `image`, `label`.
+
+    An image is a tensor [C, ...], uint8 or floating-point in [-1, 1], or a PIL image, which is cut and resized to
+    `shape`. Python's, numpy's and torch's random numbers are seeded before each item, so that what a Dataset draws
+    depends on nothing but where in the run the item is.
+
+    Raises:
+        TypeError: it is an IterableDataset, or has no length.
+    """
+
+    classes: tuple[str, ...] = ()
+    in_memory = False
+
+    def __init__(self, dataset: Any, shape: tuple[int, ...] | None) -> None:
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
+            raise TypeError(
+                f"data is a {type(dataset).__name__}, must be a folder, an .npz, or a Dataset with a length, whose "
+                "items can be read in any order"
+            )
+        self._dataset, self._shape = dataset, shape
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
+        images: list[Tensor] = []
+        labels: list[int] = []
+        with randomness_kept():
+            for pick in picks:
+                random.seed(pick.seed)
+                np.random.seed(pick.seed & 0xFFFFFFFF)  # noqa: NPY002, the generator that a Dataset may use
+                torch.default_generator.manual_seed(pick.seed)
+                image, label = self._unpack(self._dataset[pick.image])
+                images.append(image)
+                if label is not None:
+                    labels.append(label)
+        if labels and len(labels) != len(images):
+            raise ValueError("data has items with a label and items without, must have one kind")
+        if len({(image.shape, image.dtype) for image in images}) > 1:
+            kinds = sorted({f"{image.dtype} {list(image.shape)}" for image in images})
+            raise ValueError(f"data has items of {' and of '.join(kinds)}, must have one kind")
+        return torch.stack(images), torch.tensor(labels) if labels else None
+
+    def _unpack(self, item: Any) -> tuple[Tensor, int | None]:
+        label: Any = None
+        if isinstance(item, Mapping):
+            names = [name for name in IMAGE_KEYS if name in item]
+            if not names:
+                raise TypeError(f"data has items with keys {sorted(item)}, must have one of {', '.join(IMAGE_KEYS)}")
+            image = item[names[0]]
+            label = next((item[name] for name in LABEL_KEYS if name in item), None)
+        elif isinstance(item, tuple | list) and item:
+            image, label = item[0], item[1] if len(item) > 1 else None
+        else:
+            image = item
+        if not isinstance(image, Tensor):
+            image = self._pixels(image)
+        if not (image.dtype == torch.uint8 or image.dtype.is_floating_point):
+            raise TypeError(f"data has images of {image.dtype}, must be uint8, or floating-point in [-1, 1]")
+        return image if image.dtype == torch.uint8 else image.float(), None if label is None else int(label)
+
+    def _pixels(self, image: Any) -> Tensor:
+        from PIL import Image
+
+        from fastddpm.images import fit_pixels
+
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"data has images of {type(image).__name__}, must be tensors [C, H, W] or PIL images")
+        if self._shape is None or len(self._shape) != 3:
+            raise ValueError("data has PIL images, but the network does not say what size they must be resized to")
+        return torch.from_numpy(fit_pixels(image, self._shape))  # type: ignore[arg-type]
+
+
+def open_data(
+    data: Any,
+    shape: tuple[int, ...] | None,
+    *,
+    cache_bytes: int,
+    record: Path | None = None,
+    main: bool = True,
+    progress: bool = False,
+) -> Source:
+    """The source that `data` names.
+
+    Args:
+        data: a folder, an `.npz`, a Dataset, or a source.
+        shape: (C, H, W) of the model's data, as far as it says.
+        cache_bytes: see `PictureFolder`.
+        record: a JSON file that says what is in a folder, broken pictures among it; read if it is there.
+        main: whether this process is the one that writes `record` and tells which pictures are broken.
+        progress: draw a bar while pictures are read.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: the data cannot be used; the message says why.
+    """
+    if isinstance(data, (ArraySource, PictureFolder, DatasetSource)):
+        return data
+    if not isinstance(data, (str, os.PathLike)):
+        return DatasetSource(data, shape)
+    path = Path(data)
+    if path.suffix.lower() == ".npz" and not path.is_dir():
+        return ArraySource(path)
+    listing = list_pictures(path)
+    if shape is None or len(shape) != 3:
+        raise ValueError(
+            f"data is {str(path)!r}, a folder, but the network does not say what size pictures must be resized to: it "
+            "has no config with sample_size and out_channels"
+        )
+    known = None
+    if record is not None and record.is_file():
+        try:
+            known = read_json(record)
+        except ValueError:
+            known = None  # it is only saved time
+    with progress_bar(len(listing.paths), "reading pictures", enabled=progress) as bar:
+        source = PictureFolder(listing, shape, cache_bytes=cache_bytes, known=known, advance=bar)  # type: ignore[arg-type]
+    if main and source.broken:
+        _log.warning("%d of the pictures cannot be read, %d can; left out are", len(source.broken), len(source))
+        for entry in source.broken:
+            _log.warning("  %s: %s", entry.path, entry.reason)
+    if main and record is not None and source.verdict() != known:
+        write_json(record, source.verdict())
+    return source
+
+
+class _Reader:
+    """What a DataLoader calls, in its workers: one call per batch."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitems__(self, picks: list[Pick]) -> tuple[Tensor, Tensor | None]:
+        return self._source.read(picks)
+
+    def __getitem__(self, pick: Pick) -> tuple[Tensor, Tensor | None]:
+        return self._source.read([pick])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+class _Picks:
+    """What a DataLoader asks for, batch by batch."""
+
+    def __init__(self, batches: Batches, start: int, stop: int) -> None:
+        self._batches, self._start, self._stop = batches, start, stop
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        return self._batches.picks(self._start, self._stop)
+
+    def __len__(self) -> int:
+        return (self._stop - self._start) * self._batches.passes
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _outlive_signals(_worker: int) -> None:
+    """A worker goes on when all processes of a run are told to stop: the main one ends it after the step it is in."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load(
+    source: Source, batches: Batches, start: int, stop: int, *, num_workers: int | str, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The batches of steps `start` to `stop` - 1, one per forward pass: images [N, C, ...] and labels.
+
+    Args:
+        source: see there.
+        batches: which image is where.
+        num_workers: processes that read; "auto" for none if the source is in memory, else one per core up to 8.
+        pin_memory: page-lock them, for a copy to CUDA that does not wait.
+    """
+    if num_workers == "auto":
+        num_workers = 0 if source.in_memory else min(8, max(1, (os.cpu_count() or 1) // batches.processes))
+    loader: DataLoader[Any] = DataLoader(
+        _Reader(source),  # type: ignore[arg-type]
+        batch_sampler=_Picks(batches, start, stop),  # type: ignore[arg-type]
+        num_workers=int(num_workers),
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    return iter(loader)

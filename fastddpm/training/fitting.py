@@ -1,0 +1,95 @@
+"""Whether data and network fit each other, found out before anything is trained."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.diffusion import GaussianDiffusion
+from fastddpm.training.data import Source
+from fastddpm.training.order import Pick
+from fastddpm.unet import UNet
+
+_log = logging.getLogger(__name__)
+
+
+def data_shape(diffusion: GaussianDiffusion) -> tuple[int, int, int] | None:
+    """(C, H, W) of the data, as the network's config states it; None where it does not."""
+    config = getattr(diffusion.unet, "config", None)
+    size, channels = (getattr(config, name, None) for name in ("sample_size", "out_channels"))
+    if size is None or channels is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return channels // (2 if diffusion.variance_type == "learned_range" else 1), height, width
+
+
+def takes_labels(unet: nn.Module) -> bool:
+    """Whether a network is class-conditional: by its config, or if it has none by its parameters.
+
+    guided-diffusion's networks always have the parameter `y`, and `num_classes` None where it must not be given.
+    """
+    config = getattr(unet, "config", None)
+    if config is not None:
+        return any(getattr(config, name, None) is not None for name in ("num_class_embeds", "class_embed_type"))
+    if getattr(unet, "num_classes", 1) is None:
+        return False
+    return not {"class_labels", "classes", "y"}.isdisjoint(inspect.signature(unet.forward).parameters)
+
+
+def check_network(diffusion: GaussianDiffusion) -> None:
+    """Raises ValueError where a U-Net cannot be run at the size that its config states."""
+    unet, shape = diffusion.unet, data_shape(diffusion)
+    if not isinstance(unet, UNet) or shape is None:
+        return
+    halvings = len(unet.config.block_out_channels) - 1
+    for side in shape[1:]:
+        if side % 2**halvings:
+            raise ValueError(
+                f"sample_size is {unet.config.sample_size}, must be divisible by {2**halvings}: the U-Net halves it "
+                f"{halvings} times"
+            )
+
+
+def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...]:
+    """The shape of an image, once it is known from the first ones that the network can be trained on them.
+
+    Raises:
+        ValueError: there are fewer than two images, or they, their labels or their values do not fit.
+    """
+    if len(source) < 2:
+        raise ValueError(f"data holds {len(source)} image{'' if len(source) == 1 else 's'}, must hold at least 2")
+    images, labels = source.read([Pick(0, 0), Pick(1, 1)])
+    shape = data_shape(diffusion)
+    if shape is not None and tuple(images.shape[1:]) != shape:
+        raise ValueError(f"data has images of {list(images.shape[1:])}, but the network is for {list(shape)}")
+    _check_values(images)
+    if takes_labels(diffusion.unet):
+        check_labels(labels, diffusion.unet)
+        check_labels(torch.arange(len(source.classes)), diffusion.unet)
+    return tuple(images.shape[1:])
+
+
+def check_labels(labels: Tensor | None, unet: nn.Module) -> None:
+    """Raises ValueError unless there are labels int64 [N] (on the CPU) that a class-conditional network knows."""
+    if labels is None:
+        raise ValueError(
+            "data has no labels, but the network has classes: put pictures into a folder per class, or use a Dataset "
+            "of (image, label)"
+        )
+    count = getattr(getattr(unet, "config", None), "num_class_embeds", None)
+    if count is not None and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= count):
+        wrong = int(labels[(labels < 0) | (labels >= count)][0])
+        raise ValueError(f"data has the label {wrong}, but the network knows 0 to {count - 1}")
+
+
+def _check_values(images: Tensor) -> None:
+    if images.dtype == torch.uint8:
+        return
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1.001 and high <= 1.001):
+        raise ValueError(f"data has images with values from {low:g} to {high:g}, must be in [-1, 1], or uint8")
+    if low >= 0:
+        _log.warning("data has images with no value below 0; they should cover [-1, 1], not [0, 1]")

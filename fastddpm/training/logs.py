@@ -1,0 +1,153 @@
+"""What a run says about itself: log.jsonl always, TensorBoard's files if it is installed, a bar for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastddpm._files import atomic_write
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """A line of JSON per record, and the same numbers for TensorBoard.
+
+    A line that cannot be written (a full disk) is warned of once, and training goes on.
+
+    Args:
+        folder: of the run.
+        step: where the run begins; lines about later steps, of a run that was interrupted after its last checkpoint,
+            are removed, and so is a last line that was cut off.
+        tensorboard: write its files too; None for if it is installed.
+
+    Raises:
+        ModuleNotFoundError: `tensorboard` is True, but it is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool | None = None) -> None:
+        self.path = folder / "log.jsonl"
+        self._warned = False
+        if self.path.is_file():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            atomic_write(self.path, lambda temporary: _write_lines(temporary, kept if step else []))
+        self._board: Any = None
+        if tensorboard is not False:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                if tensorboard:
+                    raise ModuleNotFoundError("tensorboard is missing: pip install tensorboard") from None
+            else:
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a record about `step`; numbers that are not finite become null, since JSON has none."""
+        record = {"step": step} | {name: _plain(value) for name, value in values.items()} | {"step": step}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                _log.warning("%s cannot be written: %s", self.path, error.strerror or error)
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Shows a picture in TensorBoard."""
+        if self._board is not None:
+            import numpy as np
+
+            self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes what is held back."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl; a last line that was cut off is left out."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Meter:
+    """Means over the steps since the last record, and how fast they were.
+
+    Losses and norms stay on the device until a record is made. They are saved with a checkpoint, so that the records of
+    a resumed run are those of one that was not interrupted.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._steps, self._waited = 0, 0.0
+        self.start_clock(0.0)
+
+    def start_clock(self, waited: float) -> None:
+        """From here on the time counts; `waited` is that of `TrainingStep` now."""
+        self._start, self._waited, self._steps = time.perf_counter(), waited, 0
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """One more step: scalars."""
+        self._losses.append(loss.detach())
+        self._norms.append(norm.detach())
+        self._steps += 1
+
+    def means(self) -> Tensor:
+        """Mean loss and mean norm, float64 [2], on the device (but float32 where it has no float64)."""
+        pairs = torch.stack([torch.stack(self._losses), torch.stack(self._norms).to(self._losses[0].dtype)])
+        return pairs.to(torch.float32 if pairs.device.type == "mps" else torch.float64).mean(1)
+
+    def rates(self, waited: float) -> tuple[float, float]:
+        """(steps per second, share of the time that was spent waiting for data) since `start_clock`."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return self._steps / seconds, min(1.0, (waited - self._waited) / seconds)
+
+    def clear(self) -> None:
+        """After a record."""
+        self._losses.clear()
+        self._norms.clear()
+
+    def state_dict(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
+        """Losses and norms that are in no record yet, means over all processes; floats hold float32 exactly.
+
+        Args:
+            over_processes: takes the mean of a tensor over them.
+        """
+        lists = {"losses": self._losses, "norms": self._norms}
+        return {name: over_processes(torch.stack(values)).tolist() if values else [] for name, values in lists.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]], device: torch.device) -> None:
+        self._losses = [torch.tensor(value, device=device) for value in state["losses"]]
+        self._norms = [torch.tensor(value, device=device) for value in state["norms"]]

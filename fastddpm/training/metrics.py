@@ -1,0 +1,65 @@
+"""A metric that works for any images and needs nothing: the Frechet distance of principal components."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm.training.data import Source
+from fastddpm.training.order import Batches
+from fastddpm.training.preview import sample_labels
+
+if TYPE_CHECKING:
+    from fastddpm.training.trainer import Trainer
+
+
+class ComponentDistance:
+    """The Frechet distance of samples to training images, in their first principal components.
+
+    It tells whether samples have the colours, layout and variety of the data; of sharpness it says little, and nothing
+    of copies. Compare it only with itself, for as many samples of the same data.
+
+    Args:
+        source: the training data.
+        num_samples: how many are drawn each time, by the trainer's sampler.
+        num_images: how many images it is compared with at most.
+        num_components: how many components.
+        seed: of the samples, and of which images.
+    """
+
+    def __init__(
+        self, source: Source, *, num_samples: int = 256, num_images: int = 2048, num_components: int = 32, seed: int = 0
+    ) -> None:
+        self.num_samples, self.seed = num_samples, seed
+        count = min(num_images, len(source))
+        picks = next(Batches(len(source), seed, count).picks(0, 1))
+        rows = self._rows(source.read(picks)[0])
+        self._mean = rows.mean(0)
+        components = min(num_components, count - 1, rows.shape[1], num_samples - 1)
+        self._components = np.linalg.svd(rows - self._mean, full_matrices=False)[2][:components]
+        self._real = self._features(rows)
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        """{"frechet": the distance} of samples of the averaged weights."""
+        from fastddpm.evaluation.frechet import frechet_distance
+
+        labels = sample_labels(trainer.diffusion, len(trainer.source.classes), self.num_samples)
+        images = trainer.sampler().sample(
+            self.num_samples,
+            shape=trainer.shape,
+            seed=self.seed,
+            class_labels=labels,
+            batch_size=max(64, trainer.settings.train_batch_size),
+        )
+        return {"frechet": frechet_distance(self._features(self._rows(images.clamp(-1, 1))), self._real)}
+
+    def _features(self, rows: np.ndarray) -> np.ndarray:
+        return (rows - self._mean) @ self._components.T
+
+    @staticmethod
+    def _rows(images: Tensor) -> np.ndarray:
+        values = images.cpu().double()
+        return (values / 127.5 - 1 if images.dtype == torch.uint8 else values).flatten(1).numpy()

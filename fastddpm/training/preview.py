@@ -1,0 +1,100 @@
+"""What comes out of a run: samples while it goes on, and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from fastddpm.diffusion import GaussianDiffusion
+from fastddpm.pretrained import save_pretrained
+from fastddpm.sampler import Sampler
+from fastddpm.training.checkpoint import atomic_folder
+from fastddpm.training.ema import ExponentialAverage
+from fastddpm.training.fitting import takes_labels
+from fastddpm.unet import UNet
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def sample_labels(diffusion: GaussianDiffusion, classes: int, count: int) -> list[int] | None:
+    """`count` labels, of all classes in equal numbers, sorted; None for a network without classes."""
+    if not takes_labels(diffusion.unet):
+        return None
+    embeds = getattr(getattr(diffusion.unet, "config", None), "num_class_embeds", None)
+    labels = [label for label in range(classes or embeds or 1) if label != diffusion.null_class]
+    return [labels[i * len(labels) // count] for i in range(count)]
+
+
+def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any) -> Sampler:
+    """A `Sampler` of `unet` (an average, say) as the diffusion was trained."""
+    settings: dict[str, Any] = {
+        "prediction_type": diffusion.prediction_type,
+        "variance_type": diffusion.variance_type,
+        "clip_sample": diffusion.clip_sample,
+        "self_condition": diffusion.self_condition,
+        "null_class": diffusion.null_class,
+    }
+    return Sampler(unet, diffusion.schedule, **{**settings, **overrides})
+
+
+def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
+    """Writes a model: a pipeline folder of diffusers for a `fastddpm.UNet`, for other networks their weights alone.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+
+    def write(path: Path) -> None:
+        if isinstance(unet, UNet):
+            save_pretrained(
+                path,
+                unet,
+                diffusion.schedule,
+                prediction_type=diffusion.prediction_type,
+                variance_type=diffusion.variance_type,
+                clip_sample=diffusion.clip_sample,
+            )
+        else:
+            state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in unet.state_dict().items()}
+            save_file(state, path / "model.safetensors")
+
+    atomic_folder(folder, write)
+
+
+def export_averages(folder: Path, diffusion: GaussianDiffusion, averages: Sequence[ExponentialAverage]) -> None:
+    """Writes the first average to `folder`/model, and others to `folder`/model-ema-D with their decay D.
+
+    Raises:
+        OSError: one cannot be written; what was there is as it was.
+    """
+    for place, average in enumerate(averages):
+        export(folder / ("model" if place == 0 else f"model-ema-{average.decay}"), diffusion, average.module)
+
+
+def draw_grid(
+    sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], classes: int
+) -> Image.Image:
+    """A picture of `count` samples of seed 0, of all classes in equal numbers."""
+    from fastddpm.images import grid
+
+    labels = sample_labels(diffusion, classes, count)
+    images = sampler.sample(count, shape=shape, seed=0, class_labels=labels).cpu()
+    return grid(images, labels, columns=max(1, round(count**0.5)))
+
+
+def metric_values(result: float | Mapping[str, float]) -> dict[str, float]:
+    """What a metric returned, by name.
+
+    Raises:
+        ValueError: it returned no number.
+    """
+    named = result if isinstance(result, Mapping) else {"metric": result}
+    values = {str(name): float(value) for name, value in named.items()}
+    if not values:
+        raise ValueError("metric returned no value, must return a number or several by name")
+    return values

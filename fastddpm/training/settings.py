@@ -1,0 +1,203 @@
+"""What a training run can be told, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PRECISIONS = ("no", "bf16", "fp16")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
+_COUNTS = (
+    "train_batch_size",
+    "gradient_accumulate_every",
+    "train_num_steps",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "num_samples",
+    "num_inference_steps",
+    "keep_last",
+    "max_bad_steps",
+)
+_FLAGS = (
+    "ema_warmup",
+    "augment_horizontal_flip",
+    "compile",
+    "stop_on_save_error",
+)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """The settings of a `Trainer`, most of them called as in denoising_diffusion_pytorch's and diffusers' trainers.
+
+    A step is one update of the weights, from `train_batch_size * gradient_accumulate_every` images.
+
+    Attributes:
+        results_folder: where everything is written; see `Trainer`.
+        train_batch_size: images of one forward pass, over all processes together, so that a run on several processes
+            is the run of one.
+        gradient_accumulate_every: forward passes per step.
+        train_num_steps: steps in all.
+        train_lr: the learning rate of AdamW, at its peak.
+        lr_scheduler: what follows the warm-up: "constant", "linear" or "cosine", down to `lr_final` at the last step.
+        lr_warmup_steps: steps in which the rate rises linearly from 0 to its peak; None for 500, or a tenth of all
+            steps if that is less.
+        lr_final: the rate at the end, as a share of the peak.
+        adam_betas, adam_weight_decay, adam_epsilon: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm; None for no clipping.
+        mixed_precision: "no", "bf16" or "fp16" (CUDA only); None for what `accelerate launch` was told, else "no".
+        ema_decay: of the averaged weights, one or several; a half-life of h steps is 0.5 ** (1 / h). The first is the
+            model that is sampled and saved.
+        ema_warmup: the decay of step n is at most (1 + n) / (10 + n), so that the average forgets the start.
+        augment_horizontal_flip: mirror every other image, at random.
+        seed: of the order of the data and of flips. The diffusion has a seed of its own for its noise.
+        num_workers: processes that read data; "auto" for none if the data are in memory, else one per core up to 8.
+        cache_bytes: pictures of a folder are kept in memory, decoded, if they need no more than this.
+        log_every, save_every, sample_every: steps between records, checkpoints and grids of samples.
+        metric_every: steps between metrics; None for `sample_every`.
+        metric_mode: "min" or "max", which metric is best.
+        num_samples: in a grid.
+        num_inference_steps: of DPM-Solver++, by which the grids are drawn.
+        guidance_scale: of the grids, for a model with a null class; None for no guidance.
+        keep_last: how many checkpoints are kept, beside the best by metric.
+        max_bad_steps: steps in a row without a finite gradient after which training stops. Such steps change nothing.
+        stop_on_save_error: whether a checkpoint that cannot be written ends the training, or only warns.
+        compile: compile the training step with torch.compile.
+        channels_last: the memory format of a U-Net's weights and images; None to choose.
+        device: "cpu", "cuda" or "mps"; None for what accelerate finds.
+        tensorboard: also write TensorBoard's files; None for if it is installed.
+
+    Raises:
+        ValueError, TypeError: a value that is wrong; the message names the setting, its value and what it may be.
+    """
+
+    results_folder: str = "results"
+    train_batch_size: int = 16
+    gradient_accumulate_every: int = 1
+    train_num_steps: int = 100_000
+    train_lr: float = 1e-4
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int | None = None
+    lr_final: float = 0.01
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    mixed_precision: str | None = None
+    ema_decay: float | tuple[float, ...] = 0.9999
+    ema_warmup: bool = True
+    augment_horizontal_flip: bool = False
+    seed: int = 0
+    num_workers: int | str = "auto"
+    cache_bytes: int = 2 << 30
+    log_every: int = 50
+    save_every: int = 1000
+    sample_every: int = 1000
+    metric_every: int | None = None
+    metric_mode: str = "min"
+    num_samples: int = 16
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    keep_last: int = 3
+    max_bad_steps: int = 10
+    stop_on_save_error: bool = False
+    compile: bool = False
+    channels_last: bool | None = None
+    device: str | None = None
+    tensorboard: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "results_folder", os.fspath(self.results_folder))
+        for name in ("adam_betas", "ema_decay"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):  # TOML has no tuples
+                object.__setattr__(self, name, tuple(value))
+        require = self._require
+        for name in _COUNTS:
+            require(name, _is_int(getattr(self, name), 1), "a positive integer")
+        for name in _FLAGS:
+            require(name, isinstance(getattr(self, name), bool), "true or false")
+        for name in ("channels_last", "tensorboard"):
+            require(name, isinstance(getattr(self, name), bool | None), "true, false or None")
+        require("cache_bytes", _is_int(self.cache_bytes, 0), "an integer of at least 0")
+        warmup = self.lr_warmup_steps
+        require("lr_warmup_steps", warmup is None or _is_int(warmup, 0), "an integer of at least 0, or None")
+        require(
+            "metric_every", self.metric_every is None or _is_int(self.metric_every, 1), "a positive integer or None"
+        )
+        require("seed", _is_int(self.seed, 0) and self.seed < 1 << 63, "an integer from 0 to below 2^63")
+        require("num_workers", self.num_workers == "auto" or _is_int(self.num_workers, 0), "'auto' or at least 0")
+        require("lr_scheduler", self.lr_scheduler in LR_SCHEDULERS, f"one of {', '.join(LR_SCHEDULERS)}")
+        require(
+            "mixed_precision", self.mixed_precision in (None, *PRECISIONS), f"None or one of {', '.join(PRECISIONS)}"
+        )
+        require("metric_mode", self.metric_mode in ("min", "max"), "'min' or 'max'")
+        require("device", isinstance(self.device, str | None), "the name of a device or None")
+        for name, zero in (("train_lr", False), ("adam_epsilon", False), ("adam_weight_decay", True)):
+            value = getattr(self, name)
+            require(name, _is_number(value) and (value > 0 or (zero and value == 0)), "a positive number")
+        require("lr_final", _is_number(self.lr_final) and 0 <= self.lr_final <= 1, "a number from 0 to 1")
+        norm = self.max_grad_norm
+        require("max_grad_norm", norm is None or (_is_number(norm) and norm > 0), "a positive number or None")
+        scale = self.guidance_scale
+        require("guidance_scale", scale is None or _is_number(scale), "a number or None")
+        betas = self.adam_betas
+        valid = isinstance(betas, tuple) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
+        require("adam_betas", valid, "two numbers from 0 to below 1")
+        valid = len(self.ema_decays) > 0 and all(_is_number(d) and 0 <= d < 1 for d in self.ema_decays)
+        require("ema_decay", valid, "a number from 0 to below 1, or several")
+        require("ema_decay", len(set(self.ema_decays)) == len(self.ema_decays), "numbers that differ")
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """`ema_decay` as a tuple."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one update of the weights."""
+        return self.train_batch_size * self.gradient_accumulate_every
+
+    def replace(self, **fields: Any) -> TrainerSettings:
+        """A copy with other values of the named settings.
+
+        Raises:
+            TypeError: there is no such setting.
+            ValueError: a value is wrong.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in fields:
+            if name not in known:
+                raise TypeError(f"{name} is no setting of a Trainer, which are: {', '.join(known)}")
+        return dataclasses.replace(self, **fields)
+
+    def learning_rate(self, step: int) -> float:
+        """The share of `train_lr` at step number `step`, from 0."""
+        warmup = self.lr_warmup_steps
+        if warmup is None:
+            warmup = min(500, self.train_num_steps // 10)
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.lr_scheduler == "constant":
+            return 1.0
+        progress = (step - warmup) / max(1, self.train_num_steps - warmup)
+        falling = 1 - progress if self.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr_final + (1 - self.lr_final) * falling
+
+    def _require(self, name: str, valid: bool, what: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, must be {what}")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least  # type: ignore[operator]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,46 @@
+"""Being told to stop: SIGTERM and Ctrl-C end the training after the step it is in."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """Whether the process has been told to stop.
+
+    Attributes:
+        by: the signal, SIGTERM or SIGINT; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.by: signal.Signals | None = None
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.by == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
+        self.by = signal.Signals(number)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Inside, SIGTERM and the first SIGINT set a flag instead of ending the process; in the main thread only.
+
+    Elsewhere python has no say about signals, and they do what they did.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[signal.Signals, Any] = {
+        number: signal.signal(number, request._receive) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,394 @@
+"""`Trainer`: from images to a model, without losing a step."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddpm.diffusion import GaussianDiffusion
+from fastddpm.progress import Bar, progress_bar
+from fastddpm.sampler import Sampler
+from fastddpm.training import preview
+from fastddpm.training.checkpoint import Checkpoints
+from fastddpm.training.config import write_run_config
+from fastddpm.training.data import load, open_data
+from fastddpm.training.ema import averages
+from fastddpm.training.fitting import check_labels, check_network, check_source, data_shape, takes_labels
+from fastddpm.training.logs import Meter, RunLog
+from fastddpm.training.order import Batches
+from fastddpm.training.outcome import DivergedError, TrainResult
+from fastddpm.training.randomness import random_state, randomness_kept
+from fastddpm.training.settings import TrainerSettings
+from fastddpm.training.state import collect, restore
+from fastddpm.training.step import TrainingStep, in_any_process, make_accelerator
+from fastddpm.training.stopping import stop_request
+
+_log = logging.getLogger(__name__)
+
+# What a run's samples are worth: one number, or several by name, of which the first decides which are best.
+Metric = Callable[["Trainer"], float | Mapping[str, float]]
+
+
+class Trainer:
+    """Trains a diffusion on images, and writes everything down.
+
+        Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
+
+    In `results_folder`:
+
+        config.toml           what the run was told
+        data.json             what is in a folder of pictures, and which of them are broken, and why
+        log.jsonl             loss, rate, speed and metrics, a record per line
+        samples/step-N.png    samples of the averaged weights, always of the same noise
+        checkpoints/          from which a run goes on; see `fastddpm.training.checkpoint`
+        model/, model-best/   the averaged model, the last and the best by metric, as folders that
+                              `fastddpm.load_pretrained`, `fastddpm sample` and diffusers load
+        model-ema-D/          further averages, of decay D
+
+    A run that is interrupted, by whatever, and resumed ends with the weights of one that was not: bit for bit on the
+    CPU in one process, and elsewhere as far as the device computes the same twice. SIGTERM and Ctrl-C save before they
+    end `train`. On several processes (`accelerate launch`, `torchrun`) the run is that of one process, to rounding, but
+    for the network's dropout.
+
+    Args:
+        diffusion: what is trained, in place.
+        data: a folder of pictures of any size and format, an `.npz`, or a map-style Dataset (see `DatasetSource`).
+        settings: all that can be set; its defaults if None.
+        metric: called with the trainer now and then (`metric_every`), in one process: its `sampler()` has the averaged
+            weights. Returns a number, or several by name of which the first decides which weights are best.
+        resume: go on from the last whole checkpoint in `results_folder`, if there is one.
+        progress: draw a bar.
+        **fields: fields of `TrainerSettings` that replace those of `settings`.
+
+    Attributes:
+        step: how many steps are done.
+        shape: of one image, (C, H, W).
+        source: the data.
+        data_folder: where they are, if `data` was a path.
+        averages: the averaged weights, in the main process.
+
+    Raises:
+        ModuleNotFoundError: accelerate is not installed.
+        FileNotFoundError, TypeError, ValueError: a setting or the data are wrong, data and network do not fit, or
+            `results_folder` has checkpoints but `resume` is False.
+    """
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        data: Any,
+        settings: TrainerSettings | None = None,
+        *,
+        metric: Metric | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        **fields: Any,
+    ) -> None:
+        if not isinstance(diffusion, GaussianDiffusion):
+            raise TypeError(f"diffusion is a {type(diffusion).__name__}, must be a GaussianDiffusion")
+        self.settings = (settings or TrainerSettings()).replace(**fields)
+        self.diffusion, self.metric = diffusion, metric
+        self.folder = Path(self.settings.results_folder)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep_last=self.settings.keep_last)
+        if (steps := self.checkpoints.steps()) and not resume:
+            raise ValueError(
+                f"results_folder is {str(self.folder)!r}, where a run has come to step {steps[-1]}: resume it, or "
+                "choose another"
+            )
+        check_network(diffusion)
+        self.accelerator = make_accelerator(self.settings)
+        self._main = self.accelerator.is_main_process
+        self._progress = progress and self._main
+        self._labelled = takes_labels(diffusion.unet)
+        self._open(data)
+        self._training = TrainingStep(diffusion, self.settings, self.accelerator, self.batches)
+        decays = self.settings.ema_decays if self._main else ()
+        self.averages = averages(diffusion.unet, decays, warmup=self.settings.ema_warmup)
+        self.step = 0
+        self._meter = Meter()
+        self._best: dict[str, float] | None = None  # step and value
+        self._metrics: dict[str, float] = {}
+        self._loss: float | None = None
+        if resume:
+            self._resume()
+
+    def _open(self, data: Any) -> None:
+        settings, processes = self.settings, self.accelerator.num_processes
+        if settings.train_batch_size % processes:
+            raise ValueError(
+                f"train_batch_size is {settings.train_batch_size}, must be divisible by the number of processes, "
+                f"{processes}"
+            )
+        self.data_folder = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+        if self.data_folder is not None and self.folder.resolve().is_relative_to(Path(self.data_folder).resolve()):
+            raise ValueError(
+                f"results_folder is {str(self.folder)!r}, which is inside {self.data_folder!r}, whose pictures are "
+                "trained on: it must be elsewhere, so that samples do not come among them"
+            )
+        with self.accelerator.main_process_first():
+            self.source = open_data(
+                data,
+                data_shape(self.diffusion),
+                cache_bytes=settings.cache_bytes,
+                record=self.folder / "data.json",
+                main=self._main,
+                progress=self._progress,
+            )
+        self.shape = check_source(self.source, self.diffusion)
+        self.batches = Batches(
+            len(self.source),
+            settings.seed,
+            settings.train_batch_size,
+            settings.gradient_accumulate_every,
+            self.accelerator.process_index,
+            processes,
+        )
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainResult:
+        """Trains until `train_num_steps` are done, or the process is told to stop.
+
+        Raises:
+            SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
+            KeyboardInterrupt: Ctrl-C, likewise.
+            DivergedError: the gradient was not finite for `max_bad_steps` steps; the last checkpoint is untouched.
+            OSError: a checkpoint cannot be written, and `stop_on_save_error` is set or the run is at its end.
+        """
+        settings = self.settings
+        if self._main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.remove_leftovers()
+            write_run_config(self.folder / "config.toml", self)
+        log = RunLog(self.folder, self.step, tensorboard=settings.tensorboard) if self._main else None
+        benchmark = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True  # shapes are always the same
+        try:
+            with (
+                stop_request() as stop,
+                progress_bar(settings.train_num_steps, "training", done=self.step, enabled=self._progress) as bar,
+            ):
+                data = self._data()
+                started = self.step
+                self._meter.start_clock(self._training.waited)
+                stopped = False
+                while self.step < settings.train_num_steps and not stopped:
+                    loss, norm = self._training(self.step, data)
+                    for average in self.averages:
+                        average.update_parameters(self.diffusion.unet)
+                    self._meter.add(loss, norm)
+                    self.step += 1
+                    stopped = self._told_to_stop(stop.by is not None)
+                    self._after_step(log, bar, stopped)
+                if self.step == started:  # it was done before
+                    self._export(needed=True)
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            if log is not None:
+                log.close()
+        if stopped:  # what follows in the caller's script is for a run that is done
+            raise KeyboardInterrupt if stop.by == signal.SIGINT else SystemExit(0)
+        return TrainResult(self.step, self.folder / "model", self._loss, self._metrics)
+
+    def _data(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Images and, for a class-conditional network, labels, from this step on."""
+        batches = load(
+            self.source,
+            self.batches,
+            self.step,
+            self.settings.train_num_steps,
+            num_workers=self.settings.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        for images, labels in batches:
+            if self._labelled:
+                check_labels(labels, self.diffusion.unet)
+            yield images, labels if self._labelled else None
+
+    def _told_to_stop(self, told: bool) -> bool:
+        """Whether any process was told to; they find out together, on CUDA not every step, since it waits."""
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu" and self.step % 10:
+            return False
+        return in_any_process(self.accelerator, told)
+
+    def _after_step(self, log: RunLog | None, bar: Bar, stopped: bool) -> None:
+        settings, step = self.settings, self.step
+        last = step == settings.train_num_steps
+
+        def due(every: int) -> bool:
+            return last or step % every == 0
+
+        if due(settings.log_every) or (self.accelerator.device.type == "cpu" and self._training.bad[0] > 0):
+            self._check_finite()
+        if due(settings.log_every):
+            self._record(log, bar)
+        bar()
+        paused = False
+        improved = False
+        if not stopped or last:
+            if due(settings.sample_every):
+                paused = True
+                self._in_main(lambda: self._draw_samples(log))
+            if self.metric is not None and due(settings.metric_every or settings.sample_every):
+                paused = True
+                self._in_main(lambda: self._measure(log))
+                improved = in_any_process(self.accelerator, self._best is not None and self._best["step"] == step)
+        if stopped or improved or due(settings.save_every):
+            paused = True
+            self._save(needed=stopped or last)
+        if paused:
+            self._meter.start_clock(self._training.waited)
+
+    def _check_finite(self) -> None:
+        """Raises DivergedError where the gradient has not been finite for too long."""
+        bad = int(self._training.bad[0])
+        if bad < self.settings.max_bad_steps:
+            return
+        last = self.checkpoints.latest()
+        kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is as it was"
+        raise DivergedError(
+            f"loss or gradient is not finite for {bad} steps in a row, from step {self.step - bad + 1} on; {kept}"
+        )
+
+    def _record(self, log: RunLog | None, bar: Bar) -> None:
+        settings, training = self.settings, self._training
+        steps_per_second, waiting = self._meter.rates(training.waited)
+        means = self.accelerator.reduce(self._meter.means(), "mean")
+        self._loss, norm = (float(value) for value in means)
+        self._meter.clear()
+        rate = steps_per_second * settings.images_per_step
+        if log is not None:
+            values = {
+                "loss": self._loss,
+                "learning_rate": settings.train_lr * settings.learning_rate(self.step - 1),
+                "grad_norm": norm,
+                "epoch": round(self.step * settings.images_per_step / len(self.source), 4),
+                "images_per_second": round(rate, 3),
+                "data_wait": round(waiting, 5),
+                "bad_steps": int(training.bad[1]),
+            }
+            log.write(self.step, values)
+            text = f"loss {self._loss:.4f}  lr {values['learning_rate']:.2e}  {rate:.1f} img/s  wait {waiting:.1%}"
+            bar.text = text
+            if self._progress and not sys.stderr.isatty():  # where no bar is drawn
+                print(f"step {self.step} of {settings.train_num_steps}  {text}", file=sys.stderr, flush=True)
+        self._meter.start_clock(training.waited)
+
+    # -- what is written ------------------------------------------------------------------------------------------
+
+    def sampler(self, **overrides: Any) -> Sampler:
+        """A `Sampler` of the averaged weights, with `num_inference_steps` of DPM-Solver++ or as `overrides` say.
+
+        Raises:
+            RuntimeError: in another process than the main one.
+        """
+        if not self.averages:
+            raise RuntimeError("the averaged weights are in the main process only")
+        settings = self.settings
+        chosen: dict[str, Any] = {"device": self.accelerator.device, "cuda_graph": False}
+        if overrides.get("method", "dpmsolver++") == "dpmsolver++":
+            steps = min(settings.num_inference_steps, self.diffusion.schedule.num_train_timesteps)
+            chosen |= {"method": "dpmsolver++", "num_inference_steps": steps}
+        if settings.guidance_scale is not None:
+            chosen["guidance_scale"] = settings.guidance_scale
+        return preview.make_sampler(self.diffusion, self.averages[0].module, **{**chosen, **overrides})
+
+    def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
+        """Does something that changes no random state, and whose failure is only told, unless it is `needed`."""
+        if self._main:
+            try:
+                with randomness_kept():
+                    act()
+            except Exception as error:
+                if needed:
+                    raise
+                _log.warning("at step %d: %s: %s", self.step, type(error).__name__, error, exc_info=True)
+        self.accelerator.wait_for_everyone()
+
+    def _draw_samples(self, log: RunLog | None) -> None:
+        from fastddpm.images import MODES, save_picture
+
+        if len(self.shape) != 3 or self.shape[0] not in MODES:
+            return  # no pictures
+        picture = preview.draw_grid(
+            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, len(self.source.classes)
+        )
+        save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
+        if log is not None:
+            log.picture(self.step, picture)
+
+    def _measure(self, log: RunLog | None) -> None:
+        assert self.metric is not None
+        self._metrics = preview.metric_values(self.metric(self))
+        if log is not None:
+            log.write(self.step, self._metrics)
+        first = next(iter(self._metrics.values()))
+        sign = 1 if self.settings.metric_mode == "min" else -1
+        if not math.isnan(first) and (self._best is None or sign * first < sign * self._best["value"]):
+            self._best = {"step": self.step, "value": first}
+            preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module)
+
+    def _export(self, *, needed: bool) -> None:
+        act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages)
+        self._in_main(act, needed=needed)
+
+    def _save(self, *, needed: bool) -> None:
+        """Writes a checkpoint and the model. If it is not `needed`, a failure is an error by `stop_on_save_error`."""
+        from accelerate.utils import gather_object
+
+        self._check_finite()
+        random_states = gather_object([random_state()])
+        meter = self._meter.state_dict(lambda values: self.accelerator.reduce(values, "mean"))
+        failure: OSError | None = None
+        if self._main:
+            plain = {**self._order(), "step": self.step, "best": self._best, "metrics": self._metrics}
+            content = collect(self.diffusion, self.averages, self._training, meter, random_states, plain)
+            try:
+                self.checkpoints.save(self.step, content, keep=[int(self._best["step"])] if self._best else [])
+            except OSError as error:
+                failure = error
+        if in_any_process(self.accelerator, failure is not None):
+            message = f"the checkpoint of step {self.step} cannot be written: {failure}; those before are as they were"
+            if needed or self.settings.stop_on_save_error:
+                raise OSError(message)
+            _log.warning(message)
+        self._export(needed=needed)
+
+    def _resume(self) -> None:
+        """Goes on from the last whole checkpoint; without one, from the beginning.
+
+        Raises:
+            ValueError: the checkpoint is not of this network or these averages.
+        """
+        if self._main:
+            self.checkpoints.remove_leftovers()
+        self.accelerator.wait_for_everyone()
+        if (step := self.checkpoints.latest()) is None:
+            return
+        saved, where = self.checkpoints.load(step), self.checkpoints.path(step)
+        for name, now in self._order().items():
+            if saved.state[name] != now and self._main:
+                _log.warning(
+                    "%s was %s, is now %s: from here on images come in another order", name, saved.state[name], now
+                )
+        restore(
+            saved, where, self.diffusion, self.averages, self._training, self._meter, self.accelerator.process_index
+        )
+        self.step, self._best, self._metrics = int(saved.state["step"]), saved.state["best"], saved.state["metrics"]
+
+    def _order(self) -> dict[str, int]:
+        """What decides which image stands where."""
+        return {
+            "images": len(self.source),
+            "seed": self.settings.seed,
+            "images_per_step": self.settings.images_per_step,
+        }
