@@ -6,6 +6,7 @@ of the real digits; and a classifier says whether samples are the digits asked f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -32,7 +33,56 @@ class Judge(Protocol):
         """The share of images [N, C, H, W] that are taken for their labels int64 [N]; None where nothing can tell."""
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a Frechet distance sees of a set of features.
+
+    Attributes:
+        mean: float64 [D].
+        root: float64 [K, D]; the covariance is root' root.
+    """
+
+    mean: np.ndarray
+    root: np.ndarray
+
+
+def moments(features: np.ndarray, name: str = "features") -> Moments:
+    """Mean and covariance (of N - 1 degrees of freedom) of features [N, D]; errors speak of them as `name`.
+
+    Raises:
+        ValueError: there are fewer than two, or a value is not finite.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"{name} has shape {list(features.shape)}, must be features [N, D] of at least two images")
+    if not np.isfinite(features).all():
+        raise ValueError(f"{name} has values that are not finite, must have none")
+    features = features.astype(np.float64, copy=False)
+    mean = features.mean(0)
+    return Moments(mean, np.linalg.qr(features - mean, mode="r") / np.sqrt(len(features) - 1))
+
+
+def moments_of_statistics(mu: np.ndarray, sigma: np.ndarray, name: str = "statistics") -> Moments:
+    """Of a mean [D] and a covariance [D, D], as `.npz` files of reference statistics hold them.
+
+    Raises:
+        ValueError: a shape is another, a value is not finite, or `sigma` is no covariance.
+    """
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(
+            f"{name} has mu of shape {list(mu.shape)} and sigma of {list(sigma.shape)}, must have [D] and [D, D]"
+        )
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{name} has values that are not finite, must have none")
+    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
+    size = max(np.abs(values).max(initial=0), np.finfo(np.float64).tiny)
+    # Files in float32 round a singular covariance to slightly negative eigenvalues.
+    if values.min(initial=0) < -1e-4 * size or np.abs(sigma - sigma.T).max(initial=0) > 1e-4 * size:
+        raise ValueError(f"{name} has a sigma that is not a covariance, must be symmetric without negative eigenvalues")
+    return Moments(mu, np.sqrt(values.clip(0))[:, None] * vectors.T)
+
+
+def frechet_distance(a: np.ndarray | Moments, b: np.ndarray | Moments) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of features [N, D] and [M, D] (Heusel et al. 2017).
 
     A and B are the covariances. It is biased upwards, the more the fewer the samples: compare only what has as many.
@@ -40,20 +90,13 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
         ValueError: there are fewer than two of either, D differs, or a value is not finite.
     """
-    for name, features in (("a", a), ("b", b)):
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"{name} has shape {list(features.shape)}, must be features [N, D] of at least two images")
-        if not np.isfinite(features).all():
-            raise ValueError(f"{name} has values that are not finite, must have none")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a has {a.shape[1]} features and b {b.shape[1]}, must have as many")
-    # With A = R'R of a QR decomposition, and B likewise, tr sqrt(A B) is the sum of the singular values of R_a R_b'.
-    root_a, root_b = (
-        np.linalg.qr(features - features.mean(0), mode="r") / np.sqrt(len(features) - 1) for features in (a, b)
-    )
-    mixed = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(max(0.0, mean + np.square(root_a).sum() + np.square(root_b).sum() - 2 * mixed))
+    a, b = (x if isinstance(x, Moments) else moments(x, name) for x, name in ((a, "a"), (b, "b")))
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"a has {len(a.mean)} features and b {len(b.mean)}, must have as many")
+    # With A = R'R, and B likewise, tr sqrt(A B) is the sum of the singular values of R_a R_b'.
+    mixed = np.linalg.svd(a.root @ b.root.T, compute_uv=False).sum()
+    mean = np.square(a.mean - b.mean).sum()
+    return float(max(0.0, mean + np.square(a.root).sum() + np.square(b.root).sum() - 2 * mixed))
 
 
 def distance_of_real(real: np.ndarray, count: int, draws: int = 10) -> float:
@@ -70,11 +113,29 @@ def distance_of_real(real: np.ndarray, count: int, draws: int = 10) -> float:
     return float(np.mean([frechet_distance(real[order[:count]], real[order[count:]]) for order in orders]))
 
 
+def real_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's `load_digits`, drawn at 16x16 as the bundled model was shown them.
+
+    Returns:
+        float32 [1797, 1, 16, 16] in [-1, 1], and labels int64 [1797].
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "scikit-learn is missing, which has the real digits; pip install fastddpm[examples]", name="sklearn"
+        ) from None
+    digits = load_digits()
+    return _draw(torch.from_numpy(digits.images).float()[:, None]), torch.from_numpy(digits.target).long()
+
+
 class DigitJudge:
     """Judges samples of the bundled model: 1,797 real digits, 32 principal components, a support-vector machine.
 
-    The digits are scikit-learn's `load_digits`, drawn at 16x16 as the model was shown them. The classifier is trained
-    on all of them.
+    The digits are those of `real_digits`. The classifier is trained on all of them.
 
     Raises:
         ModuleNotFoundError: scikit-learn is missing.
@@ -83,20 +144,14 @@ class DigitJudge:
     name = "32 principal components of real digits"
 
     def __init__(self) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.svm import SVC
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "scikit-learn is missing, which has the real digits; pip install fastddpm[examples]", name="sklearn"
-            ) from None
-        digits = load_digits()
-        images = _draw(torch.from_numpy(digits.images).float()[:, None])
+        images, labels = real_digits()
+        from sklearn.svm import SVC
+
         rows = self._rows(images)
         self._mean = rows.mean(0)
         self._components = np.linalg.svd(rows - self._mean, full_matrices=False)[2][:32]
         self.real = self.features(images)
-        self._classifier = SVC(C=10.0).fit(rows, digits.target)
+        self._classifier = SVC(C=10.0).fit(rows, labels.numpy())
 
     def features(self, images: Tensor) -> np.ndarray:
         """Of digits float [N, 1, 16, 16] in [-1, 1]: float64 [N, 32]."""
