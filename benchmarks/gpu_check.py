@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,8 +25,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars
 
 import torch
 from gpu import loops, machine, ops, precompile, profiler, pytest_run, summary
-from gpu.results import ROOT, SOURCES, Results, Section, slug, source_digest
-from gpu.timing import OutOfTime, first_lines, release, split_time, time_limit
+from gpu.results import ROOT, Results, Section, commit_here, source_digest
+from gpu.timing import OutOfTime, split_time, time_limit
+
+from fastddpm.profiling import ceilings
+from fastddpm.profiling.timing import first_lines, release
 
 # Section -> its share of the time; what one leaves over goes to those after it.
 SHARES = {"machine": 20, "tests": 55, "ops": 85, "cifar10": 250, "celeba256": 70, "profile": 40}
@@ -44,17 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         print(f"gpu_check: --device {options.device} cannot be used: {first_lines(error, 1)}", file=sys.stderr)
         return 2
-    name = machine.device_name(device)
-    out = options.out or ROOT / "benchmarks" / "results" / f"{slug(name)}.json"
-    versions = machine.versions()
+    name = ceilings.device_name(device)
+    slug = ceilings.slug(name)
+    out = options.out or ROOT / "benchmarks" / "results" / f"{slug}.json"
+    versions = ceilings.versions()
     identity = {
-        "device": {"kind": device.type, "name": name, "slug": slug(name)},
+        "device": {"kind": device.type, "name": name, "slug": slug},
         "source": source_digest(),
         "torch": versions["torch"],
         "triton": versions["triton"],
         "small": options.small,
     }
-    commit, dirty = _commit(options.commit)
+    commit, dirty = (options.commit, None) if options.commit else commit_here()
     results = Results(out, identity, options.resume, {"commit": commit, "dirty": dirty})
     if results.dropped:
         print(f"gpu_check: nothing of {out} is kept: {results.dropped}")
@@ -111,20 +114,6 @@ def run_section(
         section.close("failed", error=first_lines(error))
         print(f"gpu_check: {name} failed: {first_lines(error, 1)}", flush=True)
     release(device)
-
-
-def _commit(given: str | None) -> tuple[str, bool | None]:
-    """The commit and whether its sources have been changed since; ("unknown", None) outside a git checkout."""
-    if given is not None:
-        return given, None
-    try:
-        commit, status = (
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *SOURCES])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown", None
-    return commit.strip()[:12], bool(status.strip())
 
 
 def _parse(arguments: list[str] | None) -> Any:

@@ -1,14 +1,18 @@
-"""Writes the README's table of speed from what `gpu_check.py` measured: `benchmarks/results/<gpu>.json`.
+"""Result files as Markdown: the README's tables and plots of speed, and two files held against each other.
 
-    python benchmarks/report.py            # between the two marker comments of README.md
-    python benchmarks/report.py --check    # exit status 1 if the README says anything else
+    python benchmarks/report.py                        # between the two marker comments of README.md; plots beside
+    python benchmarks/report.py --check                # exit status 1 if the README says anything else
+    python benchmarks/report.py --compare OLD NEW      # a table of ratios and their noise, to standard output
 
-Every figure is read from a results file of a whole run on a GPU. What was not measured is a dash.
+The README's figures are read from `benchmarks/results/`: <gpu>.json of a whole run of `gpu_check.py` on a GPU, and
+cpu.json of `cpu_check.py`. What was not measured is a dash. `--compare` takes those and what `fastddpm profile`
+writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,45 +21,70 @@ from gpu.marks import MAIN, Mark, judge, median, records
 from gpu.results import ROOT, SCHEMA
 
 from fastddpm._files import atomic_write, read_json
+from fastddpm.profiling import compare, plots
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+CPU_SCHEMA = compare.CPU_SCHEMA
 NOTHING = "Speed has not been measured on a GPU yet."
 NETWORKS = {"cifar10": "google/ddpm-cifar10-32", "celeba256": "google/ddpm-celebahq-256"}
+CPU_NETWORKS = {
+    "cifar10": "diffusers' `DDPMPipeline`, google/ddpm-cifar10-32",
+    "lucidrains": "denoising_diffusion_pytorch's `GaussianDiffusion`, default `Unet`, 32x32",
+}
+STEPS = 1000  # of an image, in images per second
+# Arms of the plots, and their names there; each is interleaved with ours in its own group.
+PLOTTED = {
+    MAIN: "fastddpm, float16",
+    "eager fp16 channels-last": "eager torch, float16",
+    "DDPMPipeline": "diffusers' DDPMPipeline as it is",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes, or checks, the table; returns the exit status: 0, 1 if a check fails, 2 for files that do not fit."""
+    """Writes, checks or compares; returns the exit status: 0, 1 if a check fails, 2 for files that do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file that holds the markers")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of results")
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail if something would be written")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="write nothing, and fail if something would be written")
+    mode.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of the same kind")
     options = parser.parse_args(arguments)
     try:
-        old = options.readme.read_text(encoding="utf-8")
-        new = replaced(old, table(load(options.results)))
+        if options.compare:
+            old, new = (read_json(path) for path in options.compare)
+            print(compare.markdown(old, new, (options.compare[0].stem, options.compare[1].stem)))
+            return 0
+        return _render(options.readme, options.results, options.check)
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    if new == old:
-        return 0
-    if options.check:
-        print(f"report: {options.readme} differs from the results; run python benchmarks/report.py", file=sys.stderr)
-        return 1
-    def write(path: Path) -> None:
-        path.write_text(new, encoding="utf-8")
 
-    atomic_write(options.readme, write)
+
+def _render(readme: Path, folder: Path, check: bool) -> int:
+    results = load(folder)
+    old = readme.read_text(encoding="utf-8")
+    new = replaced(old, table(results, folder.resolve(), readme.resolve().parent))
+    gpus = [content for content in results if content.get("schema") == SCHEMA]
+    drawings = {folder / f"{content['device']['slug']}.svg": content for content in gpus if _series(content)}
+    if check:
+        stale = [str(path) for path in drawings if not path.exists()] + [str(readme)] * (new != old)
+        if stale:
+            print(f"report: {stale[0]} differs from the results; run python benchmarks/report.py", file=sys.stderr)
+        return int(bool(stale))
+    for path, content in drawings.items():
+        plots.check_plot(path, "the plot")
+        draw(path, content)
+    if new != old:
+        atomic_write(readme, lambda path: _write(path, new))
     return 0
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The results of `gpu_check.py` in a folder that were measured at full size on a GPU, by name of the GPU."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        content = read_json(path)
-        if content.get("schema") == SCHEMA and content["device"]["kind"] == "cuda" and not content["small"]:
-            found.append(content)
-    return found
+    """The results in a folder that were measured at full size: of `gpu_check.py` on GPUs, then of `cpu_check.py`."""
+    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    gpus = [c for c in found if c.get("schema") == SCHEMA and c["device"]["kind"] == "cuda" and not c["small"]]
+    cpus = [c for c in found if c.get("schema") == CPU_SCHEMA and c["rounds"] >= compare.LEAST_SAMPLES]
+    return gpus + cpus
 
 
 def replaced(text: str, between: str) -> str:
@@ -71,10 +100,47 @@ def replaced(text: str, between: str) -> str:
     return f"{before}{BEGIN}\n{between}\n{END}{after}"
 
 
-def table(all_results: list[dict[str, Any]]) -> str:
-    """Markdown for all GPUs, or a sentence that says that nothing has been measured."""
-    parts = [part for content in all_results if (part := _one(content))]
-    return "\n\n".join(parts) if parts else NOTHING
+def table(all_results: list[dict[str, Any]], folder: Path = Path(), base: Path = Path()) -> str:
+    """Markdown for all GPUs, or a sentence that says that nothing has been measured on any, and for CPUs.
+
+    `folder` is where the plots are, which is linked to from `base`.
+    """
+    parts = []
+    if not any(content.get("schema") == SCHEMA and _one(content) for content in all_results):
+        parts.append(NOTHING)
+    for content in all_results:
+        if content.get("schema") == CPU_SCHEMA:
+            parts.append(_cpu(content))
+        elif part := _one(content):
+            parts.append(part)
+            if _series(content):
+                name = content["device"]["name"]
+                path = Path(os.path.relpath(folder / f"{content['device']['slug']}.svg", base))
+                parts.append(f"![images per second on {name}]({path.as_posix()})")
+    return "\n\n".join(filter(None, parts))
+
+
+def draw(path: Path, content: dict[str, Any]) -> None:
+    """Draws images per second against the batch size, for each network that was measured on one GPU."""
+    series = _series(content)
+    figure = plots.new_figure(len(series), 5.5)
+    for axes, (network, arms) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
+        plots.draw_throughput(axes, arms, STEPS)
+        axes.set_title(f"{network}, {STEPS} steps", loc="left", fontsize=10)
+    figure.suptitle(content["device"]["name"], x=0.01, ha="left", fontsize=12)
+    plots.save(path, figure)
+
+
+def _series(content: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, dict[str, Any]]]]]:
+    """{network: {arm: [(batch, microseconds per step)]}} of what was measured at two batch sizes or more."""
+    found: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
+    for section, network in NETWORKS.items():
+        for arm, name in PLOTTED.items():
+            rows = records(content, section, what="loop", arm=arm, status="ok")
+            points = sorted(((int(r["batch"]), r["us_per_step"]) for r in rows), key=lambda point: point[0])
+            if len(points) > 1:
+                found.setdefault(network, {})[name] = points
+    return {network: arms for network, arms in found.items() if PLOTTED[MAIN] in arms}
 
 
 def _one(content: dict[str, Any]) -> str:
@@ -90,7 +156,7 @@ def _one(content: dict[str, Any]) -> str:
             group = f"compiled batch {batch}"
             ours, compiled = (median(content, section, group, arm) for arm in (MAIN, "torch.compile fp16"))
             share = f"{100 * flops * batch / tflops / 1e6 / us:.0f} %" if flops and tflops else "-"
-            speed = f"{batch / us * 1e3:.3g}"
+            speed = f"{batch / us * 1e6 / STEPS:.3g}"
             rows.append(
                 f"| {network} | {batch} | {_figure(us)} | {speed} | {_times(pipeline, us)} | {_times(compiled, ours)} "
                 f"| {share} |"
@@ -104,7 +170,7 @@ def _one(content: dict[str, Any]) -> str:
     lines = [
         head,
         "",
-        "| network | batch | us per step | images/s, 1000 steps | times as fast as `DDPMPipeline` "
+        f"| network | batch | us per step | images/s, {STEPS} steps | times as fast as `DDPMPipeline` "
         "| ... as `torch.compile` | of the compute floor |",
         "|---|---|---|---|---|---|---|",
         *rows,
@@ -112,6 +178,37 @@ def _one(content: dict[str, Any]) -> str:
     shares = [mark for mark in judge(content) if mark.what.endswith("% of copy") and mark.found is not None]
     if shares:
         lines += ["", f"Of the bandwidth of a copy, least among large shapes: {', '.join(map(_share, shares))}."]
+    return "\n".join(lines)
+
+
+def _cpu(content: dict[str, Any]) -> str:
+    """One CPU: the libraries' own samplers against accelerated ones; "" if its file holds no ratio."""
+    records_of = [r for r in content["records"] if r["arm"] != "original"]
+    originals = {(r["network"], r["batch"]): r["median_s"] for r in content["records"] if r["arm"] == "original"}
+    rows = []
+    for record in records_of:
+        original, images = originals[record["network"], record["batch"]], record["images"]
+        differ, more = (images[name] / images["pixels"] for name in ("pixels_differ", "pixels_differ_by_more_than_1"))
+        band = f"{record['times_as_fast_p20']:.2f} to {record['times_as_fast_p80']:.2f}"
+        rows.append(
+            f"| {CPU_NETWORKS.get(record['network'], record['network'])} | {record['batch']} | {record['arm']} "
+            f"| {1e3 * original / content['steps']:.3g} | {1e3 * record['median_s'] / content['steps']:.3g} "
+            f"| **{record['times_as_fast']:.2f}** ({band}) | {100 * differ:.2g} % ({100 * more:.2g} %) |"
+        )
+    if not rows:
+        return ""
+    native = "" if content.get("native") == "yes" else f", without native code: {content.get('native')}"
+    commit = content["commit"] + (" with changes" if content.get("dirty") else "")
+    lines = [
+        f"**{content['cpu']}**, {content['threads']} threads, torch {content['torch']}{native}, commit {commit}, "
+        f"{content['written'][:10]}; "
+        f"{content['steps']}-step calls with all that is in them:",
+        "",
+        "| original, accelerated | batch | precision | original, ms per step | accelerated "
+        "| times as fast (20 % to 80 %) | 8-bit pixels that differ (by more than 1) |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
     return "\n".join(lines)
 
 
@@ -125,6 +222,10 @@ def _times(other: float | None, ours: float | None) -> str:
 
 def _figure(us: float) -> str:
     return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,124 +1,220 @@
-"""GroupNorm and RMSNorm with SiLU, forward and backward, on feature maps of the CIFAR-10 and the 256-pixel U-Net."""
+"""GroupNorm and RMSNorm with SiLU, forward and backward, on feature maps of the CIFAR-10 and the 256-pixel U-Net.
+
+Forward is the form in place that a sampling step runs, its sum with a residual included; backward is autograd's, of
+the plain function. diffusers has none of its own, it is "eager"; denoising_diffusion_pytorch has RMSNorm.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
-from fastddpm_kernels import _backend
+import torch.nn.functional as F
 from fastddpm_kernels.group_norm_silu import (
     group_norm_silu,
     group_norm_silu_,
     group_norm_silu_workspace,
     rms_norm_silu,
+    rms_norm_silu_,
 )
 from fastddpm_kernels.testing import assert_close
+from gpu.arms import Unavailable
+from gpu.op_cases import image
+from measuring import ARMS, Candidate, Session, compiled, fused_backend, peer
 from torch import Tensor
 
-# (N, C, C2, side): of x, of the skip that is concatenated, and of the image.
-SIZES = {
-    "cuda": {
-        "cifar 32x32 batch 1": (1, 128, 0, 32),
-        "cifar 32x32": (256, 128, 0, 32),
-        "cifar 32x32 concat": (256, 128, 128, 32),
-        "cifar 8x8": (256, 256, 0, 8),
-        "celeba 256x256 batch 1": (1, 128, 0, 256),
-        "celeba 256x256": (16, 128, 0, 256),
-        "celeba 64x64 concat": (16, 256, 256, 64),
+GROUPS = 32
+LUCIDRAINS = "denoising_diffusion_pytorch"
+
+
+class Example(NamedTuple):
+    norm: str  # "group" or "rms"
+    dtype: torch.dtype
+    batch: int
+    channels: int
+    more: int  # channels of a skip connection that is concatenated
+    side: int
+    residual: bool = False  # the sum that ends the block before
+
+
+EXAMPLES = {
+    "small": {
+        "group fp32 4x128x32x32": Example("group", torch.float32, 4, 128, 0, 32),
+        "group fp32 4x128+128x16x16 residual": Example("group", torch.float32, 4, 128, 128, 16, residual=True),
+        "rms fp32 4x64x32x32": Example("rms", torch.float32, 4, 64, 0, 32),
     },
-    "cpu": {"small": (2, 64, 0, 16), "small concat": (2, 64, 32, 16)},
+    "full": {
+        "group fp16 1x128x32x32": Example("group", torch.float16, 1, 128, 0, 32),
+        "group fp16 256x128x32x32": Example("group", torch.float16, 256, 128, 0, 32),
+        "group fp16 256x128+128x32x32 residual": Example("group", torch.float16, 256, 128, 128, 32, residual=True),
+        "group fp16 256x256x8x8": Example("group", torch.float16, 256, 256, 0, 8),
+        "group fp16 1x128x256x256": Example("group", torch.float16, 1, 128, 0, 256),
+        "group fp16 16x128x256x256": Example("group", torch.float16, 16, 128, 0, 256),
+        "rms fp16 256x64x32x32": Example("rms", torch.float16, 256, 64, 0, 32),
+    },
 }
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
+Tensors = dict[str, Tensor]
 
 
-@pytest.fixture(params=_backend.BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    # The interpreter's speed says nothing: on the CPU the kernels are not timed.
-    if request.param == "triton" and (DEVICE == "cpu" or _backend.why_not("triton", DEVICE)):
-        pytest.skip("triton is timed on a GPU only")
-    return request.param
-
-
-def example(size: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Arguments of a U-Net's layer, channels-last: those of both ops, and those of group_norm_silu alone."""
-    n, c, c2, side = SIZES[DEVICE][size]
-
-    def image(channels: int) -> Tensor:
-        return torch.randn(n, side, side, channels, device=DEVICE, dtype=DTYPE).movedim(-1, 1)
+def tensors_of(of: Example, device: torch.device) -> Tensors:
+    """Arguments of the plain function, channels-last, and `residual`."""
+    total = of.channels + of.more
 
     def vector(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+        return torch.randn(shape, device=device).to(of.dtype)
 
-    both = {"x": image(c), "weight": vector(c + c2)}
-    if c2:
-        both |= {"x2": image(c2), "scale": vector(n, c + c2), "shift": vector(n, c + c2)}
-    return both, {"bias": vector(c + c2), "time_bias": vector(n, c + c2)}
-
-
-def call(op: str, tensors: dict[str, Tensor], backend: str) -> Tensor:
-    if op == "rms_norm":
-        return rms_norm_silu(**tensors, backend=backend)
-    return group_norm_silu(**tensors, num_groups=32, backend=backend)
-
-
-@pytest.mark.parametrize("size", SIZES[DEVICE])
-@pytest.mark.parametrize("op", ["group_norm", "rms_norm"])
-def test_forward(op: str, size: str, backend: str, measure: Callable[..., Any]) -> None:
-    both, group_norm_only = example(size)
-    tensors = both if op == "rms_norm" else both | group_norm_only
-    expected = call(op, {name: value.double() for name, value in tensors.items()}, "reference")
-    assert_close(call(op, tensors, backend), expected, eager=call(op, tensors, "eager"), name=op)
-    elements = expected.numel()
-    del expected
-    with torch.no_grad():
-        measure(lambda: call(op, tensors, backend), bytes_moved=2 * elements * DTYPE.itemsize)
+    tensors = {"x": image(device, of.dtype, of.batch, of.channels, of.side), "weight": vector(total)}
+    if of.norm == "group":
+        tensors |= {"bias": vector(total), "time_bias": vector(of.batch, total)}
+    if of.more:
+        tensors["x2"] = image(device, of.dtype, of.batch, of.more, of.side)
+    if of.norm == "rms" or of.more:
+        tensors |= {"scale": vector(of.batch, total), "shift": vector(of.batch, total)}
+    if of.residual:
+        tensors["residual"] = torch.randn_like(tensors["x"])
+    return tensors
 
 
-@pytest.mark.parametrize("size", SIZES[DEVICE])
-def test_residual(size: str, backend: str, measure: Callable[..., Any]) -> None:
-    """The sum that ends a residual block, with the norm that starts the next one, in place."""
-    both, group_norm_only = example(size)
-    tensors = both | group_norm_only
-    x, residual = tensors["x"], torch.randn_like(tensors["x"])
-    summed = tensors | {"x": x + residual}
-    expected = call("group_norm", {name: value.double() for name, value in summed.items()}, "reference")
-    y = expected.to(DTYPE).fill_(float("nan"))
-    total = torch.empty_like(x)
-    needed = group_norm_silu_workspace(x, y.shape[1], 32)
-    workspace = torch.empty(needed, device=DEVICE)
-
-    def step() -> None:
-        group_norm_silu_(
-            y, **tensors, num_groups=32, residual=residual, total=total, workspace=workspace, backend=backend
-        )
-
-    step()
-    assert_close(y, expected, eager=call("group_norm", summed, "eager"), name="y")
-    assert torch.equal(total, summed["x"])
-    del expected, summed
-    measure(step, bytes_moved=(2 * y.numel() + 2 * x.numel()) * DTYPE.itemsize)
+def plain(of: Example, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The function in `dtype`; the sum with a residual is rounded as the op's is."""
+    rest = dict(tensors)
+    if of.residual:
+        rest["x"] = rest["x"] + rest.pop("residual")
+    rest = {name: value.to(dtype or value.dtype) for name, value in rest.items()}
+    if of.norm == "rms":
+        return rms_norm_silu(**rest, backend=backend)
+    return group_norm_silu(**rest, num_groups=GROUPS, backend=backend)
 
 
-@pytest.mark.parametrize("size", SIZES[DEVICE])
-@pytest.mark.parametrize("op", ["group_norm", "rms_norm"])
-def test_backward(op: str, size: str, backend: str, measure: Callable[..., Any]) -> None:
-    both, group_norm_only = example(size)
-    tensors = both if op == "rms_norm" else both | group_norm_only
+def in_place(of: Example, backend: str, device: torch.device) -> Callable[[Tensors], Tensor]:
+    """The op as a frozen network runs it: into a given place, which is returned."""
+    channels = of.channels + of.more
+    y = image(device, of.dtype, of.batch, channels, of.side)
+    total = image(device, of.dtype, of.batch, of.channels, of.side) if of.residual else None
+    needed = group_norm_silu_workspace(image(device, of.dtype, of.batch, of.channels, of.side), channels, GROUPS)
+    workspace = torch.empty(needed, device=device)
 
-    def gradients(backend: str, dtype: torch.dtype) -> tuple[Callable[[], tuple[Tensor, ...]], int]:
-        leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in tensors.items()}
-        y = call(op, leaves, backend)
-        dy = torch.cos(torch.arange(y.numel(), device=DEVICE)).view(y.shape).to(DTYPE).to(dtype)
-        dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
-        return lambda: torch.autograd.grad(y, tuple(leaves.values()), dy, retain_graph=True), y.numel()
+    def run(tensors: Tensors) -> Tensor:
+        if of.norm == "rms":
+            rms_norm_silu_(y, **tensors, backend=backend)
+        else:
+            group_norm_silu_(y, **tensors, num_groups=GROUPS, total=total, workspace=workspace, backend=backend)
+        return y
 
-    backward, elements = gradients(backend, DTYPE)
-    expected = gradients("reference", torch.float64)[0]()
-    eager = gradients("eager", DTYPE)[0]()
-    for name, *values in zip(tensors, backward(), expected, eager, strict=True):
-        assert_close(values[0], values[1], eager=values[2], name=f"gradient of {name}")
-    del expected, eager
-    measure(backward, bytes_moved=3 * elements * DTYPE.itemsize)
+    return run
+
+
+def lucidrains(of: Example, device: torch.device) -> Callable[[Tensors], Tensor]:
+    """RMSNorm, FiLM and SiLU as denoising_diffusion_pytorch's `Block` has them behind its convolution."""
+    peer(LUCIDRAINS)
+    if of.norm != "rms":
+        raise Unavailable(f"{LUCIDRAINS} normalises by RMSNorm")
+    from denoising_diffusion_pytorch.denoising_diffusion_pytorch import RMSNorm
+
+    module = RMSNorm(of.channels).to(device)
+
+    def run(tensors: Tensors) -> Tensor:
+        module.g.data = tensors["weight"].view(1, -1, 1, 1)
+        scale, shift = (tensors[name][:, :, None, None] for name in ("scale", "shift"))
+        return F.silu(module(tensors["x"]) * (scale + 1) + shift)
+
+    return run
+
+
+@pytest.mark.parametrize("arm", [*ARMS, LUCIDRAINS])
+def test_forward(example: Example, arm: str, session: Session, compare: Callable[..., None]) -> None:
+    elements = example.batch * example.side**2
+    # All channels read and written; the residual read and its sum written.
+    size = elements * (2 * (example.channels + example.more) + 2 * example.channels * example.residual)
+    size *= example.dtype.itemsize
+
+    def build(arm: str) -> Candidate:
+        run, settings = forward(session, arm, example)
+
+        def call(tensors: Tensors) -> None:
+            with torch.no_grad():
+                run(tensors)
+
+        def check() -> None:
+            tensors = tensors_of(example, session.device)
+            with torch.no_grad():
+                expected = plain(example, tensors, "reference", torch.float64)
+                assert_close(run(dict(tensors)), expected, eager=plain(example, tensors, "eager"))
+
+        inputs = [tensors_of(example, session.device) for _ in range(session.sets(size))]
+        calls = [partial(call, tensors) for tensors in inputs]
+        return Candidate(calls, check, bytes=size, settings=settings, graph=True)
+
+    compare(build)
+
+
+def forward(session: Session, arm: str, of: Example) -> tuple[Callable[[Tensors], Tensor], dict[str, Any]]:
+    """What an arm calls, and its settings."""
+    if arm == "fused":
+        backend = fused_backend("group_norm_silu_", session.device, of.dtype)
+        return in_place(of, backend, session.device), {"backend": backend}
+    if arm == LUCIDRAINS:
+        return lucidrains(of, session.device), {"call": "RMSNorm, then Block's scale, shift and SiLU"}
+    if arm == "reference":
+        return lambda tensors: plain(of, tensors, "reference", torch.float64), {"dtype": "float64"}
+
+    def eager(tensors: Tensors) -> Tensor:
+        return plain(of, tensors, "eager")
+
+    return (eager, {}) if arm == "eager" else compiled(session, eager)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_backward(example: Example, arm: str, session: Session, compare: Callable[..., None]) -> None:
+    if example.residual:
+        pytest.skip("a residual is summed by autograd, outside of the op")
+    elements = example.batch * example.side**2 * (example.channels + example.more)
+
+    def build(arm: str) -> Candidate:
+        run, settings = differentiable(session, arm, example)
+        dtype = torch.float64 if arm == "reference" else example.dtype
+
+        def backward(tensors: Tensors, run: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], Any]:
+            leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in tensors.items()}
+            # Compiled, what is kept for the gradient may be overwritten by it; here it is wanted many times.
+            with patch("torch._functorch.config.donated_buffer", False):
+                y = run(leaves)
+            dy = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(example.dtype).to(dtype)
+            dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
+            return lambda: torch.autograd.grad(y, tuple(leaves.values()), dy, retain_graph=True)
+
+        def check() -> None:
+            tensors = tensors_of(example, session.device)
+            reference, eager = (partial(plain, example, backend=name) for name in ("reference", "eager"))
+            got = backward(tensors, run, dtype)()
+            expected = backward(tensors, reference, torch.float64)()
+            granted = backward(tensors, eager, example.dtype)()
+            # Compiled, sums over all pixels are in one order where eager's are pairwise: that alone loses some bits.
+            factor = 8.0 if arm == "compiled" else 2.0
+            for name, *values in zip(tensors, got, expected, granted, strict=True):
+                assert_close(values[0], values[1], eager=values[2], factor=factor, name=f"gradient of {name}")
+
+        size = 3 * elements * example.dtype.itemsize  # x and the gradient read, its own gradient written
+        sets = session.sets(size)
+        inputs = [tensors_of(example, session.device) for _ in range(sets)]
+        calls = [backward(tensors, run, dtype) for tensors in inputs]
+        return Candidate(calls, check, bytes=size, settings=settings, graph=True)
+
+    compare(build)
+
+
+def differentiable(session: Session, arm: str, of: Example) -> tuple[Callable[[Tensors], Tensor], dict[str, Any]]:
+    """What an arm differentiates, and its settings."""
+    if arm == "fused":
+        if session.device.type == "cpu":
+            raise Unavailable("the native norms on the CPU are for sampling: they have no gradient")
+        backend = fused_backend("group_norm_silu", session.device, of.dtype)
+        return partial(plain, of, backend=backend), {"backend": backend}
+    if arm == "reference":
+        return partial(plain, of, backend="reference"), {"dtype": "float64"}
+    eager = partial(plain, of, backend="eager")
+    return (eager, {}) if arm == "eager" else compiled(session, eager)

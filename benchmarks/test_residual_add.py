@@ -1,53 +1,36 @@
-"""The residual sum, plain and into a padded image, on feature maps of the CIFAR-10 and the 256-pixel U-Net."""
+"""The residual sum with a bias, plain and into a padded image, of the CIFAR-10 and the 256-pixel U-Net."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
-from fastddpm_kernels import _backend
-from fastddpm_kernels.residual_add import residual_add_
-from fastddpm_kernels.testing import assert_close
-from torch import Tensor
+from gpu.op_cases import residual_add_case
+from measuring import ARMS, Session, case_candidate
 
-# (N, C, side)
-SIZES = {
-    "cuda": {
-        "cifar 32x32 batch 1": (1, 128, 32),
-        "cifar 32x32": (256, 128, 32),
-        "celeba 256x256": (16, 128, 256),
+
+class Example(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, int, int]  # (N, C, side)
+    border: int  # on the right and below
+
+
+EXAMPLES = {
+    "small": {
+        "fp32 4x64x32x32": Example(torch.float32, (4, 64, 32), 0),
+        "fp32 4x64x32x32 padded": Example(torch.float32, (4, 64, 32), 1),
     },
-    "cpu": {"small": (2, 64, 16)},
+    "full": {
+        "fp16 1x128x32x32": Example(torch.float16, (1, 128, 32), 0),
+        "fp16 256x128x32x32 padded": Example(torch.float16, (256, 128, 32), 1),
+        "fp16 16x128x256x256": Example(torch.float16, (16, 128, 256), 0),
+    },
 }
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
-@pytest.fixture(params=_backend.BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    # The interpreter's speed says nothing: on the CPU the kernels are not timed.
-    if request.param == "triton" and (DEVICE == "cpu" or _backend.why_not("triton", DEVICE)):
-        pytest.skip("triton is timed on a GPU only")
-    return request.param
-
-
-def image(n: int, c: int, side: int) -> Tensor:
-    return torch.randn(n, side, side, c, device=DEVICE, dtype=DTYPE).movedim(-1, 1)
-
-
-@pytest.mark.parametrize("padding", [0, 1], ids=["plain", "padded"])
-@pytest.mark.parametrize("size", SIZES[DEVICE])
-def test_residual_add(size: str, padding: int, backend: str, measure: Callable[..., Any]) -> None:
-    n, c, side = SIZES[DEVICE][size]
-    y, x, residual = image(n, c, side + padding), image(n, c, side), image(n, c, side)
-    bias, total = torch.randn(c, device=DEVICE, dtype=DTYPE), torch.empty_like(x) if padding else None
-    expected = x.double() + residual.double() + bias.double()[:, None, None]
-    residual_add_(y, x, residual=residual, bias=bias, total=total, backend="eager")
-    eager = y.clone()
-    residual_add_(y, x, residual=residual, bias=bias, total=total, backend=backend)
-    assert_close(y[..., :side, :side], expected, eager=eager[..., :side, :side])
-    del expected, eager
-    moved = (4 if padding else 3) * x.numel() * DTYPE.itemsize
-    measure(lambda: residual_add_(y, x, residual=residual, bias=bias, total=total, backend=backend), bytes_moved=moved)
+@pytest.mark.parametrize("arm", ARMS)
+def test_residual_add(example: Example, arm: str, session: Session, compare: Callable[..., None]) -> None:
+    case = residual_add_case(session.device, example.dtype, example.shape, example.border)
+    compare(lambda arm: case_candidate(session, arm, case))

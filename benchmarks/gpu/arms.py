@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from fastddpm.profiling.timing import first_lines, interleave, release, spread, synchronize, timed
 from gpu.results import Record, Section
-from gpu.timing import OutOfTime, first_lines, interleave, release, spread, synchronize, time_limit, timed
+from gpu.timing import OutOfTime, time_limit
 
 OUT_OF_TIME = "not run: out of time"
 

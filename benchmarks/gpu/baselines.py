@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.precision import tf32
+from fastddpm.profiling.timing import capture, first_lines
 from fastddpm.schedule import NoiseSchedule
 from gpu.networks import CONFIGS, Problem
-from gpu.timing import capture, first_lines
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 Noise = Callable[[int], Tensor]

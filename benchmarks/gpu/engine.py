@@ -9,12 +9,12 @@ import torch
 from fastddpm_kernels import philox
 from torch import Tensor
 
-from fastddpm.cuda_graph import tuned
 from fastddpm.frozen import freeze
+from fastddpm.profiling.layers import evaluation
+from fastddpm.profiling.timing import capture
 from fastddpm.sampler import Sampler
 from gpu.arms import Unavailable
 from gpu.networks import Problem
-from gpu.timing import capture
 
 # What `Sampler` is asked for. TF32 is a precision by name, since it is no dtype of a tensor.
 PRECISIONS: dict[str, torch.dtype | str] = {
@@ -70,18 +70,13 @@ class SamplerLoop:
 def network_alone(problem: Problem, precision: str, batch: int, repeats: int) -> Callable[[], object]:
     """`repeats` evaluations of the network as the loop runs it, without the reverse step; on a GPU from a graph."""
     sampler = make_sampler(problem, precision, 10, False)
-    network = sampler.network
-    inputs = network.new_input((batch, *problem.shape))
-    inputs.copy_(torch.randn(batch, *problem.shape, device=problem.device))
-    with torch.no_grad(), network.evaluating():
-        bound = network.bind(inputs, sampler.table.timesteps.to(problem.device), None)
-        bound.load()
-        step = torch.zeros(1, dtype=torch.int64, device=problem.device)
-        with tuned():  # as the loop runs it
-            replay = capture([lambda: bound(step)] * repeats, problem.device)
+    name = {"fp32": "float32", "tf32": "tf32"}.get(precision)
+    ready = evaluation(sampler.network, (batch, *problem.shape), sampler.table.timesteps, precision=name)
+    with ready.running():
+        replay = capture([ready] * repeats, problem.device)
 
     def run() -> None:
-        with torch.no_grad(), network.evaluating():
+        with ready.running():
             replay()
 
     return run

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from fastddpm_kernels.testing import FLOORS
 
+from fastddpm.profiling.timing import first_lines, release
 from gpu.arms import OUT_OF_TIME, Arm, Group, Unavailable
 from gpu.baselines import DTYPES, CompiledLoop, EagerLoop, EagerNetwork, Noise, matches
 from gpu.engine import GRAPHS, SamplerLoop, make_sampler, network_alone, philox_noise
 from gpu.networks import Problem, make_problem
 from gpu.peers import DiffusersPipeline, Lucidrains
 from gpu.results import Record, Results, Section
-from gpu.timing import OutOfTime, first_lines, release, split_time
+from gpu.timing import OutOfTime, split_time
 
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from fastddpm_kernels.testing import assert_close, poisoned_memory
 
+from fastddpm.profiling.timing import capture, first_lines, release
 from gpu.arms import Arm, Group, Unavailable
 from gpu.machine import copy_bandwidth
 from gpu.op_cases import Case, Tensors, all_cases
 from gpu.results import Record, Section
-from gpu.timing import capture, first_lines, release, split_time
+from gpu.timing import split_time
 
 COMPILE_S = 12.0
 # Bytes below which a call is over before a chip has its memory busy: its share of a copy says little.
@@ -23,7 +24,7 @@ LARGE = 32 * 2**20
 def run(section: Section, device: torch.device, small: bool) -> None:
     """Measures every case; a case whose result is wrong is recorded as failed and not timed."""
     machine = section.results.sections.get("machine", {})
-    copy = machine.get("copy_gb_s") or copy_bandwidth(device, 2**24 if small else 2**32)
+    copy = machine.get("copy_gb_s") or copy_bandwidth(device, small)
     matmul = (machine.get("matmul_tflops") or {}).get("fp16")
     cache = machine.get("l2_bytes") or (0 if device.type == "cpu" else 64 * 2**20)
     section.set(copy_gb_s=copy, large_bytes=LARGE)

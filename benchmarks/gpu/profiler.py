@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from fastddpm.profiling import kernels
+from fastddpm.profiling.timing import first_lines, release, spread, timed
 from gpu.arms import OUT_OF_TIME
 from gpu.engine import SamplerLoop, described_program
 from gpu.machine import copy_bandwidth, matmul
 from gpu.networks import Problem, make_problem
 from gpu.results import Record, Section
-from gpu.timing import first_lines, release, spread, timed
 
 PRECISION = "fp16"
 # batch -> steps that are profiled
 STEPS = {1: 100, 64: 30, 256: 12}
-DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
-# The kernel that ends every step.
-MARKER = "reverse_step"
-
-
-class Event(NamedTuple):
-    """What the device did: times in microseconds."""
-
-    name: str
-    start: float
-    duration: float
 
 
 def run(section: Section, device: torch.device, small: bool) -> None:
@@ -42,7 +28,7 @@ def run(section: Section, device: torch.device, small: bool) -> None:
         return
     machine = section.results.sections.get("machine", {})
     tflops = (machine.get("matmul_tflops") or {}).get(PRECISION) or matmul(device, PRECISION, small)
-    copy = machine.get("copy_gb_s") or copy_bandwidth(device, 2**32)
+    copy = machine.get("copy_gb_s") or copy_bandwidth(device)
     section.set(matmul_tflops=tflops, copy_gb_s=copy)
     problem = make_problem("small" if small else "cifar10", device)
     records: dict[int, Record] = {}
@@ -63,7 +49,7 @@ def run(section: Section, device: torch.device, small: bool) -> None:
         }
         _extend(section, device, records[batch], partial(time_loop, problem, batch, steps))
     if any(record["status"] == "ok" for record in records.values()):
-        _start_profiler(device)
+        kernels.start_profiler(device)
     for batch, record in records.items():
         if record["status"] == "ok":
             _extend(section, device, record, partial(trace_loop, problem, batch, record, tflops, copy))
@@ -93,90 +79,16 @@ def time_loop(problem: Problem, batch: int, steps: int) -> Record:
 
 
 def trace_loop(problem: Problem, batch: int, timing: Record, tflops: float, copy: float) -> Record:
-    """What the device does in a step, by a trace; `timing` is what `time_loop` said of the same batch.
-
-    Of a loop in a graph the tracing library shows one round (pytorch/kineto issue 1062), and has crashed on some
-    (pytorch issue 134308): so a step's graph is replayed, or no graph is used, where that does not show all steps.
-    """
+    """What the device does in a step, by a trace; `timing` is what `time_loop` said of the same batch."""
     steps = int(timing["steps"])
-    for graph in ("step", False):
-        loop = SamplerLoop(problem, PRECISION, batch, steps, graph)
-        loop()
-        events = trace(loop, problem.device)
-        if sum(MARKER in event.name for event in events) == steps:
-            break
-    record: Record = {"settings": {"cuda_graph": "auto", "traced": graph}, **analyse(events, steps)}
+
+    def make(graph: str | bool) -> SamplerLoop:
+        return SamplerLoop(problem, PRECISION, batch, steps, graph)
+
     us = float(timing["us_per_step"]["median"])
-    record["busy_share_untraced"] = record["busy_us_per_step"] / us
-    if graph is False:  # between its kernels is Python
-        record["idle_share"] = max(0.0, 1 - record["busy_share_untraced"])
-        record["counted"] += "; idle is what kernels leave of an untraced step"
-    return record | {"floor": floors(problem, batch, tflops, copy, us)}
-
-
-def trace(run: SamplerLoop, device: torch.device) -> list[Event]:
-    """All that the device does during one run, in order."""
-    torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return read_trace(json.loads(path.read_text(encoding="utf-8")))
-
-
-def read_trace(content: dict[str, Any]) -> list[Event]:
-    """The device's events of a Chrome trace, by their start."""
-    events = [
-        Event(str(event["name"]), float(event["ts"]), float(event.get("dur", 0.0)))
-        for event in content.get("traceEvents", [])
-        if event.get("ph") == "X" and event.get("cat") in DEVICE_EVENTS
-    ]
-    return sorted(events, key=lambda event: event.start)
-
-
-def analyse(events: list[Event], steps: int, top: int = 15) -> dict[str, Any]:
-    """Kernels per step, the share of time without any, and those that take most.
-
-    Counted from the end of the first step's last kernel to that of the last one's, so that what comes before and
-    after the loop is left out; where the steps' ends cannot be told, over everything.
-
-    Raises:
-        ValueError: nothing was traced.
-    """
-    if not events:
-        raise ValueError("the trace holds no event of the device")
-    ends = [event.start + event.duration for event in events if MARKER in event.name]
-    counted, note = steps, "over the whole run: the ends of the steps were not found"
-    first, last = events[0].start, max(event.start + event.duration for event in events)
-    if len(ends) == steps and steps > 1:
-        first, last, counted, note = ends[0], ends[-1], steps - 1, "from the end of the first step to that of the last"
-    inside = [event for event in events if event.start >= first - 1e-6 and event.start < last]
-    busy, until = 0.0, first
-    for event in inside:
-        end = event.start + event.duration
-        busy += max(0.0, end - max(event.start, until))
-        until = max(until, end)
-    sums: dict[str, list[float]] = {}
-    for event in inside:
-        entry = sums.setdefault(event.name, [0.0, 0.0])
-        entry[0] += event.duration
-        entry[1] += 1
-    total = sum(entry[0] for entry in sums.values()) or 1.0
-    ordered = sorted(sums.items(), key=lambda item: -item[1][0])
-    return {
-        "counted": note,
-        "kernels_per_step": len(inside) / counted,
-        "kinds_of_kernels": len(sums),
-        "traced_us_per_step": (last - first) / counted,
-        "busy_us_per_step": busy / counted,
-        "idle_share": 1 - busy / (last - first) if last > first else 0.0,
-        "top": [
-            {"kernel": name[:160], "us_per_step": us / counted, "calls_per_step": calls / counted, "share": us / total}
-            for name, (us, calls) in ordered[:top]
-        ],
-    }
+    record = kernels.profile_steps(make, problem.device, steps, us)
+    settings = {"cuda_graph": "auto", "traced": record.pop("traced")}
+    return {"settings": settings, **record, "floor": floors(problem, batch, tflops, copy, us)}
 
 
 def floors(problem: Problem, batch: int, tflops: float, copy: float, us: float) -> dict[str, Any]:
@@ -197,10 +109,3 @@ def floors(problem: Problem, batch: int, tflops: float, copy: float, us: float) 
         "frozen_compute_us": program["flops"] / tflops / 1e6,
         "instructions_bytes_us": program["bytes"] / copy / 1e3,
     }
-
-
-def _start_profiler(device: torch.device) -> None:
-    """The first trace starts the tracing library, which takes seconds."""
-    with profile(activities=[ProfilerActivity.CUDA]):
-        torch.zeros(1, device=device).add_(1)
-        torch.cuda.synchronize(device)

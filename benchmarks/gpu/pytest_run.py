@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from fastddpm.profiling.timing import first_lines
 from gpu.outcome_log import VARIABLE
 from gpu.results import ROOT, Section
-from gpu.timing import first_lines
 
 # What is run, in this order: name -> arguments of pytest.
 RUNS = {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from fastddpm._files import read_json, write_json
+from fastddpm.profiling.compare import GPU_SCHEMA
 
-SCHEMA = "fastddpm.gpu_check/1"
+SCHEMA = GPU_SCHEMA
 ROOT = Path(__file__).parents[2]
 # What a measurement depends on: another digest of these, and nothing is kept.
 SOURCES = ("fastddpm", "kernels", "benchmarks/gpu")
@@ -20,18 +21,25 @@ Record = dict[str, Any]
 
 
 def source_digest(root: Path = ROOT) -> str:
-    """Twelve hex digits of all Python sources that a measurement depends on."""
+    """Twelve hex digits of all sources that a measurement depends on."""
     digest = hashlib.sha256()
     for folder in SOURCES:
-        for path in sorted((root / folder).rglob("*.py")):
+        for path in sorted(p for p in (root / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")):
             digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def slug(name: str) -> str:
-    """A device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+def commit_here() -> tuple[str, bool | None]:
+    """The commit, and whether its sources have been changed since; ("unknown", None) outside a git checkout."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *SOURCES])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", None
+    return commit.strip()[:12], bool(status.strip())
 
 
 class Results:

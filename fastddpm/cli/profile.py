@@ -1,0 +1,204 @@
+"""`fastddpm profile`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.options import (
+    BACKENDS,
+    DTYPES,
+    GRAPHS,
+    METHODS,
+    best_device,
+    check_output,
+    classes_of,
+    integer,
+    make_sampler,
+    seconds,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastddpm.sampler import Sampler
+
+# By kind of device: batch sizes, and of --quick.
+BATCHES = {"cuda": ((1, 8, 64, 256), (1, 64)), "mps": ((1, 8, 32), (1, 8)), "cpu": ((1, 4, 16), (1, 8))}
+BUDGET_S, QUICK_S = 240.0, 35.0
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "profile",
+        help="measure this machine and a model on it, and what keeps it from the machine's limits",
+        description="Measure this machine's ceilings (matrix products, copies, launches), then a model's layers and "
+        "kernels against them: images/s, ms/step, the share of what is possible, and what costs most. Without MODEL "
+        "it is the bundled model of handwritten digits. With --compare, hold it against an earlier profile.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--batch", type=integer(1), nargs="+", metavar="B",
+        help="batch sizes; MODEL stands before them (default: by device, such as 1 4 16)",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="fewer batch sizes and rounds; less than a minute")
+    parser.add_argument(
+        "--budget", type=seconds, metavar="SECONDS",
+        help=f"in all; what does not fit is recorded as not run (default: {BUDGET_S:.0f}, quick {QUICK_S:.0f})",
+    )  # fmt: skip
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--steps", type=integer(1), metavar="S", help="of an image (default: all trained ones)")
+    group.add_argument("--method", choices=METHODS, help="sampler (default: the model's)")
+    group.add_argument("--dtype", choices=DTYPES, help="of the network (default: auto, as for sample)")
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that there is)")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="as for sample (default: auto)")
+    group.add_argument("--cuda-graph", choices=GRAPHS, default="auto", help="as for sample (default: auto)")
+    # What `make_sampler` asks for and nothing here changes.
+    parser.set_defaults(
+        default_steps=None, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False
+    )
+    add_model_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", type=Path, metavar="PATH.json",
+        help="all figures (default: profile-DEVICE.json, numbered where there is one already)",
+    )  # fmt: skip
+    group.add_argument("--plot", type=Path, metavar="PATH", help="draw roofline and throughput as .png or .svg")
+    group.add_argument(
+        "--trace", type=Path, metavar="PATH.json", help="a Chrome trace of the largest batch size, for ui.perfetto.dev"
+    )
+    group.add_argument(
+        "--compare", type=Path, nargs="+", metavar="OLD.json",
+        help="also hold it against an earlier profile, as a Markdown table with ratios and their noise; with a second "
+        "file, hold that one against the first and measure nothing",
+    )  # fmt: skip
+    parser.set_defaults(run=_profile)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fastddpm._files import read_json
+    from fastddpm.profiling import compare
+    from fastddpm.profiling.model import SCHEMA
+
+    if options.compare is not None and len(options.compare) > 2:
+        raise ValueError(f"--compare has {len(options.compare)} files, must have one or two")
+    earlier = [read_json(path) for path in options.compare or []]
+    for path, content in zip(options.compare or [], earlier, strict=True):
+        _readable(path, content)
+    if len(earlier) == 2:
+        _check_nothing_to_measure(options)
+        print(compare.markdown(earlier[0], earlier[1], (options.compare[0].stem, options.compare[1].stem)))
+        return
+    if earlier and earlier[0]["schema"] != SCHEMA:
+        raise ValueError(f"--compare is {options.compare[0]}, which `fastddpm profile` did not write")
+    _check_outputs(options)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    content = _measure(options)
+    _write(options, content, console)
+    if earlier:
+        print()
+        print(compare.markdown(earlier[0], content, (options.compare[0].stem, "now")))
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    from fastddpm import __version__
+    from fastddpm.network import usable_device
+    from fastddpm.profiling.model import Plan, profile
+    from fastddpm.progress import progress_bar
+
+    model = open_model(options, latents=True)
+    options.device = str(usable_device(options.device or best_device()))
+    first = make_sampler(options, model)
+    if options.dtype != "tf32":  # found once: "auto" tries the network
+        options.dtype = str(first.dtype).removeprefix("torch.")
+
+    def make(graph: str | bool | None) -> Sampler:
+        return make_sampler(options, model, **({} if graph is None else {"cuda_graph": graph}))
+
+    def labels(count: int) -> list[int] | None:
+        classes = classes_of(model.unet.config)
+        return [classes[k % len(classes)] for k in range(count)] if classes else None
+
+    kind = first.device.type
+    batches = options.batch or BATCHES.get(kind, BATCHES["cpu"])[bool(options.quick)]
+    plan = Plan(
+        make=make,
+        shape=first.network.sample_shape(first.settings.learned_variance),
+        precision=options.dtype,
+        batches=sorted(set(batches)),
+        labels=labels,
+        seconds=options.budget or (QUICK_S if options.quick else BUDGET_S),
+        quick=options.quick,
+        trace=options.trace,
+    )
+    with progress_bar(plan.measurements(), "profile") as bar:
+        plan.done = bar
+        content = profile(plan)
+    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    about = {"model": str(options.model or "bundled digits"), "fastddpm": __version__, "written": written}
+    return {**content, **about}
+
+
+def _write(options: argparse.Namespace, content: dict[str, Any], console: Console) -> None:
+    from fastddpm._files import write_json
+    from fastddpm.profiling import plots, report
+
+    report.show(content, console)
+    path = options.json or _free_name(f"profile-{content['device']['slug']}")
+    write_json(path, content)
+    print(f"wrote {path}")
+    measured = [record for record in content["batches"] if record["status"] == "ok"]
+    if options.plot is not None:
+        plots.save_profile(options.plot, content)
+        print(f"wrote {options.plot}")
+    if options.trace is not None and measured and "error" not in measured[-1]["kernels"]:
+        print(f"wrote {options.trace}")
+
+
+def _free_name(stem: str) -> Path:
+    """A file that is not there yet, so that an earlier profile stays to be compared with."""
+    names = (Path(f"{stem}{f'-{count}' if count > 1 else ''}.json") for count in itertools.count(1))
+    return next(path for path in names if not path.exists())
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    from fastddpm.profiling.plots import check_plot
+
+    for option in ("json", "trace"):
+        path = getattr(options, option)
+        if path is not None:
+            if path.suffix.lower() != ".json":
+                raise ValueError(f"--{option} is {path}, its suffix must be .json")
+            check_output(f"--{option}", path)
+    if options.trace is not None and options.json is not None and options.trace.resolve() == options.json.resolve():
+        raise ValueError(f"--trace is {options.trace}, as is --json; they must be different files")
+    if options.plot is not None:
+        check_plot(options.plot, "--plot")
+        check_output("--plot", options.plot)
+
+
+def _check_nothing_to_measure(options: argparse.Namespace) -> None:
+    names = ("batch", "budget", "steps", "method", "dtype", "device", "json", "plot", "trace")
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    given += ["--quick"] * options.quick + ["MODEL"] * (options.model is not None)
+    if given:
+        raise ValueError(f"{given[0]} is given, but --compare names two files, which are compared without measuring")
+
+
+def _readable(path: Path, content: dict[str, Any]) -> None:
+    from fastddpm.profiling.compare import figures
+
+    try:
+        figures(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--compare is {path}, which is not a whole profile: {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"--compare is {path}, which is no profile: {error}") from None

@@ -1,0 +1,198 @@
+"""`fastddpm tune`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.options import DTYPES, best_device, check_output, integer, make_sampler, seconds
+
+if TYPE_CHECKING:
+    import torch
+    from fastddpm_kernels._tuned import Choice, Key
+    from rich.console import Console
+
+    from fastddpm.tuning.search import Outcome
+
+BATCHES = {"cuda": (1, 8, 64), "cpu": (1, 4, 16)}
+BUDGET_S = 300.0
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest tiles, warps and algorithms for a model's shapes on this device",
+        description="Measure, for every shape that a model's ops have at some batch sizes, which block sizes, warps, "
+        "stages and algorithms are the fastest here; each is checked against float64 first. Winners are kept as JSON "
+        "in the user's cache, where sampling finds them. Without MODEL it is the bundled model of handwritten digits.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--batch", type=integer(1), nargs="+", metavar="B",
+        help="batch sizes as the network sees them, twice the samples with guidance; MODEL stands before them "
+        "(default: 1 8 64 on cuda, 1 4 16 on cpu)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of the network (default: auto, as for sample)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the first of these that there is)")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these, such as group_norm_silu_ (default: all)")
+    parser.add_argument(
+        "--budget", type=seconds, metavar="SECONDS", default=BUDGET_S,
+        help=f"for the search; what is not reached keeps what it had (default: {BUDGET_S:.0f})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--into-package", action="store_true", help="write tuned/<gpu>.json of the package, to be committed, instead"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--dry-run", action="store_true", help="list the shapes and their choices, and measure nothing")
+    group.add_argument("--show", action="store_true", help="print the tables there are for the device")
+    group.add_argument("--clear", action="store_true", help="delete the user's table for the device")
+    # What `make_sampler` asks for and nothing here changes.
+    parser.set_defaults(
+        steps=None, default_steps=1, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False,
+        method=None, cuda_graph="off", backend="auto",
+    )  # fmt: skip
+    add_model_options(parser)
+    parser.set_defaults(run=_tune)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from fastddpm_kernels import _tuned
+    from rich.console import Console
+
+    from fastddpm.network import usable_device
+    from fastddpm.tuning.task import tuned_ops
+
+    device = usable_device(options.device or best_device())
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if options.show or options.clear:
+        for given, name in ((options.model, "MODEL"), (options.batch, "--batch"), (options.ops, "--ops")):
+            if given is not None:
+                raise ValueError(f"{name} is given, but --{'show' if options.show else 'clear'} is of a whole table")
+        return _show(device, console) if options.show else _clear(device)
+    unknown = [op for op in options.ops or () if op not in _tuned.FIELDS]
+    if unknown:
+        raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(_tuned.FIELDS)}")
+    if options.into_package and device.type == "cpu":
+        raise ValueError("--into-package is given, but a CPU's table holds for one build of the native library alone")
+    ops = tuned_ops(device)
+    if not ops:
+        print(f"There is nothing to tune on {device}: {_why_nothing(device)}")
+        return
+    ops = tuple(op for op in ops if op in (options.ops or ops))
+    if not ops:
+        raise ValueError(f"--ops is {' '.join(options.ops)}; on {device} there is {', '.join(tuned_ops(device))}")
+    path = _tuned.package_path(device) if options.into_package else _tuned.user_path(device)
+    if not options.dry_run:
+        check_output("--into-package" if options.into_package else "the table", path)
+    keys = _keys(options, device, ops)
+    if not keys:
+        print("There is nothing to tune: the model runs none of the ops that have choices here.")
+    elif options.dry_run:
+        _list(keys, device, console)
+    else:
+        _search(keys, device, options.budget, path, console)
+
+
+def _why_nothing(device: torch.device) -> str:
+    from fastddpm_kernels._backend import why_not
+
+    if device.type == "cpu":
+        return f"the native backend cannot run, {why_not('native', 'cpu')}"
+    return f"the triton backend cannot run, {why_not('triton', device.type)}"
+
+
+def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...]) -> dict[Key, int]:
+    """The shapes of the model at all batch sizes."""
+    from fastddpm.tuning.shapes import network_keys
+
+    model = open_model(options, latents=True)
+    options.device = str(device)
+    sampler = make_sampler(options, model)
+    precision = "tf32" if options.dtype == "tf32" else str(sampler.dtype).removeprefix("torch.")
+    shape = sampler.network.sample_shape(sampler.settings.learned_variance)
+    keys: dict[Key, int] = {}
+    for batch in options.batch or BATCHES[device.type]:
+        keys |= network_keys(sampler.network, (batch, *shape), ops, precision)
+    return keys
+
+
+def _search(keys: dict[Key, int], device: torch.device, budget: float, path: Path, console: Console) -> None:
+    from fastddpm.progress import progress_bar
+    from fastddpm.tuning.search import summary, tune
+    from fastddpm.tuning.store import save
+
+    with progress_bar(len(keys), "tune") as bar:
+        outcomes = tune(keys, device, budget, done=bar)
+    _print(outcomes, console)
+    print(summary(outcomes))
+    if save(outcomes, device, path):
+        print(f"wrote {path}")
+
+
+def _print(outcomes: list[Outcome], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("shape", "calls", "heuristic us", "tuned us", "gain", "choice", title="Tuning", title_justify="left")
+    for outcome in outcomes:
+        own, choice, gain, best = "", outcome.status, "", ""
+        if outcome.done:
+            own, choice = f"{outcome.heuristic_us:.1f}", "the heuristics'"
+        if outcome.winner is not None:
+            best, choice = f"{outcome.winner_us:.1f}", _words(outcome.winner)
+            gain = f"{outcome.heuristic_us / outcome.winner_us:.2f}x"
+        table.add_row(outcome.title, str(outcome.calls), own, best, gain, choice)
+    console.print(table)
+    refused = sum(len(outcome.refused) for outcome in outcomes)
+    timed = sum(outcome.tried for outcome in outcomes)
+    console.print(f"{timed} choices timed, {refused} refused: they spill, do not run here or are not right")
+
+
+def _list(keys: dict[Key, int], device: torch.device, console: Console) -> None:
+    from rich.table import Table
+
+    from fastddpm.tuning.task import make_task
+
+    table = Table("shape", "calls", "choices", "the heuristics'", title="Shapes", title_justify="left")
+    for key, calls in keys.items():
+        task = make_task(key, device)
+        candidates = task.candidates()
+        table.add_row(task.title(), str(calls), str(len(candidates)), _words(candidates[0]))
+    console.print(table)
+
+
+def _words(choice: Choice) -> str:
+    return " ".join(f"{name}={value}" for name, value in choice.items())
+
+
+def _show(device: torch.device, console: Console) -> None:
+    from fastddpm_kernels import _tuned
+    from rich.table import Table
+
+    found = _tuned.tables(device)
+    none = f"There is no tuned table for {_tuned.device_name(device)}; heuristics choose."
+    for line in _tuned.describe(device) or [none]:
+        print(line)
+    for tuned in found:
+        table = Table("op", "dtype", "shape", "choice", "us", "heuristic us")
+        for key, record in tuned.records.items():
+            shape = " ".join(f"{name}={value}" for name, value in key.named().items())
+            choice = "the heuristics'" if record["choice"] is None else _words(record["choice"])
+            times = (str(record.get(name, "")) for name in ("tuned_us", "heuristic_us"))
+            table.add_row(key.op, str(key.dtype).removeprefix("torch."), shape, choice, *times)
+        console.print(table)
+
+
+def _clear(device: torch.device) -> None:
+    from fastddpm_kernels import _tuned
+
+    path = _tuned.user_path(device)
+    if not path.is_file():
+        print(f"There is no {path}")
+        return
+    path.unlink()
+    _tuned.forget()
+    print(f"deleted {path}")

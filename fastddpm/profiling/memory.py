@@ -1,0 +1,44 @@
+"""How much memory a run takes at its peak, and what that figure is of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROC = Path("/proc/self")
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device, proc: Path = PROC) -> Iterator[dict[str, Any]]:
+    """Fills in, at its end, what the process took at most inside: {"bytes", "before_bytes", "what"}.
+
+    On CUDA that is what torch allocated on the device. Elsewhere it is the resident memory of the process, of which
+    Linux can forget an earlier peak; other systems cannot, and there "bytes" is None and "what" says so.
+    """
+    found: dict[str, Any] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        found |= {"before_bytes": torch.cuda.memory_allocated(device), "what": "allocated by torch on the device"}
+        yield found
+        found["bytes"] = torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        (proc / "clear_refs").write_text("5")  # proc(5): resets the peak
+        found["before_bytes"] = _read(proc, "VmRSS")
+    except (OSError, ValueError) as error:
+        found |= {"bytes": None, "what": f"not measured: this system does not tell ({type(error).__name__})"}
+        yield found
+        return
+    yield found
+    found |= {"bytes": _read(proc, "VmHWM"), "what": "resident memory of the whole process, Python and torch included"}
+
+
+def _read(proc: Path, name: str) -> int:
+    for line in (proc / "status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"{proc}/status has no {name}")
