@@ -22,7 +22,7 @@ class Batch:
 
     Attributes:
         keys: int64 [N, 2], Philox keys (seed, sample index).
-        class_labels: int64 [N].
+        class_labels: int64 [N]; float32 [N] or [N, E] where the network's `class_embed_type` takes such.
         guidance_scale: float32 [1] or [N].
         condition: [N, C', ...], channels that the network reads beside the state.
         known, known_mask: float32, broadcastable to the state and of its rank.
@@ -49,6 +49,7 @@ def make_batch(
     *,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    first_sample: int = 0,
     class_labels: int | Sequence[int] | Tensor | None = None,
     guidance_scale: float | Sequence[float] | Tensor | None = None,
     condition: Tensor | None = None,
@@ -73,7 +74,7 @@ def make_batch(
         if not bool(((known_mask >= 0) & (known_mask <= 1)).all()):
             raise ValueError("known_mask has values outside [0, 1], must be 1 where samples are known and 0 where not")
     return Batch(
-        keys=_keys(count, seed, seeds).to(device),
+        keys=_keys(count, seed, seeds, first_sample).to(device),
         class_labels=None if labels is None else labels.to(device),
         guidance_scale=None if scales is None else scales.to(device),
         condition=None if condition is None else condition.to(device, network.dtype),
@@ -82,11 +83,15 @@ def make_batch(
     )
 
 
-def _keys(count: int, seed: int, seeds: Sequence[int] | None) -> Tensor:
+def _keys(count: int, seed: int, seeds: Sequence[int] | None, first: int) -> Tensor:
+    if isinstance(first, bool) or not isinstance(first, numbers.Integral) or not 0 <= first <= 2**32 - count:
+        raise ValueError(f"first_sample is {first!r}, must be an integer from 0 to {2**32 - count}")
     if seeds is None:
         if isinstance(seed, numbers.Integral) and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}, must be from 0 to 2**64 - 1")
-        return philox.sample_keys([seed] * count, range(count))
+        return philox.sample_keys([seed] * count, range(first, first + count))
+    if first:
+        raise ValueError(f"first_sample is {first} but seeds are given, each of which draws its sample 0; must be 0")
     if len(seeds) != count:
         raise ValueError(f"seeds has {len(seeds)} entries, must have one per sample, {count}")
     return philox.sample_keys(list(seeds), [0] * count)
@@ -95,7 +100,10 @@ def _keys(count: int, seed: int, seeds: Sequence[int] | None) -> Tensor:
 def _labels(
     given: int | Sequence[int] | Tensor | None, count: int, network: Network, settings: LoopSettings
 ) -> Tensor | None:
-    classes = getattr(network.config, "num_class_embeds", None)
+    classes, kind = (getattr(network.config, name, None) for name in ("num_class_embeds", "class_embed_type"))
+    if kind in ("timestep", "identity"):
+        width = getattr(network.config, "embedding_channels", None) if kind == "identity" else 0
+        return checks.real_labels(given, count, width, kind)
     if given is None:
         if settings.classifier is not None:
             raise ValueError("classifier_fn needs class_labels, and none were given")

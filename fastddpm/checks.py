@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def batch_size(value: Any) -> int | str | None:
     return int(value)
 
 
+def sample_shape(value: Any) -> tuple[int, ...]:
+    """`value` as the sizes of one sample."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
+        raise ValueError(f"shape is {value!r}, must be the sizes of one sample, such as (3, 32, 32)")
+    return tuple(positive(size, "every size of shape") for size in value)
+
+
 def finite(value: Any, name: str) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -36,6 +44,16 @@ def finite(value: Any, name: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}, must be a finite number")
     return float(value)
+
+
+def in_range(value: Any, name: str, *, above: float | None = None, most: float = math.inf) -> float:
+    """`value` as a finite float from 0 to `most`, or, where `above` is given, greater than that."""
+    value = finite(value, name)
+    if above is not None and value <= above:
+        raise ValueError(f"{name} is {value}, must be above {above:g}")
+    if above is None and not 0 <= value <= most:
+        raise ValueError(f"{name} is {value}, must be {'at least 0' if most == math.inf else f'from 0 to {most:g}'}")
+    return value
 
 
 def floating(value: Any, shape: tuple[int, ...], name: str) -> None:
@@ -83,6 +101,31 @@ def labels(value: Any, count: int, num_classes: int | None) -> Tensor:
         wrong = int(result[(result < 0) | (result >= num_classes)][0])
         raise ValueError(f"class_labels has {wrong}, every label must be from 0 to {num_classes - 1}")
     return result
+
+
+def real_labels(value: Any, count: int, width: int | None, kind: str) -> Tensor:
+    """What a network of `class_embed_type` "timestep" or "identity" takes as labels, in float32.
+
+    Args:
+        value: one number or [count] for "timestep", [count, width] for "identity".
+        count: of samples.
+        width: of an embedding; 0 for "timestep", None if it is not known.
+        kind: the `class_embed_type`.
+    """
+    wanted = f"one number or one per sample ({count})" if width == 0 else f"numbers [{count}, {width or 'channels'}]"
+    where = f"must be {wanted}: the model's class_embed_type is {kind!r}"
+    try:
+        result = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"class_labels is {type(value).__name__}, {where}") from None
+    if result.dtype.is_complex or result.dtype == torch.bool:
+        raise TypeError(f"class_labels has dtype {result.dtype}, {where}")
+    if width == 0 and result.ndim == 0:
+        result = result.expand(count)
+    shape = (count,) if width == 0 else (count, width or result.shape[-1] if result.ndim else 0)
+    if tuple(result.shape) != shape:
+        raise ValueError(f"class_labels has shape {list(result.shape)}, {where}")
+    return result.to(torch.float32)
 
 
 def scales(value: Any, count: int) -> Tensor:

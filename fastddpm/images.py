@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastddpm._files import atomic_write
@@ -178,14 +179,55 @@ def evenly(count: int, wanted: int) -> list[int]:
     return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
 
 
+def picture_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """The files below a folder that PIL could read, by their suffixes, folder by folder in order.
+
+    What is hidden is left out, and so are links to a folder around them.
+    """
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        around = Path(place).resolve()
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not around.is_relative_to(Path(place, name).resolve())
+        )
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield Path(place, name)
+
+
+def upright_shape(picture: Image.Image) -> tuple[int, int, int]:
+    """(C, H, W) of a picture as `read_pixels` sees it, turned as its EXIF data says: C is 1 if it is grey, else 3."""
+    grey = picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I")
+    sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    height, width = (picture.width, picture.height) if sideways else (picture.height, picture.width)
+    return 1 if grey else 3, height, width
+
+
+def read_npz(path: str | os.PathLike[str], names: Collection[str]) -> dict[str, np.ndarray]:
+    """The named arrays of a `.npz`, as far as it has them, and an empty one for each other name; executes nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            return {name: file[name] if name in names else np.empty(0) for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a .npz that can be read: {str(error).splitlines()[0]}") from None
+
+
 def load_image(
     path: str | os.PathLike[str], shape: tuple[int, int, int], *, invert: bool = False, average: bool = False
 ) -> Tensor:
-    """Reads a picture file as a sample.
-
-    It is turned upright as its EXIF data says, cut to the middle part of the wanted aspect ratio, resized with
-    anti-aliasing if its size is another, and converted to grey or colour; what is transparent becomes black. A file
-    that `save_folder` wrote comes back to the rounding to 8 bits.
+    """Reads a picture file as a sample; see `read_pixels` for how.
 
     Args:
         path: of a PNG, JPEG or any other file that PIL reads.
@@ -200,19 +242,26 @@ def load_image(
         FileNotFoundError: there is no such file.
         ValueError: it is no picture, or `shape` has another number of channels.
     """
-    channels, height, width = shape
-    if channels not in MODES:
-        raise ValueError(f"shape has {channels} channels, must have 1, 3 or 4 to be read from a picture")
+    pixels = read_pixels(path, shape, average=average).astype(np.float32)
+    values = torch.from_numpy(pixels) / 127.5 - 1
+    if invert:
+        values[:3] *= -1  # not the opacity
+    return values
+
+
+def read_pixels(path: str | os.PathLike[str], shape: tuple[int, int, int], *, average: bool = False) -> np.ndarray:
+    """Reads a picture file as uint8 [C, H, W].
+
+    It is turned upright as its EXIF data says, cut to the middle part of the wanted aspect ratio, resized with
+    anti-aliasing if its size is another, and converted to grey or colour; what is transparent becomes black. A file
+    that `save_folder` wrote comes back to the rounding to 8 bits.
+
+    Args and Raises: as `load_image`.
+    """
+    _check_channels(shape)
     try:
         with Image.open(path) as file:
-            picture: Image.Image = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off instead of scaling
-                scaled = np.asarray(picture).astype(np.float64) / 257
-                picture = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
-            elif channels != 4:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-            picture = picture.convert(MODES[channels])
+            return fit_pixels(ImageOps.exif_transpose(file), shape, average=average)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
@@ -221,14 +270,33 @@ def load_image(
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path} is not a picture that can be read: {error}") from None
+
+
+def fit_pixels(picture: Image.Image, shape: tuple[int, int, int], *, average: bool = False) -> np.ndarray:
+    """A picture cut, resized and converted to uint8 [C, H, W], as `read_pixels` says.
+
+    Raises:
+        ValueError: `shape` has another number of channels than 1, 3 or 4.
+    """
+    _check_channels(shape)
+    channels, height, width = shape
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off instead of scaling
+        scaled = np.asarray(picture).astype(np.float64) / 257
+        picture = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+    elif channels != 4:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+    picture = picture.convert(MODES[channels])
     if picture.size != (width, height):
         kernel = Image.Resampling.BOX if average else Image.Resampling.LANCZOS
         picture = ImageOps.fit(picture, (width, height), kernel)
-    values = torch.from_numpy(np.array(picture, dtype=np.float32)) / 127.5 - 1
-    values = values[None] if channels == 1 else values.permute(2, 0, 1).contiguous()
-    if invert:
-        values[:3] *= -1  # not the opacity
-    return values
+    pixels = np.array(picture)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _check_channels(shape: tuple[int, int, int]) -> None:
+    if shape[0] not in MODES:
+        raise ValueError(f"shape has {shape[0]} channels, must have 1, 3 or 4 to be read from a picture")
 
 
 def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
@@ -241,9 +309,25 @@ def save_grid(path: str | os.PathLike[str], images: Tensor, labels: Sequence[int
     save_picture(path, grid(images, labels))
 
 
-def save_npz(path: str | os.PathLike[str], images: Tensor, labels: Sequence[int] | None = None) -> None:
-    """Writes `arr_0` uint8 [N, H, W, C] and, with labels, `arr_1` int64 [N], as FID evaluators read them."""
-    arrays = [to_uint8(images)]
+def save_npz(
+    path: str | os.PathLike[str],
+    images: Tensor,
+    labels: Sequence[int] | Tensor | None = None,
+    *,
+    in_colour: bool = False,
+) -> None:
+    """Writes `arr_0` uint8 [N, H, W, C] and, with labels, `arr_1` int64 [N].
+
+    Args:
+        path: of the file.
+        images: float [N, C, H, W] in [-1, 1], or uint8.
+        labels: one per image.
+        in_colour: give grey images three equal channels, which the ADM evaluator and others need.
+    """
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy() if images.dtype == torch.uint8 else to_uint8(images)
+    if in_colour and pixels.shape[3] == 1:
+        pixels = pixels.repeat(3, axis=3)
+    arrays = [pixels]
     if labels is not None:
         arrays.append(np.asarray(labels, dtype=np.int64))
 

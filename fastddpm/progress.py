@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Report = Callable[[int, int], object]
+
 
 class Bar:
-    """What moves a progress bar: a function that advances it. Of one that is not drawn, nothing happens."""
+    """Counts steps that are done, and those that are to be done.
 
-    def __init__(self, progress: Any = None, task: Any = None) -> None:
-        self._progress, self._task = progress, task
+    Args:
+        total: how many are to be done.
+        report: told of every change as report(done, total), or None.
+        done: how many were done before.
+
+    Attributes:
+        text: what is drawn in place of the rate, if not None.
+    """
+
+    def __init__(self, total: int, report: Report | None = None, done: int = 0) -> None:
+        self.done, self.total = done, total
+        self.text: str | None = None
+        self._report = report
 
     def __call__(self, steps: int = 1) -> None:
         """`steps` more are done."""
-        if self._progress is None:
-            return
-        self._progress.advance(self._task, steps)
-        if speed := self._progress.tasks[0].speed:
-            self._progress.update(self._task, rate=f"{speed:.1f} steps/s")
+        self.done += steps
+        self._tell()
 
     def extend(self, steps: int) -> None:
         """`steps` more are to be done than was known."""
-        if self._progress is not None:
-            self._progress.update(self._task, total=self._progress.tasks[0].total + steps)
+        self.total += steps
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            self._report(self.done, self.total)
 
 
 @contextmanager
-def progress_bar(total: int, description: str, *, enabled: bool = True) -> Iterator[Bar]:
-    """A bar with rate and remaining time on standard error; yields the function that advances it.
+def progress_bar(total: int, description: str, *, done: int = 0, enabled: bool | Report = True) -> Iterator[Bar]:
+    """Yields the function that moves a bar with rate and remaining time on standard error.
 
-    On something that is not a terminal, nothing is drawn until the end. Without `enabled` nothing is drawn at all.
+    On something that is not a terminal, nothing is drawn until the end. Where `enabled` is False nothing is drawn at
+    all; where it is a function, that is told of the progress in place of a bar. `done` of the `total` steps were done
+    before.
     """
+    if not isinstance(enabled, bool):
+        yield Bar(total, enabled, done)
+        return
     if not enabled:
-        yield Bar()
+        yield Bar(total, None, done)
         return
     from rich.console import Console
     from rich.progress import (
@@ -56,4 +75,20 @@ def progress_bar(total: int, description: str, *, enabled: bool = True) -> Itera
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
-        yield Bar(progress, progress.add_task(description, total=total, rate=""))
+        task = progress.add_task(description, total=total, completed=done, rate="")
+
+        def draw(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if bar.text is not None:
+                progress.update(task, rate=bar.text)
+            elif speed := progress.tasks[0].speed:
+                progress.update(task, rate=f"{speed:.1f} steps/s")
+
+        bar = Bar(total, draw, done)
+        yield bar
+
+
+def check_progress(progress: Any) -> None:
+    """Raises TypeError unless `progress` is something that `progress_bar` can be enabled by."""
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress is a {type(progress).__name__}, must be True, False or a function (done, total)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,12 +23,15 @@ from fastddpm.guidance import ClassifierFn
 from fastddpm.network import Network
 from fastddpm.overflow import choose_dtype
 from fastddpm.precision import tf32
+from fastddpm.progress import Report
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.settings import (
     LoopSettings,
     build_table,
     check_guidance,
     check_null_class,
+    check_out_channels,
+    checked_table,
     choose_classifier,
     choose_timesteps,
     clipping,
@@ -63,13 +65,15 @@ class Sampler:
             own. "float32" and "tf32" set torch's switches for TensorFloat-32 while sampling. The state is always
             float32. A `fastddpm.UNet` is prepared for sampling: see `fastddpm.frozen`.
         device: where to sample; None for where the model is.
-        backend: "auto", "triton", "eager" or "reference", for the sampling step (and for the norms of a
+        backend: "auto", "triton", "native", "eager" or "reference", for the sampling step (and for the layers of a
             `fastddpm.UNet`).
         cuda_graph: on a CUDA device, "auto" captures the loop's steps as CUDA graphs and runs those in the way that it
             measures to be fastest (up to 192 steps one by one, which is not worth measuring); a model that cannot be
             captured is run without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per
             launch) or "step" (one): only that way. False: no graphs, for models whose Python code does not do the
             same in every call. The operations are the same in all. `graph_report` says what was done.
+        autotune: before a run, measure the fastest kernels for those of its shapes that were not tuned before, for up
+            to 20 s; they are kept in the user's cache, as `fastddpm tune` does. False: only look there.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.
@@ -79,8 +83,8 @@ class Sampler:
         use_clipped_model_output, set_alpha_to_one: of method "ddim"; see `coefficients.ddim_table`.
         solver_order, lower_order_final, final_sigmas_type: of method "dpmsolver++"; see `solvers.dpmsolver_table`.
         thresholding: dynamic thresholding (Saharia et al. 2022) in place of `clip_sample`: each sample's x0 is clipped
-            to its `dynamic_thresholding_ratio`-quantile of magnitude, at least 1 and at most `sample_max_value`, and
-            divided by it.
+            to its `dynamic_thresholding_ratio`-quantile of magnitude, at least 1 and at most `sample_max_value` (which
+            comes first, if it is less than 1), and divided by it.
         guidance_interval: (lowest, highest) timestep between which guidance applies (Kynkäänniemi et al. 2024);
             outside it only the conditional half is computed.
         guidance_rescale: from 0 to 1, how far the guided prediction is brought back to the standard deviation of the
@@ -88,7 +92,7 @@ class Sampler:
         classifier_fn: classifier_fn(x, t, class_labels), the gradient of log p(class_labels | x_t) in x: x float32
             [N, ...], t int64 [N]; it runs with gradients enabled. "ddpm" moves the mean of a step by the step's
             variance times the gradient, the other methods move epsilon by -sqrt(1 - abar) times it (Dhariwal & Nichol
-            2021, algorithms 1 and 2).
+            2021, algorithms 1 and 2); `guidance.Classifier` says what guided-diffusion does otherwise.
         classifier_scale: factor of that gradient.
         self_condition: give the model the x0 it predicted in the step before, zeros at first (Chen et al. 2022): as
             `x_self_cond` if it has a parameter of that name, else as channels before those of x.
@@ -119,6 +123,7 @@ class Sampler:
         backend: str = "auto",
         cuda_graph: str | bool = "auto",
         *,
+        autotune: bool = False,
         steps_offset: int = 0,
         clip_sample_range: float = 1.0,
         null_class: int | None = None,
@@ -154,7 +159,8 @@ class Sampler:
             self._tf32 = False  # its convolutions do not follow torch's switches, so its products must not either
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
-        self.backend = resolve("reverse_step", backend, self.device.type)
+        step = "eager" if backend == "native" else backend  # a step has no native kernel: it costs next to nothing
+        self.backend = resolve("reverse_step", step, self.device.type)
         self._graphs = Graphs(cuda_graph, self.device)
 
         self.schedule, self.method = schedule, method
@@ -183,9 +189,7 @@ class Sampler:
         )
         self.null_class = null_class if null_class is not None else getattr(self.config, "null_class", None)
         self.guidance_scale = None if guidance_scale is None else checks.finite(guidance_scale, "guidance_scale")
-        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None))
-        if self.guidance_scale not in (None, 1.0) and self.null_class is None:
-            raise ValueError("guidance_scale needs a null_class, and the model's config names none")
+        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None), self.guidance_scale)
         self.settings = LoopSettings(
             backend=self.backend,
             clip_range=self.clip_range,
@@ -194,15 +198,11 @@ class Sampler:
             guidance_rescale=guidance_rescale,
             guidance_interval=check_guidance(guidance_interval, guidance_rescale),
             null_class=self.null_class,
-            classifier=choose_classifier(method, classifier_fn, classifier_scale),
+            classifier=choose_classifier(method, classifier_fn, classifier_scale, use_clipped_model_output),
             self_condition=self_condition,
         )
-        out_channels = getattr(self.config, "out_channels", None)
-        if self.settings.learned_variance and out_channels is not None and out_channels % 2:
-            raise ValueError(
-                f"variance_type is {variance_type!r} but the model has out_channels {out_channels}, must have twice "
-                "those of a sample"
-            )
+        check_out_channels(self.settings, getattr(self.config, "out_channels", None))
+        self._autotune = autotune
         self._checked_finite = False
         self._batching = Batching(self.network, self.settings, self._graphs)
 
@@ -224,6 +224,7 @@ class Sampler:
         shape: Sequence[int] | None = ...,
         seed: int = ...,
         seeds: Sequence[int] | None = ...,
+        first_sample: int = ...,
         x_T: Tensor | None = ...,
         start: int = ...,
         table: StepTable | None = ...,
@@ -236,7 +237,7 @@ class Sampler:
         known_noise: NoiseSource | None = ...,
         batch_size: int | str | None = ...,
         callback: StepCallback | None = ...,
-        progress: bool = ...,
+        progress: bool | Report = ...,
         return_trajectory: None = ...,
     ) -> Tensor: ...
 
@@ -253,6 +254,7 @@ class Sampler:
         shape: Sequence[int] | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
+        first_sample: int = 0,
         x_T: Tensor | None = None,
         start: int = 0,
         table: StepTable | None = None,
@@ -265,7 +267,7 @@ class Sampler:
         known_noise: NoiseSource | None = None,
         batch_size: int | str | None = None,
         callback: StepCallback | None = None,
-        progress: bool = False,
+        progress: bool | Report = False,
         return_trajectory: int | None = None,
     ) -> Tensor | Trajectory:
         """Draws `num_samples` samples.
@@ -278,6 +280,7 @@ class Sampler:
             shape: of one sample, such as (C, H, W), (C, L) or (P, 3); None for the one the model's config states.
             seed: 0 <= seed < 2**64; sample k draws stream k of it.
             seeds: one seed per sample in place of `seed`; each sample is then sample 0 of its seed.
+            first_sample: k: the samples are k to k + N - 1 of the seed, so that several calls can share one seed.
             x_T: float [N, ...] to start from, in place of drawn noise.
             start: the row of the table to start from; above 0 `x_T` must be given, at the level before that row
                 (`table.skip(start).start`). The steps from there on draw the noise that they draw in the whole loop;
@@ -286,7 +289,7 @@ class Sampler:
             noise: [S, N, ...], or a function of (row of the table, (n, ...)) that returns such a tensor for one step
                 of n samples, in place of drawn noise z. It is not called for steps that add none (the last one of
                 DDPM), and cannot be had with a `batch_size` below N.
-            class_labels: one label for all or one per sample.
+            class_labels: one label for all or one per sample; with class_embed_type "identity" float [N, E].
             guidance_scale: one for all or one per sample, in place of the sampler's.
             condition: float [N, C', ...] that the model reads as further channels after those of x, such as the
                 low-resolution image of super-resolution.
@@ -299,7 +302,8 @@ class Sampler:
             callback: called after every step as callback(row of the table, timestep, x); x [n, ...] is the float32
                 state, whose memory is used again: it must not be changed, and copied if it is to be kept. If it
                 returns True the loop stops there. With "auto" it may see the steps of a chunk that did not fit.
-            progress: show a progress bar.
+            progress: True shows a progress bar; a function is called as progress(steps done, steps of all chunks), on
+                CUDA after several steps, so that one launch may run them.
             return_trajectory: k: return a `Trajectory` of the states and predicted x0 every k steps.
 
         Returns:
@@ -312,7 +316,7 @@ class Sampler:
         """
         count = checks.positive(num_samples, "num_samples")
         batch_size = checks.batch_size(batch_size)
-        table = self._checked_table(table, start, x_T)
+        table = checked_table(self.table if table is None else table, start, x_T is not None, self.settings)
         shape = (count, *self._sample_shape(shape, x_T))
         batch = make_batch(
             self.network,
@@ -320,6 +324,7 @@ class Sampler:
             shape,
             seed=seed,
             seeds=seeds,
+            first_sample=first_sample,
             class_labels=class_labels,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             condition=condition,
@@ -348,6 +353,10 @@ class Sampler:
             recorder=recorder,
         )
         with self.network.evaluating(), self._rounding():
+            if self._autotune:
+                from fastddpm.tuning.automatic import tune_run
+
+                tune_run(self.network, self.settings, self._batching.sizes, run, batch_size)
             self._batching.walk(run, batch_size, progress)
         self._check_finite(run.images)
         return run.images if recorder is None else recorder.trajectory()
@@ -374,25 +383,9 @@ class Sampler:
                     stacklevel=5,  # past the decorators of `sample`
                 )
 
-    def _checked_table(self, table: StepTable | None, start: int, x_T: Tensor | None) -> StepTable:
-        table = self.table if table is None else table
-        if not isinstance(table, StepTable):
-            raise TypeError(f"table is a {type(table).__name__}, must be a StepTable")
-        if table.learned is not None and not self.settings.learned_variance:
-            raise ValueError(f"table has a learned variance but variance_type is {self.variance_type!r}")
-        if isinstance(start, bool) or not isinstance(start, numbers.Integral) or not 0 <= start < len(table):
-            raise ValueError(f"start is {start!r}, must be from 0 to {len(table) - 1}, a row of the table")
-        if x_T is None and start > 0:
-            raise ValueError(f"start is {start} but x_T is None, must be given: samples at the level of that row")
-        if x_T is None and table.start[1] == 0:
-            raise ValueError("table starts from clean samples but x_T is None, must be given")
-        return table
-
     def _sample_shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         if shape is not None:
-            if not isinstance(shape, Sequence) or len(shape) == 0:
-                raise ValueError(f"shape is {shape!r}, must be the sizes of one sample, such as (3, 32, 32)")
-            return tuple(checks.positive(size, "every size of shape") for size in shape)
+            return checks.sample_shape(shape)
         if isinstance(x_T, Tensor) and x_T.ndim > 1:
             return tuple(x_T.shape[1:])
         return self.network.sample_shape(self.settings.learned_variance)

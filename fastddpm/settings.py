@@ -10,7 +10,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -115,6 +115,25 @@ def build_table(
     return _BUILDERS[method](schedule, timesteps, **own)
 
 
+def checked_table(table: StepTable, start: int, given: bool, settings: LoopSettings) -> StepTable:
+    """`table`, where a run of these settings can start from its row `start`; `given`: from states that are given.
+
+    Raises:
+        TypeError, ValueError: it cannot; the message says why.
+    """
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table is a {type(table).__name__}, must be a StepTable")
+    if table.learned is not None and not settings.learned_variance:
+        raise ValueError(f"table has a learned variance but variance_type is {settings.variance_type!r}")
+    if isinstance(start, bool) or not isinstance(start, numbers.Integral) or not 0 <= start < len(table):
+        raise ValueError(f"start is {start!r}, must be from 0 to {len(table) - 1}, a row of the table")
+    if not given and start > 0:
+        raise ValueError(f"start is {start} but x_T is None, must be given: samples at the level of that row")
+    if not given and table.start[1] == 0:
+        raise ValueError("table starts from clean samples but x_T is None, must be given")
+    return table
+
+
 def clipping(
     clip_sample: bool, clip_sample_range: float, thresholding: bool, ratio: float, maximum: float
 ) -> tuple[float | None, DynamicThreshold | None]:
@@ -132,8 +151,8 @@ def clipping(
         return (float(clip_sample_range) if clip_sample else None), None
     if not 0 < ratio <= 1:
         raise ValueError(f"dynamic_thresholding_ratio is {ratio}, must be in (0, 1]")
-    if not 1 <= maximum < math.inf:
-        raise ValueError(f"sample_max_value is {maximum}, must be a finite number of at least 1")
+    if not 0 < maximum < math.inf:
+        raise ValueError(f"sample_max_value is {maximum}, must be a positive finite number")
     return None, DynamicThreshold(float(ratio), float(maximum))
 
 
@@ -153,9 +172,11 @@ def check_guidance(interval: Sequence[int] | None, rescale: float) -> tuple[int,
     return pair
 
 
-def check_null_class(null_class: object, num_classes: int | None) -> None:
-    """Raises ValueError unless `null_class` is None or a label of the model, where it says how many it has."""
+def check_null_class(null_class: object, num_classes: int | None, guidance_scale: float | None = None) -> None:
+    """Raises ValueError unless `null_class` is a label of the model, where it says how many it has, or not needed."""
     if null_class is None:
+        if guidance_scale not in (None, 1.0):
+            raise ValueError("guidance_scale needs a null_class, and the model's config names none")
         return
     known = isinstance(null_class, numbers.Integral) and not isinstance(null_class, bool)
     if not known or (num_classes is not None and not 0 <= null_class < num_classes):  # type: ignore[operator]
@@ -163,8 +184,19 @@ def check_null_class(null_class: object, num_classes: int | None) -> None:
         raise ValueError(f"null_class is {null_class!r}, must be {what}")
 
 
-def choose_classifier(method: str, classifier_fn: ClassifierFn | None, classifier_scale: float) -> Classifier | None:
-    """Classifier guidance as the method does it.
+def check_out_channels(settings: LoopSettings, channels: int | None) -> None:
+    """Raises ValueError unless a network of so many output channels, if that is known, can have a learned variance."""
+    if settings.learned_variance and channels is not None and channels % 2:
+        raise ValueError(
+            f"variance_type is {settings.variance_type!r} but the model has out_channels {channels}, must have twice "
+            "those of a sample"
+        )
+
+
+def choose_classifier(
+    method: str, classifier_fn: ClassifierFn | None, classifier_scale: float, use_clipped_model_output: bool = False
+) -> Classifier | None:
+    """Classifier guidance as the method does it; `use_clipped_model_output` is DDIM's setting.
 
     Raises:
         ValueError: there is a scale but no function, or it is not finite.
@@ -180,4 +212,7 @@ def choose_classifier(method: str, classifier_fn: ClassifierFn | None, classifie
         )
     if not math.isfinite(classifier_scale):
         raise ValueError(f"classifier_scale is {classifier_scale}, must be a finite number")
-    return Classifier(classifier_fn, float(classifier_scale), "mean" if method == "ddpm" else "epsilon")
+    if method == "ddpm":
+        return Classifier(classifier_fn, float(classifier_scale), "mean")
+    shifts: Literal["epsilon", "clipped epsilon"] = "clipped epsilon" if use_clipped_model_output else "epsilon"
+    return Classifier(classifier_fn, float(classifier_scale), shifts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ import torch
 # imported for the first time.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What this user has tuned must not change what is tested.
+os.environ["FASTDDPM_TUNED"] = "0"
 
 # Workers side by side share the cores; OpenMP threads that wait for each other would spin on them.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -33,6 +38,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels are tested: the GPU if there is one, else the CPU (through triton's interpreter)."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_prepares_once() -> Iterator[None]:
+    """Triton's interpreter replaces the functions of its language before a launch, and looks for what there is to
+    replace at every call of one kernel function by another as well: a quarter of its time, to find nothing."""
+    if not HAS_TRITON or torch.cuda.is_available():
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    is_builtin, prepare = language.core.is_builtin, getattr(interpreter, "_patch_lang", None)
+    nothing = getattr(interpreter, "_LangPatchScope", None)
+    if prepare is None or nothing is None:  # another version of triton
+        yield
+        return
+
+    def prepare_once(fn: Any) -> Any:
+        seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
+        todo = any(is_builtin(each.load) or is_builtin(each.tensor.__add__) for each in seen)
+        return prepare(fn) if todo or not seen else nothing()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

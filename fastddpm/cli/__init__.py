@@ -1,8 +1,9 @@
 """The command `fastddpm`.
 
-`sample` draws images from a model; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `evaluate`
-measures what a model's samples are worth; `info` tells what would run here and why. Bad input ends in one line on
-standard error and exit code 2, before anything is computed or written.
+`sample` draws images from a model; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `train` makes a
+model from images; `evaluate` measures what a model's samples are worth; `profile` measures a machine and a model on it;
+`tune` finds the fastest kernels for a model's shapes; `info` tells what would run here and why. Bad input ends in one
+line on standard error and exit code 2, before anything is computed or written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fastddpm.cli import edit, evaluate, info, sample
+from fastddpm.cli import edit, evaluate, info, profile, sample, train, tune
 from fastddpm.cli.options import Parser, one_line
 
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (sample, edit, evaluate, info):
+    for module in (sample, edit, train, evaluate, profile, tune, info):
         module.add_commands(commands)
     options = parser.parse_args(arguments)
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, BackendError, torch.OutOfMemoryError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, BackendError, torch.OutOfMemoryError) as error:
         print(f"fastddpm {options.command}: error: {one_line(error, options)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fastddpm.cli.model import add_model_options, open_model
 from fastddpm.cli.options import device_name, integer
 
 if TYPE_CHECKING:
@@ -25,23 +26,23 @@ def add_commands(commands: Any) -> None:
         "--model",
         nargs="?",
         const="",
-        metavar="MODEL_DIR",
-        help="count the kernels of one sampling step of a model (without MODEL_DIR: of the bundled one)",
+        metavar="MODEL",
+        help="count the kernels of one sampling step of a model, named as for sample (without MODEL: the bundled one)",
     )
     info.add_argument(
         "--batch-size", type=integer(1), metavar="B", help="of the step that is counted, with --model (default: 1)"
     )
+    add_model_options(info)
     info.set_defaults(run=_info)
 
 
-def _kernels(folder: str, batch_size: int) -> Table:
+def _kernels(options: argparse.Namespace, batch_size: int) -> Table:
     """What one step launches, by kind."""
     from rich.table import Table
 
     from fastddpm.frozen import cuda_instructions
-    from fastddpm.pretrained import BUNDLED, load_pretrained
 
-    unet = load_pretrained(folder or BUNDLED).unet
+    unet = open_model(options, latents=True).unet
     instructions = cuda_instructions(unet, batch_size)
     what = {
         "time": "rows of the time table, made before the first step",
@@ -52,7 +53,7 @@ def _kernels(folder: str, batch_size: int) -> Table:
         "residual": "residuals and biases before a convolution that pads, with the padding",
         "other": "the bias of the last convolution, and what else is rare",
     }
-    table = Table(title=f"One step of {folder or 'the bundled model'} on CUDA, float16, batch {batch_size}")
+    table = Table(title=f"One step of {options.model or 'the bundled model'} on CUDA, float16, batch {batch_size}")
     table.title_justify = "left"
     for name, justify in (("what", "left"), ("kernels", "right"), ("GFLOP", "right"), ("MB", "right"), ("", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -77,6 +78,7 @@ def _info(options: argparse.Namespace) -> None:
 
     import torch
     from fastddpm_kernels._backend import BACKENDS, OPS, resolve, why_not
+    from fastddpm_kernels._tuned import describe
     from rich.console import Console
     from rich.table import Table
 
@@ -85,7 +87,7 @@ def _info(options: argparse.Namespace) -> None:
 
     kernels = None  # first of all, since the model may be wrong
     if options.model is not None:
-        kernels = _kernels(options.model, options.batch_size or 1)
+        kernels = _kernels(options, options.batch_size or 1)
     elif options.batch_size is not None:
         raise ValueError(f"--batch-size is {options.batch_size} but --model is not given; it is of a model's step")
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -109,14 +111,21 @@ def _info(options: argparse.Namespace) -> None:
     console.print(devices)
 
     for device_type in dict.fromkeys(device.type for device in found):
-        table = Table("op", "uses", "not", title=f"Backends on {device_type}", title_justify="left")
+        title = f"Backends on {device_type}, float32"
+        table = Table("op", "uses", "not", title=title, title_justify="left")
         for op in OPS:
-            chosen = resolve(op, "auto", device_type)
+            op = {"group_norm_silu": "group_norm_silu_"}.get(op, op)  # as a sampler calls it
+            chosen = resolve(op, "auto", device_type, torch.float32)
             others = [
-                f"{name}: {why_not(name, device_type) or 'slower, on request'}" for name in BACKENDS if name != chosen
+                f"{name}: {why_not(name, device_type, op) or 'slower, on request'}"
+                for name in BACKENDS
+                if name != chosen
             ]
             table.add_row(op, chosen, "\n".join(others))
         console.print(table)
+    for device in found:
+        for line in describe(device) or ["none: heuristics choose"]:
+            console.print(f"Tuned choices on {device}: {line}", soft_wrap=True, markup=False, highlight=False)
     graphs = Table("loop", "can be used", title="CUDA graphs", title_justify="left")
     for mode in MODES:
         graphs.add_row(mode, why_not_mode(mode, found[0]) or "yes")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import check_labels, check_outputs, classes_of, integer, make_sampler
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def add_command(
 
 def add_input_options(parser: argparse.ArgumentParser, *, variants: int | None, labels: str | None) -> None:
     """Options on inputs; those that do not apply to a command are None in it."""
-    parser.add_argument("--model", metavar="DIR", help="a pipeline folder, as diffusers writes it (default: bundled)")
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: a bundled one)")
+    add_model_options(parser)
     parser.add_argument("--invert", action="store_true", help="exchange black and white in picture files")
     parser.add_argument(
         "--input-seed", type=integer(0), default=0, metavar="SEED", help="of inputs drawn for class labels (default: 0)"
@@ -95,7 +97,7 @@ def open_inputs(
 
     kind = check_outputs(options)
     bundled = BUNDLED if reduced == 1 else BUNDLED.with_name("digits_upscale")
-    model = load_pretrained(options.model or bundled)
+    model = open_model(options, bundled)
     sampler = make_sampler(options, model, **settings)
     source = load_pretrained(BUNDLED) if reduced > 1 and options.model is None else model
     return kind, model, sampler, _read_inputs(options, model, source, sampler, reduced)
@@ -119,9 +121,10 @@ def _read_inputs(
         raise ValueError(f"--factor is {reduced}, must divide the model's size {height} x {width}")
     channels = config.out_channels // (2 if sampler.settings.learned_variance else 1)
     if reduced > 1:
-        channels = config.in_channels - channels
+        reads = getattr(config, "in_channels", channels)
+        channels = reads - channels
         if channels < 1:
-            raise ValueError(f"--model reads {config.in_channels} channels, no small image beside those it draws")
+            raise ValueError(f"--model reads {reads} channels, no small image beside those it draws")
     shape = (channels, height // reduced, width // reduced)
 
     classes = classes_of(source.unet.config)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 GRAPHS = ("auto", "while", "unrolled", "step", "off")
 METHODS = ("ddpm", "ddim", "dpmsolver++")
+BACKENDS = ("auto", "triton", "native", "eager", "reference")
 SPACINGS = ("leading", "trailing", "linspace", "denoising_diffusion_pytorch", "guided_diffusion")
 GIF_FRAMES = 48
 # What the library calls a setting where its option is not that with dashes.
@@ -28,6 +29,9 @@ _RENAMED = {
     "timestep_spacing": "--spacing",
     "jump_n_sample": "--resamples",
     "class_labels": "--class-label",
+    "flags": "--flags",
+    "objective": "--flags: objective",
+    "sinusoidal_pos_emb_theta": "--flags: sinusoidal_pos_emb_theta",
     "mask": "--fill",
     "low": "INPUT",
     "images": "INPUT",
@@ -47,7 +51,7 @@ def one_line(error: BaseException, options: argparse.Namespace) -> str:
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     # The library speaks of its arguments; here they are options.
-    match = re.match(r"(\w+)(?= (?:is|has|needs|reaches) )", message)
+    match = re.match(r"(\w+)(?= (?:is(?! no flag)|are|has|needs|reaches) )", message)
     if match and match[1] in vars(options):
         message = "--" + match[1].replace("_", "-") + message[match.end() :]
     elif match and match[1] in _RENAMED:
@@ -76,6 +80,17 @@ def integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be integers separated by commas, such as 3,1,4") from None
+
+
+def seconds(text: str) -> float:
+    """A type for an option: a positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number of seconds")
+    return value
 
 
 def share(text: str) -> float:
@@ -114,7 +129,11 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
     )
     parser.set_defaults(default_steps=steps)
     group.add_argument("--timesteps", type=integers, metavar="T,T,...", help="the very timesteps to visit, falling")
-    group.add_argument("--spacing", choices=SPACINGS, help="of the steps over the trained ones (default: leading)")
+    group.add_argument(
+        "--spacing",
+        choices=SPACINGS,
+        help="of the steps over the trained ones (default: the model's, usually leading)",
+    )
     default = method or "the model's, usually ddpm"
     group.add_argument("--method", choices=METHODS, default=method, help=f"sampler (default: {default})")
     group.add_argument("--eta", type=float, help="share of DDPM's noise in ddim (default: 0)")
@@ -149,7 +168,7 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
     )
     group.add_argument(
         "--backend",
-        choices=("auto", "triton", "eager", "reference"),
+        choices=BACKENDS,
         default="auto",
         help="of the fused ops (default: auto)",
     )
@@ -331,7 +350,8 @@ def write_outputs(
 def report_device(sampler: Sampler) -> None:
     """Says what ran where."""
     network = str(sampler.dtype).removeprefix("torch.")
-    line = f"device {device_name(sampler.device)}, network {network}, backend {sampler.backend}"
+    backend = sampler.network.frozen.backend if sampler.network.frozen else sampler.backend
+    line = f"device {device_name(sampler.device)}, network {network}, backend {backend}"
     report = sampler.graph_report()
     if sampler.device.type == "cuda":
         line += f", loop {report['mode']}" + (f" ({report['why_not']})" if report["why_not"] else "")

@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import Any
 
+from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import (
     add_output_options,
     add_sampler_options,
@@ -28,10 +29,10 @@ def add_commands(commands: Any) -> None:
     sample = commands.add_parser(
         "sample",
         help="draw samples from a model and write them to a file",
-        description="Draw samples from a model and write them to a file. Without MODEL_DIR it is the bundled model of "
+        description="Draw samples from a model and write them to a file. Without MODEL it is the bundled model of "
         "handwritten digits: 100 samples, ten of each class.",
     )
-    sample.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a pipeline folder, as diffusers writes it")
+    sample.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     sample.add_argument(
         "-n",
         "--num-samples",
@@ -45,6 +46,7 @@ def add_commands(commands: Any) -> None:
         metavar="L,L,...",
         help="classes to draw, repeated in turn until there are N (default: all classes in equal numbers)",
     )
+    add_model_options(sample)
     add_sampler_options(sample, steps=None, method=None, seed=0)
     add_output_options(sample, "samples.png", "a grid")
     sample.set_defaults(run=_sample)
@@ -52,10 +54,12 @@ def add_commands(commands: Any) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from fastddpm.images import grid
-    from fastddpm.pretrained import BUNDLED, load_pretrained
 
     kind = check_outputs(options)
-    model = load_pretrained(options.model or BUNDLED)
+    model = open_model(options, latents=True)
+    if model.decoder is not None and recording(options, kind, 1):
+        name = "output" if kind == ".gif" else "trajectory"
+        raise ValueError(f"--{name} is {getattr(options, name)}, which shows states, but those of MODEL are latents")
     sampler = make_sampler(options, model)
     labels = _choose_labels(options, model.unet.config)
     count = options.num_samples or (len(labels) if labels else 16)
@@ -69,7 +73,8 @@ def _sample(options: argparse.Namespace) -> None:
         progress=True,
         **recording(options, kind, steps),
     )
-    images, trajectory = images_of(result)  # copied to the CPU, and so computed
+    # Copied to the CPU, and so computed.
+    images, trajectory = images_of(result if model.decoder is None else model.decode(result))
     seconds = time.perf_counter() - start
 
     print(

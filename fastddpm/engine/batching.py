@@ -33,7 +33,7 @@ from fastddpm.engine.pool import LoopPool, Slot
 from fastddpm.engine.run import Run, layout_of_one
 from fastddpm.engine.runner import Graphs, PlainRunner, Runner
 from fastddpm.network import Network
-from fastddpm.progress import progress_bar
+from fastddpm.progress import Report, check_progress, progress_bar
 from fastddpm.settings import LoopSettings
 
 SHARE = 0.05  # of the estimated whole run that measuring may take
@@ -53,18 +53,19 @@ class Batching:
         self.pool = LoopPool(partial(_build_slot, build, graphs), network.device)
         self.sizes = BatchSizes(build, network.device)
 
-    def walk(self, run: Run, batch_size: int | str | None, progress: bool) -> None:
+    def walk(self, run: Run, batch_size: int | str | None, progress: bool | Report) -> None:
         """All samples of `run` through its table; the arguments as in `Sampler.sample`.
 
         Raises:
             torch.OutOfMemoryError: so many samples at once do not fit; with "auto", not even one.
         """
+        check_progress(progress)
         count, chunk = len(run.images), batch_size
         auto = batch_size == "auto" and not run.needs_all_at_once
         if not isinstance(chunk, int):
             chunk = self.sizes.choose(run, count) if auto else count
         with progress_bar(run.steps * -(-count // chunk), "sampling", enabled=progress) as bar:
-            run.bar = bar if progress else None
+            run.bar = None if progress is False else bar
             if auto:
                 self._walk_halving(run, count, chunk)
                 return

@@ -22,6 +22,7 @@ from fastddpm.frozen import Program
 from fastddpm.guidance import (
     Classifier,
     add_to_prediction,
+    clipped_prediction,
     combine,
     learned_std,
     log_of_variance,
@@ -58,10 +59,12 @@ class Layout:
         keep_x0: whether the predicted x0 is wanted.
         guidance: rows of the guidance scale, 1 or N; None without an unconditional half.
         labelled: whether the network is given labels.
+        real_labels: the shape of one where they are real numbers; None where they are integers.
         condition: channels of the condition.
         known, known_mask: their shapes, or None.
         noise, known_noise: whether the user gives them.
         score_shift: whether a classifier moves epsilon.
+        mean_shift: whether a classifier moves the mean, and not by the table's S.
     """
 
     shape: tuple[int, ...]
@@ -71,12 +74,14 @@ class Layout:
     keep_x0: bool = False
     guidance: int | None = None
     labelled: bool = False
+    real_labels: tuple[int, ...] | None = None
     condition: int = 0
     known: tuple[int, ...] | None = None
     known_mask: tuple[int, ...] | None = None
     noise: bool = False
     known_noise: bool = False
     score_shift: bool = False
+    mean_shift: bool = False
 
 
 def layout_of(
@@ -90,7 +95,7 @@ def layout_of(
     known_noise: bool = False,
 ) -> Layout:
     """The layout of the loop that takes `batch`, of samples of `shape` [N, ...], through `table`."""
-    classifier = settings.classifier
+    classifier, labels = settings.classifier, batch.class_labels
     return Layout(
         shape=tuple(shape),
         rows=-(-len(table) // ROWS) * ROWS,
@@ -98,13 +103,15 @@ def layout_of(
         multistep=table.multistep,
         keep_x0=keep_x0,
         guidance=None if batch.guidance_scale is None else len(batch.guidance_scale),
-        labelled=batch.class_labels is not None,
+        labelled=labels is not None,
+        real_labels=None if labels is None or not labels.is_floating_point() else tuple(labels.shape[1:]),
         condition=0 if batch.condition is None else batch.condition.shape[1],
         known=None if batch.known is None else tuple(batch.known.shape),
         known_mask=None if batch.known_mask is None else tuple(batch.known_mask.shape),
         noise=noise,
         known_noise=known_noise,
-        score_shift=classifier is not None and classifier.shifts == "epsilon",
+        score_shift=classifier is not None and classifier.shifts != "mean",
+        mean_shift=classifier is not None and classifier.shifts == "mean" and table.mean_std is not None,
     )
 
 
@@ -138,11 +145,13 @@ class Loop:
         self.rows = torch.zeros(layout.rows, 7, device=device)
         self.log_variance = zeros(layout.rows, 2, given=layout.learned is not None)
         self.score_shift = zeros(layout.rows, given=layout.score_shift)
+        self.adds_noise = zeros(layout.rows, given=layout.mean_shift)
         self.keys = torch.zeros(n, 2, dtype=torch.int64, device=device)
         self.guidance_scale = zeros(layout.guidance or 0, given=layout.guidance is not None)
         self.copies = 1 if layout.guidance is None else 2
         # The network's labels: the unconditional half comes first.
-        self.labels = zeros(self.copies * n, dtype=torch.int64, given=layout.labelled)
+        one, of = (layout.real_labels, torch.float32) if layout.real_labels is not None else ((), torch.int64)
+        self.labels = zeros(self.copies * n, *one, dtype=of, given=layout.labelled)
         self.class_labels = None if self.labels is None else self.labels[-n:]
         self.known = zeros(*layout.known or (), given=layout.known is not None)
         self.known_mask = zeros(*layout.known_mask or (), given=layout.known_mask is not None)
@@ -163,13 +172,16 @@ class Loop:
                 self.inputs[:, :first] if concatenates else network.new_input((rows, channels, *spatial))
             )
 
+        # A classifier may guide a U-Net that knows no classes: then the labels are the classifier's alone.
+        classless = settings.classifier is not None and not getattr(network.config, "has_classes", True)
+        told = None if classless else self.labels
         self._bound: dict[bool, Bound | Program] = {}  # by whether a step is guided
         guidable, always = layout.guidance is not None, settings.guidance_interval is None
         for guided in ((True,) if always else (True, False)) if guidable else (False,):
             self._bound[guided] = network.bind(
                 self._part(self.inputs, guided),
                 self.timesteps,
-                None if self.labels is None else self._part(self.labels, guided),
+                None if told is None else self._part(told, guided),
                 None if self.self_condition is None or concatenates else self._part(self.self_condition, guided),
             )
 
@@ -181,6 +193,9 @@ class Loop:
         n, rows = self.layout.shape[0], len(table)
         self.timesteps[:rows].copy_(table.timesteps)
         self.rows[:rows].copy_(_first_order_at(start, table.rows))
+        if self.adds_noise is not None and table.mean_std is not None:  # S is of the shift, and z is 0 where it was 0
+            self.rows[:rows, 6].copy_(table.mean_std)
+            self.adds_noise[:rows].copy_(table.rows[:, 6] != 0)
         _fill(self.log_variance, table.log_variance, rows)
         _fill(self.known_table, table.levels, rows)
         _fill(self.score_shift, score_shift(table) if self.score_shift is not None else None, rows)
@@ -225,12 +240,16 @@ class Loop:
         out, noise = self._predict(guided), self.noise
         if scale is not None and settings.guidance_rescale:
             out = rescale_guidance(out, channels, scale, settings.guidance_rescale)
+        clip_range, dynamic, threshold = settings.clip_range, settings.threshold, None
         if settings.classifier is not None:
+            if settings.classifier.shifts == "clipped epsilon":
+                row = self.rows.index_select(0, self.step)[0]
+                out = clipped_prediction(combine(out, channels, scale), self.x, row, clip_range, dynamic)
+                guided, scale, clip_range, dynamic = False, None, None, None
             out, noise = self._classify(settings.classifier, out, noise)
-        threshold = None
-        if settings.threshold is not None:
+        if dynamic is not None:
             a, b = self.rows.index_select(0, self.step)[0, :2]
-            threshold = settings.threshold(a * self.x + b * combine(out, channels, scale))
+            threshold = dynamic(a * self.x + b * combine(out, channels, scale))
         reverse_step_(
             self.x,
             out,
@@ -241,7 +260,7 @@ class Loop:
             multistep=self.layout.multistep,
             keys=self.keys if noise is None or self.known is not None else None,
             noise=noise,
-            clip_range=settings.clip_range,
+            clip_range=clip_range,
             threshold=threshold,
             log_variance=self.log_variance,
             guidance_scale=scale,
@@ -299,6 +318,8 @@ class Loop:
                 stream=philox.STREAM_STEP,
                 backend=self.settings.backend,
             )
+        if self.adds_noise is not None:
+            noise = noise * self.adds_noise.index_select(0, self.step)
         return out, noise + std * gradient
 
     def _part(self, halves: Tensor, guided: bool) -> Tensor:

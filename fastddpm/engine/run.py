@@ -21,7 +21,9 @@ from fastddpm.trajectory import Recorder
 
 StepCallback = Callable[[int, int, Tensor], bool | None]
 
-BAR_UPDATES = 50  # of a progress bar, per chunk, where the host is ahead of the device
+# Where the host is ahead of the device, progress is told at most so often per chunk, and after no fewer steps, so that
+# graphs of several steps stay worth their while.
+BAR_UPDATES, BAR_STEPS = 50, 4
 
 
 @dataclass(eq=False)
@@ -84,6 +86,15 @@ class Run:
 
     def chunk(self, rows: slice, slot: Slot) -> None:
         """All steps of some of the samples, in a loop of their layout."""
+        done = 0 if self.bar is None else self.bar.done
+        try:
+            self._walk(rows, slot)
+        except (RuntimeError, MemoryError):
+            if self.bar is not None:
+                self.bar(done - self.bar.done)  # they will be done again
+            raise
+
+    def _walk(self, rows: slice, slot: Slot) -> None:
         self._load(rows, slot)
         loop, recorder = slot.loop, self.recorder
         if recorder is not None:
@@ -150,7 +161,7 @@ class Run:
         if self.recorder is not None:
             periods.append(self.recorder.every)
         if self.bar is not None:
-            periods.append(-(-self.steps // BAR_UPDATES) if device.type == "cuda" else 1)
+            periods.append(max(BAR_STEPS, -(-self.steps // BAR_UPDATES)) if device.type == "cuda" else 1)
         return periods
 
 

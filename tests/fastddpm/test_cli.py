@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastddpm_kernels import _backend
 from PIL import Image
 
 from fastddpm import NoiseSchedule, UNet, UNetConfig, save_pretrained
 from fastddpm.cli import main
-from fastddpm.pretrained import BUNDLED
+from fastddpm.cli import options as options_of_the_command
+from fastddpm.pretrained import BUNDLED, load_pretrained
 
 FAST = ["--steps", "2"]
 TASKS = ("edit", "inpaint", "interpolate", "upscale")
@@ -66,6 +68,11 @@ def test_options_reach_the_sampler(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "network bfloat16" in out
     assert "backend eager" in out
+    assert main(["sample", *FAST, "-n", "2", "--device", "cpu"]) == 0
+    frozen = load_pretrained().sampler(device="cpu").network.frozen
+    assert frozen is not None
+    assert f"backend {frozen.backend}\n" in capsys.readouterr().out  # of the network; a step has no native kernel
+    assert ("auto", *_backend.BACKENDS) == options_of_the_command.BACKENDS
 
 
 @pytest.mark.parametrize(
@@ -338,11 +345,14 @@ def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[s
         assert part in out
 
 
-def test_the_installed_command_runs() -> None:
-    run = subprocess.run([sys.executable, "-m", "fastddpm", "--version"], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("fastddpm 0.")
+def test_the_installed_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("fastddpm 0.")
     bad = subprocess.run([sys.executable, "-m", "fastddpm", "sample", "nowhere"], capture_output=True, text=True)
     assert bad.returncode == 2
+    assert "nowhere" in bad.stderr
     assert "Traceback" not in bad.stderr
 
 

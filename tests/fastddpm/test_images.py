@@ -73,6 +73,26 @@ def test_npz_is_as_evaluators_read_it(tmp_path: Path) -> None:
         assert list(arrays) == ["arr_0"]
 
 
+def test_npz_of_grey_images_in_colour(tmp_path: Path) -> None:
+    images = torch.tensor([[[[-1.0, 1.0]]]])
+    writing.save_npz(tmp_path / "a.npz", images, in_colour=True)
+    writing.save_npz(tmp_path / "b.npz", torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+    assert writing.read_npz(tmp_path / "a.npz", ["arr_0"])["arr_0"].tolist() == [[[[0] * 3, [255] * 3]]]
+    assert writing.read_npz(tmp_path / "b.npz", ["arr_0"])["arr_0"].tolist() == [[[[0], [255]]]]
+
+
+def test_pictures_of_a_folder_are_found_once(tmp_path: Path) -> None:
+    for name in ("b.png", "a/d.JPG", "a/c.png", "a/.hidden.png", ".trash/e.png", "a/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in writing.picture_files(tmp_path)] == [
+        "b.png",
+        "a/c.png",
+        "a/d.JPG",
+    ]
+
+
 def test_folder_holds_exact_images(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 4, 4) * 2 - 1
     writing.save_folder(tmp_path / "out", images, [5, 6])

@@ -19,8 +19,10 @@ FILES = [(name, path) for name, root in PACKAGES.items() for path in sorted(root
 ORDER = [
     "_files",
     "progress",
+    "hub",
     "timesteps",
     "schedule",
+    "scheduler_config",
     "coefficients",
     "solvers",
     "images",
@@ -29,21 +31,26 @@ ORDER = [
     "unet",
     "checks",
     "precision",
+    "weights",
     "frozen",
     "network",
+    "diffusion",
     "overflow",
     "guidance",
     "settings",
     "batch",
     "trajectory",
     "cuda_graph",
+    "profiling",
     "engine",
+    "tuning",
     "sampler",
     "evaluation",
     "editing",
-    "pretrained",
     "fusing",
     "interop",
+    "pretrained",
+    "training",
     "__init__",
     "cli",
     "__main__",
@@ -96,11 +103,14 @@ def test_files_can_be_read_in_a_sitting() -> None:
 
 WITHOUT = """
 import sys
-for name in ("triton", "triton.language"):
+for name in ("triton", "triton.language", "cuda", "cuda.bindings", "diffusers", "denoising_diffusion_pytorch",
+             "accelerate", "torch_fidelity", "huggingface_hub", "matplotlib", "sklearn"):
     sys.modules[name] = None  # importing it raises ImportError
 import os
 os.environ["PATH"] = ""  # no compiler
-import fastddpm, fastddpm_kernels
+import torch, fastddpm, fastddpm_kernels
+from fastddpm.cuda_graph import while_graph
+assert while_graph.why_not(torch.device("cuda")).startswith("cuda-bindings cannot be imported")
 from fastddpm_kernels import group_norm_silu, philox, pointwise_conv, q_sample, residual_add, reverse_step
 from fastddpm_kernels._backend import resolve
 assert resolve("q_sample", "auto", "cpu") == "eager"
@@ -116,11 +126,24 @@ assert images.shape == (1, 1, 16, 16)
 """
 
 
-def test_samples_without_triton_and_compiler() -> None:
+def test_samples_without_triton_a_compiler_and_other_libraries() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)
 
 
-def test_importing_starts_nothing() -> None:
-    code = "import sys, fastddpm, torch; "
-    code += "assert not torch.cuda.is_initialized(); assert 'rich' not in sys.modules; assert 'PIL' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+IMPORTING = """
+import sys, torch
+import fastddpm, fastddpm.interop
+try:
+    fastddpm.interop.accelerate(1)
+except TypeError:
+    pass
+else:
+    raise AssertionError("accelerated 1")
+assert not torch.cuda.is_initialized()
+imported = {name.split(".")[0] for name in sys.modules}
+assert not imported & {"rich", "PIL", "diffusers", "denoising_diffusion_pytorch", "accelerate", "torch_fidelity"}
+"""
+
+
+def test_importing_starts_nothing_and_imports_no_other_library() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTING], check=True, timeout=120)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 from fastddpm import NoiseSchedule, UNet, load_pretrained, save_pretrained
-from fastddpm.pretrained import load_scheduler
+from fastddpm.scheduler_config import load_scheduler
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,

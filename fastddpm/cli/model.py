@@ -1,0 +1,84 @@
+"""The model that a command runs: how it is named, and what its files do not say."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastddpm.pretrained import Pretrained
+
+MODEL_HELP = (
+    "a pipeline folder, as diffusers writes it; owner/name[@revision] of the Hugging Face hub; a file model-N.pt of a "
+    "denoising_diffusion_pytorch Trainer; or, with --flags, one of guided-diffusion or improved-diffusion"
+)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options on how a model is loaded, which every command that takes one has."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take the moving average of the weights where there are both: unet_ema/ beside unet/, or in a Trainer's "
+        "file (default: --ema)",
+    )
+    group.add_argument(
+        "--variant", metavar="NAME", help="of a folder's weights, as diffusers names files: fp16, ema, non_ema"
+    )
+    group.add_argument(
+        "--image-size", metavar="S[,S]", help="pixels of an image, or height,width: for files, which do not say it"
+    )
+    group.add_argument(
+        "--flags",
+        type=_flags,
+        default={},
+        metavar="'--NAME VALUE ...'",
+        help="what else a file does not say: the published flags of guided-diffusion or improved-diffusion (with "
+        "--library improved_diffusion); of a Trainer's file --objective, where it is not to be seen, and "
+        "--sinusoidal_pos_emb_theta",
+    )
+
+
+def open_model(options: argparse.Namespace, bundled: Path | None = None, *, latents: bool = False) -> Pretrained:
+    """The model that `options.model` names, or the bundled one if it names none.
+
+    Args:
+        options: of a command that has `add_model_options`.
+        bundled: the folder of another bundled model than that of digits.
+        latents: whether the command can do with a model whose samples have to be decoded.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: as `load_pretrained`; or it draws latents and must not.
+    """
+    from fastddpm.pretrained import BUNDLED, load_pretrained
+
+    unsaid: dict[str, Any] = dict(options.flags)
+    if options.image_size is not None:
+        if "image_size" in unsaid:
+            raise ValueError(f"--image-size is {options.image_size} but --flags has it too; it must be in one of them")
+        unsaid["image_size"] = options.image_size
+    chosen = options.model or bundled or BUNDLED
+    model = load_pretrained(chosen, ema=options.ema, variant=options.variant, **unsaid)
+    if model.decoder is not None and not latents:
+        raise ValueError(f"MODEL is {chosen}, which draws latents; sample takes such a model, this command does not")
+    return model
+
+
+def _flags(text: str) -> dict[str, str]:
+    """A type for an option: options of another library's command line, by name."""
+    wrong = argparse.ArgumentTypeError(f"{text!r} must be names and values, such as '--image_size 64 --use_fp16 True'")
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise wrong from None
+    flags: dict[str, str] = {}
+    while words:
+        name, given, value = words.pop(0).partition("=")
+        if not name.startswith("--") or len(name) == 2 or (not given and not words):
+            raise wrong
+        flags[name[2:].replace("-", "_")] = value if given else words.pop(0)
+    return flags

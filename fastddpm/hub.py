@@ -1,0 +1,52 @@
+"""Models of the Hugging Face hub: what of one is needed is brought to its local cache, by `huggingface_hub`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def parse(name: str) -> tuple[str, str | None] | None:
+    """`owner/name` or `owner/name@revision` as (owner/name, revision or None); None if it is neither."""
+    match = _ID.fullmatch(name)
+    return None if match is None else (match["id"], match["revision"])
+
+
+def snapshot(name: str, files: Sequence[str]) -> Path:
+    """The folder, in the local cache, of a model on the hub; those of `files` that it has are in it.
+
+    Without a connection, or with HF_HUB_OFFLINE=1, what is in the cache is used.
+
+    Args:
+        name: owner/name, or owner/name@revision: a branch, tag or commit.
+        files: paths inside the model.
+
+    Raises:
+        FileNotFoundError: it cannot be had; the message says what was tried and what would help.
+    """
+    parsed = parse(name)
+    if parsed is None:
+        raise ValueError(f"name is {name!r}, must be owner/name or owner/name@revision")
+    repository, revision = parsed
+    try:
+        from huggingface_hub import constants, errors, snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"{name} is no local file or folder, and to look for it on the hub huggingface_hub is needed: "
+            "pip install 'fastddpm[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the first also stands for private ones
+        why = f"{constants.ENDPOINT} has no {repository} (if it is private or gated: hf auth login)"
+    except errors.RevisionNotFoundError:
+        why = f"{repository} on {constants.ENDPOINT} has no revision {revision}"
+    except errors.LocalEntryNotFoundError:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        why = f"{offline} and {constants.HF_HUB_CACHE} does not hold it, or not all that is needed of it"
+    except Exception as error:  # of the connection, of many kinds
+        why = f"{constants.ENDPOINT} gave {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    raise FileNotFoundError(f"{name} is no local file or folder, and {why}")
