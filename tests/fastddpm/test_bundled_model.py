@@ -44,13 +44,6 @@ def test_recorded_report_is_good() -> None:
     assert nearest["samples_below_real_quantile_01"] <= 0.02
 
 
-def test_hundred_steps_draw_the_digits_asked_for(bundled: Pretrained, digits: ModuleType) -> None:
-    labels = torch.arange(50) % 10
-    images = bundled.sampler(num_inference_steps=100).sample(50, seed=1, class_labels=labels)
-    assert images.shape == (50, 1, 16, 16)
-    assert int(digits.recognised(images, labels).sum()) >= 47
-
-
 def test_guidance_draws_the_digits_asked_for(bundled: Pretrained, digits: ModuleType) -> None:
     labels = torch.arange(20) % 10
     sampler = bundled.sampler(method="ddim", num_inference_steps=25, guidance_scale=1.5)
@@ -71,11 +64,11 @@ def test_diffusers_loads_the_same_model(bundled: Pretrained) -> None:
     torch.testing.assert_close(bundled.unet(x, t, labels), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_draws_digits_that_are_no_copies(bundled: Pretrained, digits: ModuleType) -> None:
+def test_draws_the_digits_asked_for_that_are_no_copies(bundled: Pretrained, digits: ModuleType) -> None:
     labels = torch.arange(100) % 10
-    # A quarter of the steps, for the time it takes; the recorded report is of all of them.
-    images = bundled.sampler(num_inference_steps=250).sample(100, seed=3, class_labels=labels)
+    # A tenth of the steps, for the time it takes; the recorded report is of all of them.
+    images = bundled.sampler(num_inference_steps=100).sample(100, seed=3, class_labels=labels)
+    assert images.shape == (100, 1, 16, 16)
     report = digits.evaluate(images, labels)
     assert report["recognised"] >= 0.95
     nearest = report["nearest_training_image"]

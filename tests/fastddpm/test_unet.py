@@ -366,11 +366,12 @@ def test_labels_that_are_not_wanted() -> None:
 @torch.no_grad()
 def test_to_and_from_diffusers(option: str) -> None:
     theirs, ours = pair(SMALL | OPTIONS[option])
-    back = UNet.from_diffusers(ours.to_diffusers())
+    converted = ours.to_diffusers()
+    back = UNet.from_diffusers(converted)
     assert back.config == ours.config
-    assert type(ours.to_diffusers()) is type(theirs)
+    assert type(converted) is type(theirs)
     for name, parameter in ours.state_dict().items():
-        for copied in (back.state_dict()[name], ours.to_diffusers().state_dict()[name]):
+        for copied in (back.state_dict()[name], converted.state_dict()[name]):
             assert torch.equal(copied, parameter)
             assert copied.data_ptr() != parameter.data_ptr()
     x, t, labels = inputs(ours.config)
