@@ -192,7 +192,7 @@ def _cpu(content: dict[str, Any]) -> str:
         band = f"{record['times_as_fast_p20']:.2f} to {record['times_as_fast_p80']:.2f}"
         rows.append(
             f"| {CPU_NETWORKS.get(record['network'], record['network'])} | {record['batch']} | {record['arm']} "
-            f"| {1e3 * original / content['steps']:.3g} | {1e3 * record['median_s'] / content['steps']:.3g} "
+            f"| {_figure(1e3 * original / content['steps'])} | {_figure(1e3 * record['median_s'] / content['steps'])} "
             f"| **{record['times_as_fast']:.2f}** ({band}) | {100 * differ:.2g} % ({100 * more:.2g} %) |"
         )
     if not rows:

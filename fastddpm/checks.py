@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -148,3 +148,10 @@ def _check_floating(value: Any, name: str) -> None:
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is of {kind}, must be a floating-point tensor")
+
+
+def listed(names: Iterable[str], most: int = 32) -> str:
+    """Names for a message, in order: all of them, or the first `most` and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

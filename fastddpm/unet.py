@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastddpm._files import atomic_write, read_weights, write_json
+from fastddpm.checks import listed
 from fastddpm.layers import (
     Attention,
     Conv3x3,
@@ -375,7 +376,6 @@ def _check_state(path: Path | str, state: dict[str, Tensor], expected: dict[str,
     problems = []
     for what, names in wrong.items():
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{what}: {', '.join(sorted(names)[:4])}{more}")
+            problems.append(f"{what}: {listed(names)}")
     if problems:
         raise ValueError(f"{path} does not fit its {CONFIG_FILE}; {'; '.join(problems)}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastddpm.checks import listed
 from fastddpm.unet import UNet
 from fastddpm.unet_config import UNetConfig
 
@@ -66,7 +67,7 @@ def share_unet(unet: Any) -> UNet:
     }
     for what, names in problems.items():
         if names:
-            raise ValueError(f"unet {what} {', '.join(sorted(names)[:4])} ({len(names)} of its parameters)")
+            raise ValueError(f"unet {what} {listed(names)} ({len(names)} of its parameters)")
     for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
         setattr(ours.get_submodule(path), leaf, parameter)

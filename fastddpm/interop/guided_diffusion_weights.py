@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastddpm.checks import listed
 from fastddpm.interop.guided_diffusion_flags import Flags
 from fastddpm.layers import Attention, Downsample, ResnetBlock
 
@@ -140,7 +141,7 @@ def check(
         if tuple(state[name].shape) != expected[name]
     }
     wrong = {"missing": expected.keys() - shared, "unexpected": state.keys() - shared, "of another shape": shapes}
-    problems = [f"{what}: {_few(names)}" for what, names in wrong.items() if names]
+    problems = [f"{what}: {listed(names)}" for what, names in wrong.items() if names]
     if not problems:
         return
     hint = ", ".join(f"{name}={theirs!r} (not {given!r})" for name, (given, theirs) in flags.items())
@@ -212,8 +213,3 @@ def _split(name: str) -> tuple[str, str]:
     """("conv1", "weight") of "conv1.weight", ("", "weight") of "weight"."""
     inner, _, kind = name.rpartition(".")
     return inner, kind
-
-
-def _few(names: set[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

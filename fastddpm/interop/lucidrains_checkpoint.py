@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm._files import read_tensors
+from fastddpm.checks import listed
 from fastddpm.interop.lucidrains_shapes import unet_arguments
 from fastddpm.interop.lucidrains_tables import OBJECTIVES
 from fastddpm.schedule import NoiseSchedule
@@ -232,14 +233,10 @@ def _check_keys(path: Any, expected: Mapping[str, Tensor], state: Mapping[str, T
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     if missing or unknown:
-        lists = (f"{what} {_few(names)}" for what, names in (("lacks", missing), ("also has", unknown)) if names)
+        lists = (f"{what} {listed(names)}" for what, names in (("lacks", missing), ("also has", unknown)) if names)
         raise ValueError(f"{path} {' and '.join(lists)}: the diffusion has other layers than the one that was trained")
     for name, value in state.items():
         if value.shape != expected[name].shape:
             raise ValueError(
                 f"{path} has {name} of shape {list(value.shape)}, the diffusion has {list(expected[name].shape)}"
             )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

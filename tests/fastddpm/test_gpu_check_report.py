@@ -130,7 +130,7 @@ def test_the_cpu_s_table(gpu: SimpleNamespace, tmp_path: Path, capsys: pytest.Ca
     head = "**Some CPU**, 2 threads, torch 2.11, commit abc, 2026-01-02; 10-step calls with all that is in them:"
     assert head in lines
     name = "diffusers' `DDPMPipeline`, google/ddpm-cifar10-32"
-    expected = f"| {name} | 1 | float32 | 50 | 25 | **2.00** (1.90 to 2.12) | 0.3 % (0.1 %) |"
+    expected = f"| {name} | 1 | float32 | 50.0 | 25.0 | **2.00** (1.90 to 2.12) | 0.3 % (0.1 %) |"
     assert [line for line in lines if line.startswith("| diffusers")] == [expected]
     (tmp_path / "new.json").write_text(json.dumps(content | {"rounds": 1}))  # tried, not measured: left out
     assert gpu.report.main([*arguments, "--check"]) == 0

@@ -19,6 +19,7 @@ FILES = [(name, path) for name, root in PACKAGES.items() for path in sorted(root
 ORDER = [
     "_files",
     "progress",
+    "checks",
     "hub",
     "timesteps",
     "schedule",
@@ -29,7 +30,6 @@ ORDER = [
     "layers",
     "unet_config",
     "unet",
-    "checks",
     "precision",
     "weights",
     "frozen",

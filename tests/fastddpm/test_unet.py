@@ -255,7 +255,9 @@ def test_backend_reaches_every_layer() -> None:
     unet = UNet(**SMALL)
     unet.backend = "reference"
     named = [m for m in unet.modules() if hasattr(m, "backend")]
-    assert len(named) == 1 + 8 + 4  # the U-Net, residual blocks, attentions
+    layers = [m for m in unet.modules() if isinstance(m, nn.Conv2d)]
+    convolutions = sum(m.kernel_size == (3, 3) and m.stride == (1, 1) for m in layers)
+    assert len(named) == 1 + 8 + 4 + convolutions  # the U-Net, residual blocks, attentions
     assert all(m.backend == "reference" for m in named)
     with pytest.raises(ValueError, match="backend is 'cudnn', must be 'auto' or one of"):
         unet.backend = "cudnn"
