@@ -3,7 +3,7 @@
 An `nn.GroupNorm` here only holds parameters: each normalisation runs as one `group_norm_silu`, fused with
 what surrounds it (the skip concatenation, the time embedding, SiLU). A layer's `backend` says which backend
 that op and the 3x3 convolutions use; `UNet.backend` sets it everywhere. "auto" is "native" in training mode where the
-weights are float32 on a CPU that has a compiler; in evaluation mode torch's own, of the least error.
+weights are float32, without autocast, on a CPU that has a compiler; in evaluation mode torch's own, of the least error.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Conv3x3(nn.Conv2d):
         self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        native = self.backend == "native" or (self.backend == "auto" and self.training)
+        native = self.backend == "native" or (self.backend == "auto" and _trains_in_float32(self))
         return conv3x3(x, self.weight, self.bias, backend=self.backend if native else "eager")
 
 
@@ -295,7 +295,7 @@ def norm_silu(
     activation: str | None = "silu",
 ) -> Tensor:
     """`group_norm_silu` with the parameters of `norm`; see there."""
-    if backend == "auto" and norm.training and why_not_native(x, x2) is None:
+    if backend == "auto" and _trains_in_float32(norm) and why_not_native(x, x2) is None:
         backend = "native"
     return group_norm_silu(
         x,
@@ -310,3 +310,8 @@ def norm_silu(
         activation=activation,
         backend=backend,
     )
+
+
+def _trains_in_float32(layer: nn.Module) -> bool:
+    # Under autocast to bfloat16 torch's own convolutions are as fast or faster: see benchmarks/NOTES.md.
+    return layer.training and not torch.is_autocast_enabled("cpu")
