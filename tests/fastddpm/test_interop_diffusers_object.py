@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,47 +19,11 @@ from diffusers import (
     ImagePipelineOutput,
     UNet2DModel,
 )
-from torch import Tensor
+from diffusers_objects import CLOSE, SMALL, ddpm, draw, quiet, seeded, unet
 
 from fastddpm.interop import accelerate
 from fastddpm.interop.diffusers_unet import share_unet
 from fastddpm.sampler import Sampler
-
-CLOSE = 1e-4  # see test_interop_diffusers.py
-# The U-Net of diffusers' own fast tests.
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (4, 8),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
-
-
-def unet(**changes: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(**{**SMALL, **changes}).eval()
-
-
-def quiet(pipeline: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def ddpm(**settings: Any) -> Any:
-    return quiet(DDPMPipeline(unet(), DDPMScheduler(**settings)))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(pipeline: Any, **arguments: Any) -> Tensor:
-    given = {"batch_size": 2, "generator": seeded(), "num_inference_steps": 9, "output_type": "pt", **arguments}
-    images = pipeline(**given).images
-    assert images.shape[0] == given["batch_size"]
-    return images
 
 
 def test_outputs() -> None:

@@ -12,7 +12,6 @@ import torch
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
-    DDPMPipeline,
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
@@ -24,40 +23,12 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils.torch_utils import randn_tensor
+from diffusers_objects import CLOSE, ddpm, quiet, seeded, unet
 from PIL import Image
 from torch import Tensor, nn
 
 from fastddpm.interop import accelerate
 from fastddpm.interop.diffusers_scheduler import StepNoise
-
-CLOSE = 1e-4  # see test_interop_diffusers.py
-# The U-Net of diffusers' own fast tests.
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (4, 8),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
-
-
-def unet(**changes: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(**{**SMALL, **changes}).eval()
-
-
-def quiet(pipeline: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def ddpm(**settings: Any) -> Any:
-    return quiet(DDPMPipeline(unet(), DDPMScheduler(**settings)))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def old_unet() -> UNet2DModel:
