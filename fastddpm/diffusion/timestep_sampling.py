@@ -67,24 +67,29 @@ class TimestepSampler(nn.Module):
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remembers the losses [N] at t int64 [N]: of all processes, where there are several, in the order of ranks.
 
-        Every process must bring as many.
+        Every process must bring as many. Those that are not finite are not remembered.
         """
         if self.kind != "importance":
             return
         losses = losses.float()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             t, losses = _gather(t), _gather(losses)
+        # One infinite loss in the history would make every probability, and so every later loss, NaN. T is no timestep:
+        # what stands there goes into the places that are dropped.
+        t = torch.where(losses.isfinite(), t, self.num_train_timesteps)
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
         # A timestep's losses go around its row; of those that come at once, the last 10 count.
         order = torch.argsort(t, stable=True)
         t, losses = t.index_select(0, order), losses.index_select(0, order)
         place = torch.arange(len(t), device=t.device)
         rank = place - torch.searchsorted(t, t)
         behind = torch.searchsorted(t, t, right=True) - place
-        slot = t * _HISTORY + (self.counts.index_select(0, t) + rank) % _HISTORY
-        slot = torch.where(behind <= _HISTORY, slot, self.history.numel())  # the rest into a place that is dropped
+        slot = t * _HISTORY + (counts.index_select(0, t) + rank) % _HISTORY
+        end = self.history.numel()
+        slot = torch.where(behind <= _HISTORY, slot, end).clamp(max=end)
         flat = torch.cat([self.history.flatten(), self.history.new_zeros(1)])
         self.history.copy_(flat.index_copy(0, slot, losses.to(flat.dtype))[:-1].view_as(self.history))
-        self.counts.index_add_(0, t, torch.ones_like(t))
+        self.counts.copy_(counts.index_add(0, t, torch.ones_like(t))[:-1])
 
 
 def _gather(values: Tensor) -> Tensor:

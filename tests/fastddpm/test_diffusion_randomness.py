@@ -261,6 +261,20 @@ def test_more_losses_at_once_than_are_kept() -> None:
     assert sampler.counts.tolist() == [25, 0]
 
 
+def test_losses_that_are_not_finite_are_not_remembered() -> None:
+    """One would make every probability NaN, for ever: nothing would be drawn any more by which it could be replaced."""
+    sampler, twin = TimestepSampler("importance", 3), TimestepSampler("importance", 3)
+    inf, nan = float("inf"), float("nan")
+    for round in range(11):
+        t, losses = torch.tensor([2, 0, 1, 2, 1, 0]), torch.tensor([inf, 1.0 + round, nan, 3.0, 2.0, -inf])
+        sampler.update(t, losses)
+        twin.update(t[losses.isfinite()], losses[losses.isfinite()])
+    assert sampler.counts.tolist() == [11, 11, 11]
+    assert torch.equal(sampler.history, twin.history)
+    assert torch.equal(sampler.probabilities(), twin.probabilities())
+    assert bool((sampler.probabilities() != 1 / 3).all())
+
+
 def test_history_is_saved_and_grows_only_in_training() -> None:
     diffusion, _ = make(timestep_sampling="importance")
     diffusion(X0)
