@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
-from fastddpm_kernels._backend import BACKENDS
 from fastddpm_kernels.q_sample import q_sample
 from torch import Tensor, nn
 
 from fastddpm import checks
+from fastddpm.diffusion.checking import (
+    check_arguments,
+    check_batch,
+    check_channels,
+    check_settings,
+    check_timesteps,
+)
 from fastddpm.diffusion.likelihood import BitsPerDim, bits_per_dim
-from fastddpm.diffusion.losses import LOSSES, POINTWISE, pointwise, variational_bound
+from fastddpm.diffusion.losses import POINTWISE, pointwise, variational_bound
 from fastddpm.diffusion.noise import Draws
 from fastddpm.diffusion.tables import Tables
 from fastddpm.diffusion.timestep_sampling import TimestepSampler
@@ -108,16 +113,17 @@ class GaussianDiffusion(nn.Module):
             ModuleNotFoundError: `immiscible` without scipy.
         """
         super().__init__()
-        if not isinstance(unet, nn.Module):
-            raise TypeError(f"unet is a {type(unet).__name__}, must be an nn.Module")
-        if loss not in LOSSES:
-            raise ValueError(f"loss is {loss!r}, must be one of {', '.join(LOSSES)}")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed is {seed!r}, must be an integer from 0 to 2^64 - 1")
-        if immiscible and importlib.util.find_spec("scipy") is None:
-            raise ModuleNotFoundError("immiscible is True, which needs scipy: pip install scipy")
+        check_arguments(
+            unet,
+            schedule,
+            loss=loss,
+            immiscible=immiscible,
+            null_class=null_class,
+            self_condition=self_condition,
+            clip_sample=clip_sample,
+            seed=seed,
+            backend=backend,
+        )
         self.unet, self.schedule, self.seed, self.backend = unet, schedule, seed, backend
         self.prediction_type, self.variance_type, self.clip_sample = prediction_type, variance_type, clip_sample
         self.loss, self.weighting, self.immiscible = loss, weighting, immiscible
@@ -143,40 +149,9 @@ class GaussianDiffusion(nn.Module):
             p2_k=p2_k,
         )
         self.timestep_sampler = TimestepSampler(timestep_sampling, schedule.num_train_timesteps)
-        self._check_settings()
+        check_settings(self, concatenated=self.self_condition and not self._call.takes_self_condition)
         if isinstance(unet, UNet) and backend != "auto":
             unet.backend = backend
-
-    def _check_settings(self) -> None:
-        learned = self.variance_type == "learned_range"
-        if learned and self.loss in POINTWISE:
-            raise ValueError(
-                f"loss is {self.loss!r}, which trains no variance, but variance_type is 'learned_range': "
-                "must be 'hybrid', 'rescaled_mse', 'kl' or 'rescaled_kl'"
-            )
-        if self.loss == "hybrid" and not learned:
-            raise ValueError(
-                f"loss is 'hybrid', which trains a variance, but variance_type is {self.variance_type!r}, must be "
-                "'learned_range'"
-            )
-        if self.weighting != "uniform" and self.loss in ("kl", "rescaled_kl"):
-            raise ValueError(f"weighting is {self.weighting!r}, must be 'uniform' with loss {self.loss!r}")
-        if self.label_dropout and self.null_class is None:
-            raise ValueError(
-                f"label_dropout is {self.label_dropout} but there is no null_class: give it, or a U-Net with one"
-            )
-        if isinstance(self.unet, UNet):
-            concatenated = self.self_condition and not self._call.takes_self_condition
-            c = self.unet.config
-            self._check_channels(c.out_channels, c.in_channels // 2 if concatenated else c.in_channels)
-
-    def _check_channels(self, out_channels: int, channels: int) -> None:
-        wanted = 2 * channels if self.variance_type == "learned_range" else channels
-        if out_channels != wanted:
-            raise ValueError(
-                f"variance_type is {self.variance_type!r} but the network returns {out_channels} channels for data of "
-                f"{channels}, must return {wanted}"
-            )
 
     # -- the forward process --------------------------------------------------------------------------------------
 
@@ -188,6 +163,7 @@ class GaussianDiffusion(nn.Module):
 
     def q_mean_variance(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (like `x0`), variance and log-variance [N, 1, ...] of q(x_t | x_0), at t int64 [N]."""
+        check_timesteps(t, x0, self.schedule.num_train_timesteps)
         c = self._tables.at(t, x0)
         return c.signal * x0, c.sigma.square(), 2 * c.sigma.log()
 
@@ -196,6 +172,7 @@ class GaussianDiffusion(nn.Module):
 
         At t = 0 the variance is 0, and the log-variance that of t = 1, as in guided-diffusion.
         """
+        check_timesteps(t, x0, self.schedule.num_train_timesteps)
         c = self._tables.at(t, x0)
         return c.posterior_mean(x0, x_t), c.posterior_variance, c.log_posterior
 
@@ -222,8 +199,9 @@ class GaussianDiffusion(nn.Module):
             self_condition: the x0 predicted before, like `x_t`; None for zeros.
 
         Raises:
-            ValueError: the network's output does not fit.
+            TypeError, ValueError: `t` is not that, or the network's output does not fit.
         """
+        check_timesteps(t, x_t, self.schedule.num_train_timesteps)
         out, v = self._run(x_t, t, labels, self_condition)
         c = self._tables.at(t, out)
         pred_x0 = c.pred_x0(x_t, out)
@@ -271,6 +249,7 @@ class GaussianDiffusion(nn.Module):
         Raises:
             TypeError, ValueError: an argument of a wrong type or shape, or the network's output does not fit.
         """
+        check_batch(x0, labels)
         draws = self._draws(len(x0), first_sample, step)
         t, importance = self._timesteps(draws, global_batch)
         if labels is not None and self.null_class is not None and self.label_dropout:
@@ -304,6 +283,7 @@ class GaussianDiffusion(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`.
         """
+        check_batch(x0, labels)
         return self._losses(x0, t, labels, noise, self_condition, self._draws(len(x0), first_sample, step))
 
     def _losses(
@@ -380,7 +360,7 @@ class GaussianDiffusion(nn.Module):
         dtype = next((p.dtype for p in self.unet.parameters()), x_t.dtype)  # autocast, if any, goes on from there
         net_in, given = net_in.to(dtype), None if given is None else given.to(dtype)
         out = self._call(self.unet, net_in, t, labels, given)
-        self._check_channels(out.shape[1], x_t.shape[1])
+        check_channels(self.variance_type, out.shape[1], x_t.shape[1])
         out = out.to(torch.promote_types(x_t.dtype, torch.float32))
         if self.variance_type != "learned_range":
             return out, None
@@ -392,4 +372,5 @@ class GaussianDiffusion(nn.Module):
 
     def _timesteps(self, draws: Draws, global_batch: int | None) -> tuple[Tensor, Tensor]:
         indices = draws.keys[:, 1]
-        return self.timestep_sampler(draws.timestep, draws.rotation, indices, global_batch or len(indices))
+        count = len(indices) if global_batch is None else checks.positive(global_batch, "global_batch")
+        return self.timestep_sampler(draws.timestep, draws.rotation, indices, count)

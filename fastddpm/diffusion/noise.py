@@ -6,6 +6,8 @@ processes, and to resume needs no state of a random generator.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from fastddpm_kernels.philox import (
     STREAM_OFFSET,
@@ -38,7 +40,7 @@ class Draws:
         """`step`: an int from 0 to 2^32 - 1, or int64 [] or [1].
 
         Raises:
-            ValueError: `step` or `first_sample` is not that.
+            TypeError, ValueError: `step` or `first_sample` is not that.
         """
         if first_sample < 0:
             raise ValueError(f"first_sample is {first_sample}, must be at least 0")
@@ -48,6 +50,8 @@ class Draws:
             if step.dtype != torch.int64 or step.numel() != 1:
                 raise ValueError(f"step is {step.dtype} {list(step.shape)}, must be an int or an int64 tensor of one")
             self.step = step.reshape(1).to(device)
+        elif isinstance(step, bool) or not isinstance(step, numbers.Integral):
+            raise TypeError(f"step is {step!r}, must be an int or an int64 tensor of one")
         elif not 0 <= step < 2**32:
             raise ValueError(f"step is {step}, must be from 0 to 2^32 - 1")
         else:

@@ -301,13 +301,27 @@ def test_variational_bound(variance_type: str) -> None:
         ({"offset_noise": -0.1}, "offset_noise is -0.1, must be at least 0"),
         ({"seed": -1}, "seed is -1, must be an integer from 0"),
         ({"backend": "cuda"}, "backend is 'cuda', must be 'auto' or one of"),
+        ({"immiscible": "yes"}, "immiscible is 'yes', must be True or False"),
+        ({"clip_sample": 1}, "clip_sample is 1, must be True or False"),
+        ({"self_condition": "no"}, "self_condition is 'no', must be True, False or None"),
+        ({"self_condition": True}, "self_condition is True but the U-Net has 3 channels of input, must have twice"),
+        ({"null_class": 1.5}, "null_class is 1.5, must be a label or None"),
+        ({"null_class": -1}, "null_class is -1, must be at least 0"),
+        ({"null_class": 1, "label_dropout": 0.1}, "label_dropout is 0.1, must be 0: the U-Net has no classes"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
     unet = UNet(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
                 up_block_types=("UpBlock2D",), norm_num_groups=4)  # fmt: skip
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         GaussianDiffusion(unet, NoiseSchedule.linear(10), **options)
+
+
+def test_a_null_class_that_the_network_does_not_know() -> None:
+    unet = UNet(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), num_class_embeds=4,
+                up_block_types=("UpBlock2D",), norm_num_groups=4)  # fmt: skip
+    with pytest.raises(ValueError, match="null_class is 4, must be one of the network's labels, 0 to 3"):
+        GaussianDiffusion(unet, NoiseSchedule.linear(10), null_class=4, label_dropout=0.1)
 
 
 def test_bad_input() -> None:
@@ -323,5 +337,29 @@ def test_bad_input() -> None:
         diffusion(images().float(), step=-1)
     with pytest.raises(ValueError, match="first_sample is -2, must be at least 0"):
         diffusion(images().float(), first_sample=-2)
+    with pytest.raises(TypeError, match=r"step is 1.5, must be an int or an int64 tensor of one"):
+        diffusion(images().float(), step=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="global_batch is 0, must be a positive integer"):
+        diffusion(images().float(), global_batch=0)
+    with pytest.raises(TypeError, match=r"x0 is a ndarray, must be a tensor \[N, C, ...\]"):
+        diffusion(images().float().numpy())
+    with pytest.raises(ValueError, match=r"x0 has shape \[0, 3, .*must hold at least one sample"):
+        diffusion(images().float()[:0])
+    with pytest.raises(TypeError, match=r"labels is a list, must be an int64 tensor"):
+        diffusion(images().float(), [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule is a Tensor, must be a NoiseSchedule"):
+        GaussianDiffusion(Tiny(), NoiseSchedule.linear(T).betas)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="zero terminal SNR"):
         GaussianDiffusion(Tiny(), NoiseSchedule.linear(T).rescale_zero_terminal_snr())
+
+
+def test_timesteps_that_there_are_not() -> None:
+    diffusion, x = GaussianDiffusion(Tiny(), NoiseSchedule.linear(T)), images().float()
+    n = len(x)
+    for function in (diffusion.q_mean_variance, lambda x, t: diffusion.q_posterior(x, x, t), diffusion.p_mean_variance):
+        with pytest.raises(ValueError, match=f"t goes from 0 to {T}, must be from 0 to {T - 1}"):
+            function(x, torch.tensor([*[0] * (n - 1), T]))
+        with pytest.raises(TypeError, match="t is torch.float32, must be an int64 tensor"):
+            function(x, torch.zeros(n))
+        with pytest.raises(ValueError, match=r"t has shape \[1\], must have"):
+            function(x, torch.zeros(1, dtype=torch.int64))
