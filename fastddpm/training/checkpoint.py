@@ -68,6 +68,21 @@ def atomic_folder(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Removes what `atomic_folder` could not, in a process that was killed, and gives old folders their names back.
+
+    `names`: a regular expression of what the folders are called.
+    """
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(rf"\.({names})-(\w+)", entry.name)
+        if match is None or not entry.is_dir():
+            continue
+        if match[2] == "old" and not (folder / match[1]).exists():
+            entry.rename(folder / match[1])  # killed between two renames
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
 def _flush(path: str | Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -156,14 +171,7 @@ class Checkpoints:
 
     def remove_leftovers(self) -> None:
         """Removes what a process that was killed left behind: temporary folders and half-removed ones."""
-        if not self.folder.is_dir():
-            return
-        for entry in self.folder.iterdir():
-            old = re.fullmatch(r"\.(step-\d+)-old", entry.name)
-            if old and not (self.folder / old[1]).exists():
-                entry.rename(self.folder / old[1])  # killed between two renames
-            elif entry.is_dir() and re.fullmatch(r"\.step-\d+-.*", entry.name):
-                shutil.rmtree(entry, ignore_errors=True)
+        remove_leftovers(self.folder, r"step-\d+")
 
     def problem(self, step: int) -> str | None:
         """What is wrong with a checkpoint, in one line; None if it is whole."""

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 class RunLog:
     """A line of JSON per record, and the same numbers for TensorBoard.
 
-    A line that cannot be written (a full disk) is warned of once, and training goes on.
+    What cannot be written (a full disk) is warned of once, and training goes on.
 
     Args:
         folder: of the run.
@@ -62,22 +62,29 @@ class RunLog:
             if not self._warned:
                 self._warned = True
                 _log.warning("%s cannot be written: %s", self.path, error.strerror or error)
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Shows a picture in TensorBoard."""
-        if self._board is not None:
-            import numpy as np
+        import numpy as np
 
-            self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        pixels = np.asarray(picture)
+        self._on_board(lambda board: board.add_image("samples", pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
         """Writes what is held back."""
-        if self._board is not None:
-            self._board.close()
+        self._on_board(lambda board: board.close())
+
+    def _on_board(self, write: Callable[[Any], object]) -> None:
+        """Writes for TensorBoard, whose thread tells of a full disk when it is next called; after that no more."""
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except Exception as error:
+            self._board = None
+            _log.warning("TensorBoard's files cannot be written any more: %s", str(error).partition("\n")[0])
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

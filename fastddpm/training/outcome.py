@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 
 class DivergedError(ArithmeticError):
     """The gradient was not finite for too many steps in a row."""
+
+
+def check_finite(bad: int, most: int, step: int, latest: Callable[[], int | None]) -> None:
+    """Raises DivergedError where the last `bad` steps, up to number `step`, are `most` or more without a gradient.
+
+    `latest`: says of which step the last checkpoint is.
+    """
+    if bad < most:
+        return
+    last = latest()
+    kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is as it was"
+    raise DivergedError(
+        f"loss or gradient is not finite for {bad} steps in a row, from step {step - bad + 1} on; {kept}"
+    )
 
 
 @dataclass(frozen=True)

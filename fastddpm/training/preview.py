@@ -12,9 +12,10 @@ from torch import nn
 from fastddpm.diffusion import GaussianDiffusion
 from fastddpm.pretrained import save_pretrained
 from fastddpm.sampler import Sampler
-from fastddpm.training.checkpoint import atomic_folder
+from fastddpm.training import checkpoint
 from fastddpm.training.ema import ExponentialAverage
 from fastddpm.training.fitting import takes_labels
+from fastddpm.training.settings import TrainerSettings
 from fastddpm.unet import UNet
 
 if TYPE_CHECKING:
@@ -28,6 +29,17 @@ def sample_labels(diffusion: GaussianDiffusion, classes: int, count: int) -> lis
     embeds = getattr(getattr(diffusion.unet, "config", None), "num_class_embeds", None)
     labels = [label for label in range(classes or embeds or 1) if label != diffusion.null_class]
     return [labels[i * len(labels) // count] for i in range(count)]
+
+
+def sampler_settings(settings: TrainerSettings, timesteps: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run says of the sampler of its previews, as far as that fits the method in `overrides`."""
+    chosen: dict[str, Any] = {}
+    if overrides.get("method", "dpmsolver++") == "dpmsolver++":
+        steps = min(settings.num_inference_steps, timesteps)
+        chosen = {"method": "dpmsolver++", "num_inference_steps": steps}
+    if settings.guidance_scale is not None:
+        chosen["guidance_scale"] = settings.guidance_scale
+    return chosen
 
 
 def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any) -> Sampler:
@@ -63,7 +75,12 @@ def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
             state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in unet.state_dict().items()}
             save_file(state, path / "model.safetensors")
 
-    atomic_folder(folder, write)
+    checkpoint.atomic_folder(folder, write)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote a model left in the folder of a run."""
+    checkpoint.remove_leftovers(folder, r"model(?:-best|-ema-[0-9.e-]+)?")
 
 
 def export_averages(folder: Path, diffusion: GaussianDiffusion, averages: Sequence[ExponentialAverage]) -> None:

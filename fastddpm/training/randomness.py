@@ -35,6 +35,14 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def seed_randomness(seed: int, process: int) -> None:
+    """Begins all of them by the seed of a run, differently in each of its processes."""
+    words = np.random.SeedSequence([seed, process]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))  # noqa: NPY002
+    torch.manual_seed(int(words[2]))
+
+
 @contextmanager
 def randomness_kept() -> Iterator[None]:
     """Afterwards all random states are what they were."""

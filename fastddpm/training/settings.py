@@ -56,7 +56,7 @@ class TrainerSettings:
             model that is sampled and saved.
         ema_warmup: the decay of step n is at most (1 + n) / (10 + n), so that the average forgets the start.
         augment_horizontal_flip: mirror every other image, at random.
-        seed: of the order of the data and of flips. The diffusion has a seed of its own for its noise.
+        seed: of the order of the data, of flips and of dropout. The diffusion has a seed of its own for its noise.
         num_workers: processes that read data; "auto" for none if the data are in memory, else one per core up to 8.
         cache_bytes: pictures of a folder are kept in memory, decoded, if they need no more than this.
         log_every, save_every, sample_every: steps between records, checkpoints and grids of samples.
@@ -67,6 +67,7 @@ class TrainerSettings:
         guidance_scale: of the grids, for a model with a null class; None for no guidance.
         keep_last: how many checkpoints are kept, beside the best by metric.
         max_bad_steps: steps in a row without a finite gradient after which training stops. Such steps change nothing.
+            With "fp16" those do not count in which the scaler still looks for a scale at which gradients fit.
         stop_on_save_error: whether a checkpoint that cannot be written ends the training, or only warns.
         compile: compile the training step with torch.compile.
         channels_last: the memory format of a U-Net's weights and images; None to choose.

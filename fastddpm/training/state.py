@@ -12,7 +12,6 @@ from fastddpm.diffusion import GaussianDiffusion
 from fastddpm.training.checkpoint import Checkpoint
 from fastddpm.training.ema import ExponentialAverage
 from fastddpm.training.logs import Meter
-from fastddpm.training.randomness import set_random_state
 from fastddpm.training.step import TrainingStep
 
 
@@ -44,8 +43,8 @@ def restore(
     training: TrainingStep,
     meter: Meter,
     process: int,
-) -> None:
-    """Sets all to what `collect` was given, and the random states of this process.
+) -> dict[str, Any]:
+    """Sets all to what `collect` was given; returns the random states of this process, for `set_random_state`.
 
     Raises:
         ValueError: the checkpoint is of another network or of other averages; nothing but weights has been changed.
@@ -64,4 +63,4 @@ def restore(
         raise ValueError(f"{where} is not of this network: {reason[:400]}") from None
     meter.load_state_dict(saved.training["meter"], training.accelerator.device)
     states = saved.training["random"]
-    set_random_state(states[process % len(states)])
+    return states[process % len(states)]

@@ -154,11 +154,15 @@ class TrainingStep:
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         norm = accelerator.clip_grad_norm_(self._parameters, settings.max_grad_norm or math.inf)
-        scaled = accelerator.scaler is not None
-        # Scaled gradients overflow now and then, which is how the scaler finds its scale.
-        bad = ~torch.isfinite(total if scaled else norm)
-        if not scaled:
+        bad = ~torch.isfinite(norm)
+        if accelerator.scaler is None:
             self._raw.found_inf = bad.float()  # type: ignore[attr-defined]
+        else:
+            # Scaled gradients overflow now and then, which is how the scaler finds its scale; what is not finite at a
+            # scale of 1, or has a loss that is not, will not become so.
+            scale = accelerator.scaler.scale(torch.ones((), device=accelerator.device))
+            finite = torch.isfinite(accelerator.reduce(total, "mean"))
+            bad &= ~finite | (scale <= 1)
         self._optimizer.step()
         self.scheduler.step()
         self._optimizer.zero_grad()

@@ -25,8 +25,8 @@ from fastddpm.training.ema import averages
 from fastddpm.training.fitting import check_labels, check_network, check_source, data_shape, takes_labels
 from fastddpm.training.logs import Meter, RunLog
 from fastddpm.training.order import Batches
-from fastddpm.training.outcome import DivergedError, TrainResult
-from fastddpm.training.randomness import random_state, randomness_kept
+from fastddpm.training.outcome import TrainResult, check_finite
+from fastddpm.training.randomness import random_state, randomness_kept, seed_randomness, set_random_state
 from fastddpm.training.settings import TrainerSettings
 from fastddpm.training.state import collect, restore
 from fastddpm.training.step import TrainingStep, in_any_process, make_accelerator
@@ -118,6 +118,8 @@ class Trainer:
         self._best: dict[str, float] | None = None  # step and value
         self._metrics: dict[str, float] = {}
         self._loss: float | None = None
+        self._owed = False  # samples and metrics of this step, which a run that was told to stop left out
+        self._random: dict[str, Any] | None = None  # with which `train` begins
         if resume:
             self._resume()
 
@@ -168,8 +170,14 @@ class Trainer:
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
+            preview.remove_leftovers(self.folder)
             write_run_config(self.folder / "config.toml", self)
         log = RunLog(self.folder, self.step, tensorboard=settings.tensorboard) if self._main else None
+        if self._random is not None:
+            set_random_state(self._random)
+        elif self.step == 0:
+            seed_randomness(settings.seed, self.accelerator.process_index)
+        self._random = None
         benchmark = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True  # shapes are always the same
         try:
@@ -179,6 +187,8 @@ class Trainer:
             ):
                 data = self._data()
                 started = self.step
+                if self._owed and self._draw_and_measure(log):
+                    self._save(needed=False)
                 self._meter.start_clock(self._training.waited)
                 stopped = False
                 while self.step < settings.train_num_steps and not stopped:
@@ -221,43 +231,45 @@ class Trainer:
         return in_any_process(self.accelerator, told)
 
     def _after_step(self, log: RunLog | None, bar: Bar, stopped: bool) -> None:
-        settings, step = self.settings, self.step
-        last = step == settings.train_num_steps
-
-        def due(every: int) -> bool:
-            return last or step % every == 0
-
+        settings, due = self.settings, self._due
+        last = self.step == settings.train_num_steps
         if due(settings.log_every) or (self.accelerator.device.type == "cpu" and self._training.bad[0] > 0):
             self._check_finite()
         if due(settings.log_every):
             self._record(log, bar)
         bar()
-        paused = False
-        improved = False
-        if not stopped or last:
-            if due(settings.sample_every):
-                paused = True
-                self._in_main(lambda: self._draw_samples(log))
-            if self.metric is not None and due(settings.metric_every or settings.sample_every):
-                paused = True
-                self._in_main(lambda: self._measure(log))
-                improved = in_any_process(self.accelerator, self._best is not None and self._best["step"] == step)
+        # Told to stop, a run must not take its time; what it leaves out is the first thing that it does when resumed.
+        self._owed = bool(self._due_now())
+        improved = self._owed and (not stopped or last) and self._draw_and_measure(log)
         if stopped or improved or due(settings.save_every):
-            paused = True
             self._save(needed=stopped or last)
-        if paused:
             self._meter.start_clock(self._training.waited)
+
+    def _due_now(self) -> list[Callable[[RunLog | None], None]]:
+        """What is to be done at this step besides training and saving."""
+        settings, measure_every = self.settings, self.settings.metric_every or self.settings.sample_every
+        due: list[Callable[[RunLog | None], None]] = []
+        if self._due(settings.sample_every):
+            due.append(self._draw_samples)
+        if self.metric is not None and self._due(measure_every):
+            due.append(self._measure)
+        return due
+
+    def _draw_and_measure(self, log: RunLog | None) -> bool:
+        """Does what is due; whether this step is the best now."""
+        for act in self._due_now():
+            self._in_main(functools.partial(act, log))
+        self._owed = False
+        self._meter.start_clock(self._training.waited)
+        return in_any_process(self.accelerator, self._best is not None and self._best["step"] == self.step)
+
+    def _due(self, every: int) -> bool:
+        """Whether something is to be done at this step; all is at the last one."""
+        return self.step == self.settings.train_num_steps or self.step % every == 0
 
     def _check_finite(self) -> None:
         """Raises DivergedError where the gradient has not been finite for too long."""
-        bad = int(self._training.bad[0])
-        if bad < self.settings.max_bad_steps:
-            return
-        last = self.checkpoints.latest()
-        kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is as it was"
-        raise DivergedError(
-            f"loss or gradient is not finite for {bad} steps in a row, from step {self.step - bad + 1} on; {kept}"
-        )
+        check_finite(int(self._training.bad[0]), self.settings.max_bad_steps, self.step, self.checkpoints.latest)
 
     def _record(self, log: RunLog | None, bar: Bar) -> None:
         settings, training = self.settings, self._training
@@ -293,14 +305,9 @@ class Trainer:
         """
         if not self.averages:
             raise RuntimeError("the averaged weights are in the main process only")
-        settings = self.settings
-        chosen: dict[str, Any] = {"device": self.accelerator.device, "cuda_graph": False}
-        if overrides.get("method", "dpmsolver++") == "dpmsolver++":
-            steps = min(settings.num_inference_steps, self.diffusion.schedule.num_train_timesteps)
-            chosen |= {"method": "dpmsolver++", "num_inference_steps": steps}
-        if settings.guidance_scale is not None:
-            chosen["guidance_scale"] = settings.guidance_scale
-        return preview.make_sampler(self.diffusion, self.averages[0].module, **{**chosen, **overrides})
+        chosen = preview.sampler_settings(self.settings, self.diffusion.schedule.num_train_timesteps, overrides)
+        chosen = {"device": self.accelerator.device, "cuda_graph": False, **chosen, **overrides}
+        return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
 
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
         """Does something that changes no random state, and whose failure is only told, unless it is `needed`."""
@@ -334,8 +341,8 @@ class Trainer:
         first = next(iter(self._metrics.values()))
         sign = 1 if self.settings.metric_mode == "min" else -1
         if not math.isnan(first) and (self._best is None or sign * first < sign * self._best["value"]):
-            self._best = {"step": self.step, "value": first}
             preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module)
+            self._best = {"step": self.step, "value": first}  # not where it could not be written
 
     def _export(self, *, needed: bool) -> None:
         act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages)
@@ -351,6 +358,7 @@ class Trainer:
         failure: OSError | None = None
         if self._main:
             plain = {**self._order(), "step": self.step, "best": self._best, "metrics": self._metrics}
+            plain["owed"] = self._owed
             content = collect(self.diffusion, self.averages, self._training, meter, random_states, plain)
             try:
                 self.checkpoints.save(self.step, content, keep=[int(self._best["step"])] if self._best else [])
@@ -380,10 +388,11 @@ class Trainer:
                 _log.warning(
                     "%s was %s, is now %s: from here on images come in another order", name, saved.state[name], now
                 )
-        restore(
+        self._random = restore(
             saved, where, self.diffusion, self.averages, self._training, self._meter, self.accelerator.process_index
         )
         self.step, self._best, self._metrics = int(saved.state["step"]), saved.state["best"], saved.state["metrics"]
+        self._owed = saved.state.get("owed", False)  # which older checkpoints do not have
 
     def _order(self) -> dict[str, int]:
         """What decides which image stands where."""

@@ -13,70 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from training_objects import Patterns, small, trainer, weights
 
 from fastddpm import GaussianDiffusion, NoiseSchedule, Trainer, TrainerSettings, UNet, load_pretrained
 from fastddpm.training import DivergedError, ExponentialAverage, checkpoint, read_log
 from fastddpm.training.config import read_tables
-
-
-class Patterns(Dataset[Any]):
-    """Thirteen gradients of three classes."""
-
-    def __init__(self, channels: int = 1, size: int = 8, count: int = 13, broken_from: int | None = None) -> None:
-        self.shape, self.count, self.broken_from, self.read = (channels, size, size), count, broken_from, 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.read += 1
-        ramp = torch.linspace(-1, 1, self.shape[-1]).expand(self.shape) * (index + 1) / self.count
-        bad = self.broken_from is not None and self.read > self.broken_from
-        return ramp * float("nan") if bad else ramp.contiguous(), index % 3
-
-
-def small(*, classes: bool = True, dropout: float = 0.0, **settings: Any) -> GaussianDiffusion:
-    torch.manual_seed(3)
-    fields: dict[str, Any] = {"num_class_embeds": 4, "null_class": 3} if classes else {}
-    unet = UNet(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-        add_attention=False,
-        dropout=dropout,
-        **fields,
-    )
-    return GaussianDiffusion(unet, NoiseSchedule.cosine(50), **settings)
-
-
-def trainer(folder: Path, diffusion: GaussianDiffusion | None = None, data: Any = None, **settings: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "results_folder": folder,
-        "train_num_steps": 6,
-        "train_batch_size": 4,
-        "train_lr": 1e-2,
-        "log_every": 2,
-        "save_every": 100,
-        "sample_every": 100,
-        "num_samples": 3,
-        "num_inference_steps": 2,
-        "num_workers": 0,
-        "device": "cpu",
-        "tensorboard": False,
-        "progress": False,
-    }
-    chosen = {**options, **settings}
-    return Trainer(diffusion or small(), Patterns() if data is None else data, **chosen)
-
-
-def weights(diffusion: GaussianDiffusion) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in diffusion.unet.parameters()])
 
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
@@ -171,7 +112,6 @@ def test_samples_and_metrics_do_not_change_the_training(tmp_path: Path) -> None:
     for name, chosen in (("none", None), ("draws", metric), ("broken", broken)):
         often = {} if chosen is None else {"metric": chosen, "metric_every": 1, "sample_every": 1, "save_every": 1}
         run = trainer(tmp_path / name, small(dropout=0.2), **often)
-        torch.manual_seed(4)  # the dropout's
         run.train()
         ends.append(weights(run.diffusion))
     assert ends[0].equal(ends[1])
