@@ -129,6 +129,9 @@ def num_processors(device: torch.device) -> int:
 
 # Of the forward kernels of `group_norm_silu`.
 LIMITS = Limits(one_pass_elements=32768, tile_elements=8192, thread_elements=32, max_splits=128)
+# Of its backward kernels: fewer elements, because two tiles are held; fewer splits, because the sums are per channel.
+# 8 elements to a thread: with 16, one of the kernels spills under triton 3.6.
+BACKWARD_LIMITS = Limits(one_pass_elements=8192, tile_elements=4096, thread_elements=8, max_splits=32)
 
 
 # A tile that no kernel could hold, whatever a table says.
@@ -154,11 +157,18 @@ def in_place_plan(x: Tensor, channels: int, groups: int, workspace: int | None =
     return _in_place_plan(x.shape, x.itemsize, not x.is_contiguous(), channels, groups, processors, LIMITS)
 
 
+def backward_plan(x: Tensor, channels: int, groups: int, limits: Limits = BACKWARD_LIMITS) -> Plan:
+    """The plan of the gradient of `group_norm_silu`."""
+    plan = _tuned_plan("group_norm_silu_backward", x, channels, groups)
+    return make_plan(x, channels, groups, num_processors(x.device), limits) if plan is None else plan
+
+
 def heuristic_plan(op: str, shape: tuple[int, ...], itemsize: int, processors: int) -> Plan:
-    """The plan of "group_norm_silu" or "group_norm_silu_" for a shape of `_tuned.FIELDS`, where no table has one."""
+    """The plan of one of the `group_norm_silu` for a shape of `_tuned.FIELDS`, where no table has one."""
     batch, pixels, channels, second, groups, last = shape
-    if op == "group_norm_silu":
-        return _make_plan(batch, pixels, itemsize, bool(last), channels + second, groups, processors, LIMITS)
+    if op != "group_norm_silu_":
+        limits = LIMITS if op == "group_norm_silu" else BACKWARD_LIMITS
+        return _make_plan(batch, pixels, itemsize, bool(last), channels + second, groups, processors, limits)
     size = torch.Size((batch, channels, pixels))
     return _in_place_plan(size, itemsize, bool(last), channels + second, groups, processors, LIMITS)
 
@@ -174,6 +184,7 @@ def derived_plan(
     num_warps: int,
     block_p: int = 1,
     splits: int = 1,
+    per_channel: bool = False,
 ) -> Plan | None:
     """The plan that a tuned choice stands for, right whatever the choice is; None where no kernel could hold it.
 
@@ -181,6 +192,7 @@ def derived_plan(
         batch, pixels, channels, groups: of the call; the channels of x and x2 together.
         one_pass, slab_groups, num_warps: as in `Plan`.
         block_p, splits: as there, of two passes.
+        per_channel: whether the second pass reads sums of every channel, as the gradient's does.
     """
     pixels, slab = max(pixels, 1), min(slab_groups, groups)
     width = _power_of_2(slab * (channels // groups))
@@ -191,7 +203,7 @@ def derived_plan(
         all_tiles = -(-pixels // block_p)
         tiles = -(-all_tiles // min(splits, all_tiles))
         splits = -(-all_tiles // tiles)
-    if block_p * width > LARGEST_TILE:
+    if max(block_p, _power_of_2(splits) if per_channel else 1) * width > LARGEST_TILE:
         return None
     return Plan(one_pass, -(-groups // slab), slab, width, block_p, splits, tiles, num_warps)
 
@@ -206,7 +218,9 @@ def _tuned_plan(op: str, x: Tensor, channels: int, groups: int) -> Plan | None:
     batch, own, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     shape = (batch, pixels, own, channels - own, groups, int(not x.is_contiguous()))
     choice = _tuned.choice(op, x.device, x.dtype, shape)
-    return None if choice is None else derived_plan(batch, pixels, channels, groups, **choice)
+    if choice is None:
+        return None
+    return derived_plan(batch, pixels, channels, groups, **choice, per_channel=op == "group_norm_silu_backward")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -37,7 +37,7 @@ def _reverse_step_op(x: Tensor, out: Tensor, table: Tensor, step: Tensor, *optio
     from fastddpm_kernels._triton.reverse_step import launch
 
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    launch(x_next, x0, None, x, out, table, step, *Options(*options))
+    launch(x_next, x0, None, x, out, table, step, Options(*options))
     return x_next, x0
 
 
@@ -64,7 +64,7 @@ def _reverse_step_inplace_op(
 ) -> None:
     from fastddpm_kernels._triton.reverse_step import launch
 
-    launch(x, x0, net_in, x, out, table, step, *Options(*options)._replace(x0_prev=x0 if multistep else None))
+    launch(x, x0, net_in, x, out, table, step, Options(*options)._replace(x0_prev=x0 if multistep else None))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -20,63 +20,26 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from fastddpm_kernels._choices import ALTERNATIVES as ALTERNATIVES
+from fastddpm_kernels._choices import DTYPES as DTYPES
+from fastddpm_kernels._choices import FIELDS as FIELDS
+from fastddpm_kernels._choices import Choice as Choice
+from fastddpm_kernels._choices import Key as Key
 from fastddpm_kernels._native.build import BuildError, cache_folder, library_name
 
 SCHEMA = "fastddpm.tuned/1"
 PACKAGE = Path(__file__).with_name("_triton") / "tuned"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-Choice = Mapping[str, Any]
-
-_NORM = ("batch", "pixels", "channels", "channels2", "groups", "channels_last")
-# What a shape consists of, integers. `threads` are torch's.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "group_norm_silu": _NORM,
-    "group_norm_silu_": _NORM,
-    "rms_norm_silu": ("batch", "pixels", "channels", "channels2", "channels_last"),
-    "pointwise_conv": ("rows", "columns", "channels", "channels2", "residual", "tf32"),
-    "conv": ("batch", "height", "width", "channels", "out_channels", "upsample", "threads"),
-}
-_WARPS, _SPLITS = (1, 2, 4, 8, 16), range(1, 129)
-_PIXELS, _TILE, _DEPTH = (tuple(2**k for k in range(first, last)) for first, last in ((0, 14), (4, 9), (4, 9)))
-_PLANS = (
-    {"one_pass": (True,), "slab_groups": range(1, 1025), "num_warps": _WARPS},
-    {"one_pass": (False,), "slab_groups": range(1, 1025), "block_p": _PIXELS, "splits": _SPLITS, "num_warps": _WARPS},
-)
-# What a choice may consist of. The ops derive all else, so that any of these values gives a right result.
-ALTERNATIVES: dict[str, tuple[dict[str, Sequence[Any]], ...]] = {
-    "group_norm_silu": _PLANS,
-    "group_norm_silu_": _PLANS,
-    "rms_norm_silu": ({"block_p": _PIXELS, "num_warps": _WARPS},),
-    "pointwise_conv": (
-        {"block_m": _TILE, "block_n": _TILE, "block_k": _DEPTH, "num_warps": _WARPS, "num_stages": range(1, 7)},
-        {"implementation": ("addmm",)},
-    ),
-    "conv": ({"algorithm": ("winograd4", "winograd2", "direct")},),
-}
 # Of a table's header: what must be as it was. All others say where it comes from.
 _MUST_BE = ("schema", "device", "triton", "driver", "cuda", "kernels", "native")
 
 log = logging.getLogger("fastddpm.kernels")
-
-
-class Key(NamedTuple):
-    """What a choice is for. `shape` has the `FIELDS` of `op`."""
-
-    op: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def named(self) -> dict[str, int]:
-        """The shape, by name."""
-        return dict(zip(FIELDS[self.op], self.shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -129,6 +92,19 @@ def recording() -> Iterator[dict[Key, int]]:
         yield seen
     finally:
         _recorders[:] = [other for other in _recorders if other is not seen]
+
+
+@contextlib.contextmanager
+def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterator[None]:
+    """Inside, `choices` are all that there is for a device, in any thread: whatever tables it has."""
+    before = _loaded.get(device)
+    _loaded[device] = dict(choices)
+    try:
+        yield
+    finally:
+        _loaded.pop(device, None)
+        if before is not None:
+            _loaded[device] = before
 
 
 def known(device: torch.device) -> set[Key]:

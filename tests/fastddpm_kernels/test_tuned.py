@@ -21,7 +21,11 @@ from fastddpm_kernels.group_norm_silu import (
     group_norm_silu_workspace,
     rms_norm_silu,
 )
+from fastddpm_kernels.philox import sample_keys
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
+from fastddpm_kernels.q_sample import q_sample
+from fastddpm_kernels.residual_add import residual_add_
+from fastddpm_kernels.reverse_step import reverse_step_
 from fastddpm_kernels.testing import assert_close
 
 CPU = torch.device("cpu")
@@ -241,6 +245,168 @@ def test_a_pointwise_convolution_runs_as_its_table_says(
         else:  # torch's switch for TF32 would decide how that rounds, not the argument
             assert_close(y, truth, eager=eager)
         assert len(tiles) - count == (dtype == torch.float32)
+
+
+def image_of(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
+    return image(*shape).to(device, dtype)
+
+
+def noised(device: torch.device) -> tuple[torch.Tensor, ...]:
+    angle = torch.linspace(0.1, 1.5, 7, device=device)
+    table, t = torch.stack([angle.cos(), angle.sin()], 1), torch.tensor([6, 2], device=device)
+    x0, keys = image_of(torch.float32, device, 2, 3, 11, 9), sample_keys([5, 5], [0, 1], device)
+    return q_sample(x0, table, t, keys=keys, prediction_type="v_prediction", backend="triton")
+
+
+def stepped(device: torch.device) -> tuple[torch.Tensor, ...]:
+    x, out = torch.randn(2, 3, 11, 9, device=device), image_of(torch.float16, device, 4, 6, 11, 9)
+    net_in, x0 = torch.zeros_like(out[:, :3]), torch.zeros_like(x)
+    reverse_step_(
+        x, out, torch.rand(2, 7, device=device), torch.ones(1, dtype=torch.int64, device=device), x0=x0, net_in=net_in,
+        keys=sample_keys([5, 5], [0, 1], device), clip_range=1.0, guidance_scale=torch.ones(1, device=device),
+        log_variance=torch.tensor([[-3.0, -1.0]] * 2, device=device), backend="triton",
+    )  # fmt: skip
+    return x, x0, net_in
+
+
+def added(device: torch.device) -> tuple[torch.Tensor, ...]:
+    x, residual = (image_of(torch.float16, device, 2, 24, 5, 7) for _ in range(2))
+    y, total = torch.zeros(2, 6, 8, 24, dtype=x.dtype, device=device).movedim(-1, 1), torch.empty_like(x)
+    residual_add_(y, x, residual=residual, bias=torch.rand(24, device=device), total=total, backend="triton")
+    return y, total
+
+
+ELEMENTWISE = {
+    "q_sample": (noised, (2, 3, 99, 1, 2, 2), torch.float32),
+    "reverse_step": (stepped, (2, 3, 99, 1, 2, 1, 1, 0, 1, 1, 0), torch.float16),
+    "residual_add": (added, (2, 24, 5, 7, 1, 1, 1, 1, 1), torch.float16),
+}
+
+
+@pytest.mark.parametrize("op", ELEMENTWISE)
+def test_element_wise_ops_run_as_their_tables_say_with_the_same_bits(
+    op: str, write: Write, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip(f"fastddpm_kernels._triton.{op}")
+    run, shape, dtype = ELEMENTWISE[op]
+    ran, launched = module.run, []
+    monkeypatch.setattr(module, "run", lambda launch, like: launched.append(launch) or ran(launch, like))
+
+    def results() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        return run(device)
+
+    with _tuned.recording() as seen:
+        usual = results()
+    assert seen == {Key(op, dtype, shape): 1}
+    for choice in ({"block": 32, "num_warps": 1}, {"block": 64, "num_warps": 8}, {"block": 8192, "num_warps": 16}):
+        write({Key(op, dtype, shape): choice}, usual[0].device)
+        assert all(map(torch.equal, results(), usual)), choice
+        assert {"block": launched[-1].constexprs["BLOCK"], "num_warps": launched[-1].num_warps} == choice
+
+
+def test_a_block_that_counts_too_far_is_not_taken() -> None:
+    strided = pytest.importorskip("fastddpm_kernels._triton.strided")
+    choice = {"block": 8192, "num_warps": 1}
+    assert strided.block_and_warps(choice, 2**31 - 8192) == (8192, 1)
+    assert strided.block_and_warps(choice, 2**31 - 8191) == (strided.BLOCK, strided.NUM_WARPS)
+    assert strided.launch_options(CPU, 8)["num_warps"] == 8
+
+
+ONE_PASS = {"one_pass": True, "slab_groups": 3, "num_warps": 1}
+GRADIENTS: dict[str, tuple[tuple[int, ...], list[Choice]]] = {
+    "group_norm_silu_backward": ((2, 35, 24, 12, 4, 1), [ONE_PASS, TWO_PASSES, {**TWO_PASSES, "splits": 128}]),
+    "rms_norm_silu_backward": (
+        (2, 35, 24, 12, 1),
+        [{"block_p": block_p, "splits": splits, "num_warps": 2} for block_p, splits in ((1, 8192), (4, 3), (64, 2))],
+    ),
+}
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_gradients_of_norms_run_as_their_tables_say(op: str, write: Write, device: torch.device) -> None:
+    pytest.importorskip("triton")
+    shape, choices = GRADIENTS[op]
+    given = [image_of(torch.float32, device, 2, c, 5, 7) for c in (24, 12)]
+    given += [torch.randn(size, device=device) for size in ((36,), (36,), (2, 36), (2, 36))]
+    dy = image_of(torch.float32, device, 2, 36, 5, 7)
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[torch.Tensor, ...]:
+        x, x2, weight, bias, scale, shift = inputs = [t.to(dtype).requires_grad_() for t in given]
+        film = {"x2": x2, "scale": scale, "shift": shift, "backend": backend}
+        if op == "group_norm_silu_backward":
+            y = group_norm_silu(x, weight, bias, 4, **film)
+        else:
+            y = rms_norm_silu(x, weight, **film)
+            del inputs[3]
+        return torch.autograd.grad(y, inputs, dy.to(dtype))
+
+    truth, eager = gradients(torch.float64, "reference"), gradients(torch.float32, "eager")
+    with _tuned.recording() as seen:
+        usual = gradients(torch.float32, "triton")
+    key = Key(op, torch.float32, shape)
+    assert seen[key] == 1
+    for choice in [None, *choices]:
+        write({key: choice}, given[0].device)
+        found = gradients(torch.float32, "triton")
+        if choice is None:
+            assert all(map(torch.equal, found, usual))
+        for actual, expected, own in zip(found, truth, eager, strict=True):
+            assert_close(actual, expected, eager=own)
+
+
+def test_choices_that_no_kernel_could_hold_are_not_taken(write: Write) -> None:
+    triton_side = pytest.importorskip("fastddpm_kernels._triton.rms_norm_silu")
+    wide = {"one_pass": False, "slab_groups": 1, "num_warps": 4, "block_p": 1, "splits": 128}
+    assert _norm_plan.derived_plan(1, 4096, 2048, 1, **wide) is not None
+    assert _norm_plan.derived_plan(1, 4096, 2048, 1, **wide, per_channel=True) is None  # of which splits * channels
+    x, weight = image(1, 4096, 64, 1), torch.randn(4096)
+    usual = triton_side.heuristic_backward(x, 4096)
+    write({Key("rms_norm_silu_backward", torch.float32, (1, 64, 4096, 0, 1)): {**usual, "block_p": 64}})
+    (launch,), _ = triton_side.backward_launches(x, None, x, x, weight, 1e-12, None, None, None, True)
+    assert launch.constexprs["BLOCK_P"] == usual["block_p"] < 64
+
+
+def test_choices_that_are_tried_take_the_place_of_tables(write: Write) -> None:
+    write({CONV: {"algorithm": "direct"}})
+    with _tuned.using(CPU, {}):
+        assert algorithm() == likely_algorithm(*CONV.shape)
+        with _tuned.using(CPU, {CONV: {"algorithm": "winograd2"}}):
+            assert algorithm() == "winograd2"
+            _tuned.forget()
+    assert algorithm() == "direct"
+
+
+TUNED: dict[str, tuple[str, torch.dtype, tuple[int, ...], Choice, int]] = {  # module, ..., kernels
+    "group_norm_silu_backward": (
+        "group_norm_silu", torch.bfloat16, (64, 1024, 128, 0, 32, 1), {**TWO_PASSES, "block_p": 64}, 4
+    ),
+    "rms_norm_silu_backward": (
+        "group_norm_silu", torch.float16, (64, 1024, 64, 64, 1), {"block_p": 8, "splits": 4, "num_warps": 2}, 1
+    ),
+    "q_sample": ("q_sample", torch.float32, (64, 3, 1024, 1, 2, 1), {"block": 1024, "num_warps": 2}, 1),
+    "reverse_step": (
+        "reverse_step", torch.float16, (64, 3, 1024, 1, 2, 0, 0, 0, 0, 1, 0), {"block": 1024, "num_warps": 2}, 2
+    ),
+    "residual_add": (
+        "residual_add", torch.float16, (64, 128, 32, 32, 1, 1, 1, 1, 1), {"block": 1024, "num_warps": 2}, 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", TUNED)
+def test_what_the_packages_tables_hold_is_compiled(op: str, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, dtype, shape, choice, count = TUNED[op]
+    module = pytest.importorskip(f"fastddpm_kernels._triton.{name}")
+    about = {"schema": _tuned.SCHEMA, "device": "NVIDIA H200", "kernels": _tuned._kernels(), "target": "sm_90"}
+    monkeypatch.setattr(_tuned, "header", lambda device: about)
+    write({Key(op, dtype, shape): choice, Key("upsample_conv", dtype, (8,) * 5 + (0,)): None}, package=True)
+    found = [variant for variant in module.aot_variants() if variant.target is not None]
+    assert len(found) == count
+    assert {(variant.target, variant.num_warps) for variant in found} == {("sm_90", choice["num_warps"])}
+    sizes = {name.upper(): value for name, value in choice.items() if name.startswith("block")}
+    assert all(sizes.items() <= variant.constexprs.items() for variant in found)
+    assert len({variant.name for variant in found}) == count
 
 
 def test_the_packages_tables_are_compiled_for_their_gpu(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,7 @@ def _launches(
 
 def aot_variants() -> list[Variant]:
     """Every kernel of `group_norm_silu` and `rms_norm_silu`, at sizes of U-Nets that are in use, and tuned ones."""
-    from fastddpm_kernels._triton import rms_norm_silu
+    from fastddpm_kernels._triton import group_norm_silu_backward, rms_norm_silu
 
     variants = []
     for tag, n, c1, c2, side, channels_last, time_bias, film, dtypes in (
@@ -290,7 +290,8 @@ def aot_variants() -> list[Variant]:
                 if total is x or launch.kernel is _apply  # which then forms the sum again
             ]
     variants += packaged_variants(("group_norm_silu", "group_norm_silu_"), tuned_variants)
-    return variants + packaged_variants(("rms_norm_silu",), rms_norm_silu.tuned_variants)
+    variants += packaged_variants(("group_norm_silu_backward",), group_norm_silu_backward.tuned_variants)
+    return variants + packaged_variants(("rms_norm_silu", "rms_norm_silu_backward"), rms_norm_silu.tuned_variants)
 
 
 def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels._norm_plan import Limits, make_plan, num_processors
+from fastddpm_kernels import _tuned
+from fastddpm_kernels._norm_plan import BACKWARD_LIMITS, Plan, backward_plan, derived_plan
 from fastddpm_kernels._triton.norm_tile import (
     Launch,
     affine,
@@ -34,10 +35,9 @@ from fastddpm_kernels._triton.norm_tile import (
     to_groups,
     unit_rows,
 )
+from fastddpm_kernels._triton.variant import Variant
 
-# Fewer elements than the forward's, because two tiles are held; fewer splits, because the sums are per channel.
-# 8 elements to a thread: with 16, one of the kernels spills under triton 3.6.
-LIMITS = Limits(one_pass_elements=8192, tile_elements=4096, thread_elements=8, max_splits=32)
+LIMITS = BACKWARD_LIMITS
 
 
 @triton.jit
@@ -185,10 +185,13 @@ def _input_gradient(
 def backward_launches(
     dx: Tensor, dx2: Tensor | None, sums: Tensor, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor,
     rstd: Tensor, x2: Tensor | None, time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool,
+    plan: Plan | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write dx, dx2 and sums [3, N, C]. dy, x, x2 and the results are dense and of one format."""
+    """The launches that write dx, dx2 and sums [3, N, C]. dy, x, x2 and the results are dense and of one format.
+
+    `plan`: in place of the one that is chosen."""
     (n, channels), groups = dy.shape[:2], mean.shape[1]
-    plan = make_plan(x, channels, groups, num_processors(x.device), LIMITS)
+    plan = plan or backward_plan(x, channels, groups, LIMITS)
     time_bias, time_stride = unit_rows(time_bias)
     scale, scale_stride = unit_rows(scale)
     shift, shift_stride = unit_rows(shift)
@@ -212,3 +215,26 @@ def backward_launches(
         Launch("group_norm_silu.input_gradient", _input_gradient, programs, {**source, **split, **target},
                {**layout, "BLOCK_S": triton.next_power_of_2(plan.splits)}, plan.num_warps),
     ]  # fmt: skip
+
+
+def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+    """The kernels that a tuned choice runs: with a time bias, and with FiLM, as U-Nets have them."""
+    n, pixels, c1, c2, groups, last = key.shape
+    plan = derived_plan(n, pixels, c1 + c2, groups, **choice, per_channel=True)
+    if plan is None:
+        raise ValueError("its tile is larger than a kernel could hold")
+
+    def image(channels: int) -> Tensor:
+        shape = (n, 1, pixels, channels) if last else (n, channels, 1, pixels)
+        return torch.empty(shape, dtype=key.dtype, device="meta").movedim(-1 if last else 1, 1)
+
+    shapes = ((c1 + c2,), (n, groups), (3, n, c1 + c2))
+    weight, mean, sums = (torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes)
+    x, x2, dy = image(c1), image(c2) if c2 else None, image(c1 + c2)
+    rows = torch.empty(n, c1 + c2, dtype=key.dtype, device="meta")
+    return [
+        launch.variant(f"tuned, {key.dtype}, {key.shape}, {'film' if film else 'time bias'}")
+        for film in (False, True)
+        for given in ((None, rows, rows) if film else (rows, None, None),)
+        for launch in backward_launches(x, x2, sums, dy, x, weight, weight, mean, mean, x2, *given, True, plan)
+    ]

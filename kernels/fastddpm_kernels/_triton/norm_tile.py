@@ -110,6 +110,9 @@ def unit_rows(values: Tensor | None) -> tuple[Tensor | None, int]:
     return values, values.stride(0)
 
 
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch. Ahead-of-time compilation starts from the same record: what is compiled is what runs."""
@@ -133,7 +136,7 @@ class Launch:
             if value is None or (isinstance(value, int) and value == 1):
                 constexprs[name] = value
             elif isinstance(value, Tensor):
-                signature[name] = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[value.dtype]
+                signature[name] = _POINTERS[value.dtype]
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:

@@ -5,15 +5,19 @@ Pointers that are None switch their part off at compile time: `noise` or `keys`,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastddpm_kernels import _tuned
+from fastddpm_kernels._triton.norm_tile import Launch
 from fastddpm_kernels._triton.philox import normals
-from fastddpm_kernels._triton.strided import AOT, BLOCK, launch_options, num_programs, offsets, on_device_of, walkable
-from fastddpm_kernels._triton.variant import Variant
+from fastddpm_kernels._triton.strided import AOT, BLOCK, aot, block_and_warps, num_programs, offsets, run, walkable
+from fastddpm_kernels._triton.variant import Variant, packaged_variants
 from fastddpm_kernels.philox import STREAM_Q_SAMPLE
 
 
@@ -65,22 +69,37 @@ def launch(
     target: Tensor | None,
 ) -> None:
     """Writes `x_t` and, unless None, `target`, both of one memory format; `x0` and `noise` may have any."""
-    if x_t.numel() == 0:
-        return
+    if x_t.numel():
+        run(make_launch(x0, table, t, noise, keys, step, prediction_type, x_t, target), x_t)
+
+
+def make_launch(
+    x0: Tensor, table: Tensor, t: Tensor, noise: Tensor | None, keys: Tensor | None, step: Tensor | None,
+    prediction_type: str, x_t: Tensor, target: Tensor | None, choice: _tuned.Choice | None = None,
+) -> Launch:  # fmt: skip
+    """The one launch. `choice`: in place of what the tables or heuristics choose."""
     numel = x_t.numel() // x_t.shape[0]
     x0, x0_walk = walkable(x0)
     x_t, y_walk = walkable(x_t)
+    source = 2 if noise is None else 1
     noise, noise_walk = (None, x0_walk) if noise is None else walkable(noise)
-    with on_device_of(x_t):
-        _q_sample[(num_programs(x_t.shape[0], numel),)](
-            x_t, target, x0, table.contiguous(), t.contiguous(),
-            noise, None if keys is None else keys.contiguous(), step,
-            numel, numel // x_t.shape[1], table.shape[0],
-            *x0_walk[:3], *y_walk[:3], *noise_walk[:3],
-            X0_LINEAR=x0_walk.linear, Y_LINEAR=y_walk.linear, NOISE_LINEAR=noise_walk.linear,
-            STREAM=STREAM_Q_SAMPLE, V=prediction_type == "v_prediction", BLOCK=BLOCK,
-            **launch_options(x_t.device),
-        )  # fmt: skip
+    pixels, velocity = numel // x_t.shape[1], prediction_type == "v_prediction"
+    if choice is None:
+        written = 0 if target is None else 2 if velocity else 1
+        shape = (x_t.shape[0], x_t.shape[1], pixels, int(not y_walk.linear), source, written)
+        choice = _tuned.choice("q_sample", x_t.device, x_t.dtype, shape)
+    block, num_warps = block_and_warps(choice, numel)
+    args: dict[str, Any] = {
+        "x_t": x_t, "target": target, "x0": x0, "table": table.contiguous(), "t": t.contiguous(), "noise": noise,
+        "keys": None if keys is None else keys.contiguous(), "step": step, "numel": numel, "P": pixels,
+        "num_rows": table.shape[0],
+    }  # fmt: skip
+    for name, walk in (("x0", x0_walk), ("y", y_walk), ("noise", noise_walk)):
+        args |= {f"{name}_sample": walk.sample, f"{name}_channel": walk.channel, f"{name}_pixel": walk.pixel}
+    constexprs = {"X0_LINEAR": x0_walk.linear, "Y_LINEAR": y_walk.linear, "NOISE_LINEAR": noise_walk.linear,
+                  "STREAM": STREAM_Q_SAMPLE, "V": velocity, "BLOCK": block}  # fmt: skip
+    programs = num_programs(x_t.shape[0], numel, block)
+    return Launch("q_sample", _q_sample, programs, args, constexprs, num_warps)
 
 
 def aot_variants() -> list[Variant]:
@@ -93,7 +112,26 @@ def aot_variants() -> list[Variant]:
         ("fp32", {"channels_last": True}), ("bf16", {"channels_last": True, "v": True}),
         ("fp16", {"channels_last": True, "given": True}),
     ]  # fmt: skip
-    return [_variant(dtype, **flags) for dtype, flags in cases]
+    return [_variant(dtype, **flags) for dtype, flags in cases] + packaged_variants(("q_sample",), tuned_variants)
+
+
+def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+    """The kernel that a tuned choice runs, with a training step to read."""
+    n, channels, pixels, last, source, written = key.shape
+    given = source == 1
+
+    def image() -> Tensor:
+        shape = (n, 1, pixels, channels) if last else (n, channels, 1, pixels)
+        return torch.empty(shape, dtype=key.dtype, device="meta").movedim(-1 if last else 1, 1)
+
+    table, t, keys, step = torch.empty(1000, 2, device="meta"), *(
+        torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((n,), (n, 2), (1,))
+    )
+    made = make_launch(
+        image(), table, t, image() if given else None, None if given else keys, None if given else step,
+        "v_prediction" if written == 2 else "epsilon", image(), image() if written else None, choice,
+    )  # fmt: skip
+    return [replace(made.variant(f"tuned, {key.dtype}, {key.shape}"), **aot(made.num_warps))]
 
 
 def _variant(

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastddpm_kernels import _tuned
 from fastddpm_kernels._triton.norm_tile import Launch
-from fastddpm_kernels._triton.strided import AOT, NUM_WARPS, launch_options, on_device_of
-from fastddpm_kernels._triton.variant import Variant
+from fastddpm_kernels._triton.strided import AOT, NUM_WARPS, aot, run
+from fastddpm_kernels._triton.variant import Variant, packaged_variants
 
 MAX_DIMS = 4
 THREAD_BYTES = 16  # of each tensor
@@ -98,8 +99,13 @@ def make_walk(tensors: list[Tensor]) -> Walk:
     return Walk(sizes or [1], [outer or [1] for outer in strides])
 
 
-def make_launch(y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None) -> Launch:
+def make_launch(
+    y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None,
+    choice: _tuned.Choice | None = None,
+) -> Launch:  # fmt: skip
     """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do).
+
+    `choice`: in place of what the tables or heuristics choose.
 
     Raises:
         ValueError: more dimensions than the kernel walks.
@@ -120,16 +126,25 @@ def make_launch(y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | No
         steps = [0] * dims if tensor is None else next(strides)
         args |= {f"{name}{d}": step for d, step in enumerate(absent + steps)}
         extent = max(extent, sum(step * (size - 1) for step, size in zip(steps, walk.sizes, strict=True)))
-    block = NUM_WARPS * 32 * THREAD_BYTES // x.itemsize
+    if choice is None:
+        given_too = (int(tensor is not None) for tensor in (residual, bias, total))
+        shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:-1]), math.prod(x.shape[2:][-1:]),
+                 int(not x.is_contiguous()), int(y.stride() != x.stride()), *given_too)  # fmt: skip
+        choice = _tuned.choice("residual_add", x.device, x.dtype, shape)
+    own = heuristic_choice(x.itemsize) if choice is None else choice
+    block, num_warps = own["block"], own["num_warps"]
     constexprs = {"DIMS": dims, "WIDE": extent >= 2**31 - block, "BLOCK": block}
-    return Launch("residual_add", _residual_add, triton.cdiv(numel, block), args, constexprs, NUM_WARPS)
+    return Launch("residual_add", _residual_add, triton.cdiv(numel, block), args, constexprs, num_warps)
+
+
+def heuristic_choice(itemsize: int) -> _tuned.Choice:
+    """What `make_launch` does where no table has a choice: a thread's accesses are as wide as they can be."""
+    return {"block": NUM_WARPS * 32 * THREAD_BYTES // itemsize, "num_warps": NUM_WARPS}
 
 
 def launch(y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None) -> None:
     """Writes y, of x's shape, and total. `bias` is broadcastable to x; there are elements."""
-    made = make_launch(y, x, residual, bias, total)
-    with on_device_of(x):
-        made.kernel[(made.programs,)](**made.args, **made.constexprs, **launch_options(x.device))
+    run(make_launch(y, x, residual, bias, total), x)
 
 
 def aot_variants() -> list[Variant]:
@@ -153,9 +168,22 @@ def aot_variants() -> list[Variant]:
         made = make_launch(y, x, x if residual else None, vector, x if total else None)
         name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
         variants.append(replace(made.variant(f"{name}, {tag}"), **AOT))
-    return variants
+    return variants + packaged_variants(("residual_add",), tuned_variants)
 
 
-def _image(n: int, side: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    shape = (n, side, side, 128) if channels_last else (n, 128, side, side)
+def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+    """The kernel that a tuned choice runs."""
+    n, channels, height, width, last, padded, residual, bias, total = key.shape
+    x = _image(n, (height, width), key.dtype, bool(last), channels)
+    y = _image(n, (height + padded, width + padded), key.dtype, bool(last), channels)[..., :height, :width]
+    vector = torch.empty(channels, 1, 1, device="meta") if bias else None
+    made = make_launch(y, x, x if residual else None, vector, x if total else None, choice)
+    return [replace(made.variant(f"tuned, {key.dtype}, {key.shape}"), **aot(made.num_warps))]
+
+
+def _image(
+    n: int, size: int | tuple[int, int], dtype: torch.dtype, channels_last: bool, channels: int = 128
+) -> Tensor:
+    size = (size, size) if isinstance(size, int) else size
+    shape = (n, *size, channels) if channels_last else (n, channels, *size)
     return torch.empty(shape, dtype=dtype, device="meta").movedim(-1 if channels_last else 1, 1)

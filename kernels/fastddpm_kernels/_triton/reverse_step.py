@@ -6,24 +6,30 @@ from device memory: the step index, then its row of the table, the keys, the gui
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastddpm_kernels import _tuned
+from fastddpm_kernels._reverse_step_formula import Options
+from fastddpm_kernels._triton.norm_tile import Launch
 from fastddpm_kernels._triton.philox import normals
 from fastddpm_kernels._triton.strided import (
     AOT,
     BLOCK,
     Strides,
-    launch_options,
+    aot,
+    block_and_warps,
     num_programs,
     offsets,
-    on_device_of,
+    run,
     walkable,
 )
-from fastddpm_kernels._triton.variant import Variant
+from fastddpm_kernels._triton.variant import Variant, packaged_variants
 from fastddpm_kernels.philox import STREAM_KNOWN, STREAM_STEP
 
 
@@ -135,50 +141,66 @@ def launch(
     out: Tensor,
     table: Tensor,
     step: Tensor,
-    keys: Tensor | None,
-    noise: Tensor | None,
-    x0_prev: Tensor | None,
-    clip_range: float | None,
-    log_variance: Tensor | None,
-    guidance_scale: Tensor | None,
-    known: Tensor | None,
-    known_mask: Tensor | None,
-    known_table: Tensor | None,
-    known_noise: Tensor | None,
-    threshold: Tensor | None,
+    options: Options,
 ) -> None:
     """Writes `x_next` and, unless None, `x0` and `net_in`. `x_next` may be `x`, and `x0` may be `x0_prev`.
 
     Raises:
         ValueError: `net_in` is laid out so that its pixels have no one stride.
     """
-    if x.numel() == 0:
-        return
-    numel = x.numel() // x.shape[0]
+    if x.numel():
+        run(make_launch(x_next, x0, net_in, x, out, table, step, options), x)
+
+
+# Read without strides.
+_READ_WHOLE = ("keys", "noise", "x0_prev", "log_variance", "guidance_scale", "known_table", "known_noise", "threshold")
+
+
+def make_launch(
+    x_next: Tensor, x0: Tensor | None, net_in: Tensor | None, x: Tensor, out: Tensor, table: Tensor, step: Tensor,
+    o: Options, choice: _tuned.Choice | None = None,
+) -> Launch:  # fmt: skip
+    """The one launch. `choice`: in place of what the tables or heuristics choose.
+
+    Raises:
+        ValueError: as `launch`.
+    """
+    (n, channels), numel = x.shape[:2], x.numel() // x.shape[0]
     out, out_walk = walkable(out)
     net_walk = known_walk = mask_walk = out_walk
     if net_in is not None:
         same, net_walk = walkable(net_in)
         if same is not net_in:
             raise ValueError(f"net_in has strides {net_in.stride()}, must be contiguous or channels-last")
+    known, known_mask = o.known, o.known_mask
     if known is not None:
         assert known_mask is not None
         known, known_walk = walkable(known.expand_as(x))
         known_mask, mask_walk = walkable(known_mask.expand_as(x))
-    tables = (_contiguous(tensor) for tensor in (log_variance, guidance_scale))
-    with on_device_of(x):
-        _reverse_step[(num_programs(x.shape[0], numel),)](
-            x_next, x0, net_in, x, out, _contiguous(table), step, _contiguous(keys), _contiguous(noise),
-            _contiguous(x0_prev), *tables, known, known_mask, _contiguous(known_table), _contiguous(known_noise),
-            _contiguous(threshold), clip_range, x.shape[0], numel, numel // x.shape[1], table.shape[0],
-            x.shape[1] * out_walk.channel,
-            *out_walk[:3], *net_walk[:3], *known_walk[:3], *mask_walk[:3],
-            OUT_LINEAR=out_walk.linear, NET_LINEAR=net_walk.linear,
-            KNOWN_LINEAR=known_walk.linear, MASK_LINEAR=mask_walk.linear,
-            SCALE_STRIDE=0 if guidance_scale is None or guidance_scale.shape[0] == 1 else 1,
-            STREAM=STREAM_STEP, KNOWN_STREAM=STREAM_KNOWN, BLOCK=BLOCK,
-            **launch_options(x.device),
+    if choice is None:
+        shape = (
+            n, channels, numel // channels, int(not out_walk.linear),
+            1 if o.noise is not None else 0 if o.keys is None else 2, int(o.guidance_scale is not None),
+            int(o.log_variance is not None), int(o.x0_prev is not None), int(x0 is not None), int(net_in is not None),
+            0 if known is None else 2 if o.known_noise is None else 1,
         )  # fmt: skip
+        choice = _tuned.choice("reverse_step", x.device, out.dtype, shape)
+    block, num_warps = block_and_warps(choice, numel)
+    args: dict[str, Any] = {
+        "x_next": x_next, "x0": x0, "net_in": net_in, "x": x, "out": out, "table": table.contiguous(), "step": step,
+    }  # fmt: skip
+    args |= {name: _contiguous(getattr(o, name)) for name in _READ_WHOLE}
+    args |= {"known": known, "known_mask": known_mask, "clip_range": o.clip_range, "batch": n, "numel": numel,
+             "P": numel // channels, "num_steps": table.shape[0], "v_offset": channels * out_walk.channel}  # fmt: skip
+    for name, walk in (("out", out_walk), ("net", net_walk), ("known", known_walk), ("mask", mask_walk)):
+        args |= {f"{name}_sample": walk.sample, f"{name}_channel": walk.channel, f"{name}_pixel": walk.pixel}
+    scale = o.guidance_scale
+    constexprs = {
+        "OUT_LINEAR": out_walk.linear, "NET_LINEAR": net_walk.linear, "KNOWN_LINEAR": known_walk.linear,
+        "MASK_LINEAR": mask_walk.linear, "SCALE_STRIDE": 0 if scale is None or scale.shape[0] == 1 else 1,
+        "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": block,
+    }  # fmt: skip
+    return Launch("reverse_step", _reverse_step, num_programs(n, numel, block), args, constexprs, num_warps)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -200,7 +222,45 @@ def aot_variants() -> list[Variant]:
         ("fp16", {"philox", "net_in", "threshold"}), ("fp16", {"net_in", "threshold", "multistep", "x0"}),
         ("fp16", ancestral | {"guided", "learned", "known", "multistep", "x0"}),
     ]  # fmt: skip
-    return [_variant(dtype, flags) for dtype, flags in cases]
+    return [_variant(dtype, flags) for dtype, flags in cases] + packaged_variants(("reverse_step",), tuned_variants)
+
+
+def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+    """The kernels that a tuned choice runs: x0 clipped to a given bound, and to one of each sample."""
+    return [
+        replace(made.variant(f"tuned, {key.dtype}, {key.shape}, {index}"), **aot(made.num_warps))
+        for index, (clip_range, threshold) in enumerate(((1.0, False), (None, True)))
+        for made in (make_launch(*example(key, clip_range, threshold), choice),)
+    ]
+
+
+def example(key: _tuned.Key, clip_range: float | None, threshold: bool) -> tuple[Any, ...]:
+    """Arguments of `make_launch`, on the meta device, laid out as sampling loops have them."""
+    n, channels, pixels, last, noise, guided, learned, multistep, x0, net_in, known = key.shape
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def network(channels: int) -> Tensor:
+        rows = n * (1 + guided)
+        if not last:
+            return empty(rows, channels, 1, pixels, dtype=key.dtype)
+        # A network of 16 bits reads and writes whole vectors of channels.
+        width = -(-channels // 8) * 8 if key.dtype.itemsize == 2 else channels
+        return empty(rows, 1, pixels, width, dtype=key.dtype).movedim(-1, 1)[:, :channels]
+
+    x, rows = empty(n, channels, 1, pixels), 1000
+    options = Options(
+        keys=empty(n, 2, dtype=torch.int64) if noise == 2 or known == 2 else None, noise=x if noise == 1 else None,
+        x0_prev=x if multistep else None, clip_range=clip_range, log_variance=empty(rows, 2) if learned else None,
+        guidance_scale=empty(1) if guided else None, known=x if known else None,
+        known_mask=empty(n, 1, 1, pixels) if known else None, known_table=empty(rows, 2) if known else None,
+        known_noise=x if known == 1 else None, threshold=empty(n) if threshold else None,
+    )  # fmt: skip
+    return (
+        x, x if x0 else None, network(channels) if net_in else None, x, network(channels * (1 + learned)),
+        empty(rows, 7), empty(1, dtype=torch.int64), options,
+    )  # fmt: skip
 
 
 def _variant(dtype: str, flags: set[str]) -> Variant:

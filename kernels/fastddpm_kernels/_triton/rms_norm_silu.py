@@ -132,8 +132,22 @@ def heuristic_choice(x: Tensor, channels: int) -> _tuned.Choice:
     return {"block_p": tile["BLOCK_P"], "num_warps": num_warps}
 
 
+def heuristic_backward(x: Tensor, channels: int) -> _tuned.Choice:
+    """As `heuristic_choice`, of `backward_launches`."""
+    # Of the sizes tried, the one that spills under neither triton 3.6 nor 3.9.
+    tile, num_warps = _tile(x, channels, 16, 2 * TILE_ELEMENTS)
+    splits, _ = _splits(-(-math.prod(x.shape[2:]) // tile["BLOCK_P"]), -(-4 * num_processors(x.device) // x.shape[0]))
+    return {"block_p": tile["BLOCK_P"], "splits": splits, "num_warps": num_warps}
+
+
+def _splits(blocks: int, wanted: int) -> tuple[int, int]:
+    """(splits, blocks to each): about as many as are wanted, none of them empty."""
+    tiles = -(-blocks // min(wanted, blocks))
+    return -(-blocks // tiles), tiles
+
+
 def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
-    """The kernels that a tuned choice runs: with bias and residual, and without."""
+    """The kernels that a tuned choice runs: with bias and residual and without, or with FiLM backward."""
     n, pixels, c1, c2, last = key.shape
 
     def image(channels: int) -> Tensor:
@@ -143,6 +157,9 @@ def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
     x, x2, y = image(c1), image(c2) if c2 else None, image(c1 + c2)
     weight = torch.empty(c1 + c2, dtype=torch.float32, device="meta")
     rows = torch.empty(n, c1 + c2, dtype=key.dtype, device="meta")
+    if key.op == "rms_norm_silu_backward":
+        launches, _ = backward_launches(x, x2, y, x, weight, 1e-12, x2, rows, rows, True, choice)
+        return [launch.variant(f"tuned, {key.dtype}, {key.shape}") for launch in launches]
     return [
         launch.variant(f"tuned, {key.dtype}, {key.shape}")
         for bias, residual in ((None, None), (weight, y))
@@ -152,15 +169,20 @@ def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
 
 def backward_launches(
     dx: Tensor, dx2: Tensor | None, dy: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
+    scale: Tensor | None, shift: Tensor | None, silu: bool, choice: _tuned.Choice | None = None,
 ) -> tuple[list[Launch], Tensor]:  # fmt: skip
-    """The launch that writes dx, dx2 and the returned partial sums [2, N, splits, C]."""
+    """The launch that writes dx, dx2 and the returned partial sums [2, N, splits, C].
+
+    `choice`: in place of what the tables or heuristics choose."""
     (n, channels), pixels = dy.shape[:2], math.prod(x.shape[2:])
-    # Of the sizes tried, the one that spills under neither triton 3.6 nor 3.9.
-    tile, num_warps = _tile(x, channels, 16, 2 * TILE_ELEMENTS)
-    blocks = -(-pixels // tile["BLOCK_P"])
-    tiles = -(-blocks // min(-(-4 * num_processors(x.device) // n), blocks))
-    splits = -(-blocks // tiles)
+    block_c = triton.next_power_of_2(channels)
+    if choice is None:
+        shape = (n, pixels, x.shape[1], channels - x.shape[1], int(not x.is_contiguous()))
+        choice = _tuned.choice("rms_norm_silu_backward", x.device, x.dtype, shape)
+    if choice is None or choice["block_p"] * block_c > LARGEST_TILE:
+        choice = heuristic_backward(x, channels)
+    tile, num_warps = {"BLOCK_P": choice["block_p"], "BLOCK_C": block_c}, choice["num_warps"]
+    splits, tiles = _splits(-(-pixels // choice["block_p"]), choice["splits"])
     partial = torch.empty(2, n, splits, channels, dtype=torch.float32, device=x.device)
     scale, scale_stride = unit_rows(scale)
     shift, shift_stride = unit_rows(shift)

@@ -18,13 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastddpm_kernels import _tuned
+from fastddpm_kernels._triton.norm_tile import Launch
+
+# Where no table has a choice.
 BLOCK = 512  # elements to a program
 NUM_WARPS = 4  # of 32 threads, so 4 elements to each: with more or fewer, accesses of 16 bytes need shared memory
 
 # Multiply-adds are written out where they are meant: the same bits wherever a compiler would have fused others.
 OPTIONS = {"enable_fp_fusion": False}
-# The same, as fields of a Variant.
-AOT: dict[str, Any] = {"num_warps": NUM_WARPS, "num_warps_of_64": NUM_WARPS // 2, "options": OPTIONS}
+
+
+def aot(num_warps: int = NUM_WARPS) -> dict[str, Any]:
+    """What every launch passes, as fields of a Variant."""
+    return {"num_warps": num_warps, "num_warps_of_64": max(num_warps // 2, 1), "options": OPTIONS}
+
+
+AOT = aot()
 
 
 @triton.jit
@@ -71,7 +81,7 @@ def walkable(tensor: Tensor) -> tuple[Tensor, Strides]:
     return tensor, strides
 
 
-def num_programs(batch: int, numel: int) -> int:
+def num_programs(batch: int, numel: int, block: int = BLOCK) -> int:
     """Programs for `batch` samples of `numel` elements. One grid axis, since the others end at 65535.
 
     Raises:
@@ -79,16 +89,32 @@ def num_programs(batch: int, numel: int) -> int:
     """
     if numel > 2**31 - BLOCK:
         raise ValueError(f"a sample has {numel} elements, must have at most 2^31 - {BLOCK} on the triton backend")
-    return batch * triton.cdiv(numel, BLOCK)
+    return batch * triton.cdiv(numel, block)
 
 
-def launch_options(device: torch.device) -> dict[str, Any]:
-    """What every launch passes: `NUM_WARPS`, or what makes as many threads on a GPU of 64 to a warp."""
+def block_and_warps(choice: _tuned.Choice | None, numel: int) -> tuple[int, int]:
+    """Elements to a program and warps, of 32 threads, of a choice; without one, or where its programs would count
+    beyond the largest integer, what is usual. Every element is computed by itself, so results are the same bits."""
+    if choice is None or numel > 2**31 - choice["block"]:
+        return BLOCK, NUM_WARPS
+    return choice["block"], choice["num_warps"]
+
+
+def launch_options(device: torch.device, num_warps: int = NUM_WARPS) -> dict[str, Any]:
+    """What every launch passes: `num_warps`, or what makes as many threads on a GPU of 64 to a warp."""
     hip = device.type == "cuda" and torch.version.hip is not None
     threads = torch.cuda.get_device_properties(device).warp_size if hip else 32
-    return {"num_warps": NUM_WARPS * 32 // threads, **OPTIONS}
+    return {"num_warps": max(num_warps * 32 // threads, 1), **OPTIONS}
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, which need not be where the tensor is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def run(launch: Launch, tensor: Tensor) -> None:
+    """Launches an element-wise kernel where `tensor` is."""
+    with on_device_of(tensor):
+        launch.kernel[(launch.programs,)](
+            **launch.args, **launch.constexprs, **launch_options(tensor.device, launch.num_warps)
+        )
