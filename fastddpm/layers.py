@@ -2,8 +2,9 @@
 
 An `nn.GroupNorm` here only holds parameters: each normalisation runs as one `group_norm_silu`, fused with
 what surrounds it (the skip concatenation, the time embedding, SiLU). A layer's `backend` says which backend
-that op and the 3x3 convolutions use; `UNet.backend` sets it everywhere. "auto" is "native" in training mode where the
-weights are float32, without autocast, on a CPU that has a compiler; in evaluation mode torch's own, of the least error.
+that op and the 3x3 convolutions use; `UNet.backend` sets it everywhere. "auto" is "native" in training mode on a CPU
+that has a compiler, for the layers that are large enough, in float32 and, where the CPU multiplies that, under autocast
+to bfloat16; in evaluation mode torch's own, of the least error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ import torch.nn.functional as F
 from fastddpm_kernels.conv_training import conv3x3, why_not_native
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
+
+# From how many channels on, of inputs and of outputs, a native 3x3 convolution trains faster than torch's, and from how
+# many values on a native norm does (benchmarks/NOTES.md).
+NATIVE_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
+NATIVE_VALUES = 2**17
 
 
 def timestep_embedding(
@@ -61,8 +67,15 @@ class Conv3x3(nn.Conv2d):
         self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        native = self.backend == "native" or (self.backend == "auto" and _trains_in_float32(self))
-        return conv3x3(x, self.weight, self.bias, backend=self.backend if native else "eager")
+        if self.backend == "native" or (self.backend == "auto" and self.training):
+            h = _as_autocast(x)
+            if self.backend == "native" or self._trains_natively(h):
+                return conv3x3(h, self.weight, self.bias, backend="native")
+        return conv3x3(x, self.weight, self.bias, backend="eager")
+
+    def _trains_natively(self, x: Tensor) -> bool:
+        wide = min(self.weight.shape[:2]) >= NATIVE_CHANNELS.get(x.dtype, 0)
+        return wide and why_not_native(x, float32=(self.weight, self.bias)) is None
 
 
 class ResnetBlock(nn.Module):
@@ -295,8 +308,11 @@ def norm_silu(
     activation: str | None = "silu",
 ) -> Tensor:
     """`group_norm_silu` with the parameters of `norm`; see there."""
-    if backend == "auto" and _trains_in_float32(norm) and why_not_native(x, x2) is None:
-        backend = "native"
+    if backend == "native" or (backend == "auto" and norm.training):
+        h, h2 = _as_autocast(x), None if x2 is None else _as_autocast(x2)
+        many = x.numel() + (0 if x2 is None else x2.numel()) >= NATIVE_VALUES
+        if backend == "native" or (many and why_not_native(h, h2, products=False) is None):
+            x, x2, backend = h, h2, "native"
     return group_norm_silu(
         x,
         norm.weight,
@@ -312,6 +328,8 @@ def norm_silu(
     )
 
 
-def _trains_in_float32(layer: nn.Module) -> bool:
-    # Under autocast to bfloat16 torch's own convolutions are as fast or faster: see benchmarks/NOTES.md.
-    return layer.training and not torch.is_autocast_enabled("cpu")
+def _as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast computes on the CPU; without autocast x itself."""
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return x
+    return x.to(torch.get_autocast_dtype("cpu"))

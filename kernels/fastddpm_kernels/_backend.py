@@ -4,7 +4,8 @@ Every op has the same function for all backends:
 
 - `triton`: one fused kernel, on CUDA and ROCm devices (and, when the environment variable `TRITON_INTERPRET=1`
   was set before triton was imported, on the CPU through triton's interpreter: slow, for tests);
-- `native`: C++ for float32 on the CPU (`_native`), built by the system's compiler when it is first wanted; some ops;
+- `native`: C++ for float32 and, some of it, bfloat16 on the CPU (`_native`), built by the system's compiler when it is
+  first wanted; some ops;
 - `eager`: idiomatic torch in the input's own dtype, on any device;
 - `reference`: the readable specification, computed in float64.
 
@@ -78,8 +79,9 @@ def why_not(
             return f"there is no native kernel of {name}"
         if device_type != "cpu":
             return f"native kernels run on the CPU, not on device type {device_type!r}"
-        if dtype not in (None, torch.float32):
-            return f"native kernels compute in torch.float32, not {dtype}"
+        takes = (torch.float32, torch.bfloat16) if name == "group_norm_silu" else (torch.float32,)
+        if dtype is not None and dtype not in takes:
+            return f"native kernels compute in {' or '.join(map(str, takes))}, not {dtype}"
         from fastddpm_kernels import _native
 
         return _native.why_not()

@@ -58,7 +58,7 @@ def _empty_channels_last(x: Tensor, channels: int) -> Tensor:
 
 
 def _for_native(x: Tensor, x2: Tensor | None, *vectors: Tensor | None) -> tuple[Any, ...]:
-    """x, x2 and vectors or rows as native kernels take them: channels-last, float32, neighbouring channels adjacent."""
+    """As native kernels take them: x and x2 channels-last, vectors and rows float32, neighbouring channels adjacent."""
     dense = [None if v is None else v.float() if v.stride(-1) == 1 else v.float().contiguous() for v in vectors]
     return _channels_last(x), None if x2 is None else _channels_last(x2), *dense
 
@@ -183,7 +183,7 @@ def _group_norm_backward_fake(
     if not native:
         return _empty_gradients(dy, x, x2, 3)
     dx2 = x.new_empty(0) if x2 is None else _empty_channels_last(x, x2.shape[1])
-    return _empty_channels_last(x, x.shape[1]), dx2, x.new_empty(3, *dy.shape[:2])
+    return _empty_channels_last(x, x.shape[1]), dx2, x.new_empty(3, *dy.shape[:2], dtype=torch.float32)
 
 
 def _group_norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

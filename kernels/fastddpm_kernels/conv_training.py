@@ -1,16 +1,18 @@
-"""3x3 convolutions of stride 1 and padding 1 with gradients; on the CPU in float32 by fewer multiplications.
+"""3x3 convolutions of stride 1 and padding 1 with gradients; on the CPU by fewer multiplications.
 
     conv3x3    conv2d(concat(x, x2), weight, bias, padding=1)
 
-On the native backend the convolution and both of its gradients take 36 multiplications for 4x4 pixels, where the
-definition has 144 (Winograd's minimal filtering, see `conv`):
+On the native backend the convolution and both of its gradients take 36 multiplications for 4x4 pixels in float32, 16
+for 2x2 pixels in bfloat16, where the definition has 144 and 36 (Winograd's minimal filtering, see `conv`):
 
     y = A^T [(G w G^T) . (B^T x B)] A            the convolution
     dx                                           the same of dy, with channels of w exchanged and its taps turned round
     dw = G^T [sum (A dy A^T)^T . (B^T x B)] G    its exact adjoint, summed over tiles
     db = sum (A dy A^T)[1, 1]                    at point 1, A^T takes plain sums
 
-What each loses is bound by `conv.error_factor`; for the third, sums over transforms and taps change places in it.
+What each loses is bound by `conv.error_factor`; for the third, sums over transforms and taps change places in it. In
+bfloat16 tiles are of 2x2 for that factor's sake: it is 1.7, where for 4x4 it is 10. Transformed values are rounded to
+bfloat16, the weights once from float32; products are summed in float32.
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ def conv3x3(
 
     Args:
         x: `[N, C, H, W]`.
-        weight: `[O, C + C2, 3, 3]`, x's dtype (under autocast, any).
-        bias: `[O]`, x's dtype (under autocast, any).
+        weight: `[O, C + C2, 3, 3]`, x's dtype (under autocast, any; on `native` float32, whatever x is).
+        bias: `[O]`, as weight.
         x2: `[N, C2, H, W]`: as if concatenated to `x`; on `native` it is read where it is.
-        backend: `"native"`: all float32 on the CPU, and under autocast too, since bfloat16 is slower; it can be
-            differentiated once, not twice. `"eager"`: torch's own. `"reference"`: in float64. `"auto"`: `native` where
-            it can run, else `eager`.
+        backend: `"native"`: x and x2 both float32 or both bfloat16, on the CPU; it can be differentiated once, not
+            twice. `"eager"`: torch's own. `"reference"`: in float64. `"auto"`: `native` where it can run and is not
+            slower, else `eager`.
 
     Returns:
-        `[N, O, H, W]`; on `native` float32 and channels-last.
+        `[N, O, H, W]` in x's dtype (`eager` under autocast: in autocast's); on `native` channels-last.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -56,11 +58,12 @@ def conv3x3(
     _check(x, weight, bias, x2)
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
-    reason = None if backend in ("eager", "reference") else why_not_native(x, weight, bias, x2)
-    if backend == "native" and reason is not None:
-        raise _backend.BackendError(f"conv3x3: backend 'native' cannot run here: {reason}")
-    if backend in ("auto", "native") and reason is None:
-        return _conv3x3(x, weight, bias, x2)
+    if backend in ("auto", "native"):
+        reason = why_not_native(x, x2, float32=(weight, bias), slower=backend == "native")
+        if reason is None:
+            return _conv3x3(x, weight, bias, x2)
+        if backend == "native":
+            raise _backend.BackendError(f"conv3x3: backend 'native' cannot run here: {reason}")
     whole = x if x2 is None else torch.cat((x, x2), 1)
     if backend == "reference":
         bias = None if bias is None else bias.double()
@@ -68,13 +71,32 @@ def conv3x3(
     return F.conv2d(whole, weight, bias, padding=1)
 
 
-def why_not_native(*tensors: Tensor | None) -> str | None:
-    """Why native ops with gradients cannot take these tensors, or None. `torch.compile` traces through this."""
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
+def why_not_native(
+    *tensors: Tensor | None, float32: tuple[Tensor | None, ...] = (), products: bool = True, slower: bool = False
+) -> str | None:
+    """Why native ops with gradients cannot take these tensors, or None. `torch.compile` traces through this.
+
+    Args:
+        tensors: what is float32 or bfloat16, all alike. None is left out.
+        float32: what must be float32.
+        products: whether the op multiplies matrices, which not every CPU does in bfloat16.
+        slower: whether torch's own being faster is no reason.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    fixed = [tensor for tensor in float32 if tensor is not None]
+    for tensor in (*given, *fixed):
+        if tensor.device.type != "cpu":
             return f"native kernels run on the CPU, not on device type {tensor.device.type!r}"
-        if tensor is not None and tensor.dtype != torch.float32:
-            return f"native kernels compute in torch.float32, not {tensor.dtype}"
+    for tensor in given:
+        if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.dtype != given[0].dtype:
+            return f"native kernels compute in torch.float32 or torch.bfloat16, not {tensor.dtype}"
+    for tensor in fixed:
+        if tensor.dtype != torch.float32:
+            return f"native kernels take parameters in torch.float32, not {tensor.dtype}"
+    if products and given and given[0].dtype == torch.bfloat16:
+        reason = _native.why_not_bfloat16(slower=slower)
+        if reason is not None:
+            return reason
     return _why_no_library()
 
 
@@ -91,14 +113,14 @@ _why_no_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.lru_cache(maxsize=1)
 def _say(reason: str | None) -> None:
     """Once in a process."""
-    log.debug("layers with gradients on the CPU in float32: %s", "native" if reason is None else f"eager ({reason})")
+    log.debug("layers with gradients on the CPU: %s", "native" if reason is None else f"eager ({reason})")
 
 
 @torch.library.custom_op(
     "fastddpm::conv3x3", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? x2) -> Tensor"
 )
 def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None) -> Tensor:
-    """Native, float32."""
+    """Native; x and x2 float32 or bfloat16, weight and bias float32."""
     y = _empty(x, len(weight))
     if y.numel():
         bias = None if bias is None else bias.contiguous()
@@ -145,8 +167,8 @@ def _weight_gradient(dy: Tensor, x: Tensor, x2: Tensor | None, channels_last: bo
 def _weight_gradient_fake(dy: Tensor, x: Tensor, x2: Tensor | None, channels_last: bool) -> tuple[Tensor, Tensor]:
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    dweight = torch.empty(dy.shape[1], channels, 3, 3, dtype=dy.dtype, device=dy.device, memory_format=layout)
-    return dweight, dy.new_empty(dy.shape[1])
+    dweight = torch.empty(dy.shape[1], channels, 3, 3, dtype=torch.float32, device=dy.device, memory_format=layout)
+    return dweight, dy.new_empty(dy.shape[1], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -182,6 +204,8 @@ def _empty(x: Tensor, channels: int) -> Tensor:
 
 def _tile(x: Tensor, weight: Tensor) -> int:
     """Output pixels of a tile's side: 2 for few pixels, where packing and reading the weights is the cost."""
+    if x.dtype == torch.bfloat16:
+        return 2
     algorithm = choose_algorithm(x.shape[0], x.shape[2], x.shape[3], weight.shape[1], weight.shape[0])
     return 4 if algorithm == "winograd4" else 2
 

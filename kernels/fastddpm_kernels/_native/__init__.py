@@ -20,14 +20,14 @@ from fastddpm_kernels._native.build import BuildError, library
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "fastddpm_conv3x3_winograd": [_P] * 6 + [_L] * 6 + [_I] * 3,
-    "fastddpm_conv3x3_unpacked": [_P] * 4 + [_L] * 4 + [_P] + [_L] * 6 + [_I] * 2,
-    "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 6 + [_I] * 2,
-    "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I],
+    "fastddpm_conv3x3_winograd": [_P] * 6 + [_L] * 6 + [_I] * 4,
+    "fastddpm_conv3x3_unpacked": [_P] * 4 + [_L] * 4 + [_P] + [_L] * 6 + [_I] * 3,
+    "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 7 + [_I] * 3,
+    "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I] * 2,
     "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 2,
-    "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F, _I, _I, _P, _P],
-    "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I, _I],
-    "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F, _I, _I],
+    "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F] + [_I] * 3 + [_P] * 2,
+    "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I] * 3,
+    "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
 }
 _lock = threading.Lock()
 
@@ -37,6 +37,7 @@ class _Library:
 
     Attributes:
         panel: output channels of a panel of packed weights.
+        bfloat16: whether there are products of bfloat16: 0 none, 1 yes, 2 yes, but oneDNN has faster ones (AMX).
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,8 @@ class _Library:
             function.argtypes, function.restype = types, None
         functions.fastddpm_start.argtypes, functions.fastddpm_start.restype = [_P], _I
         self.panel: int = functions.fastddpm_start(ctypes.cast(runtime.GOMP_parallel, _P))
+        functions.fastddpm_bfloat16.argtypes, functions.fastddpm_bfloat16.restype = [], _I
+        self.bfloat16: int = functions.fastddpm_bfloat16()
         self.functions = functions
 
 
@@ -94,6 +97,21 @@ def get() -> _Library:
     return loaded
 
 
+def why_not_bfloat16(*, slower: bool = False) -> str | None:
+    """Why the library does not multiply bfloat16 here (if not `slower`: faster than oneDNN), or None."""
+    reason = why_not()
+    if reason is None:
+        kind = get().bfloat16
+        if kind == 0:
+            reason = "this CPU, or what its compiler knows of it, has no AVX512-BF16"
+        elif kind == 2 and not slower:
+            reason = "this CPU has AMX, with which torch is faster"
+    return reason
+
+
+why_not_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -106,18 +124,21 @@ def conv3x3_winograd(
     y: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, m: int,
     upsample: bool,
 ) -> None:  # fmt: skip
-    """Tiles of `m` x `m`. All are float32 and channels-last or contiguous; `weight` is packed for `m`."""
+    """Tiles of `m` x `m`. All are float32 and channels-last or contiguous; `weight` is packed for `m`.
+
+    y, x, x2 and residual may be bfloat16, for `m` = 2 and a weight packed for that.
+    """
     n, out_channels, height, width = y.shape
     get().functions.fastddpm_conv3x3_winograd(
         _at(y), _at(x), _at(x2), _at(weight), _at(bias), _at(residual), n, height, width, x.shape[1],
-        0 if x2 is None else x2.shape[1], out_channels, m, upsample, torch.get_num_threads(),
+        0 if x2 is None else x2.shape[1], out_channels, m, upsample, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def conv3x3_unpacked(
     y: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, m: int, *, transposed: bool = False
 ) -> None:
-    """As `conv3x3_winograd`, for a weight [O, C + C2, 3, 3] of any strides, packed for this call.
+    """As `conv3x3_winograd`, for a weight [O, C + C2, 3, 3] of any strides, float32, packed for this call.
 
     `transposed`: the adjoint of the convolution, from its O channels `x` to its C channels `y`.
     """
@@ -125,25 +146,32 @@ def conv3x3_unpacked(
     n, out_channels, height, width = y.shape
     get().functions.fastddpm_conv3x3_unpacked(
         _at(y), _at(x), _at(x2), place, *strides, _at(bias), n, height, width, x.shape[1],
-        0 if x2 is None else x2.shape[1], out_channels, m, torch.get_num_threads(),
+        0 if x2 is None else x2.shape[1], out_channels, m, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 
-def conv3x3_pack(packed: Tensor, weight: Tensor, m: int, *, transposed: bool = False) -> None:
-    """Into `packed`, for `conv3x3_winograd`; `weight` as in `conv3x3_unpacked`."""
+def conv3x3_pack(
+    packed: Tensor, weight: Tensor, m: int, *, channels2: int = 0, bfloat16: bool = False, transposed: bool = False
+) -> None:
+    """Into `packed`, for `conv3x3_winograd`; `weight` as in `conv3x3_unpacked`, its last `channels2` for x2."""
     place, strides = _taps(weight, transposed)
     outs, ins = weight.shape[:2][:: -1 if transposed else 1]
-    get().functions.fastddpm_conv3x3_pack(_at(packed), place, *strides, outs, ins, m, torch.get_num_threads())
+    get().functions.fastddpm_conv3x3_pack(
+        _at(packed), place, *strides, outs, ins - channels2, channels2, m, bfloat16, torch.get_num_threads()
+    )
 
 
 def conv3x3_weight_gradient(
     dweight: Tensor, dbias: Tensor | None, dy: Tensor, x: Tensor, x2: Tensor | None
 ) -> None:
-    """Into `dweight` [O, C + C2, 3, 3] of any strides, and `dbias` [O]. `dy`, `x` and `x2` are channels-last."""
+    """Into `dweight` [O, C + C2, 3, 3] of any strides, and `dbias` [O], float32.
+
+    `dy`, `x` and `x2` are channels-last, all float32 or all bfloat16.
+    """
     n, out_channels, height, width = dy.shape
     get().functions.fastddpm_conv3x3_weight_gradient(
         _at(dweight), *dweight.stride(), _at(dbias), _at(dy), _at(x), _at(x2), n, height, width, x.shape[1],
-        0 if x2 is None else x2.shape[1], out_channels, torch.get_num_threads(),
+        0 if x2 is None else x2.shape[1], out_channels, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -178,7 +206,7 @@ def group_norm(
         _at(y), _at(x), _at(x2), _at(residual), _at(total), _at(weight), _at(bias), _at(time_bias), _at(scale),
         _at(shift), _row_stride(time_bias), _row_stride(scale), _row_stride(shift), x.shape[0],
         math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1], num_groups, eps, silu,
-        torch.get_num_threads(), _at(mean), _at(rstd),
+        x.dtype == torch.bfloat16, torch.get_num_threads(), _at(mean), _at(rstd),
     )  # fmt: skip
 
 
@@ -192,7 +220,7 @@ def group_norm_gradient(
         _at(dx), _at(dx2), _at(sums), _at(dy), _at(x), _at(x2), _at(weight), _at(bias), _at(mean), _at(rstd),
         _at(time_bias), _at(scale), _at(shift), _row_stride(time_bias), _row_stride(scale), _row_stride(shift),
         x.shape[0], math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1], mean.shape[1], silu,
-        torch.get_num_threads(),
+        x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -204,5 +232,5 @@ def rms_norm(
     get().functions.fastddpm_rms_norm(
         _at(y), _at(x), _at(x2), _at(residual), _at(weight), _at(scale), _at(shift), _row_stride(scale),
         _row_stride(shift), x.shape[0], math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1], eps,
-        silu, torch.get_num_threads(),
+        silu, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip

@@ -98,7 +98,7 @@ class Direct {
             const float* rows[R];
             for (int r = 0; r < R; ++r) rows[r] = starts[segment * count + r];
             const long channels = segment % sources ? c.channels2 : c.channels;
-            multiply_add_blocks<R>(sums, [&](int r) { return rows[r]; }, channels, weights);
+            multiply_add_blocks<Float32, R>(sums, [&](int r) { return rows[r]; }, channels, weights);
             weights += channels * kPanel;
         }
 #pragma GCC unroll 8

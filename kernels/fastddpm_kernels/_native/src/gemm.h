@@ -1,7 +1,8 @@
-// The inner loop of every convolution: a tile of rows of x times one panel of packed weights, sums in registers.
+// The inner loop of every convolution: a tile of rows of x times one panel of packed weights, sums in registers. Rows and
+// weights are words of an arithmetic, `depth` many deep.
 #pragma once
 
-#include "simd.h"
+#include "arithmetic.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -12,7 +13,7 @@ namespace fastddpm {
 constexpr long kDepth = 128;
 
 // sums[r][j] += sum_k rows(r)[k] * panel[k][j]. `Rows` says where row r begins.
-template <int R, class Rows>
+template <class A, int R, class Rows>
 inline __attribute__((always_inline)) void multiply_add(
     Vec (&sums)[R][kColumns], const Rows& rows, long depth, const float* panel) {
     for (long k = 0; k < depth; ++k, panel += kPanel) {
@@ -21,20 +22,20 @@ inline __attribute__((always_inline)) void multiply_add(
         for (int j = 0; j < kColumns; ++j) weights[j] = load(panel + j * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const float value = rows(r)[k];
+            const float word = rows(r)[k];
 #pragma GCC unroll 8
-            for (int j = 0; j < kColumns; ++j) sums[r][j] += weights[j] * value;
+            for (int j = 0; j < kColumns; ++j) sums[r][j] = A::multiply_add(sums[r][j], weights[j], word);
         }
     }
 }
 
 // total[r][j] += the same, in blocks.
-template <int R, class Rows>
+template <class A, int R, class Rows>
 inline __attribute__((always_inline)) void multiply_add_blocks(
     Vec (&total)[R][kColumns], const Rows& rows, long depth, const float* panel) {
     for (long start = 0; start < depth; start += kDepth) {
         Vec sums[R][kColumns] = {};
-        multiply_add<R>(
+        multiply_add<A, R>(
             sums, [&](int r) { return rows(r) + start; }, std::min(kDepth, depth - start), panel + start * kPanel);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -44,10 +45,10 @@ inline __attribute__((always_inline)) void multiply_add_blocks(
 }
 
 // c[R][kPanel] = a[R][depth] x panel[depth][kPanel]
-template <int R>
+template <class A, int R>
 void multiply_tile(const float* a, long a_stride, const float* panel, long depth, float* c, long c_stride) {
     Vec sums[R][kColumns] = {};
-    multiply_add_blocks<R>(sums, [=](int r) { return a + r * a_stride; }, depth, panel);
+    multiply_add_blocks<A, R>(sums, [=](int r) { return a + r * a_stride; }, depth, panel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8

@@ -12,10 +12,11 @@
 namespace fastddpm {
 namespace {
 
+template <class Element>
 struct Norm {
-    float* y;
-    const float *x, *x2, *residual;
-    float* total;
+    Element* y;
+    const Element *x, *x2, *residual;
+    Element* total;
     const float *weight, *bias, *time_bias, *scale, *shift;  // [C + C2], and rows of as many
     long time_stride, scale_stride, shift_stride;            // from sample to sample
     long n, pixels, channels, channels2, groups;
@@ -25,26 +26,26 @@ struct Norm {
     float *mean, *rstd;  // [N, groups] to be written, for gradients, or null
 };
 
-constexpr long kChunk = 4096;  // floats
+constexpr long kChunk = 4096;  // values
 
 inline long padded(long channels) { return ceil_div(channels, kLanes) * kLanes; }
 
 // sums[c] = sum over pixels of f(x[pixel][c], c), for W vectors of channels from `c` on. `lanes`: of the last.
-template <int W, class F>
-inline void sum_pixels(const float* x, long channels, long count, long c, long lanes, float* sums, const F& f) {
+template <int W, class Element, class F>
+inline void sum_pixels(const Element* x, long channels, long count, long c, long lanes, float* sums, const F& f) {
     Vec sum[W] = {};
     for (long p = 0; p < count; ++p)
 #pragma GCC unroll 4
         for (int j = 0; j < W; ++j) {
-            const float* place = x + p * channels + c + j * kLanes;
+            const Element* place = x + p * channels + c + j * kLanes;
             sum[j] += f(j + 1 < W ? load(place) : load_some(place, lanes), j);
         }
     for (int j = 0; j < W; ++j) store(sums + c + j * kLanes, sum[j]);
 }
 
 // The same for all channels; `f(value, means)`. Writes whole vectors of `sums`.
-template <class F>
-inline void sum_all(const float* x, long channels, long count, const float* means, float* sums, const F& f) {
+template <class Element, class F>
+inline void sum_all(const Element* x, long channels, long count, const float* means, float* sums, const F& f) {
     long c = 0;
     for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
         Vec mean[4];
@@ -58,12 +59,13 @@ inline void sum_all(const float* x, long channels, long count, const float* mean
     }
 }
 
+template <class Element>
 class GroupNorm {
-    const Norm& a;
+    const Norm<Element>& a;
     const long all, size, chunk, chunks, row;  // channels; of a group; pixels of a chunk; chunks of a sample; of a row
 
   public:
-    explicit GroupNorm(const Norm& args)
+    explicit GroupNorm(const Norm<Element>& args)
         : a(args),
           all(a.channels + a.channels2),
           size(all / a.groups),
@@ -94,8 +96,8 @@ class GroupNorm {
         const long first = index * chunk, count = std::min(chunk, a.pixels - first), start = n * a.pixels + first;
         float* sums = scratch<float>(Slot::kOutput, 2 * row);
         float* means = sums + row;
-        const float* x = (a.residual ? a.total : a.x) + start * a.channels;
-        const float* x2 = a.x2 + start * a.channels2;
+        const Element* x = (a.residual ? a.total : a.x) + start * a.channels;
+        const Element* x2 = a.x2 + start * a.channels2;
         if (a.residual) add(start * a.channels, count * a.channels);
         sum_all(x, a.channels, count, nullptr, sums, [](Vec v, Vec) { return v; });
         if (a.channels2) sum_all(x2, a.channels2, count, nullptr, sums + a.channels, [](Vec v, Vec) { return v; });
@@ -156,14 +158,14 @@ class GroupNorm {
 
     void apply(long n, long index, const float* rows) const {
         const long first = index * chunk, count = std::min(chunk, a.pixels - first), start = n * a.pixels + first;
-        const float* x = a.residual ? a.total : a.x;
+        const Element* x = a.residual ? a.total : a.x;
         for (long p = start; p < start + count; ++p) {
             apply_pixel(x + p * a.channels, a.channels, rows, a.y + p * all);
             if (a.channels2) apply_pixel(a.x2 + p * a.channels2, a.channels2, rows + a.channels, a.y + p * all + a.channels);
         }
     }
 
-    void apply_pixel(const float* x, long channels, const float* rows, float* y) const {
+    void apply_pixel(const Element* x, long channels, const float* rows, Element* y) const {
         for (long c = 0; c < channels; c += kLanes) {
             const long lanes = channels - c;
             const Vec value = (load_some(x + c, lanes) - load(rows + c)) * load(rows + row + c) + load(rows + 2 * row + c);
@@ -172,12 +174,13 @@ class GroupNorm {
     }
 };
 
+template <class Element>
 class RmsNorm {
-    const Norm& a;
+    const Norm<Element>& a;
     const long all, chunk;
 
   public:
-    explicit RmsNorm(const Norm& args)
+    explicit RmsNorm(const Norm<Element>& args)
         : a(args), all(a.channels + a.channels2), chunk(std::max<long>(1, 4 * kChunk / all)) {}
 
     void run() const {
@@ -190,7 +193,7 @@ class RmsNorm {
   private:
     void apply(long p) const {
         const long n = p / a.pixels;
-        const float *x = a.x + p * a.channels, *x2 = a.x2 + p * a.channels2;
+        const Element *x = a.x + p * a.channels, *x2 = a.x2 + p * a.channels2;
         const float squares = sum_of_squares(x, a.channels) + (a.channels2 ? sum_of_squares(x2, a.channels2) : 0.0f);
         const float factor = std::sqrt(static_cast<float>(all)) / std::max(std::sqrt(squares), a.eps);
         const float* scale = a.scale ? a.scale + n * a.scale_stride : nullptr;
@@ -199,7 +202,7 @@ class RmsNorm {
         if (a.channels2) write(x2, a.channels2, a.channels, factor, scale, shift, p);
     }
 
-    static float sum_of_squares(const float* x, long channels) {
+    static float sum_of_squares(const Element* x, long channels) {
         Vec sum = zero();
         for (long c = 0; c < channels; c += kLanes) {
             const Vec value = load_some(x + c, channels - c);
@@ -211,7 +214,7 @@ class RmsNorm {
     }
 
     void write(
-        const float* x, long channels, long offset, float factor, const float* scale, const float* shift,
+        const Element* x, long channels, long offset, float factor, const float* scale, const float* shift,
         long p) const {
         for (long c = 0; c < channels; c += kLanes) {
             const long at = offset + c, lanes = channels - c;
@@ -230,26 +233,38 @@ class RmsNorm {
 // y [N, P, C + C2] = silu(group_norm(concat(x + residual, x2) + time_bias) * (1 + scale) + shift), with x, residual and
 // total = x + residual [N, P, C], x2 [N, P, C2], weight and bias [C + C2]; time_bias, scale and shift are N rows of
 // C + C2, a stride apart. What may be left out is null: x2 (C2 = 0), residual (with total), time_bias, scale, shift; and
-// mean and rstd [N, groups], the statistics of all that is normalised.
+// mean and rstd [N, groups], the statistics of all that is normalised. All are floats; with `bfloat16`, y, x, x2,
+// residual and total are bfloat16.
 extern "C" void fastddpm_group_norm(
-    float* y, const float* x, const float* x2, const float* residual, float* total, const float* weight,
-    const float* bias, const float* time_bias, const float* scale, const float* shift, long time_stride,
-    long scale_stride, long shift_stride, long n, long pixels, long channels, long channels2, long groups, float eps,
-    int silu, int threads, float* mean, float* rstd) {
+    void* y, const void* x, const void* x2, const void* residual, void* total, const float* weight, const float* bias,
+    const float* time_bias, const float* scale, const float* shift, long time_stride, long scale_stride,
+    long shift_stride, long n, long pixels, long channels, long channels2, long groups, float eps, int silu,
+    int bfloat16, int threads, float* mean, float* rstd) {
     using namespace fastddpm;
-    const Norm args{y, x, x2, residual, total, weight, bias, time_bias, scale, shift, time_stride, scale_stride,
-                    shift_stride, n, pixels, channels, channels2, groups, eps, silu != 0, threads, mean, rstd};
-    GroupNorm(args).run();
+    with_element(bfloat16, [&](auto element) {
+        using Element = decltype(element);
+        const Norm<Element> args{
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
+            static_cast<const Element*>(residual), static_cast<Element*>(total), weight, bias, time_bias, scale, shift,
+            time_stride, scale_stride, shift_stride, n, pixels, channels, channels2, groups, eps, silu != 0, threads,
+            mean, rstd};
+        GroupNorm<Element>(args).run();
+    });
 }
 
 // y = silu(h / max(|h|, eps) * sqrt(C + C2) * weight * (1 + scale) + shift) + residual, h = concat(x, x2) at a pixel;
-// residual [N, P, C + C2].
+// residual [N, P, C + C2]. With `bfloat16`, y, x, x2 and residual are bfloat16.
 extern "C" void fastddpm_rms_norm(
-    float* y, const float* x, const float* x2, const float* residual, const float* weight, const float* scale,
-    const float* shift, long scale_stride, long shift_stride, long n, long pixels, long channels,
-    long channels2, float eps, int silu, int threads) {
+    void* y, const void* x, const void* x2, const void* residual, const float* weight, const float* scale,
+    const float* shift, long scale_stride, long shift_stride, long n, long pixels, long channels, long channels2,
+    float eps, int silu, int bfloat16, int threads) {
     using namespace fastddpm;
-    const Norm args{y, x, x2, residual, nullptr, weight, nullptr, nullptr, scale, shift, 0, scale_stride,
-                    shift_stride, n, pixels, channels, channels2, 1, eps, silu != 0, threads, nullptr, nullptr};
-    RmsNorm(args).run();
+    with_element(bfloat16, [&](auto element) {
+        using Element = decltype(element);
+        const Norm<Element> args{
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
+            static_cast<const Element*>(residual), nullptr, weight, nullptr, nullptr, scale, shift, 0, scale_stride,
+            shift_stride, n, pixels, channels, channels2, 1, eps, silu != 0, threads, nullptr, nullptr};
+        RmsNorm<Element>(args).run();
+    });
 }

@@ -4,9 +4,10 @@
 //     dv = dy * silu'(v)
 //     dh = rstd * (a * dv - m1 - u * m2),  m1 and m2 the means over a group of a * dv and a * dv * u
 //
-// with a = weight * (1 + scale) and b = bias * (1 + scale) + shift. The first pass over a sample writes dv where dh will
-// be and takes the sums over the pixels of dv, dv * u and u, from which all other gradients follow; the second
-// finds dv there. Sums are those of chunks, in float32, added in float64: they do not depend on the number of threads.
+// with a = weight * (1 + scale) and b = bias * (1 + scale) + shift. The first pass over a sample takes the sums over the
+// pixels of dv, dv * u and u, from which all other gradients follow. It writes dv where dh will be, and the second pass
+// finds it there; in bfloat16, which would round it once more, the second computes it anew. Sums are those of chunks, in
+// float32, added in float64: they do not depend on the number of threads.
 
 #include "runtime.h"
 #include "simd.h"
@@ -16,23 +17,29 @@ namespace {
 
 typedef double Wide __attribute__((vector_size(kLanes * sizeof(double))));
 
+template <class Element>
 struct NormGradient {
-    float *dx, *dx2, *sums;  // sums [3, N, C + C2]
-    const float *dy, *x, *x2, *weight, *bias, *mean, *rstd, *time_bias, *scale, *shift;
+    Element *dx, *dx2;
+    float* sums;  // [3, N, C + C2]
+    const Element *dy, *x, *x2;
+    const float *weight, *bias, *mean, *rstd, *time_bias, *scale, *shift;
     long time_stride, scale_stride, shift_stride;
     long n, pixels, channels, channels2, groups;
     bool silu;
     int threads;
 };
 
-constexpr long kChunk = 8192;  // floats
+constexpr long kChunk = 8192;  // values
 
+template <class Element>
 class GroupNormGradient {
-    const NormGradient& a;
+    static constexpr bool kKept = sizeof(Element) == sizeof(float);  // dv, from the first pass to the second
+
+    const NormGradient<Element>& a;
     const long all, size, chunk, chunks, row;  // channels; of a group; pixels of a chunk; chunks of a sample; of a row
 
   public:
-    explicit GroupNormGradient(const NormGradient& args)
+    explicit GroupNormGradient(const NormGradient<Element>& args)
         : a(args),
           all(a.channels + a.channels2),
           size(all / a.groups),
@@ -82,11 +89,18 @@ class GroupNormGradient {
         if (a.channels2) f(a.x2 + start * a.channels2, a.dx2 + start * a.channels2, a.channels2, a.channels);
     }
 
+    // dv from dy, and from v where there is an activation.
+    Vec before_activation(Vec dy, Vec v) const {
+        if (!a.silu) return dy;
+        const Vec s = 1.0f / (1.0f + exp(-v));
+        return dy * (s * (1.0f + v * (1.0f - s)));
+    }
+
     void first_pass(long n, long index, float* rows) const {
         const long first = index * chunk, count = std::min(chunk, a.pixels - first);
         float* sums = rows + (kRows + 3 * index) * row;
-        const float* dy = a.dy + (n * a.pixels + first) * all;
-        sources(n, first, [&](const float* x, float* dx, long channels, long offset) {
+        const Element* dy = a.dy + (n * a.pixels + first) * all;
+        sources(n, first, [&](const Element* x, Element* dx, long channels, long offset) {
             for (long c = 0; c < channels; c += kLanes) {
                 const long lanes = channels - c, at = offset + c;
                 const Vec mean = load(rows + kMean * row + at), inverse = load(rows + kInverse * row + at);
@@ -94,12 +108,8 @@ class GroupNormGradient {
                 Vec sum_dv = zero(), sum_dvu = zero(), sum_u = zero();
                 for (long p = 0; p < count; ++p) {
                     const Vec u = (load_some(x + p * channels + c, lanes) - mean) * inverse;
-                    Vec dv = load_some(dy + p * all + at, lanes);
-                    if (a.silu) {
-                        const Vec v = u * factor + term, s = 1.0f / (1.0f + exp(-v));
-                        dv *= s * (1.0f + v * (1.0f - s));
-                    }
-                    store_some(dx + p * channels + c, dv, lanes);
+                    const Vec dv = before_activation(load_some(dy + p * all + at, lanes), u * factor + term);
+                    if (kKept) store_some(dx + p * channels + c, dv, lanes);
                     sum_dv += dv;
                     sum_dvu += dv * u;
                     sum_u += u;
@@ -137,15 +147,19 @@ class GroupNormGradient {
 
     void second_pass(long n, long index, const float* rows) const {
         const long first = index * chunk, count = std::min(chunk, a.pixels - first);
-        sources(n, first, [&](const float* x, float* dx, long channels, long offset) {
+        const Element* dy = a.dy + (n * a.pixels + first) * all;
+        sources(n, first, [&](const Element* x, Element* dx, long channels, long offset) {
             for (long c = 0; c < channels; c += kLanes) {
                 const long lanes = channels - c, at = offset + c;
-                const Vec mean = load(rows + kMean * row + at), p = load(rows + kP * row + at);
-                const Vec q = load(rows + kQ * row + at), r = load(rows + kR * row + at);
+                const Vec mean = load(rows + kMean * row + at), inverse = load(rows + kInverse * row + at);
+                const Vec factor = load(rows + kA * row + at) * inverse, term = load(rows + kB * row + at);
+                const Vec p = load(rows + kP * row + at), q = load(rows + kQ * row + at), r = load(rows + kR * row + at);
                 for (long pixel = 0; pixel < count; ++pixel) {
-                    float* place = dx + pixel * channels + c;
-                    const Vec u = load_some(x + pixel * channels + c, lanes) - mean;
-                    store_some(place, load_some(place, lanes) * p + (u * q + r), lanes);
+                    Element* place = dx + pixel * channels + c;
+                    const Vec h = load_some(x + pixel * channels + c, lanes) - mean;
+                    const Vec dv = kKept ? load_some(place, lanes)
+                                         : before_activation(load_some(dy + pixel * all + at, lanes), h * factor + term);
+                    store_some(place, dv * p + (h * q + r), lanes);
                 }
             }
         });
@@ -156,14 +170,20 @@ class GroupNormGradient {
 }  // namespace fastddpm
 
 // dx [N, P, C], dx2 [N, P, C2] and sums [3, N, C + C2] over the pixels of dv, dv * u and u, from dy [N, P, C + C2] and
-// what `fastddpm_group_norm` took, without residual, and gave: mean and rstd [N, groups].
+// what `fastddpm_group_norm` took, without residual, and gave: mean and rstd [N, groups]. With `bfloat16`, dx, dx2, dy, x
+// and x2 are bfloat16.
 extern "C" void fastddpm_group_norm_gradient(
-    float* dx, float* dx2, float* sums, const float* dy, const float* x, const float* x2, const float* weight,
+    void* dx, void* dx2, float* sums, const void* dy, const void* x, const void* x2, const float* weight,
     const float* bias, const float* mean, const float* rstd, const float* time_bias, const float* scale,
     const float* shift, long time_stride, long scale_stride, long shift_stride, long n, long pixels, long channels,
-    long channels2, long groups, int silu, int threads) {
+    long channels2, long groups, int silu, int bfloat16, int threads) {
     using namespace fastddpm;
-    const NormGradient args{dx, dx2, sums, dy, x, x2, weight, bias, mean, rstd, time_bias, scale, shift, time_stride,
-                            scale_stride, shift_stride, n, pixels, channels, channels2, groups, silu != 0, threads};
-    GroupNormGradient(args).run();
+    with_element(bfloat16, [&](auto element) {
+        using Element = decltype(element);
+        const NormGradient<Element> args{
+            static_cast<Element*>(dx), static_cast<Element*>(dx2), sums, static_cast<const Element*>(dy),
+            static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias, mean, rstd, time_bias, scale,
+            shift, time_stride, scale_stride, shift_stride, n, pixels, channels, channels2, groups, silu != 0, threads};
+        GroupNormGradient<Element>(args).run();
+    });
 }

@@ -11,3 +11,15 @@ extern "C" int fastddpm_start(void (*parallel)(void (*)(void*), void*, unsigned,
     fastddpm::parallel_entry = parallel;
     return fastddpm::kPanel;
 }
+
+// How products of bfloat16 are to be had: 0 not here, 1 by this library, 2 here too, but the CPU has matrix units, which
+// oneDNN uses and this library does not.
+extern "C" int fastddpm_bfloat16() {
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__)
+    return 2;
+#elif defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace fastddpm {
 
 // Lanes of a vector, and the tile of a matrix product that fits the registers: kRows x (kColumns vectors).
@@ -22,23 +26,53 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
+// A bfloat16: the upper half of a float.
+typedef uint16_t Bf16;
+typedef Bf16 HalfVec __attribute__((vector_size(kLanes * sizeof(Bf16))));
+typedef Bf16 UnalignedHalfVec __attribute__((vector_size(kLanes * sizeof(Bf16)), aligned(2), may_alias));
+
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline Vec load(const Bf16* p) {
+    const HalfVec bits = *reinterpret_cast<const UnalignedHalfVec*>(p);
+    return (Vec)(__builtin_convertvector(bits, IntVec) << 16);
+}
+// Rounded to nearest, ties to even; a NaN stays one.
+inline HalfVec to_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+    return (HalfVec)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const IntVec bits = (IntVec)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, HalfVec);
+#endif
+}
+inline void store(Bf16* p, Vec v) { *reinterpret_cast<UnalignedHalfVec*>(p) = to_bf16(v); }
 inline Vec zero() { return Vec{}; }
 inline Vec broadcast(float value) { return zero() + value; }
 
 // The first `count` lanes, others zero; and their counterpart.
-inline Vec load_some(const float* p, long count) {
+template <class Element>
+inline Vec load_some(const Element* p, long count) {
     if (count >= kLanes) return load(p);
-    float lanes[kLanes] = {};
-    std::memcpy(lanes, p, count * sizeof(float));
+    Element lanes[kLanes] = {};
+    std::memcpy(lanes, p, count * sizeof(Element));
     return load(lanes);
 }
-inline void store_some(float* p, Vec v, long count) {
+template <class Element>
+inline void store_some(Element* p, Vec v, long count) {
     if (count >= kLanes) return store(p, v);
-    float lanes[kLanes];
+    Element lanes[kLanes];
     store(lanes, v);
-    std::memcpy(p, lanes, count * sizeof(float));
+    std::memcpy(p, lanes, count * sizeof(Element));
+}
+
+// f(a value of the type that tensors have in memory).
+template <class F>
+inline void with_element(int bfloat16, const F& f) {
+    if (bfloat16)
+        f(Bf16{});
+    else
+        f(float{});
 }
 
 // e^x to 2 ulp: x = n ln 2 + r, a polynomial of r (the coefficients of Cephes' expf), and n into the exponent.

@@ -20,29 +20,36 @@ namespace {
 
 constexpr int kVanishing = 2;  // the index of -1
 
+template <class A>
 struct Conv {
-    float* y;
-    const float *x, *x2, *weight, *bias, *residual;
+    using Element = typename A::Element;
+    Element* y;
+    const Element *x, *x2;
+    const float *weight, *bias;
+    const Element* residual;
     long n, height, width, channels, channels2, out_channels;  // of y, in space
     int threads;
 };
 
-template <int M, bool kUpsample>
+template <class A, int M, bool kUpsample>
 class Winograd {
+    using Element = typename A::Element;
+    using Group = typename A::Group;
+    static constexpr int kParts = sizeof(Group) / sizeof(Vec), kGroup = kParts * kLanes;  // vectors, channels
     static constexpr int kSize = Transform<M>::kSize;
     static constexpr int kPoints = kUpsample ? (kSize - 1) * (kSize - 1) : kSize * kSize;
 
-    const Conv& c;
-    const long rows_of_tiles, tiles_in_row, tiles, depth, stride, panels;
+    const Conv<A>& c;
+    const long rows_of_tiles, tiles_in_row, tiles, depth, stride, panels;  // depth and stride in words
 
   public:
-    explicit Winograd(const Conv& conv)
+    explicit Winograd(const Conv<A>& conv)
         : c(conv),
           rows_of_tiles(ceil_div(c.height, M)),
           tiles_in_row(ceil_div(c.width, M)),
           tiles(c.n * rows_of_tiles * tiles_in_row),
-          depth(c.channels + c.channels2),
-          stride(ceil_div(c.channels, kLanes) * kLanes + ceil_div(c.channels2, kLanes) * kLanes + kLanes),
+          depth(A::words(c.channels) + A::words(c.channels2)),
+          stride(ceil_div(c.channels, kGroup) * kLanes + ceil_div(c.channels2, kGroup) * kLanes + kLanes),
           panels(ceil_div(c.out_channels, kPanel)) {}
 
     // Tiles of a block: few, so that the cache holds them, or, where it does not hold all weights, enough that one that
@@ -90,13 +97,14 @@ class Winograd {
         for (long tile = 0; tile < count; ++tile) {
             const Place at = place(first + tile);
             transform_source(out + tile * stride, out_rows, at, c.x, c.channels);
-            if (c.channels2) transform_source(out + tile * stride + c.channels, out_rows, at, c.x2, c.channels2);
+            if (c.channels2)
+                transform_source(out + tile * stride + A::words(c.channels), out_rows, at, c.x2, c.channels2);
         }
     }
 
-    void transform_source(float* out, long out_rows, const Place& at, const float* x, long channels) const {
+    void transform_source(float* out, long out_rows, const Place& at, const Element* x, long channels) const {
         const long height = kUpsample ? c.height / 2 : c.height, width = kUpsample ? c.width / 2 : c.width;
-        const float* pixels[kSize][kSize];  // null outside
+        const Element* pixels[kSize][kSize];  // null outside
         for (int i = 0; i < kSize; ++i)
             for (int j = 0; j < kSize; ++j) {
                 const long row = at.y + i - 1, column = at.x + j - 1;
@@ -105,37 +113,47 @@ class Winograd {
                                              (kUpsample ? column / 2 : column)) * channels
                                       : nullptr;
             }
-        const long full = channels / kLanes * kLanes;
-        for (long channel = 0; channel < full; channel += kLanes)
-            transform_vector(out + channel, out_rows, [&](int i, int j) {
-                return pixels[i][j] ? load(pixels[i][j] + channel) : zero();
+        const long full = channels / kGroup * kGroup;
+        for (long channel = 0; channel < full; channel += kGroup, out += kLanes)
+            transform_group(out, out_rows, [&](int i, int j) {
+                return pixels[i][j] ? A::load_group(pixels[i][j] + channel, kGroup) : Group{};
             });
-        if (full < channels) {
-            transform_vector(out + full, out_rows, [&](int i, int j) {
-                return pixels[i][j] ? load_some(pixels[i][j] + full, channels - full) : zero();
+        if (full < channels)
+            transform_group(out, out_rows, [&](int i, int j) {
+                return pixels[i][j] ? A::load_group(pixels[i][j] + full, channels - full) : Group{};
             });
-        }
     }
 
     template <class Pixel>
-    inline __attribute__((always_inline)) void transform_vector(float* out, long out_rows, const Pixel& pixel) const {
-        Vec half[kSize][kSize], whole[kSize];
+    inline __attribute__((always_inline)) void transform_group(float* out, long out_rows, const Pixel& pixel) const {
+        Vec half[kParts][kSize][kSize];
 #pragma GCC unroll 6
         for (int j = 0; j < kSize; ++j) {
-            Vec column[kSize];
+            Vec column[kParts][kSize];
 #pragma GCC unroll 6
-            for (int i = 0; i < kSize; ++i) column[i] = pixel(i, j);
-            Transform<M>::input(column, 1, &half[0][j], kSize);
+            for (int i = 0; i < kSize; ++i) {
+                const Group group = pixel(i, j);
+#pragma GCC unroll 2
+                for (int part = 0; part < kParts; ++part) column[part][i] = group.part[part];
+            }
+#pragma GCC unroll 2
+            for (int part = 0; part < kParts; ++part)
+                Transform<M>::input(column[part], 1, &half[part][0][j], kSize);
         }
         long point = 0;
 #pragma GCC unroll 6
         for (int i = 0; i < kSize; ++i) {
             if (kUpsample && i == kVanishing) continue;
-            Transform<M>::input(half[i], 1, whole, 1);
+            Vec whole[kParts][kSize];
+#pragma GCC unroll 2
+            for (int part = 0; part < kParts; ++part) Transform<M>::input(half[part][i], 1, whole[part], 1);
 #pragma GCC unroll 6
             for (int j = 0; j < kSize; ++j) {
                 if (kUpsample && j == kVanishing) continue;
-                store(out + point++ * out_rows * stride, whole[j]);
+                Group group;
+#pragma GCC unroll 2
+                for (int part = 0; part < kParts; ++part) group.part[part] = whole[part][j];
+                A::store_group(out + point++ * out_rows * stride, group);
             }
         }
     }
@@ -151,7 +169,7 @@ class Winograd {
             for (long panel = begin; panel < end; ++panel) {
                 const float* weights = c.weight + (point * panels + panel) * depth * kPanel;
                 for_row_tiles(count, [&](long r, auto rows) {
-                    multiply_tile<rows>(
+                    multiply_tile<A, rows>(
                         a + r * stride, stride, weights, depth, out + r * width + (panel - begin) * kPanel, width);
                 });
             }
@@ -198,16 +216,28 @@ class Winograd {
 
 // y [N, H, W, O] = conv3x3(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] + residual [N, H, W, O]; H and W are
 // those of y, twice those of x where `upsample`. bias, residual and x2 (C2 = 0) may be null. weight is packed,
-// [points, ceil(O / panel), C + C2, panel], for tiles of m x m.
+// [points, ceil(O / panel), words of C and C2, panel], for tiles of m x m. All are floats; with `bfloat16` (m = 2), y, x,
+// x2 and residual are bfloat16.
 extern "C" void fastddpm_conv3x3_winograd(
-    float* y, const float* x, const float* x2, const float* weight, const float* bias, const float* residual, long n,
-    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int threads) {
+    void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
+    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int bfloat16,
+    int threads) {
     using namespace fastddpm;
-    const Conv conv{y, x, x2, weight, bias, residual, n, height, width, channels, channels2, out_channels, threads};
-    if (m == 2)
-        Winograd<2, false>(conv).run();
-    else if (upsample)
-        Winograd<4, true>(conv).run();
-    else
-        Winograd<4, false>(conv).run();
+    const auto run = [&](auto arithmetic, auto tile, auto upsampled) {
+        using A = decltype(arithmetic);
+        using Element = typename A::Element;
+        const Conv<A> conv{
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias,
+            static_cast<const Element*>(residual), n, height, width, channels, channels2, out_channels, threads};
+        Winograd<A, tile, upsampled>(conv).run();
+    };
+    const std::integral_constant<int, 2> two{};
+    const std::integral_constant<int, 4> four{};
+#if defined(__AVX512BF16__)
+    if (bfloat16) return upsample ? run(Bfloat16{}, two, std::true_type{}) : run(Bfloat16{}, two, std::false_type{});
+#else
+    if (bfloat16) std::abort();  // `fastddpm_bfloat16` has said so
+#endif
+    if (m == 2) return upsample ? run(Float32{}, two, std::true_type{}) : run(Float32{}, two, std::false_type{});
+    return upsample ? run(Float32{}, four, std::true_type{}) : run(Float32{}, four, std::false_type{});
 }

@@ -15,8 +15,9 @@
 #include "winograd_transforms.h"
 
 extern "C" void fastddpm_conv3x3_winograd(
-    float* y, const float* x, const float* x2, const float* weight, const float* bias, const float* residual, long n,
-    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int threads);
+    void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
+    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int bfloat16,
+    int threads);
 
 namespace fastddpm {
 namespace {
@@ -28,79 +29,120 @@ struct Strides {
     long out, in, row, column;
 };
 
-// Packs a weight [out_channels, channels, 3, 3] as `packed_values` does: [points, panels, channels, panel], in float64.
-template <int M>
-void pack(float* packed, const float* weight, const Strides& strides, long out_channels, long channels, int threads) {
-    constexpr int kSize = Transform<M>::kSize;
-    const long panels = ceil_div(out_channels, kPanel), part = 16, parts = ceil_div(channels, part);
-    for_each(panels * parts, threads, [&](long item) {
-        const long panel = item / parts, begin = item % parts * part, end = std::min(channels, begin + part);
-        float taps[part][9][kPanel] = {};
-        for (long o = 0; o < std::min<long>(kPanel, out_channels - panel * kPanel); ++o)
-            for (int tap = 0; tap < 9; ++tap) {
-                const float* place = weight + (panel * kPanel + o) * strides.out + tap / 3 * strides.row +
-                                     tap % 3 * strides.column;
-                for (long c = begin; c < end; ++c) taps[c - begin][tap][o] = place[c * strides.in];
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<double> {
+    using type = Wide;
+};
+template <>
+struct VectorOf<float> {
+    using type = Vec;
+};
+
+// Packs a weight [out_channels, channels + channels2, 3, 3] as `fastddpm_conv3x3_winograd` reads it.
+template <class A, int M>
+void pack(
+    float* packed, const float* weight, const Strides& strides, long out_channels, long channels, long channels2,
+    int threads) {
+    using Value = typename VectorOf<typename A::Precise>::type;
+    constexpr int kSize = Transform<M>::kSize, kGroup = kLanes * A::kDeep;  // channels of a vector of words
+    const long panels = ceil_div(out_channels, kPanel);
+    if (A::kDeep == 1) {  // nothing is padded: both sources are one
+        channels += channels2;
+        channels2 = 0;
+    }
+    const long depth = A::words(channels) + A::words(channels2);
+    const long first_groups = ceil_div(channels, kGroup), groups = first_groups + ceil_div(channels2, kGroup);
+    for_each(panels * groups, threads, [&](long item) {
+        const long panel = item / groups, group = item % groups;
+        const bool second = group >= first_groups;
+        const long within = (second ? group - first_groups : group) * kGroup;
+        const long count = std::min<long>(kGroup, (second ? channels2 : channels) - within);
+        const long begin = within + (second ? channels : 0);
+        float taps[kGroup][9][kPanel] = {};
+        const long outs = std::min<long>(kPanel, out_channels - panel * kPanel);
+        for (int tap = 0; tap < 9; ++tap) {
+            const float* place = weight + panel * kPanel * strides.out + begin * strides.in + tap / 3 * strides.row +
+                                 tap % 3 * strides.column;
+            if (strides.out == 1) {  // neighbours in memory are read together
+                for (long c = 0; c < count; ++c)
+                    std::memcpy(taps[c][tap], place + c * strides.in, outs * sizeof(float));
+                continue;
             }
-        for (long c = begin; c < end; ++c)
+            for (long o = 0; o < outs; ++o)
+                for (long c = 0; c < count; ++c) taps[c][tap][o] = place[o * strides.out + c * strides.in];
+        }
+        for (long word = 0; word < std::min<long>(kLanes, depth - group * kLanes); ++word)
             for (int lane = 0; lane < kPanel; lane += kLanes) {
-                Wide w[9], half[kSize][3], whole[kSize];
+                Vec points[kSize * kSize][A::kDeep];
+                for (int index = 0; index < A::kDeep; ++index) {
+                    const auto& tap = taps[A::channel(word, index)];
+                    Value w[9], half[kSize][3], whole[kSize];
 #pragma GCC unroll 9
-                for (int tap = 0; tap < 9; ++tap)
-                    w[tap] = __builtin_convertvector(load(taps[c - begin][tap] + lane), Wide);
+                    for (int i = 0; i < 9; ++i) w[i] = __builtin_convertvector(load(tap[i] + lane), Value);
 #pragma GCC unroll 3
-                for (int j = 0; j < 3; ++j) Transform<M>::weight(w + j, 3, &half[0][j], 3);
+                    for (int j = 0; j < 3; ++j) Transform<M>::weight(w + j, 3, &half[0][j], 3);
 #pragma GCC unroll 6
-                for (int i = 0; i < kSize; ++i) {
-                    Transform<M>::weight(half[i], 1, whole, 1);
+                    for (int i = 0; i < kSize; ++i) {
+                        Transform<M>::weight(half[i], 1, whole, 1);
 #pragma GCC unroll 6
-                    for (int j = 0; j < kSize; ++j) {
-                        const long place = ((i * kSize + j) * panels + panel) * channels + c;
-                        store(packed + place * kPanel + lane, __builtin_convertvector(whole[j], Vec));
+                        for (int j = 0; j < kSize; ++j)
+                            points[i * kSize + j][index] = __builtin_convertvector(whole[j], Vec);
                     }
+                }
+                for (int point = 0; point < kSize * kSize; ++point) {
+                    const long place = (point * panels + panel) * depth + group * kLanes + word;
+                    store(packed + place * kPanel + lane, A::combine(points[point]));
                 }
             }
     });
 }
 
+template <class A>
 struct Gradient {
+    using Element = typename A::Element;
     float *dweight, *dbias;
-    const float *dy, *x, *x2;
+    const Element *dy, *x, *x2;
     Strides strides;  // of dweight
     long n, height, width, channels, channels2, out_channels;
     int threads;
 };
 
+template <class A>
 class WeightGradient {
-    static constexpr int kTile = 4, kSize = Transform<kTile>::kSize, kPoints = kSize * kSize;
+    using Element = typename A::Element;
+    static constexpr int kTile = A::kGradientTile, kSize = Transform<kTile>::kSize, kPoints = kSize * kSize;
     static constexpr int kOnes = kSize + 1;             // the point (1, 1), at which A dy A^T is the sum over a tile
     static constexpr int kHeight = kLanes < 8 ? kLanes : 8;  // of a product's tile, kColumns vectors wide
     static constexpr long kScratch = 4 << 20;           // bytes of a chunk's transforms
 
-    const Gradient& g;
-    const long rows_of_tiles, tiles_in_row, tiles, first_panels, in_panels, out_panels, chunks;
+    const Gradient<A>& g;
+    // A unit is as many tiles as a word has values.
+    const long rows_of_tiles, tiles_in_row, tiles, units, first_panels, in_panels, out_panels, chunks;
 
   public:
-    explicit WeightGradient(const Gradient& gradient)
+    explicit WeightGradient(const Gradient<A>& gradient)
         : g(gradient),
           rows_of_tiles(ceil_div(g.height, kTile)),
           tiles_in_row(ceil_div(g.width, kTile)),
           tiles(g.n * rows_of_tiles * tiles_in_row),
+          units(ceil_div(tiles, A::kDeep)),
           first_panels(ceil_div(g.channels, kLanes)),
           in_panels(first_panels + ceil_div(g.channels2, kLanes)),
           out_panels(ceil_div(g.out_channels, kLanes)),
-          chunks(ceil_div(tiles, std::max<long>(64, kScratch / (kPoints * 4 * kLanes * (in_panels + out_panels))))) {}
+          chunks(ceil_div(units, std::max<long>(64, kScratch / (kPoints * 4 * kLanes * (in_panels + out_panels))))) {}
 
     void run() const {
-        const long rows = ceil_div(tiles, chunks) + 1;  // one more than there are, lest all points meet in one cache set
+        const long rows = ceil_div(units, chunks) + 1;  // one more than there are, lest all points meet in one cache set
         const Transformed v{rows, in_panels}, z{rows, out_panels};
         float* input = scratch<float>(Slot::kShared, kPoints * (v.point() + z.point()));
         float* output = input + kPoints * v.point();
         for (long chunk = 0; chunk < chunks; ++chunk) {
-            const long first = tiles * chunk / chunks, count = tiles * (chunk + 1) / chunks - first;
+            const long first = units * chunk / chunks, count = units * (chunk + 1) / chunks - first;
             for_each(ceil_div(count, 8), g.threads, [&](long item) {
-                for (long tile = item * 8; tile < std::min(count, item * 8 + 8); ++tile)
-                    transform(first + tile, input + tile * kLanes, v, output + tile * kLanes, z);
+                for (long unit = item * 8; unit < std::min(count, item * 8 + 8); ++unit)
+                    transform(first + unit, input + unit * kLanes, v, output + unit * kLanes, z);
             });
             if (g.dbias) add_bias(output + kOnes * z.point(), z, count, chunk == 0);
             // Panels of a block: many are fewer reads of the transforms, few are work for every thread.
@@ -116,54 +158,72 @@ class WeightGradient {
     }
 
   private:
-    // [points, panels of channels, tiles, kLanes]
+    // [points, panels of channels, units, kLanes]
     struct Transformed {
         long rows, panels;
         long panel() const { return rows * kLanes; }
         long point() const { return panels * panel(); }
     };
 
-    void transform(long tile, float* v, const Transformed& v_size, float* z, const Transformed& z_size) const {
-        const long in_image = tile % (rows_of_tiles * tiles_in_row);
-        const long image = tile / (rows_of_tiles * tiles_in_row) * g.height;
-        const long y = in_image / tiles_in_row * kTile, x = in_image % tiles_in_row * kTile;
-        const auto inside = [&](long i, long j) { return i >= 0 && i < g.height && j >= 0 && j < g.width; };
-        long pixels[kSize][kSize];  // -1 outside
-        for (int i = 0; i < kSize; ++i)
-            for (int j = 0; j < kSize; ++j)
-                pixels[i][j] = inside(y + i - 1, x + j - 1) ? (image + y + i - 1) * g.width + x + j - 1 : -1;
-        const auto source = [&](const float* from, long channels, long panel) {
+    void transform(long unit, float* v, const Transformed& v_size, float* z, const Transformed& z_size) const {
+        long pixels[A::kDeep][kSize][kSize];  // of every tile of the unit; -1 outside
+        for (int index = 0; index < A::kDeep; ++index) {
+            const long tile = unit * A::kDeep + index;
+            const long in_image = tile % (rows_of_tiles * tiles_in_row);
+            const long image = tile / (rows_of_tiles * tiles_in_row) * g.height;
+            const long y = in_image / tiles_in_row * kTile, x = in_image % tiles_in_row * kTile;
+            const auto inside = [&](long i, long j) {
+                return tile < tiles && i >= 0 && i < g.height && j >= 0 && j < g.width;
+            };
+            for (int i = 0; i < kSize; ++i)
+                for (int j = 0; j < kSize; ++j)
+                    pixels[index][i][j] =
+                        inside(y + i - 1, x + j - 1) ? (image + y + i - 1) * g.width + x + j - 1 : -1;
+        }
+        const auto source = [&](const Element* from, long channels, long panel) {
             for (long c = 0; c < channels; c += kLanes, ++panel)
-                both<kSize>(v + panel * v_size.panel(), v_size.point(), Transform<kTile>::input, [&](int i, int j) {
-                    return pixels[i][j] < 0 ? zero() : load_some(from + pixels[i][j] * channels + c, channels - c);
-                });
+                both<kSize>(
+                    v + panel * v_size.panel(), v_size.point(), Transform<kTile>::input, [&](int index, int i, int j) {
+                        const long pixel = pixels[index][i][j];
+                        return pixel < 0 ? zero() : load_some(from + pixel * channels + c, channels - c);
+                    });
         };
         source(g.x, g.channels, 0);
         if (g.channels2) source(g.x2, g.channels2, first_panels);
         for (long o = 0; o < g.out_channels; o += kLanes)
             both<kTile>(
-                z + o / kLanes * z_size.panel(), z_size.point(), Transform<kTile>::output_adjoint, [&](int i, int j) {
-                    if (y + i >= g.height || x + j >= g.width) return zero();
-                    return load_some(g.dy + pixels[i + 1][j + 1] * g.out_channels + o, g.out_channels - o);
+                z + o / kLanes * z_size.panel(), z_size.point(), Transform<kTile>::output_adjoint,
+                [&](int index, int i, int j) {
+                    const long pixel = pixels[index][i + 1][j + 1];
+                    return pixel < 0 ? zero() : load_some(g.dy + pixel * g.out_channels + o, g.out_channels - o);
                 });
     }
 
-    // Both dimensions of a transform from kFrom x kFrom pixels, to out[point * distance].
+    // Both dimensions of a transform from kFrom x kFrom pixels of every tile of a unit, to out[point * distance].
     template <int kFrom, class OneDimension, class Pixel>
     static inline __attribute__((always_inline)) void both(
         float* out, long distance, const OneDimension& transform, const Pixel& pixel) {
-        Vec half[kSize][kFrom], column[kFrom], whole[kSize];
+        Vec half[A::kDeep][kSize][kFrom], column[kFrom];
+#pragma GCC unroll 2
+        for (int index = 0; index < A::kDeep; ++index)
 #pragma GCC unroll 6
-        for (int j = 0; j < kFrom; ++j) {
+            for (int j = 0; j < kFrom; ++j) {
 #pragma GCC unroll 6
-            for (int i = 0; i < kFrom; ++i) column[i] = pixel(i, j);
-            transform(column, 1, &half[0][j], kFrom);
-        }
+                for (int i = 0; i < kFrom; ++i) column[i] = pixel(index, i, j);
+                transform(column, 1, &half[index][0][j], kFrom);
+            }
 #pragma GCC unroll 6
         for (int i = 0; i < kSize; ++i) {
-            transform(half[i], 1, whole, 1);
+            Vec whole[A::kDeep][kSize];
+#pragma GCC unroll 2
+            for (int index = 0; index < A::kDeep; ++index) transform(half[index][i], 1, whole[index], 1);
 #pragma GCC unroll 6
-            for (int j = 0; j < kSize; ++j) store(out + (i * kSize + j) * distance, whole[j]);
+            for (int j = 0; j < kSize; ++j) {
+                Vec values[A::kDeep];
+#pragma GCC unroll 2
+                for (int index = 0; index < A::kDeep; ++index) values[index] = whole[index][j];
+                store(out + (i * kSize + j) * distance, A::combine(values));
+            }
         }
     }
 
@@ -171,7 +231,8 @@ class WeightGradient {
         for (long o = 0; o < g.out_channels; o += kLanes) {
             const float* rows = sums + o / kLanes * size.panel();
             Wide sum = {};
-            for (long tile = 0; tile < count; ++tile) sum += __builtin_convertvector(load(rows + tile * kLanes), Wide);
+            for (long unit = 0; unit < count; ++unit)
+                sum += __builtin_convertvector(A::total(load(rows + unit * kLanes)), Wide);
             Vec value = __builtin_convertvector(sum, Vec);
             if (!first) value += load_some(g.dbias + o, g.out_channels - o);
             store_some(g.dbias + o, value, g.out_channels - o);
@@ -201,7 +262,8 @@ class WeightGradient {
                     }
             }
         for (long out = 0; out < std::min(height, g.out_channels - o * kLanes); ++out)
-            for (long in = 0; in < ins; ++in) transform_back(products + out * width + in * kLanes, distance, o * kLanes + out, c + in, first);
+            for (long in = 0; in < ins; ++in)
+                transform_back(products + out * width + in * kLanes, distance, o * kLanes + out, c + in, first);
     }
 
     // sums[kHeight][kVectors] (+)= sum over k of rows[k][r] * columns[vector][k]
@@ -215,9 +277,9 @@ class WeightGradient {
             for (int j = 0; j < kVectors; ++j) column[j] = load(columns + j * panel + k * kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < kHeight; ++r) {
-                const float value = rows[k * kLanes + r];
+                const float word = rows[k * kLanes + r];
 #pragma GCC unroll 4
-                for (int j = 0; j < kVectors; ++j) total[r][j] += column[j] * value;
+                for (int j = 0; j < kVectors; ++j) total[r][j] = A::multiply_add(total[r][j], column[j], word);
             }
         }
 #pragma GCC unroll 8
@@ -256,16 +318,30 @@ class WeightGradient {
     }
 };
 
-template <int M>
+template <class A, int M>
 void convolve(
-    float* y, const float* x, const float* x2, const float* weight, const Strides& strides, const float* bias, long n,
+    void* y, const void* x, const void* x2, const float* weight, const Strides& strides, const float* bias, long n,
     long height, long width, long channels, long channels2, long out_channels, int threads) {
     constexpr long kPoints = Transform<M>::kSize * Transform<M>::kSize;
-    const long panels = ceil_div(out_channels, kPanel), depth = channels + channels2;
+    const long panels = ceil_div(out_channels, kPanel), depth = A::words(channels) + A::words(channels2);
     float* packed = scratch<float>(Slot::kPacked, kPoints * panels * depth * kPanel);
-    pack<M>(packed, weight, strides, out_channels, depth, threads);
+    pack<A, M>(packed, weight, strides, out_channels, channels, channels2, threads);
     fastddpm_conv3x3_winograd(
-        y, x, x2, packed, bias, nullptr, n, height, width, channels, channels2, out_channels, M, 0, threads);
+        y, x, x2, packed, bias, nullptr, n, height, width, channels, channels2, out_channels, M, 0, A::kDeep == 2,
+        threads);
+}
+
+// f(arithmetic, tile's side), both known to the compiler. bfloat16 has tiles of 2 x 2 only.
+template <class F>
+void choose(int bfloat16, int m, const F& f) {
+    const std::integral_constant<int, 2> two{};
+#if defined(__AVX512BF16__)
+    if (bfloat16) return f(Bfloat16{}, two);
+#else
+    if (bfloat16) std::abort();  // `fastddpm_bfloat16` has said so
+#endif
+    if (m == 2) return f(Float32{}, two);
+    f(Float32{}, std::integral_constant<int, 4>{});
 }
 
 }  // namespace
@@ -273,37 +349,46 @@ void convolve(
 
 // y [N, H, W, O] = conv3x3(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] by tiles of m x m. Element [o, c, i, j]
 // of the weight is at o * out + c * in + i * row + j * column: with channels exchanged and rows and columns backwards,
-// this is the gradient of the input. bias and x2 (C2 = 0) may be null.
+// this is the gradient of the input. bias and x2 (C2 = 0) may be null. All are floats; with `bfloat16` (m = 2), y, x and
+// x2 are bfloat16.
 extern "C" void fastddpm_conv3x3_unpacked(
-    float* y, const float* x, const float* x2, const float* weight, long out, long in, long row, long column,
+    void* y, const void* x, const void* x2, const float* weight, long out, long in, long row, long column,
     const float* bias, long n, long height, long width, long channels, long channels2, long out_channels, int m,
-    int threads) {
+    int bfloat16, int threads) {
     using namespace fastddpm;
     const Strides strides{out, in, row, column};
-    if (m == 2)
-        convolve<2>(y, x, x2, weight, strides, bias, n, height, width, channels, channels2, out_channels, threads);
-    else
-        convolve<4>(y, x, x2, weight, strides, bias, n, height, width, channels, channels2, out_channels, threads);
+    choose(bfloat16, m, [&](auto arithmetic, auto tile) {
+        convolve<decltype(arithmetic), tile>(
+            y, x, x2, weight, strides, bias, n, height, width, channels, channels2, out_channels, threads);
+    });
 }
 
-// As `packed_values` packs them, for tiles of m x m.
+// Into `packed`, as `fastddpm_conv3x3_winograd` reads it, for tiles of m x m.
 extern "C" void fastddpm_conv3x3_pack(
     float* packed, const float* weight, long out, long in, long row, long column, long out_channels, long channels,
-    int m, int threads) {
+    long channels2, int m, int bfloat16, int threads) {
     using namespace fastddpm;
     const Strides strides{out, in, row, column};
-    if (m == 2)
-        pack<2>(packed, weight, strides, out_channels, channels, threads);
-    else
-        pack<4>(packed, weight, strides, out_channels, channels, threads);
+    choose(bfloat16, m, [&](auto arithmetic, auto tile) {
+        pack<decltype(arithmetic), tile>(packed, weight, strides, out_channels, channels, channels2, threads);
+    });
 }
 
-// The gradients of weight and bias (which may be null) of that convolution from dy [N, H, W, O]; strides as there.
+// The gradients of weight and bias (which may be null) of that convolution from dy [N, H, W, O]; strides as there. With
+// `bfloat16`, dy, x and x2 are bfloat16.
 extern "C" void fastddpm_conv3x3_weight_gradient(
-    float* dweight, long out, long in, long row, long column, float* dbias, const float* dy, const float* x,
-    const float* x2, long n, long height, long width, long channels, long channels2, long out_channels, int threads) {
+    float* dweight, long out, long in, long row, long column, float* dbias, const void* dy, const void* x,
+    const void* x2, long n, long height, long width, long channels, long channels2, long out_channels, int bfloat16,
+    int threads) {
     using namespace fastddpm;
-    const Gradient gradient{dweight, dbias, dy, x, x2, {out, in, row, column}, n, height, width, channels, channels2,
-                            out_channels, threads};
-    WeightGradient(gradient).run();
+    choose(bfloat16, 4, [&](auto arithmetic, auto tile) {
+        using A = decltype(arithmetic);
+        using Element = typename A::Element;
+        static_assert(tile == A::kGradientTile || A::kDeep == 1);
+        const Strides strides{out, in, row, column};
+        const Gradient<A> gradient{
+            dweight, dbias, static_cast<const Element*>(dy), static_cast<const Element*>(x),
+            static_cast<const Element*>(x2), strides, n, height, width, channels, channels2, out_channels, threads};
+        WeightGradient<A>(gradient).run();
+    });
 }

@@ -37,6 +37,19 @@ struct Transform<2> {
         out[2 * t] = even - odd;
         out[3 * t] = x[2 * s];
     }
+    // The adjoints of the last two, for the gradient of the weight: A x and G^T x.
+    static void output_adjoint(const Vec* x, int s, Vec* out, int t) {
+        out[0] = x[0];
+        out[t] = x[0] + x[s];
+        out[2 * t] = x[0] - x[s];
+        out[3 * t] = x[s];
+    }
+    static void weight_adjoint(const Vec* x, int s, Vec* out, int t) {
+        const Vec sum = 0.5f * (x[s] + x[2 * s]);
+        out[0] = sum - x[0];
+        out[t] = 0.5f * (x[s] - x[2 * s]);
+        out[2 * t] = sum + x[3 * s];
+    }
 };
 
 template <>
