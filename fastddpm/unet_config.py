@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -42,6 +43,7 @@ _OF_AVERAGING = (
     *("decay", "min_decay", "optimization_step", "update_after_step"),
     *("use_ema_warmup", "inv_gamma", "power"),
 )
+_Findings = Iterator[tuple[str, bool, str]]
 _FLAGS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
 
 
@@ -69,7 +71,7 @@ class UNetConfig:
             config.json it is `_null_class`, since diffusers ignores names with an underscore.
 
     Raises:
-        ValueError: a value that is wrong, or that diffusers has and fastddpm does not; the message names the
+        ValueError: values that are wrong, or that diffusers has and fastddpm does not; the message names each
             field, its value and what is supported.
     """
 
@@ -109,9 +111,13 @@ class UNetConfig:
         for name, value in vars(self).items():
             if isinstance(value, list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(value))
-        self._check_types()
-        self._check_blocks()
-        self._check_embeddings()
+        for check in (self._check_types, self._check_blocks, self._check_heads):
+            wrong: dict[str, str] = {}
+            for name, valid, what in check():
+                if not valid:
+                    wrong.setdefault(name, f"{name} is {getattr(self, name)!r}, must be {what}")
+            if wrong:  # all that can be known at once: who mends a file wants no second round
+                raise ValueError("; ".join(wrong.values()))
 
     @property
     def embedding_channels(self) -> int:
@@ -152,20 +158,28 @@ class UNetConfig:
         """A copy with other values of the named fields.
 
         Raises:
-            ValueError: an unknown field or an unsupported value.
+            ValueError: unknown fields or unsupported values; the message names all of them.
         """
         known = [field.name for field in dataclasses.fields(self)]
-        for name, value in fields.items():
-            if name not in known:
-                raise ValueError(f"{name} ({value!r}) is no field of a U-Net, which are: {', '.join(known)}")
-        return dataclasses.replace(self, **fields)
+        unknown = [f"{name} ({value!r})" for name, value in fields.items() if name not in known]
+        problems: list[str] = []
+        try:
+            made = dataclasses.replace(self, **{name: value for name, value in fields.items() if name in known})
+        except ValueError as error:
+            problems.append(str(error))
+        if unknown:
+            are = "is no field" if len(unknown) == 1 else "are no fields"
+            problems.append(f"{', '.join(unknown)} {are} of a U-Net, which are: {', '.join(known)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return made
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> UNetConfig:
         """From the content of a config.json that diffusers, or `to_dict`, wrote.
 
         Raises:
-            ValueError: it is not a UNet2DModel's, has an unknown field or an unsupported value.
+            ValueError: it is not a UNet2DModel's, or has unknown fields or unsupported values.
         """
         name = config.get("_class_name", CLASS_NAME)
         if name != CLASS_NAME:
@@ -204,74 +218,68 @@ class UNetConfig:
             fields["_null_class"] = fields.pop("null_class")
         return {"_class_name": CLASS_NAME, **fields}
 
-    def _check_types(self) -> None:
-        require = self._require
+    # Each check yields (field, whether it is valid, what it may be), and may count on the checks before it.
+
+    def _check_types(self) -> _Findings:
         for name, choices in _CHOICES.items():
-            require(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
+            yield name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices))
         for name in _FLAGS:
-            require(name, isinstance(getattr(self, name), bool), "True or False")
+            yield name, isinstance(getattr(self, name), bool), "True or False"
         for name in _POSITIVE:
-            require(name, _is_int(getattr(self, name), 1), "a positive integer")
+            yield name, _is_int(getattr(self, name), 1), "a positive integer"
         for name in _POSITIVE_OR_NONE:
             value = getattr(self, name)
-            require(name, value is None or _is_int(value, 1), "a positive integer or None")
+            yield name, value is None or _is_int(value, 1), "a positive integer or None"
         size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
         pair = len(size) == 2 and all(_is_int(n, 1) for n in size)
-        require("sample_size", self.sample_size is None or pair, "a positive integer, a pair, or None")
+        yield "sample_size", self.sample_size is None or pair, "a positive integer, a pair, or None"
         padding, dropout, eps = self.downsample_padding, self.dropout, self.norm_eps
-        require("downsample_padding", _is_int(padding, 0) and padding <= 1, "0 or 1")
-        require("dropout", _is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1")
-        require("norm_eps", _is_number(eps) and eps > 0, "a positive number")
+        yield "downsample_padding", _is_int(padding, 0) and padding <= 1, "0 or 1"
+        yield "dropout", _is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1"
+        yield "norm_eps", _is_number(eps) and eps > 0, "a positive number"
         scale = self.mid_block_scale_factor
-        require("mid_block_scale_factor", _is_number(scale) and scale != 0, "a number other than 0")
+        yield "mid_block_scale_factor", _is_number(scale) and scale != 0, "a number other than 0"
         scale = self.timestep_scale
-        require("timestep_scale", _is_number(scale) and 0 < scale < math.inf, "a positive number")
+        yield "timestep_scale", _is_number(scale) and 0 < scale < math.inf, "a positive number"
         valid = scale == 1 or self.class_embed_type != "timestep"
-        require("timestep_scale", valid, "1 where class_embed_type is 'timestep': labels are not scaled")
-
-    def _check_blocks(self) -> None:
-        require, widths, groups = self._require, self.block_out_channels, self.norm_num_groups
+        yield "timestep_scale", valid, "1 where class_embed_type is 'timestep': labels are not scaled"
+        widths = self.block_out_channels
         valid = isinstance(widths, tuple) and len(widths) > 0 and all(_is_int(n, 1) for n in widths)
-        require("block_out_channels", valid, "a non-empty sequence of positive integers")
-        valid = all(n % groups == 0 for n in widths)
-        require("block_out_channels", valid, f"multiples of norm_num_groups, {groups}")
+        yield "block_out_channels", valid, "a non-empty sequence of positive integers"
+
+    def _check_blocks(self) -> _Findings:
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        yield "block_out_channels", all(n % groups == 0 for n in widths), f"multiples of norm_num_groups, {groups}"
         for name, choices in _BLOCK_CHOICES.items():
             kinds = getattr(self, name)
             valid = isinstance(kinds, tuple) and len(kinds) == len(widths) and set(kinds) <= set(choices)
             names = " or ".join(map(repr, choices))
-            require(name, valid, f"a sequence of {names}, as many as block_out_channels ({len(widths)})")
+            yield name, valid, f"a sequence of {names}, as many as block_out_channels ({len(widths)})"
         if self.mid_block_type is not None and self.add_attention:
             valid = self.attn_norm_num_groups is None or widths[-1] % self.attn_norm_num_groups == 0
-            require("attn_norm_num_groups", valid, f"None or a divisor of the last width, {widths[-1]}")
-        self._check_heads()
-
-    def _check_heads(self) -> None:
-        """Heads must be no wider than where there is attention; diffusers lets them divide a width with a rest."""
-        widths, dims = self.block_out_channels, self.head_dims
-        count = 2 * len(widths) + 1
+            yield "attn_norm_num_groups", valid, f"None or a divisor of the last width, {widths[-1]}"
+        dims, count = self.head_dims, 2 * len(widths) + 1
         valid = len(dims) == count and all(dim is None or _is_int(dim, 1) for dim in dims)
         valid = valid and (self.attention_head_dim is None or None not in dims)
         what = f"a positive integer, None, or {count} positive integers, of the down, mid and up blocks"
-        self._require("attention_head_dim", valid, what)
+        yield "attention_head_dim", valid, what
+        half = self.sinusoid_channels // 2
+        valid = _is_number(self.freq_shift) and self.freq_shift < half
+        yield "freq_shift", valid, f"a number below {half}, the number of frequencies"
+        if self.null_class is not None:
+            labels = self.num_class_embeds if self.class_embed_type is None else None
+            valid = labels is not None and _is_int(self.null_class, 0) and self.null_class < labels
+            yield "null_class", valid, f"None or a label below num_class_embeds ({labels})"
+
+    def _check_heads(self) -> _Findings:
+        """Heads must be no wider than where there is attention; diffusers lets them divide a width with a rest."""
+        widths, dims = self.block_out_channels, self.head_dims
         mid = self.mid_block_type is not None and self.add_attention
         attends = ["Attn" in kind for kind in self.down_block_types] + [mid]
         attends += ["Attn" in kind for kind in self.up_block_types]
         for dim, width, used in zip(dims, (*widths, widths[-1], *widths[::-1]), attends, strict=True):
             valid = dim is None or not used or dim <= width
-            self._require("attention_head_dim", valid, f"None or at most {width}, a width with attention")
-
-    def _check_embeddings(self) -> None:
-        half = self.sinusoid_channels // 2
-        valid = _is_number(self.freq_shift) and self.freq_shift < half
-        self._require("freq_shift", valid, f"a number below {half}, the number of frequencies")
-        if self.null_class is not None:
-            labels = self.num_class_embeds if self.class_embed_type is None else None
-            valid = labels is not None and _is_int(self.null_class, 0) and self.null_class < labels
-            self._require("null_class", valid, f"None or a label below num_class_embeds ({labels})")
-
-    def _require(self, name: str, valid: bool, what: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, must be {what}")
+            yield "attention_head_dim", valid, f"None or at most {width}, a width with attention"
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +84,19 @@ def test_bad_config(field: str) -> None:
     assert str(raised.value).startswith(field)
     assert repr(value) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_all_that_is_wrong_with_a_file_is_named_at_once(tmp_path: Path) -> None:
+    wrong = {"act_fn": "gelu", "dropout": 2, "layers_per_block": 0, "num_heads": 8, "depth": 3}
+    (tmp_path / "config.json").write_text(json.dumps(UNetConfig(**SMALL).to_dict() | wrong))
+    with pytest.raises(ValueError) as raised:
+        UNetConfig.from_file(tmp_path / "config.json")
+    first, *others = str(raised.value).split("; ")
+    assert first.endswith("config.json: act_fn is 'gelu', must be one of 'silu', 'swish'")
+    assert [text.split(",")[0] for text in others] == ["layers_per_block is 0", "dropout is 2", "num_heads (8)"]
+    assert "depth (3) are no fields of a U-Net, which are: sample_size, " in others[-1]
+    with pytest.raises(ValueError, match="norm_num_groups, 7; down_block_types is .*; freq_shift is 8, must be"):
+        UNetConfig(**SMALL | {"norm_num_groups": 7, "down_block_types": ("DownBlock2D",), "freq_shift": 8})
 
 
 def test_config_of_another_model() -> None:
