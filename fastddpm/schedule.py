@@ -110,7 +110,7 @@ class NoiseSchedule:
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
     ) -> NoiseSchedule:
-        """The schedule that diffusers or this package calls `beta_schedule`.
+        """The schedule that diffusers or this package calls `beta_schedule`; "cosine" has no range of betas to be told.
 
         Raises:
             ValueError: no such schedule.
@@ -213,5 +213,5 @@ def _check_count(num_train_timesteps: int) -> int:
 def _check_range(num_train_timesteps: int, beta_start: float, beta_end: float) -> None:
     _check_count(num_train_timesteps)
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} is {value}, must be in (0, 1)")
+        if not isinstance(value, numbers.Real) or not 0 < value < 1:
+            raise ValueError(f"{name} is {value!r}, must be in (0, 1)")

@@ -157,12 +157,14 @@ def _config(options: argparse.Namespace) -> RunConfig:
         given.setdefault("data", {})["folder"] = options.folder
     if options.seed is not None:
         given.setdefault("diffusion", {})["seed"] = options.seed
+    assigned: set[str] = set()
     for text in options.assignments:
         section, key, value = parse_assignment(text)
         given.setdefault(section, {})[key] = value
+        assigned |= {key} if section == "model" else set()
     if "mixed_precision" not in trainer and _bf16(trainer.get("device")):
         trainer["mixed_precision"] = "bf16"
-    _fill_in(given, options)
+    _fill_in(given, options, assigned)
     return RunConfig.from_tables(given, "the settings" if path is None else str(path))
 
 
@@ -174,11 +176,12 @@ def _bf16(device: str | None) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _fill_in(given: Tables, options: argparse.Namespace) -> None:
-    """Adds what is chosen from the data to the settings that were given."""
+def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> None:
+    """Adds what is chosen from the data to the settings that were given; `assigned`: keys of [model] by --set."""
     from dataclasses import replace
 
     from fastddpm.training.defaults import default_diffusion, default_model, look_at
+    from fastddpm.unet_config import UNetConfig
 
     folder = given.get("data", {}).get("folder")
     if folder is None:
@@ -191,10 +194,13 @@ def _fill_in(given: Tables, options: argparse.Namespace) -> None:
     model = given.setdefault("model", {})
     if options.class_labels and not look.classes:
         raise ValueError(f"--class-labels is given, but {folder} has no classes: a subfolder for each is needed")
+    told = UNetConfig().replace(**{key: model[key] for key in ("sample_size", "out_channels") if key in model})
+    learned = given.get("diffusion", {}).get("variance_type") == "learned_range"
+    channels = told.out_channels // (2 if learned else 1) if "out_channels" in model else None
     look = replace(
         look,
-        size=options.image_size or model.get("sample_size") or look.size,
-        channels=options.channels or model.get("out_channels") or look.channels,
+        size=("sample_size" in assigned and told.sample_size) or options.image_size or told.sample_size or look.size,
+        channels=options.channels or channels or look.channels,
         classes=0 if options.class_labels is False else look.classes,
     )
     defaults = default_model(look, width=options.width)
@@ -206,9 +212,11 @@ def _fill_in(given: Tables, options: argparse.Namespace) -> None:
         fixed |= set(structure)
     if options.channels:
         fixed.add("out_channels")
-    given["model"] = {**defaults, **{key: value for key, value in model.items() if key not in fixed}}
+    # Options stand above a file, and --set, which is the most exact, above the others.
+    kept = {key: value for key, value in model.items() if key not in fixed or key in assigned}
+    given["model"] = {**defaults, **kept}
     given["diffusion"] = {**default_diffusion(look), **given.get("diffusion", {})}
-    if given["diffusion"].get("variance_type") == "learned_range" and "out_channels" not in model:
+    if learned and "out_channels" not in kept:
         given["model"]["out_channels"] = 2 * look.channels
 
 

@@ -6,7 +6,9 @@
                  rescale_betas_zero_snr) and the keyword arguments of `fastddpm.GaussianDiffusion`
     [trainer]    fields of `fastddpm.TrainerSettings`, and metric: "none" or "frechet", that of `ComponentDistance`
 
-What is left out has its default. "none" stands for None, since TOML has no such value.
+What is left out has its default. "none" stands for None, since TOML has no such value. A schedule that has no range of
+betas, such as the cosine one, takes no beta_start and beta_end (but their defaults), and betas that are given no other
+num_train_timesteps than theirs.
 """
 
 from __future__ import annotations
@@ -101,23 +103,50 @@ class RunConfig:
         Raises:
             ValueError, TypeError: a setting is wrong, or two contradict each other.
         """
-        schedule = {name: self.diffusion.get(name, default) for name, default in _SCHEDULE.items()}
-        rescale, betas = schedule.pop("rescale_betas_zero_snr"), schedule.pop("trained_betas")
-        chosen = NoiseSchedule.from_name(**schedule) if betas is None else NoiseSchedule.from_betas(betas)
+        schedule = _schedule(self.diffusion)
         objective = {name: value for name, value in self.diffusion.items() if name not in _SCHEDULE}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
             unet = UNet(self.model)
-        return GaussianDiffusion(unet, chosen.rescale_zero_terminal_snr() if rescale else chosen, **objective)
+        return GaussianDiffusion(unet, schedule, **objective)
 
     def to_tables(self) -> Tables:
         """All sections with all their keys."""
+        diffusion = {**_SCHEDULE, **_OBJECTIVE, **self.diffusion}
+        if (betas := diffusion["trained_betas"]) is not None:
+            diffusion["num_train_timesteps"] = len(betas)
         return {
             "data": {"folder": self.folder},
             "model": dict(vars(self.model)),
-            "diffusion": {**_SCHEDULE, **_OBJECTIVE, **self.diffusion},
+            "diffusion": diffusion,
             "trainer": {**vars(self.trainer), "metric": self.metric},
         }
+
+
+def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule that keys of [diffusion] name; ValueError where one is wrong, or says what the schedule has not."""
+    told = {name: given.get(name, default) for name, default in _SCHEDULE.items()}
+    betas, rescale = told.pop("trained_betas"), told.pop("rescale_betas_zero_snr")
+    if not isinstance(rescale, bool):
+        raise ValueError(f"rescale_betas_zero_snr is {rescale!r}, must be true or false")
+    if betas is None:
+        schedule = NoiseSchedule.from_name(**told)
+    else:
+        try:
+            schedule = NoiseSchedule.from_betas(betas)
+        except ValueError as error:
+            raise ValueError(f"trained_{error}") from None  # it says "betas"
+        steps = given.get("num_train_timesteps", len(schedule.betas))
+        if steps != len(schedule.betas):
+            raise ValueError(f"num_train_timesteps is {steps}, must be {len(schedule.betas)}, as many as trained_betas")
+    for name in ("beta_start", "beta_end"):
+        if schedule.beta_start is None and told[name] != _SCHEDULE[name]:
+            what = "trained_betas" if betas is not None else f"beta_schedule {told['beta_schedule']!r}"
+            raise ValueError(
+                f"{name} is {told[name]!r}, which {what} does not have: must be left out (the schedules from "
+                "beta_start to beta_end are 'linear', 'scaled_linear' and 'sigmoid')"
+            )
+    return schedule.rescale_zero_terminal_snr() if rescale else schedule
 
 
 def read_tables(path: str | os.PathLike[str]) -> Tables:

@@ -42,15 +42,8 @@ class RunLog:
         if self.path.is_file():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             atomic_write(self.path, lambda temporary: _write_lines(temporary, kept if step else []))
-        self._board: Any = None
-        if tensorboard is not False:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                if tensorboard:
-                    raise ModuleNotFoundError("tensorboard is missing: pip install tensorboard") from None
-            else:
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        writer = None if tensorboard is False else board_writer(needed=bool(tensorboard))
+        self._board = None if writer is None else writer(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds a record about `step`; numbers that are not finite become null, since JSON has none."""
@@ -85,6 +78,21 @@ class RunLog:
         except Exception as error:
             self._board = None
             _log.warning("TensorBoard's files cannot be written any more: %s", str(error).partition("\n")[0])
+
+
+def board_writer(*, needed: bool) -> Any:
+    """torch's SummaryWriter, or None where TensorBoard is not installed.
+
+    Raises:
+        ModuleNotFoundError: it is not, and is `needed`.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if needed:
+            raise ModuleNotFoundError("tensorboard is missing: pip install tensorboard") from None
+        return None
+    return SummaryWriter
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

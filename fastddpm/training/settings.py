@@ -114,6 +114,7 @@ class TrainerSettings:
     tensorboard: bool | None = None
 
     def __post_init__(self) -> None:
+        self._require("results_folder", isinstance(self.results_folder, str | os.PathLike), "the path of a folder")
         object.__setattr__(self, "results_folder", os.fspath(self.results_folder))
         for name in ("adam_betas", "ema_decay"):
             value = getattr(self, name)

@@ -23,7 +23,7 @@ from fastddpm.training.config import write_run_config
 from fastddpm.training.data import load, open_data
 from fastddpm.training.ema import averages
 from fastddpm.training.fitting import check_labels, check_network, check_source, data_shape, takes_labels
-from fastddpm.training.logs import Meter, RunLog
+from fastddpm.training.logs import Meter, RunLog, board_writer
 from fastddpm.training.order import Batches
 from fastddpm.training.outcome import TrainResult, check_finite
 from fastddpm.training.randomness import random_state, randomness_kept, seed_randomness, set_random_state
@@ -77,7 +77,7 @@ class Trainer:
         averages: the averaged weights, in the main process.
 
     Raises:
-        ModuleNotFoundError: accelerate is not installed.
+        ModuleNotFoundError: accelerate is not installed, or TensorBoard, where it is asked for.
         FileNotFoundError, TypeError, ValueError: a setting or the data are wrong, data and network do not fit, or
             `results_folder` has checkpoints but `resume` is False.
     """
@@ -105,6 +105,8 @@ class Trainer:
                 "choose another"
             )
         check_network(diffusion)
+        if self.settings.tensorboard:
+            board_writer(needed=True)
         self.accelerator = make_accelerator(self.settings)
         self._main = self.accelerator.is_main_process
         self._progress = progress and self._main

@@ -105,6 +105,18 @@ def test_the_settings_printed_are_the_settings_used(pictures: Path, capsys: pyte
         (["PICTURES", "--set", "diffusion.variance_type=learned_range", "--set", "diffusion.loss=hybrid",
           "--set", "model.out_channels=1", *SMALL], "returns 1 channels for data of 1, must return 2"),
         (["PICTURES", "--config", "none.toml"], "none.toml is missing"),
+        (["PICTURES", "--set", "diffusion.beta_start=-1", *SMALL],
+         "beta_start is -1, which beta_schedule 'squaredcos_cap_v2' does not have: must be left out"),
+        (["PICTURES", "--set", "diffusion.beta_end=0.3", "--set", "diffusion.trained_betas=[0.1, 0.2]", *SMALL],
+         "beta_end is 0.3, which trained_betas does not have"),
+        (["PICTURES", "--set", "diffusion.beta_start=x", "--set", "diffusion.beta_schedule=linear", *SMALL],
+         "beta_start is 'x', must be in (0, 1)"),
+        (["PICTURES", "--set", "diffusion.trained_betas=[0.1, 2.0]", *SMALL], "trained_betas[1] is 2, every beta must"),
+        (["PICTURES", "--set", "diffusion.trained_betas=[0.1]", "--set", "diffusion.num_train_timesteps=9", *SMALL],
+         "num_train_timesteps is 9, must be 1, as many as trained_betas"),
+        (["PICTURES", "--set", "diffusion.rescale_betas_zero_snr=0", *SMALL], "is 0, must be true or false"),
+        (["PICTURES", "--set", "trainer.results_folder=5", *SMALL], "results_folder is 5, must be the path of"),
+        (["PICTURES", "--set", "model.sample_size=big", *SMALL], "sample_size is 'big', must be a positive integer"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
@@ -120,6 +132,27 @@ def test_bad_input_is_one_line(
     assert message in lines[-1]
     assert lines[-1].startswith("fastddpm train: error: ")
     assert list(Path().iterdir()) == []
+
+
+def test_what_set_says_stands(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Above other options, and with channels of a learned variance told from those of the data."""
+    arguments = ["--width", "16", "--image-size", "8", "--set", "model.sample_size=16", "--set", "model.dropout=0.3"]
+    arguments += ["--set", "model.block_out_channels=[24, 24, 48]", "--set", "model.norm_num_groups=8"]
+    learned = ["--set", "diffusion.variance_type=learned_range", "--set", "model.out_channels=6"]
+    assert main(["train", str(pictures), "--print-config", *arguments, *learned]) == 0
+    Path("run.toml").write_text(capsys.readouterr().out)
+    model = read_tables("run.toml")["model"]
+    assert (model["sample_size"], model["block_out_channels"], model["norm_num_groups"]) == (16, [24, 24, 48], 8)
+    assert (model["in_channels"], model["out_channels"], model["dropout"]) == (3, 6, 0.3)
+
+
+def test_betas_that_are_given_are_printed_as_they_can_be_read(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(pictures), "--print-config", "--set", "diffusion.trained_betas=[0.1, 0.2]", *SMALL]) == 0
+    Path("run.toml").write_text(capsys.readouterr().out)
+    schedule = RunConfig.from_tables(read_tables("run.toml")).build().schedule
+    assert schedule.betas.tolist() == [0.1, 0.2]
 
 
 def test_sigterm_saves_and_exits_0(pictures: Path) -> None:

@@ -278,6 +278,13 @@ def test_bad_input(tmp_path: Path) -> None:
         bad(folder, "mixed_precision is 'fp16', which needs CUDA", mixed_precision="fp16")
 
 
+def test_without_tensorboard_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="tensorboard is missing"):
+        trainer(tmp_path / "results", tensorboard=True)
+    assert not (tmp_path / "results").exists()
+
+
 def test_without_accelerate_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ModuleNotFoundError, match=r"accelerate is missing, .* pip install fastddpm\[train\]"):
