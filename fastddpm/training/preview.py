@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -75,7 +76,10 @@ def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
             state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in unet.state_dict().items()}
             save_file(state, path / "model.safetensors")
 
-    checkpoint.atomic_folder(folder, write)
+    try:
+        checkpoint.atomic_folder(folder, write)
+    except SafetensorError as error:  # its word for a full disk, among others
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -320,7 +320,8 @@ class Trainer:
             except Exception as error:
                 if needed:
                     raise
-                _log.warning("at step %d: %s: %s", self.step, type(error).__name__, error, exc_info=True)
+                where_from = not isinstance(error, OSError)  # a full disk is no bug
+                _log.warning("at step %d: %s: %s", self.step, type(error).__name__, error, exc_info=where_from)
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self, log: RunLog | None) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from training_objects import Patterns, small, trainer, weights
 
 from fastddpm import GaussianDiffusion, NoiseSchedule, Trainer, TrainerSettings, UNet, load_pretrained
-from fastddpm.training import DivergedError, ExponentialAverage, checkpoint, read_log
+from fastddpm.training import DivergedError, ExponentialAverage, checkpoint, preview, read_log
 from fastddpm.training.config import read_tables
 
 
@@ -206,6 +207,23 @@ def test_a_checkpoint_that_cannot_be_written(
     assert run.checkpoints.latest() == 2
     broken.clear()
     assert trainer(tmp_path / "stops", save_every=1, resume=True).train().step == 6
+
+
+def test_a_model_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """safetensors has an error of its own for a full disk; a run that goes on says it in one line."""
+
+    def save_pretrained(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(preview, "save_pretrained", save_pretrained)
+    with caplog.at_level(logging.WARNING), pytest.raises(OSError, match="model cannot be written: I/O error: No "):
+        trainer(tmp_path, save_every=3).train()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("at step 3: OSError: ")
+    assert not record.exc_info
+    assert trainer(tmp_path, resume=True).step == 6
 
 
 class Plain(nn.Module):
