@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import DTYPES, best_device, check_output, integer, make_sampler, seconds
+from fastddpm.cli.options import DTYPES, METHODS, best_device, check_output, integer, make_sampler, seconds
 
 if TYPE_CHECKING:
     import torch
     from fastddpm_kernels._tuned import Choice, Key
     from rich.console import Console
 
+    from fastddpm.pretrained import Pretrained
     from fastddpm.tuning.search import Outcome
 
 BATCHES = {"cuda": (1, 8, 64), "cpu": (1, 4, 16)}
+TRAINING_BATCHES = (16,)  # as the Trainer's default
 BUDGET_S = 300.0
+STEPS = 3  # that are run to see what the reverse step is asked for: the second of a multistep method has more to read
 
 
 def add_commands(commands: Any) -> None:
@@ -28,15 +31,26 @@ def add_commands(commands: Any) -> None:
         help="find the fastest tiles, warps and algorithms for a model's shapes on this device",
         description="Measure, for every shape that a model's ops have at some batch sizes, which block sizes, warps, "
         "stages and algorithms are the fastest here; each is checked against float64 first. Winners are kept as JSON "
-        "in the user's cache, where sampling finds them. Without MODEL it is the bundled model of handwritten digits.",
+        "in the user's cache, where sampling and training find them. Without MODEL it is the bundled model of "
+        "handwritten digits.",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--batch", type=integer(1), nargs="+", metavar="B",
         help="batch sizes as the network sees them, twice the samples with guidance; MODEL stands before them "
-        "(default: 1 8 64 on cuda, 1 4 16 on cpu)",
+        "(default: 1 8 64 on cuda, 1 4 16 on cpu; 16 with --training)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, help="of the network (default: auto, as for sample)")
+    parser.add_argument(
+        "--training", action="store_true",
+        help="the shapes of a step of training, forward and backward, in place of those of sampling",
+    )  # fmt: skip
+    parser.add_argument("--method", choices=METHODS, help="sampler whose step is tuned (default: the model's)")
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help="tune for classifier-free guidance")
+    parser.add_argument(
+        "--dtype", choices=DTYPES,
+        help="of the network (default: auto, as for sample; with --training as for train: autocast to bfloat16 where "
+        "the GPU has it)",
+    )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the first of these that there is)")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these, such as group_norm_silu_ (default: all)")
     parser.add_argument(
@@ -52,8 +66,8 @@ def add_commands(commands: Any) -> None:
     group.add_argument("--clear", action="store_true", help="delete the user's table for the device")
     # What `make_sampler` asks for and nothing here changes.
     parser.set_defaults(
-        steps=None, default_steps=1, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False,
-        method=None, cuda_graph="off", backend="auto",
+        steps=None, default_steps=STEPS, timesteps=None, spacing=None, eta=None, thresholding=False, cuda_graph="off",
+        backend="auto",
     )  # fmt: skip
     add_model_options(parser)
     parser.set_defaults(run=_tune)
@@ -78,6 +92,9 @@ def _tune(options: argparse.Namespace) -> None:
         raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(_tuned.FIELDS)}")
     if options.into_package and device.type == "cpu":
         raise ValueError("--into-package is given, but a CPU's table holds for one build of the native library alone")
+    if options.training and (options.method or options.guidance_scale is not None):
+        given = "--method" if options.method else "--guidance-scale"
+        raise ValueError(f"{given} is given, but --training tunes no step of a sampler")
     ops = tuned_ops(device)
     if not ops:
         print(f"There is nothing to tune on {device}: {_why_nothing(device)}")
@@ -106,17 +123,48 @@ def _why_nothing(device: torch.device) -> str:
 
 
 def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...]) -> dict[Key, int]:
-    """The shapes of the model at all batch sizes."""
-    from fastddpm.tuning.shapes import network_keys
+    """The shapes of the model at all batch sizes, of sampling or of training."""
+    from fastddpm.tuning.shapes import sampler_keys
 
     model = open_model(options, latents=True)
+    if options.training:
+        return _training_keys(options, model, device, ops)
     options.device = str(device)
     sampler = make_sampler(options, model)
     precision = "tf32" if options.dtype == "tf32" else str(sampler.dtype).removeprefix("torch.")
-    shape = sampler.network.sample_shape(sampler.settings.learned_variance)
     keys: dict[Key, int] = {}
     for batch in options.batch or BATCHES[device.type]:
-        keys |= network_keys(sampler.network, (batch, *shape), ops, precision)
+        keys |= sampler_keys(sampler, batch, ops, precision)
+    return keys
+
+
+def _training_keys(
+    options: argparse.Namespace, model: Pretrained, device: torch.device, ops: tuple[str, ...]
+) -> dict[Key, int]:
+    """The shapes of a step of training of such a model."""
+    import torch
+
+    from fastddpm.diffusion import GaussianDiffusion
+    from fastddpm.frozen import blueprint_of
+    from fastddpm.network import Network
+    from fastddpm.tuning.shapes import training_keys
+
+    learned = "learned" in model.settings.get("variance_type", "")
+    diffusion = GaussianDiffusion(
+        model.unet, model.schedule, prediction_type=model.settings.get("prediction_type", "epsilon"),
+        variance_type="learned_range" if learned else "fixed_small", loss="hybrid" if learned else "mse",
+    )  # fmt: skip
+    wanted = options.dtype or "auto"
+    if wanted == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        wanted = "bfloat16" if fast else "float32"
+    dtype = torch.float32 if wanted == "tf32" else getattr(torch, wanted)
+    shape = Network(model.unet).sample_shape(learned)
+    kind = blueprint_of(model.unet)
+    keys: dict[Key, int] = {}
+    for batch in options.batch or TRAINING_BATCHES:
+        labels = None if kind is None else kind(model.unet).some_labels(batch, device)
+        keys |= training_keys(diffusion, (batch, *shape), labels, device, ops, dtype)
     return keys
 
 
@@ -126,7 +174,7 @@ def _search(keys: dict[Key, int], device: torch.device, budget: float, path: Pat
     from fastddpm.tuning.store import save
 
     with progress_bar(len(keys), "tune") as bar:
-        outcomes = tune(keys, device, budget, done=bar)
+        outcomes = tune(keys, device, budget, done=lambda outcome: bar())
     _print(outcomes, console)
     print(summary(outcomes))
     if save(outcomes, device, path):

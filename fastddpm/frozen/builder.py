@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels import _tuned
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
 from torch import Tensor, nn
@@ -122,12 +123,18 @@ class Builder:
                 weights=layer.weight.numel(),
             )  # fmt: skip
             return Activation(target, pending)
-        self.loose.add(target)
-        weight = self.put(f"{name}.weight", lambda: folding.upsample_conv(layer.weight))
+        plain, transposed = self._ways_to_double(layer, (height, width), f"{name}.plain", f"{name}.weight")
+        if transposed:
+            self.loose.add(target)
+            source, weight = x.slot, self.put(f"{name}.weight", lambda: folding.upsample_conv(layer.weight))
+            run = ops.upsample(self.m, source, target, weight, own)
+        if plain:
+            source, weight = self.new(layer.in_channels, 2 * height, 2 * width), self.put(f"{name}.plain", layer.weight)
+            self.emit(f"{name}.double", "other", [x.slot], [source], ops.double(self.m, x.slot, source))
+            run = ops.conv(self.m, source, target, weight, own, 1, 1)
         self.emit(
-            name, "conv", [x.slot], [target],
-            ops.upsample(self.m, x.slot, target, weight, own),
-            flops=2 * self.pixels(x.slot) * weight.numel(), weights=weight.numel(),
+            name, "conv", [source], [target], run, flops=2 * self.pixels(source) * weight.numel(),
+            weights=weight.numel(),
         )  # fmt: skip
         return Activation(target, pending)
 
@@ -279,6 +286,21 @@ class Builder:
         for kind in kinds:
             values = self.put(f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample))
         return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample)
+
+    def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
+        """Whether a convolution of `size` doubled is plain, as a table may say, and whether it is transposed.
+
+        It is one of them. Where weights are filled again, it is all that have their `weights`: nothing will run then.
+        """
+        if self.constants.refilling:
+            plain, transposed = (name in self.constants.tensors for name in weights)
+            return plain, transposed or not plain
+        choice = None
+        if self.m.static:
+            shape = (self.batch, *size, layer.in_channels, layer.out_channels, int(self.m.allow_tf32))
+            choice = _tuned.choice("upsample_conv", self.device, self.dtype, shape)
+        plain = choice is not None and choice["implementation"] == "plain"
+        return plain, not plain
 
     def put(self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
         return self.constants.put(name, values, dtype)

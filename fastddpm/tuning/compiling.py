@@ -26,7 +26,12 @@ from fastddpm_kernels._tuned import Choice, Key
 
 from fastddpm.tuning.task import Task
 
-_MODULES = {"group_norm_silu_": "group_norm_silu"}
+# Of `_triton`, where it is not of the op's name; None: there is nothing to compile.
+_MODULES = {
+    "group_norm_silu_": "group_norm_silu",
+    "rms_norm_silu_backward": "rms_norm_silu",
+    "upsample_conv": None,
+}
 AHEAD = 2  # tasks whose choices are compiled while another one is timed
 MOST = 14  # processes
 
@@ -64,6 +69,12 @@ class Compiling:
         self._pool.shutdown(wait=True)
         for process in self._processes:
             process.communicate()
+
+    def start(self, end: float) -> None:
+        """Begins with the first task, and waits for its first choice until `end`: the processes take seconds to be
+        there, which would be those of the first shape, the one that most time is spent on."""
+        if self._pool is not None:
+            self.why_not(self._tasks[0], self._tasks[0].candidates()[0], end)
 
     def why_not(self, task: Task, choice: Choice, end: float) -> str | None:
         """Why a choice is not to be run, or None; waits for its compilation until `end`, of `time.monotonic`."""
@@ -125,7 +136,10 @@ def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
     """
     from fastddpm_kernels._triton.compile import compile_variant
 
-    module = importlib.import_module(f"fastddpm_kernels._triton.{_MODULES.get(key.op, key.op)}")
+    name = _MODULES.get(key.op, key.op)
+    if name is None:
+        return None
+    module = importlib.import_module(f"fastddpm_kernels._triton.{name}")
     try:
         for variant in module.tuned_variants(key, choice):
             usage = compile_variant(variant, target)

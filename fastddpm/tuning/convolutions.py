@@ -1,4 +1,5 @@
-"""1x1 convolutions on a GPU: tiles, or the vendor's product. 3x3 convolutions on the CPU: which algorithm."""
+"""1x1 convolutions on a GPU: tiles, or the vendor's product; those of an upsampled image: as a transposed one or as
+they are written. 3x3 convolutions on the CPU: which algorithm."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fastddpm_kernels import conv
 from fastddpm_kernels._norm_plan import num_processors
 from fastddpm_kernels._tuned import Choice
 from fastddpm_kernels.pointwise_conv import by_matmul, pointwise_conv_
 from torch import Tensor
 
+from fastddpm.frozen import folding, instructions
 from fastddpm.tuning.task import Operands, Task, nearest_first
 
 STAGES = (2, 3, 4, 5)
@@ -105,6 +108,60 @@ class PointwiseTask(Task):
         inner = channels + second
         elements = rows * (inner + columns * (1 + residual)) + columns * inner
         return elements * self.key.dtype.itemsize, 2 * rows * columns * inner
+
+
+class UpsampleTask(Task):
+    """Upsampling by two and a 3x3 convolution, by the instructions of a frozen U-Net. There is no bias then."""
+
+    def candidates(self) -> list[Choice]:
+        return [{"implementation": "transposed"}, {"implementation": "plain"}]
+
+    def operands(self, seed: int) -> Operands:
+        n, height, width, channels, out, _ = self.key.shape
+        weight = self.random(seed + 1, out, channels, 3, 3) / math.sqrt(9 * channels)
+        transposed = folding.upsample_conv(weight).to(weight.dtype)
+        return {
+            "x": self.random(seed, n, height, width, channels).movedim(-1, 1),
+            "doubled": self.empty(n, 2 * height, 2 * width, channels).movedim(-1, 1),
+            "y": self.empty(n, 2 * height, 2 * width, out).movedim(-1, 1),
+            "plain": weight.contiguous(memory_format=torch.channels_last),
+            "transposed": transposed.contiguous(memory_format=torch.channels_last),
+        }
+
+    def call(self, choice: Choice, operands: Operands) -> Callable[[], object]:
+        o, static = operands, self.device.type == "cuda"
+        m = instructions.Machine(True, static, "triton", bool(self.named["tf32"]), [o["x"], o["doubled"], o["y"]])
+        if choice["implementation"] == "plain":
+            runs = [instructions.double(m, 0, 1), instructions.conv(m, 1, 2, o["plain"], None, 1, 1)]
+        else:
+            runs = [instructions.upsample(m, 0, 2, o["transposed"], None)]
+
+        def run() -> None:
+            for each in runs:
+                each()
+            o["y"] = m.slots[2]  # a new place, where the instruction cannot be told one
+
+        return run
+
+    def results(self, operands: Operands) -> dict[str, Tensor]:
+        return {"y": operands["y"]}
+
+    def truth(self, operands: Operands, samples: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        def eager(dtype: torch.dtype) -> Tensor:
+            x = F.interpolate(operands["x"][samples].to(dtype), scale_factor=2)
+            return F.conv2d(x, operands["plain"].to(dtype), padding=1)
+
+        return {"y": (eager(torch.float64), eager(self.key.dtype))}
+
+    def tolerance(self, choice: Choice) -> dict[str, Any]:
+        # Taps are added up before they are rounded. TensorFloat-32 has float16's significant bits.
+        return {"dtype": torch.float16} if self.named["tf32"] else {"factor": 4.0}
+
+    def cost(self) -> tuple[int, int]:
+        n, height, width, channels, out, _ = self.key.shape
+        pixels = n * height * width
+        elements = pixels * (channels + 4 * out) + 16 * channels * out
+        return elements * self.key.dtype.itemsize, 32 * pixels * channels * out
 
 
 class ConvTask(Task):

@@ -14,8 +14,6 @@ from torch import Tensor
 from fastddpm.tuning.task import Operands, Task, nearest_first
 
 EPS = 1e-5
-ONE_PASS = 32768  # elements that a program's registers may hold
-TILES = (2048, 4096, 8192, 16384)
 WAVES = (1, 2, 4, 8, 16)  # programs, as multiples of the processors
 THREAD_ELEMENTS = range(4, 129)
 WARPS = (1, 2, 4, 8, 16)
@@ -54,7 +52,15 @@ class _NormTask(Task):
 
 
 class GroupNormTask(_NormTask):
-    """`group_norm_silu`, or its form in place, which runs both with a residual and without."""
+    """`group_norm_silu`, or its form in place, which runs both with a residual and without.
+
+    Attributes:
+        one_pass_elements: that a program's registers may hold.
+        tiles: elements of a program's tile where it loops over several.
+    """
+
+    one_pass_elements = 32768
+    tiles: tuple[int, ...] = (2048, 4096, 8192, 16384)
 
     @property
     def in_place(self) -> bool:
@@ -84,11 +90,11 @@ class GroupNormTask(_NormTask):
             width = 1 << (slab * size - 1).bit_length()
             elements = width << max(pixels - 1, 0).bit_length()
             for warps in WARPS:
-                if elements <= ONE_PASS and elements // (32 * warps) in THREAD_ELEMENTS:
+                if elements <= self.one_pass_elements and elements // (32 * warps) in THREAD_ELEMENTS:
                     yield {"one_pass": True, "slab_groups": slab, "num_warps": warps}
                 if width > 256 or pixels < 16:
                     continue
-                for tile in TILES:
+                for tile in self.tiles:
                     block_p = max(tile // width, 1)
                     if block_p > 2 * pixels or tile // (32 * warps) not in THREAD_ELEMENTS:
                         continue

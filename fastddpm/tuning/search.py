@@ -30,6 +30,8 @@ FINALISTS = 3
 ROUNDS = (7, 25)  # of the finals, least and most
 CERTAIN = 0.9  # of the rounds in which a winner is faster
 GAIN = 0.98  # the most of the heuristics' time that a winner may take, median of the rounds
+LEAST_S = 2.0  # for a shape: less would not do to compile anything, so the last shapes are not reached
+START_S = 20.0  # at most, for the processes that compile to be there
 SHARES = (0.55, 0.75)  # of a shape's time: when no further choice is tried, and when the finals begin
 SETS = 16  # of operands at most; in turn, so that none is still in a cache
 GRAPH_CALLS = 20  # at least, between two events on a GPU
@@ -84,7 +86,7 @@ def tune(
     seconds: float,
     *,
     clock: Stopwatch = stopwatch,
-    done: Callable[[], object] = lambda: None,
+    done: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
     """Searches the best choice for every key, those on which a step spends most first.
 
@@ -93,7 +95,7 @@ def tune(
         device: where.
         seconds: in all; what is not reached by then is "out of time".
         clock: times calls, as `stopwatch` does.
-        done: called after each key.
+        done: called with what became of each key, as soon as that is known.
     """
     end = time.monotonic() + seconds
     tasks = [make_task(key, device) for key in keys]
@@ -101,16 +103,19 @@ def tune(
     outcomes = [Outcome(task.key, task.title(), keys[task.key]) for task in tasks]
     target = _tuned.target(device) if device.type == "cuda" else None
     with Compiling(tasks, target) as compiling:
+        if tasks:
+            compiling.start(time.monotonic() + min(START_S, seconds / 4))
         for left, (task, outcome) in zip(range(len(tasks), 0, -1), zip(tasks, outcomes, strict=True), strict=True):
             now = time.monotonic()
             if now < end:
                 try:
-                    _search(task, outcome, now, (end - now) / left, compiling, clock)
+                    share = min(max((end - now) / left, LEAST_S), end - now)
+                    _search(task, outcome, now, share, compiling, clock)
                 except (RuntimeError, MemoryError) as error:  # a shape that does not fit ends nothing else
                     _log.info("%s was not tuned: %s", outcome.title, error)
                     outcome.status = first_lines(error, 1, 100)
                 release(device)
-            done()
+            done(outcome)
     return outcomes
 
 
@@ -126,7 +131,9 @@ def _search(
     for choice in candidates:
         if len(right) > 1 and time.monotonic() - begin > SHARES[0] * seconds:
             break
-        reason = compiling.why_not(task, choice, begin + SHARES[0] * seconds)
+        reason = None
+        if right:  # the heuristics' choice is what runs if nothing is found: it is not waited for
+            reason = compiling.why_not(task, choice, begin + SHARES[0] * seconds)
         reason = reason or why_wrong(task, choice, operands, truth)
         if reason is None:
             right.append(choice)
@@ -173,12 +180,11 @@ def _search(
 
 def why_wrong(task: Task, choice: Choice, operands: Operands, truth: dict[str, Any]) -> str | None:
     """Why a choice is not to be used (it does not run, leaves something unwritten, is not near the truth), or None."""
-    results = task.results(operands)
-    for result in results.values():
+    for result in task.results(operands).values():
         result.fill_(math.nan)
     try:
         task.call(choice, operands)()
-        for name, result in results.items():
+        for name, result in task.results(operands).items():
             exact, eager = truth[name]
             if not bool(torch.isfinite(result).all()):
                 return f"{name} is not finite everywhere"

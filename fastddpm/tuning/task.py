@@ -89,14 +89,22 @@ class Task(ABC):
 
 def make_task(key: Key, device: torch.device) -> Task:
     """The task of an op at a shape."""
-    from fastddpm.tuning.convolutions import ConvTask, PointwiseTask
+    from fastddpm.tuning.convolutions import ConvTask, PointwiseTask, UpsampleTask
+    from fastddpm.tuning.elementwise import QSampleTask, ResidualAddTask, ReverseStepTask
+    from fastddpm.tuning.norm_gradients import GroupNormGradientTask, RMSNormGradientTask
     from fastddpm.tuning.norms import GroupNormTask, RMSNormTask
 
     kinds: dict[str, type[Task]] = {
         "group_norm_silu": GroupNormTask,
         "group_norm_silu_": GroupNormTask,
+        "group_norm_silu_backward": GroupNormGradientTask,
         "rms_norm_silu": RMSNormTask,
+        "rms_norm_silu_backward": RMSNormGradientTask,
         "pointwise_conv": PointwiseTask,
+        "upsample_conv": UpsampleTask,
+        "reverse_step": ReverseStepTask,
+        "q_sample": QSampleTask,
+        "residual_add": ResidualAddTask,
         "conv": ConvTask,
     }
     return kinds[key.op](key, device)
@@ -109,6 +117,8 @@ def tuned_ops(device: torch.device) -> tuple[str, ...]:
     def runs(op: str) -> bool:
         if op == "conv":
             return device.type == "cpu" and why_not("native", "cpu", "conv", torch.float32) is None
+        if op == "upsample_conv" and torch.version.hip is not None:  # where a frozen U-Net does not call cuDNN
+            return False
         return device.type == "cuda" and why_not("triton", "cuda") is None
 
     return tuple(op for op in _tuned.FIELDS if runs(op))

@@ -13,9 +13,9 @@ Choice = Mapping[str, Any]
 
 _NORM = ("batch", "pixels", "channels", "channels2", "groups", "channels_last")
 _RMS_NORM = ("batch", "pixels", "channels", "channels2", "channels_last")
-# What a shape consists of, integers. `threads` are torch's. Of the element-wise ops also which tensors there are: `noise`
-# and `known` are 1 where noise is given, 2 where it is made; `target` is 1 for the noise, 2 for the velocity. The dtype
-# of `reverse_step` is its network's.
+# What a shape consists of, integers. `threads` are torch's. Of the element-wise ops also which tensors there are:
+# `noise` and `known` are 1 where noise is given, 2 where it is made; `target` is 1 for the noise, 2 for the velocity.
+# The dtype of `reverse_step` is its network's.
 FIELDS: dict[str, tuple[str, ...]] = {
     "group_norm_silu": _NORM,
     "group_norm_silu_": _NORM,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fastddpm_kernels import _backend, _tuned
 from fastddpm_kernels._backend import why_not
+from fastddpm_kernels._tuned import Key
 
-from fastddpm import NoiseSchedule, UNet
+from fastddpm import GaussianDiffusion, NoiseSchedule, UNet
 from fastddpm.cli import main
 from fastddpm.pretrained import save_pretrained
 
@@ -25,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     unet = UNet(
         sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False, num_class_embeds=3,
+        null_class=2,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("model")
     save_pretrained(path, unet, NoiseSchedule.linear(5))
@@ -82,6 +85,35 @@ def test_a_dry_run_lists_and_writes_nothing(folder: str, table: Path, capsys: py
     assert not table.parent.exists()
 
 
+def test_the_shapes_of_training_are_tuned_when_asked_for(
+    folder: str, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def keys(diffusion: GaussianDiffusion, shape: Any, labels: Any, device: Any, ops: Any, dtype: Any) -> Any:
+        asked.append((diffusion.prediction_type, tuple(shape), labels.tolist(), str(device), ops, dtype))
+        return {Key("conv", torch.float32, (shape[0], 4, 4, 8, 8, 0, torch.get_num_threads())): 2}
+
+    monkeypatch.setattr("fastddpm.tuning.shapes.training_keys", keys)
+    assert main(["tune", folder, *SMALL, "--training", "--budget", "120"]) == 0
+    assert "2 of 2 shapes measured" in capsys.readouterr().out
+    assert {key.shape[0] for key in _tuned.read(table, CPU).entries} == {1, 2}
+    assert asked == [("epsilon", (n, 1, 4, 4), [0] * n, "cpu", ("conv",), torch.float32) for n in (2, 1)]
+    assert main(["tune", folder, "--device", "cpu", "--training", "--dtype", "bfloat16", "--dry-run"]) == 0
+    assert asked[-1][1:] == ((16, 1, 4, 4), [0] * 16, "cpu", ("conv",), torch.bfloat16)
+
+
+def test_the_step_of_a_sampler_can_be_named(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr("fastddpm.tuning.shapes.sampler_keys", lambda *given: found.append(given) or {})
+    assert main(["tune", folder, *SMALL, "--method", "dpmsolver++", "--guidance-scale", "2", "--dry-run"]) == 0
+    sampler, batch, ops, precision = found[0]
+    assert (sampler.method, sampler.guidance_scale, batch, ops, precision) == (
+        "dpmsolver++", 2.0, 2, ("conv",), "float32"
+    )  # fmt: skip
+    assert len(sampler.table) == 3
+
+
 def test_info_says_what_is_tuned(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     assert "Tuned choices on cpu: none: heuristics choose" in capsys.readouterr().out
@@ -113,6 +145,7 @@ def test_nothing_to_tune_is_said(
         (["--budget", "0"], "'0' must be a positive number of seconds"),
         (["--batch", "0"], "'0' must be an integer of at least 1"),
         (["--show", "--clear"], "not allowed with argument"),
+        (["--training", "--method", "ddim"], "--method is given, but --training tunes no step of a sampler"),
         (["--show", "--ops", "conv"], "--ops is given, but --show is of a whole table"),
         (["nowhere"], "nowhere"),
     ],

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,19 @@ KEYS = {
     "group norm in place, two sources": Key("group_norm_silu_", torch.float16, (1, 30, 24, 24, 4, 1)),
     "group norm in place, contiguous": Key("group_norm_silu_", torch.float32, (1, 35, 12, 0, 3, 0)),
     "RMS norm": Key("rms_norm_silu", torch.float32, (2, 35, 20, 4, 1)),
+    "gradient of group norm": Key("group_norm_silu_backward", torch.float32, (2, 35, 24, 0, 4, 1)),
+    "gradient of group norm, two sources": Key("group_norm_silu_backward", torch.float16, (1, 30, 24, 24, 4, 1)),
+    "gradient of group norm, contiguous": Key("group_norm_silu_backward", torch.float32, (2, 70, 12, 0, 3, 0)),
+    "gradient of RMS norm, two sources": Key("rms_norm_silu_backward", torch.float32, (2, 35, 20, 4, 1)),
+    "gradient of RMS norm, contiguous": Key("rms_norm_silu_backward", torch.float16, (2, 35, 20, 0, 0)),
+    "reverse step": Key("reverse_step", torch.float16, (4, 3, 35, 1, 2, 0, 0, 0, 0, 1, 0)),
+    "reverse step, guided, learned": Key("reverse_step", torch.float32, (2, 3, 35, 0, 1, 1, 1, 1, 1, 1, 2)),
+    "reverse step, partly known": Key("reverse_step", torch.float16, (2, 3, 35, 1, 2, 0, 1, 0, 1, 0, 1)),
+    "noised": Key("q_sample", torch.float32, (3, 3, 35, 0, 2, 1)),
+    "noised, velocity": Key("q_sample", torch.float16, (3, 3, 35, 1, 1, 2)),
+    "noised, target given": Key("q_sample", torch.float32, (2, 3, 35, 1, 1, 0)),
+    "residual, padded": Key("residual_add", torch.float16, (2, 6, 5, 7, 1, 1, 1, 1, 1)),
+    "residual, contiguous": Key("residual_add", torch.float32, (2, 6, 5, 7, 0, 0, 1, 0, 0)),
     "pointwise": Key("pointwise_conv", torch.float32, (50, 24, 20, 0, 1, 0)),
     "pointwise, two sources": Key("pointwise_conv", torch.float16, (50, 24, 20, 12, 0, 0)),
 }
@@ -81,6 +95,40 @@ def test_candidates_are_right_and_none_is_there_twice(key: Key, device: torch.de
     truth = task.truth(operands, task.samples())
     for choice in {0: candidates[0], 1: candidates[1], -1: candidates[-1]}.values():
         assert why_wrong(task, choice, operands, truth) is None, choice
+    written = task.results(operands)
+    assert written.keys() == truth.keys()
+    another = task.results(task.another(operands))
+    assert {name: t.stride() for name, t in another.items()} == {name: t.stride() for name, t in written.items()}
+    assert not {t.data_ptr() for t in another.values()} & {t.data_ptr() for t in written.values()}
+
+
+def test_every_op_that_has_choices_can_be_tuned() -> None:
+    assert set(_tuned.FIELDS) == set(_tuned.ALTERNATIVES)
+    for op, fields in _tuned.FIELDS.items():
+        task = make_task(Key(op, torch.float32, (1,) * len(fields)), CPU)
+        assert task.named == dict.fromkeys(fields, 1)
+    assert set(tuned_ops(CPU)) <= {"conv"}
+    on_gpu = set(tuned_ops(torch.device("cuda")))
+    assert on_gpu in (set(), set(_tuned.FIELDS) - {"conv"}, set(_tuned.FIELDS) - {"conv", "upsample_conv"})
+
+
+@pytest.mark.parametrize("name", ["gradient of group norm", "reverse step", "noised, velocity", "residual, padded"])
+def test_a_kernel_that_is_wrong_is_refused(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result on its own: a pixel of the last sample that is off."""
+    pytest.importorskip("triton")
+    task = make_task(KEYS[name], device)
+    operands, choice = task.operands(0), task.candidates()[0]
+    truth, call = task.truth(operands, task.samples()), task.call(choice, operands)
+    for wrong, result in task.results(operands).items():
+
+        def spoilt(last: torch.Tensor = result[(-1,) * result.ndim]) -> None:
+            call()
+            last.add_(1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(task, "call", lambda *_, spoilt=spoilt: spoilt)
+            assert str(why_wrong(task, choice, operands, truth)).startswith(f"AssertionError: {wrong} [")
+    assert why_wrong(task, choice, operands, truth) is None
 
 
 def test_norms_are_tried_in_one_pass_and_two() -> None:
@@ -220,6 +268,32 @@ def test_the_budget_ends_the_search(native: None, monkeypatch: pytest.MonkeyPatc
     assert reached  # what has begun is ended,
     assert not outcomes[1].done  # and nothing more begins
     assert outcomes[1].status == "out of time"
+
+
+def test_a_budget_that_is_short_is_spent_on_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little time for each would do for none: what is worth most has it."""
+    now, given, reported = [0.0], [], []
+    monkeypatch.setattr("fastddpm.tuning.search.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def search(task: Any, outcome: Outcome, begin: float, seconds: float, *_: Any) -> None:
+        given.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("fastddpm.tuning.search._search", search)
+    keys = {Key("conv", torch.float32, (batch, 9, 6, 5, 18, 0, 1)): 1 for batch in range(1, 9)}
+    outcomes = tune(keys, CPU, 5.0, done=reported.append)
+    assert given == [2.0, 2.0, 1.0]
+    assert reported == outcomes
+    assert [outcome.key.shape[0] for outcome in outcomes] == [8, 7, 6, 5, 4, 3, 2, 1]
+    given.clear()
+    tune(keys, CPU, 24.0)
+    assert given == pytest.approx([3.0] * 8)
+
+
+def test_the_heuristics_choice_is_not_waited_for(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiling, "why_not", lambda *_: "it was not compiled in time")
+    (outcome,) = tune({CONV: 1}, CPU, 60.0, clock=Clock(monkeypatch, {OWN: [2.0]}))
+    assert (outcome.done, outcome.winner, len(outcome.refused)) == (True, None, 2)
 
 
 def test_an_error_ends_one_shape_alone(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
