@@ -119,7 +119,8 @@ class NetworkFeatures:
 
     It is called with images [N, C, H, W] and returns features [N, D] (further axes of size 1 are dropped), or
     (features, logits). Where a TorchScript network has an argument `return_features`, as the detectors of StyleGAN and
-    EDM have, it is set. A TorchScript file holds a program, which is run: open only files that you trust.
+    EDM have, it is set. An ONNX network of a fixed batch is given as many at once. A TorchScript file holds a program,
+    which is run: open only files that you trust.
 
     Args:
         path: the file; `.onnx` is ONNX, all else TorchScript.
@@ -223,9 +224,21 @@ class NetworkFeatures:
         if self._channels is None and len(declared.shape) == 4 and declared.shape[1] in (1, 3):
             self._channels = declared.shape[1]
 
+        # torch.onnx.export writes the size of its example as the only one, unless it is told not to.
+        fixed = next((size for size in declared.shape[:1] if isinstance(size, int)), None)
+
         def run(images: Tensor) -> list[Tensor]:
+            sizes = zip(declared.shape[1:], images.shape[1:], strict=False)
+            if len(declared.shape) != 4 or any(isinstance(size, int) and size != given for size, given in sizes):
+                raise ValueError(f"it takes {declared.shape}")
             array = np.ascontiguousarray(images.cpu().numpy().astype(dtypes[declared.type]))
-            return [torch.from_numpy(output) for output in session.run(None, {declared.name: array})]
+            parts: list[list[np.ndarray]] = []
+            for start in range(0, len(array), fixed or len(array)):
+                part = array[start : start + (fixed or len(array))]
+                missing = 0 if fixed is None else fixed - len(part)
+                filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+                parts.append([output[: len(part)] for output in session.run(None, {declared.name: filled})])
+            return [torch.from_numpy(np.concatenate(outputs)) for outputs in zip(*parts, strict=True)]
 
         return run
 

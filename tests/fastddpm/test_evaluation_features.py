@@ -126,7 +126,7 @@ def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not Path("trapped").exists()
 
 
-def onnx_network(path: Path, dtype: int, channels: int | str) -> Path:
+def onnx_network(path: Path, dtype: int, channels: int | str, batch: int | str = "n", height: int | str = "h") -> Path:
     """Means of channels and a second output, their maxima."""
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
     nodes = [
@@ -135,7 +135,7 @@ def onnx_network(path: Path, dtype: int, channels: int | str) -> Path:
         helper.make_node("ReduceMax", ["y", "axes"], ["maxima"], keepdims=0),
     ]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "c"]) for name in ("means", "maxima")]
-    given = helper.make_tensor_value_info("x", dtype, ["n", channels, "h", "w"])
+    given = helper.make_tensor_value_info("x", dtype, [batch, channels, height, "w"])
     graph = helper.make_graph(nodes, "means", [given], outputs, [axes])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 9
@@ -159,6 +159,17 @@ def test_onnx(tmp_path: Path, images: Tensor) -> None:
     (tmp_path / "d.onnx").write_bytes(b"no")
     with pytest.raises(ValueError, match="d.onnx is not an ONNX file"):
         NetworkFeatures(tmp_path / "d.onnx")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_onnx_of_a_fixed_batch(tmp_path: Path, images: Tensor, batch: int) -> None:
+    """As torch.onnx.export writes it, of one image for the most part."""
+    network = NetworkFeatures(onnx_network(tmp_path / "a.onnx", TensorProto.UINT8, 3, batch, 6))
+    features, logits = network(images)
+    torch.testing.assert_close(features, images.float().mean((2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, images.float().amax((2, 3)))
+    with pytest.raises(ValueError, match=rf"cannot take uint8 \[5, 3, 4, 6\]: it takes \[{batch}, 3, 6, 'w'\]"):
+        network(images.transpose(2, 3))
 
 
 def test_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
