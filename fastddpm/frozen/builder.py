@@ -200,7 +200,10 @@ class Builder:
         reads = [slot for slot in (source, second, residual) if slot is not None]
         if self.m.native:
             shape = (*weight.shape, 1)
-            packed = self.packed(f"{name}.weight", lambda: weight[:, :, None, None], shape, self.shapes[source][1:])
+            packed = self.packed(
+                f"{name}.weight", lambda: weight[:, :, None, None], shape, self.shapes[source][1:],
+                channels2=weight.shape[1] - width,
+            )  # fmt: skip
             own = None if bias is None else self.put(f"{name}.bias", bias, self.vector_dtype)
             self.emit(
                 name, "pointwise", reads, [target],
@@ -270,22 +273,26 @@ class Builder:
 
     def packed(
         self, name: str, weight: Callable[[], Tensor], shape: tuple[int, int, int], size: tuple[int, int],
-        stride: int = 1, padding: int = 0, upsample: bool = False,
+        stride: int = 1, padding: int = 0, upsample: bool = False, channels2: int = 0,
     ) -> PackedWeight:  # fmt: skip
         """A weight for the native convolution of an input of `size`. `shape`: output and input channels, kernel.
 
-        It is kept for every algorithm that some size has wanted.
+        `channels2` of the input channels are those of a second source. It is kept for every algorithm that some size
+        has wanted.
         """
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
-            self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample
-        )
+            self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
+            dtype=self.dtype,
+        )  # fmt: skip
         kinds = [algorithm]
         if self.constants.refilling:  # sizes do not matter then: nothing will run
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
         for kind in kinds:
-            values = self.put(f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample))
-        return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample)
+            values = self.put(
+                f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample, self.dtype, channels2)
+            )
+        return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
 
     def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
         """Whether a convolution of `size` doubled is plain, as a table may say, and whether it is transposed.
@@ -326,8 +333,10 @@ class Builder:
         )
 
 
-def _packed(weight: Callable[[], Tensor], algorithm: str, upsample: bool) -> Tensor:
-    return packed_values(weight(), algorithm, upsample)
+def _packed(
+    weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int
+) -> Tensor:
+    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

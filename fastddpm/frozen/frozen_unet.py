@@ -53,8 +53,8 @@ class FrozenUNet:
         unet: the U-Net; if its weights change, `refresh` (or a program's `load`) takes over the new ones.
         blueprint: what is particular to U-Nets of its kind.
         dtype, device: of the computation, under autocast too.
-        fused: whether the fused kernels run: on CUDA and ROCm, in float32 on a CPU with a C++ compiler, and where
-            they are named. Else plain torch.
+        fused: whether the fused kernels run: on CUDA and ROCm, on a CPU with a C++ compiler in float32 and, where it
+            multiplies that, in bfloat16, and where they are named. Else plain torch.
         static: whether activations have fixed places (CUDA, and native kernels).
         backend: of the fused kernels.
         timesteps: int64 [S], those of `freeze`, or None.
@@ -89,6 +89,8 @@ class FrozenUNet:
         self.backend = "triton" if self.device.type == "meta" else resolve(
             "group_norm_silu_", backend, self.device.type, self.dtype
         )
+        if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
+            self.backend = "eager"  # native products take channels in pairs
         self.fused = self.backend in ("triton", "native") if fused is None else fused
         if self.backend == "native" and not self.fused:
             self.backend = "eager"
@@ -107,6 +109,11 @@ class FrozenUNet:
         self.embeddings = self.blueprint.embeddings().to(self.device)
         weight, bias, self.columns = self.blueprint.time_projections()
         self.time_weight, self.time_bias = weight.detach().to(self.device), bias.detach().to(self.device)
+
+    def _has_odd_widths(self) -> bool:
+        widths = {m.in_features for m in self.unet.modules() if isinstance(m, nn.Linear)}
+        widths |= {m.in_channels for m in self.unet.modules() if isinstance(m, nn.Conv2d)}
+        return any(width % 2 for width in widths - {self.blueprint.in_channels})  # the input's are filled up
 
     def new_input(self, shape: Sequence[int]) -> Tensor:
         """Zeros [N, C, H, W] for `bind`: channels-last, a slice of `in_channels` channels where those are more.

@@ -77,7 +77,10 @@ class LucidrainsLowering(Builder):
             self.emit(f"{name}.cat", "other", [x.slot, skip.slot], [both], run)
             return self.conv(layer, Activation(both))
         shape = (layer.out_channels, layer.in_channels, 3)
-        packed = self.packed(f"{name}.weight", lambda: layer.weight, shape, (height, width), 1, 1)
+        channels2 = self.shapes[skip.slot][0]
+        packed = self.packed(
+            f"{name}.weight", lambda: layer.weight, shape, (height, width), 1, 1, channels2=channels2
+        )
         bias, pending = self.bias_of(layer, layer.bias)
         target = self.new(layer.out_channels, height, width)
         numel = layer.weight.numel()

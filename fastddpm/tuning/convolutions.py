@@ -165,13 +165,12 @@ class UpsampleTask(Task):
 
 
 class ConvTask(Task):
-    """A 3x3 convolution by the native backend, float32. The weight is packed beforehand."""
+    """A 3x3 convolution by the native backend. The weight is packed beforehand."""
 
     def candidates(self) -> list[Choice]:
-        possible = ("direct", "winograd4") if self.named["upsample"] else conv.ALGORITHMS
-        return nearest_first(
-            [{"algorithm": name} for name in possible], {"algorithm": conv.likely_algorithm(*self.key.shape)}
-        )
+        possible = conv.possible_algorithms(self.named["upsample"], self.key.dtype)
+        likely = conv.likely_algorithm(*self.key.shape, dtype=self.key.dtype)
+        return nearest_first([{"algorithm": name} for name in possible], {"algorithm": likely})
 
     def image(self, seed: int | None, channels: int, factor: int) -> Tensor:
         shape = (self.named["batch"], self.named["height"] * factor, self.named["width"] * factor, channels)
@@ -196,7 +195,7 @@ class ConvTask(Task):
         o, upsample, algorithm = operands, bool(self.named["upsample"]), choice["algorithm"]
         packed = o["packed"].get(algorithm)
         if packed is None:
-            packed = o["packed"][algorithm] = conv.pack(o["weight"], algorithm, upsample)
+            packed = o["packed"][algorithm] = conv.pack(o["weight"], algorithm, upsample, dtype=self.key.dtype)
 
         def run() -> None:
             conv.conv_(o["y"], o["x"], packed, bias=o["bias"], upsample=upsample, backend="native")
@@ -224,4 +223,4 @@ class ConvTask(Task):
         pixels = n * height * width
         outputs = pixels * (4 if upsample else 1)
         elements = pixels * channels + outputs * out + 9 * channels * out
-        return 4 * elements, 18 * outputs * channels * out
+        return self.key.dtype.itemsize * elements, 18 * outputs * channels * out

@@ -79,12 +79,11 @@ def why_not(
             return f"there is no native kernel of {name}"
         if device_type != "cpu":
             return f"native kernels run on the CPU, not on device type {device_type!r}"
-        takes = (torch.float32, torch.bfloat16) if name == "group_norm_silu" else (torch.float32,)
-        if dtype is not None and dtype not in takes:
-            return f"native kernels compute in {' or '.join(map(str, takes))}, not {dtype}"
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            return f"native kernels compute in torch.float32 or torch.bfloat16, not {dtype}"
         from fastddpm_kernels import _native
 
-        return _native.why_not()
+        return _native.why_not_bfloat16(slower=True) if _in_bfloat16(op, dtype) else _native.why_not()
     if backend != "triton":
         return None
     if name in _WITHOUT_TRITON:
@@ -102,7 +101,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype | None =
     """The backend that runs `op` on a device of type `device_type` when the caller asked for `backend`.
 
     `op` is one of `OPS`, with an underscore for its form in place. `dtype` is that of the input where it matters:
-    "auto" never takes triton for float64, which the kernels do not have, and native for float32 alone.
+    "auto" never takes triton for float64, which the kernels do not have, and native for float32, and for bfloat16 where
+    it is faster than torch's own.
     `torch.compile` traces through this function.
 
     Raises:
@@ -112,8 +112,12 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype | None =
     if backend == "auto":
         if device_type == "cuda" and dtype != torch.float64 and why_not("triton", device_type, op) is None:
             return "triton"
-        if device_type == "cpu" and dtype == torch.float32 and op in _AUTO_NATIVE:
+        if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16) and op in _AUTO_NATIVE:
             reason = why_not("native", device_type, op, dtype)
+            if reason is None and _in_bfloat16(op, dtype):
+                from fastddpm_kernels import _native
+
+                reason = _native.why_not_bfloat16()
             log.debug("%s on cpu: %s", op, "native" if reason is None else f"eager ({reason})")
             return "native" if reason is None else "eager"
         if not torch.compiler.is_compiling():
@@ -123,3 +127,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype | None =
     if reason is not None:
         raise BackendError(f"{op}: backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+def _in_bfloat16(op: str | None, dtype: torch.dtype | None) -> bool:
+    """Whether an op needs products of bfloat16: convolutions, and the ops in place that run between them."""
+    return dtype == torch.bfloat16 and op in _AUTO_NATIVE

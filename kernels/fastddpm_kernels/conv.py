@@ -10,7 +10,8 @@ The native backend has three algorithms, for weights that are packed once:
     direct      the definition; after upsampling four 2x2 convolutions, 16 for 2x2 outputs in place of 36
 
 What they lose: transforms take sums and differences, so their results cancel. The bound that a test holds them to is
-`error_factor` times what the definition loses. Weights are transformed in float64 and rounded once.
+`error_factor` times what the definition loses. Weights are transformed in float64 and rounded once. In bfloat16, where
+the CPU multiplies that, there is no winograd4, which loses too much; winograd2 takes 9 for 2x2 after upsampling.
 
 Memory traffic: each input and output once; packed weights of winograd4 are 4 times, of winograd2 1.8 times those of
 the convolution, which is what counts for few pixels: `choose_algorithm` weighs both.
@@ -18,47 +19,39 @@ the convolution, which is what counts for few pixels: `choose_algorithm` weighs 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm_kernels import _backend, _native, _tuned
+from fastddpm_kernels._conv_packing import (
+    ALGORITHMS,
+    TILE,
+    PackedWeight,
+    error_factor,
+    pack,
+    packed_values,
+    why_not_packed,
+)
 from fastddpm_kernels._norm_ops import is_channels_last
 
-ALGORITHMS = ("winograd4", "winograd2", "direct")
+__all__ = [
+    "ALGORITHMS",
+    "PackedWeight",
+    "choose_algorithm",
+    "conv_",
+    "error_factor",
+    "likely_algorithm",
+    "pack",
+    "packed_values",
+    "possible_algorithms",
+]
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TILE = {"winograd4": 4, "winograd2": 2}
-# The finite points at which the polynomials are evaluated, in the order of the kernel (`winograd.cpp`); then infinity.
-_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 1.0, -1.0, 0.625, -0.625)}
-_VANISHING = 2  # the point -1, of an upsampled image
-# What an output row of each parity sees of an upsampled image: the taps of a 3x3 kernel that fall on one input row.
-_PHASES = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 # The costs by which an algorithm is chosen, in multiplications and additions of the matrix products, from measurements
 # on a Zen 4 core: of a float that is transformed, and of a byte of weights, at which all cores share the memory.
 _TRANSFORM_COST, _BYTE_COST = 30, 4
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight as a native algorithm reads it.
-
-    Attributes:
-        values: of `packed_values`; may be filled anew.
-        algorithm: one of `ALGORITHMS`.
-        in_channels, out_channels, kernel: of the weight [out_channels, in_channels, kernel, kernel].
-        upsample: whether it is to be applied to an image upsampled by two.
-    """
-
-    values: Tensor
-    algorithm: str
-    in_channels: int
-    out_channels: int
-    kernel: int
-    upsample: bool = False
 
 
 @torch.no_grad()
@@ -80,8 +73,8 @@ def conv_(
     Args:
         y: `[N, O, H', W']`, overwritten; not the memory of `x` or `x2`. Its size says how far the image is padded
             below and to the right: by 0 to k - 1 rows and columns of zeros.
-        x: `[N, C, H, W]`, float32 (float16, bfloat16 and float64 on `eager` and `reference`). On `native` this, `x2`,
-            `residual` and `y` must be channels-last.
+        x: `[N, C, H, W]`, float32 or bfloat16 (also float16 and float64 on `eager` and `reference`). On `native` this,
+            `x2`, `residual` and `y` must be channels-last, and C and C2 even in bfloat16 for all but winograd2.
         weight: `[O, C + C2, k, k]`, x's dtype; or, on `native`, a `PackedWeight` (else it is packed at every call).
         x2: `[N, C2, H, W]`: the op acts as if on `torch.cat((x, x2), 1)`.
         bias: `[O]`, any floating dtype.
@@ -99,6 +92,8 @@ def conv_(
     """
     kernel, inner = _check(y, x, weight, x2, bias, residual, stride, padding, upsample)
     packed = isinstance(weight, PackedWeight)
+    if isinstance(weight, PackedWeight):
+        _check_packed(weight, x, x2)
     named = "native" if packed and backend == "auto" else backend
     backend = _backend.resolve("conv", named, x.device.type, x.dtype)
     given = [t for t in (y, x, x2, residual) if t is not None]
@@ -113,11 +108,13 @@ def conv_(
     if isinstance(weight, Tensor) and backend == "native":
         algorithm = choose_algorithm(
             x.shape[0], x.shape[2], x.shape[3], inner, len(weight), kernel=kernel, stride=stride, padding=padding,
-            upsample=upsample,
+            upsample=upsample, dtype=x.dtype,
         )  # fmt: skip
         if (y.shape[2], y.shape[3]) != (x.shape[2], x.shape[3]) and not upsample:
             algorithm = "direct"
-        weight = pack(weight, algorithm, upsample)
+        channels2 = 0 if x2 is None else x2.shape[1]
+        if named == "native" or why_not_packed(algorithm, x.shape[1], channels2, x.dtype) is None:
+            weight = pack(weight, algorithm, upsample, dtype=x.dtype, channels2=channels2)
     if isinstance(weight, PackedWeight):
         _native_conv(y, x, weight, x2, None if bias is None else bias.float(), residual, stride, padding)
         return
@@ -136,7 +133,7 @@ def conv_(
 
 def choose_algorithm(
     n: int, height: int, width: int, in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1,
-    padding: int = 1, upsample: bool = False, threads: int | None = None,
+    padding: int = 1, upsample: bool = False, threads: int | None = None, dtype: torch.dtype = torch.float32,
 ) -> str:  # fmt: skip
     """The fastest algorithm where a tuned table has it, else the likely one, by multiplications and bytes of weights.
 
@@ -144,128 +141,47 @@ def choose_algorithm(
         n, height, width, in_channels: of the input, `height` and `width` before it is upsampled.
         out_channels, kernel, stride, padding, upsample: of the convolution.
         threads: None for torch's.
+        dtype: float32 or bfloat16.
     """
     if (kernel, stride, padding) != (3, 1, 1):
         return "direct"
     threads = torch.get_num_threads() if threads is None else threads
-    possible = ("direct", "winograd4") if upsample else ALGORITHMS
     shape = (n, height, width, in_channels, out_channels, int(upsample), threads)
-    found = _tuned.choice("conv", _CPU, torch.float32, shape)
-    if found is not None and found["algorithm"] in possible:
+    found = _tuned.choice("conv", _CPU, dtype, shape)
+    if found is not None and found["algorithm"] in possible_algorithms(upsample, dtype):
         return str(found["algorithm"])
-    return likely_algorithm(*shape)
+    return likely_algorithm(*shape, dtype=dtype)
+
+
+def possible_algorithms(upsample: int, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Those of 3x3 convolutions that pad by 1."""
+    if dtype == torch.bfloat16:
+        return ("winograd2", "direct")
+    return ("direct", "winograd4") if upsample else ALGORITHMS
 
 
 def likely_algorithm(
-    n: int, height: int, width: int, in_channels: int, out_channels: int, upsample: int, threads: int
-) -> str:
+    n: int, height: int, width: int, in_channels: int, out_channels: int, upsample: int, threads: int, *,
+    dtype: torch.dtype = torch.float32,
+) -> str:  # fmt: skip
     """`choose_algorithm` of 3x3 convolutions that pad by 1, where no table has a choice."""
-    possible = ("direct", "winograd4") if upsample else ALGORITHMS
-    factor = 2 if upsample else 1
+    factor, product = 2 if upsample else 1, 2.0
     height, width, pairs = height * factor, width * factor, in_channels * out_channels
+    if dtype == torch.bfloat16:
+        product, padded = 1.0, -(-in_channels // 32) * 32 * out_channels
 
     def cost(algorithm: str) -> float:
-        per_byte = _BYTE_COST * threads * 4 * pairs
+        per_byte = _BYTE_COST * threads * dtype.itemsize * pairs
         if algorithm == "direct":
             taps = 4 if upsample else 9
-            return 2 * n * height * width * taps * pairs + per_byte * (16 if upsample else 9)
-        m = _TILE[algorithm]
-        points = 25 if upsample else (m + 2) ** 2
+            return product * n * height * width * taps * pairs + per_byte * (16 if upsample else 9)
+        m = TILE[algorithm]
+        points = (m + 1) ** 2 if upsample else (m + 2) ** 2
         tiles = n * -(-height // m) * -(-width // m)
-        return points * (tiles * (2 * pairs + _TRANSFORM_COST * (in_channels + out_channels)) + per_byte)
+        products = product * (padded if dtype == torch.bfloat16 else pairs)
+        return points * (tiles * (products + _TRANSFORM_COST * (in_channels + out_channels)) + per_byte)
 
-    return min(possible, key=cost)
-
-
-def error_factor(algorithm: str, *, worst: bool = False) -> float:
-    """How much more a result may differ from the exact one than that of the definition in the same precision.
-
-    Root mean square over the outputs of a tile, or of its `worst` output. For independent inputs and weights of
-    variance 1, the sum of products at point j has the size |G_j| |B_j|, by the norms of the rows, and is rounded in
-    proportion; A^T[i, j] of that error reaches output i, which itself has the size sqrt(3), the definition's taps.
-    Both dimensions have that factor, so it is squared. The points of `_POINTS` are near the least of mean and worst.
-    """
-    if algorithm == "direct":
-        return 1.0
-    a, g, b = _transforms(_TILE[algorithm])
-    squares = (a * g.norm(dim=1) * b.norm(dim=1)).square().sum(1) / 3  # of the factor, for each output
-    return float(squares.max() if worst else squares.mean())
-
-
-def pack(weight: Tensor, algorithm: str, upsample: bool = False) -> PackedWeight:
-    """A weight [O, C, k, k] made ready for an algorithm. See `packed_values`."""
-    out_channels, in_channels, kernel, _ = weight.shape
-    return PackedWeight(
-        packed_values(weight, algorithm, upsample), algorithm, in_channels, out_channels, kernel, upsample
-    )
-
-
-@torch.no_grad()
-def packed_values(weight: Tensor, algorithm: str, upsample: bool = False) -> Tensor:
-    """The values of a `PackedWeight`, float32, one-dimensional, on the CPU.
-
-    Panels of neighbouring output channels, as many as the kernel's registers hold: [points or phases, panels, taps,
-    C, panel]. Computed in float64 and rounded once.
-
-    Raises:
-        ValueError: the algorithm does not compute such a convolution.
-        BackendError: there is no native backend here.
-    """
-    if reason := _native.why_not():
-        raise _backend.BackendError(f"conv: backend 'native' cannot run here: {reason}")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm is {algorithm!r}, must be one of {', '.join(ALGORITHMS)}")
-    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, must be [O, C, k, k]")
-    if (algorithm != "direct" or upsample) and weight.shape[2] != 3:
-        raise ValueError(f"weight is {weight.shape[2]}x{weight.shape[3]}, must be 3x3 for {algorithm} or upsampling")
-    if algorithm == "winograd2" and upsample:
-        raise ValueError("algorithm is 'winograd2', must be 'winograd4' or 'direct' where the image is upsampled")
-    w = weight.detach().cpu().double()
-    out_channels = len(w)
-    if algorithm == "direct" and not upsample:
-        products = w.permute(2, 3, 0, 1).flatten(0, 1)[None]
-    elif algorithm == "direct":
-        taps = torch.tensor(_PHASES, dtype=torch.float64)
-        products = torch.einsum("pak,qbl,oikl->pqaboi", taps, taps, w).flatten(2, 3).flatten(0, 1)
-    else:
-        _, g, _ = _transforms(_TILE[algorithm])
-        if upsample:
-            g = g[[point for point in range(len(g)) if point != _VANISHING]]
-        products = torch.einsum("ak,bl,oikl->aboi", g, g, w).flatten(0, 1)[:, None]
-    # [phases or points, taps, O, C] -> [.., panels, taps, C, panel]
-    panel = _native.get().panel
-    panels = -(-out_channels // panel)
-    products = F.pad(products, (0, 0, 0, panels * panel - out_channels))
-    products = products.unflatten(2, (panels, panel)).permute(0, 2, 1, 4, 3)
-    return products.to(torch.float32).contiguous().flatten()
-
-
-def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T [m, m + 2], G [m + 2, 3] and B^T [m + 2, m + 2] in float64: y = A^T ((G w) * (B^T x)) is the convolution.
-
-    At a point p, A^T holds its powers, G those divided by the product of its differences to the others, and B^T the
-    coefficients of the polynomial that has the other points for its zeros. At infinity, the highest powers.
-    """
-    points = _POINTS[m]
-    a, g = torch.zeros(m, m + 2, dtype=torch.float64), torch.zeros(m + 2, 3, dtype=torch.float64)
-    b = torch.zeros(m + 2, m + 2, dtype=torch.float64)
-    for j, point in enumerate(points):
-        others = [p for p in points if p != point]
-        a[:, j] = torch.tensor([point**i for i in range(m)])
-        g[j] = torch.tensor([point**k for k in range(3)], dtype=torch.float64) / math.prod(point - p for p in others)
-        b[j, : m + 1] = _coefficients(others)
-    a[-1, -1] = g[-1, -1] = 1
-    b[-1] = _coefficients(list(points))
-    return a, g, b
-
-
-def _coefficients(zeros: list[float]) -> Tensor:
-    """Of the polynomial with these zeros, the constant first, the highest 1."""
-    result = torch.ones(1, dtype=torch.float64)
-    for z in zeros:
-        result = F.pad(result, (1, 0)) - z * F.pad(result, (0, 1))
-    return result
+    return min(possible_algorithms(upsample, dtype), key=cost)
 
 
 def _native_conv(
@@ -275,7 +191,15 @@ def _native_conv(
     if weight.algorithm == "direct":
         _native.conv_direct(y, x, x2, weight.values, bias, residual, weight.kernel, stride, padding, weight.upsample)
     else:
-        _native.conv3x3_winograd(y, x, x2, weight.values, bias, residual, _TILE[weight.algorithm], weight.upsample)
+        _native.conv3x3_winograd(y, x, x2, weight.values, bias, residual, TILE[weight.algorithm], weight.upsample)
+
+
+def _check_packed(weight: PackedWeight, x: Tensor, x2: Tensor | None) -> None:
+    if weight.values.dtype != x.dtype:
+        raise TypeError(f"weight is packed for {weight.values.dtype}, must be for x's dtype, {x.dtype}")
+    channels2 = 0 if x2 is None else x2.shape[1]
+    if x.dtype == torch.bfloat16 and weight.channels2 != channels2:
+        raise ValueError(f"weight is packed for {weight.channels2} channels of x2, must be for {channels2}")
 
 
 def _check(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastddpm_kernels import _native
 from fastddpm_kernels._backend import why_not
 from fastddpm_kernels._native.build import compiler
 from fastddpm_kernels.conv import error_factor
@@ -31,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _native() -> None:
+def _needs_compiler() -> None:
     if compiler() is None:
         pytest.skip("there is no C++ compiler")
     assert why_not("native", "cpu") is None
@@ -48,6 +49,11 @@ def make_unet(fields: dict[str, Any] | None = None) -> UNet:
             else:
                 parameter.normal_(mean=float(isinstance(module, nn.GroupNorm) and name == "weight"), std=0.3)
     return unet
+
+
+def needs_bfloat16() -> None:
+    if reason := _native.why_not_bfloat16(slower=True):
+        pytest.skip(reason)
 
 
 def run(frozen: FrozenUNet, x: Tensor, row: int, labels: Tensor | None = None) -> Tensor:
@@ -111,7 +117,48 @@ def test_activations_are_in_one_block_of_memory() -> None:
     assert lowest <= program(step).data_ptr() < highest
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_other_dtypes_run_torch(dtype: torch.dtype) -> None:
-    frozen = freeze(make_unet(), TIMESTEPS, dtype)
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("option", OPTIONS)
+@torch.no_grad()
+def test_in_bfloat16_it_loses_no_more_than_its_algorithms_must(option: str, batch: int) -> None:
+    needs_bfloat16()
+    unet = make_unet(OPTIONS[option])
+    x = torch.randn(batch, unet.config.in_channels, 16, 8).bfloat16().double()
+    labels = torch.arange(batch) if unet.config.has_classes else None
+    frozen = freeze(unet, TIMESTEPS, torch.bfloat16, backend="native")
+    assert (frozen.backend, frozen.fused, frozen.static, frozen.in_channels) == ("native", True, True, 8)
+    expected = unet(x, TIMESTEPS[1], labels)
+    plain = copy.deepcopy(unet).bfloat16()(x.bfloat16(), TIMESTEPS[1], labels)
+    lost, plain_lost = (rms(out.double() - expected) for out in (run(frozen, x, 1, labels), plain))
+    assert lost <= error_factor("winograd2") * plain_lost
+
+
+@torch.no_grad()
+def test_in_bfloat16_new_weights_are_taken_over() -> None:
+    needs_bfloat16()
+    unet = make_unet().float()
+    frozen = freeze(unet, TIMESTEPS, torch.bfloat16, backend="native")
+    inputs = frozen.new_input((2, 3, 16, 16)).normal_()
+    program, step = frozen.bind(inputs), torch.tensor([0])
+    program(step)
+    for parameter in unet.parameters():
+        parameter.mul_(1.25)
+    program.load()
+    expected = unet(inputs.float(), TIMESTEPS[0])
+    assert rms(program(step).double() - expected) < 0.03 * rms(expected)
+
+
+@torch.no_grad()
+def test_in_bfloat16_odd_widths_run_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_bfloat16()
+    monkeypatch.setattr(_native.get(), "bfloat16", 1)
+    assert freeze(make_unet(), TIMESTEPS, torch.bfloat16).backend == "native"
+    odd = make_unet({"block_out_channels": (15, 24), "norm_num_groups": 3})
+    assert freeze(odd, TIMESTEPS, torch.bfloat16).backend == "eager"
+    monkeypatch.setattr(_native.get(), "bfloat16", 2)  # torch has faster products
+    assert freeze(make_unet(), TIMESTEPS, torch.bfloat16).backend == "eager"
+
+
+def test_float64_runs_torch() -> None:
+    frozen = freeze(make_unet(), TIMESTEPS, torch.float64)
     assert (frozen.backend, frozen.fused, frozen.static) == ("eager", False, False)

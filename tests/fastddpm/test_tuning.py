@@ -146,11 +146,14 @@ def test_pointwise_convolutions_are_tried_as_the_vendors_product_in_16_bits_alon
 
 
 @pytest.mark.parametrize("upsample", [0, 1])
-def test_every_algorithm_of_the_cpu_is_a_candidate(native: None, upsample: int) -> None:
-    task = make_task(Key("conv", torch.float32, (2, 9, 6, 5, 18, upsample, 1)), CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_algorithm_of_the_cpu_is_a_candidate(native: None, dtype: torch.dtype, upsample: int) -> None:
+    if reason := why_not("native", "cpu", "conv", dtype):
+        pytest.skip(reason)
+    task = make_task(Key("conv", dtype, (2, 9, 6, 6, 18, upsample, 1)), CPU)
     candidates = task.candidates()
-    assert candidates[0] == {"algorithm": likely_algorithm(2, 9, 6, 5, 18, upsample, 1)}
-    assert len(candidates) == (2 if upsample else 3)
+    assert candidates[0] == {"algorithm": likely_algorithm(2, 9, 6, 6, 18, upsample, 1, dtype=dtype)}
+    assert len(candidates) == (2 if upsample or dtype == torch.bfloat16 else 3)
     operands = task.operands(0)
     truth = task.truth(operands, task.samples())
     for choice in candidates:

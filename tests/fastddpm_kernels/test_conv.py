@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels import _native
 from fastddpm_kernels._backend import BackendError
+from fastddpm_kernels._conv_packing import _transforms
 from fastddpm_kernels.conv import (
     ALGORITHMS,
     PackedWeight,
-    _transforms,
     choose_algorithm,
     conv_,
     error_factor,
@@ -39,6 +40,7 @@ SHAPES = {
     "empty": (0, 3, 4, 5, 5),
 }
 UPSAMPLED = [(a, up) for up in (False, True) for a in ALGORITHMS if not (up and a == "winograd2")]
+HALF = [(a, up) for up in (False, True) for a in ("winograd2", "direct")]
 
 
 @pytest.fixture(params=[1, 3], ids=["one_thread", "three_threads"])
@@ -69,12 +71,14 @@ def check(
 ) -> Tensor:
     """Compares the native backend with `reference` and `eager`; nothing outside of y may be written."""
     shape = (len(x), *size, len(weight))
-    added = last(torch.randn(len(x), len(weight), *size)) if residual else None
-    memory = torch.full((math.prod(shape) + 128,), 7.0)
+    added = last(torch.randn(len(x), len(weight), *size).to(x.dtype)) if residual else None
+    memory = torch.full((math.prod(shape) + 128,), 7.0, dtype=x.dtype)
     y = memory[64:-64].fill_(float("nan")).view(shape).permute(0, 3, 1, 2)
     eager, expected = torch.empty_like(y), torch.empty_like(y, dtype=torch.float64)
-    conv_(y, x, pack(weight, algorithm, options.get("upsample", False)), residual=added, **options)
-    conv_(eager, x, weight, residual=added, backend="eager", **options)
+    c2 = options["x2"].shape[1] if options.get("x2") is not None else 0
+    packed = pack(weight, algorithm, options.get("upsample", False), dtype=x.dtype, channels2=c2)
+    conv_(y, x, packed, residual=added, **options)
+    conv_(eager, x, weight.to(x.dtype), residual=added, backend="eager", **options)
     wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
     added = None if added is None else added.double()
     conv_(expected, x.double(), weight.double(), residual=added, backend="reference", **wide)
@@ -102,6 +106,66 @@ def test_a_concatenation_is_read_where_it_is(algorithm: str, upsample: bool, c: 
     check(algorithm, x, weight, (5 * (1 + upsample), 6 * (1 + upsample)), x2=x2, upsample=upsample, residual=False)
 
 
+@pytest.mark.parametrize(("algorithm", "upsample"), HALF)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("native_bfloat16")
+def test_hard_shapes_in_bfloat16(shape: str, algorithm: str, upsample: bool, threads: int) -> None:
+    n, c, o, h, w = SHAPES[shape]
+    c += c % 2 if algorithm == "direct" else 0
+    x, _, weight, bias = make(n, c, o, h, w)
+    size = (h * (1 + upsample), w * (1 + upsample))
+    check(algorithm, last(x.bfloat16()), weight, size, bias=bias, upsample=upsample)
+
+
+@pytest.mark.parametrize(("algorithm", "upsample"), HALF)
+@pytest.mark.parametrize("c", [4, 17, 32, 50])
+@pytest.mark.usefixtures("native_bfloat16")
+def test_a_concatenation_in_bfloat16(algorithm: str, upsample: bool, c: int) -> None:
+    direct = algorithm == "direct"
+    x, x2, weight, _ = make(2, c + c % 2 * direct, 24, 5, 6, c2=19 + direct)
+    assert x2 is not None
+    size = (5 * (1 + upsample), 6 * (1 + upsample))
+    check(algorithm, last(x.bfloat16()), weight, size, x2=last(x2.bfloat16()), upsample=upsample, residual=False)
+
+
+@pytest.mark.usefixtures("native_bfloat16")
+def test_small_integers_are_exact_in_bfloat16() -> None:
+    """Whatever is not exact then is in the wrong place."""
+    for algorithm, upsample in HALF:
+        x, x2 = (last(torch.randint(-2, 3, (2, c, 5, 7)).bfloat16()) for c in (34, 6))
+        weight = 4.0 * torch.randint(-1, 2, (37, 40, 3, 3))
+        expected = torch.empty(2, 37, 5 * (1 + upsample), 7 * (1 + upsample), dtype=torch.float64)
+        y = last(torch.empty_like(expected, dtype=torch.bfloat16))
+        options: dict[str, Any] = {"upsample": upsample}
+        conv_(expected, x.double(), weight.double(), x2=x2.double(), backend="reference", **options)
+        conv_(y, x, pack(weight, algorithm, upsample, dtype=x.dtype, channels2=6), x2=x2, **options)
+        assert torch.equal(y, expected.bfloat16()), algorithm
+
+
+@pytest.mark.usefixtures("native_bfloat16")
+def test_an_odd_number_of_channels_in_bfloat16_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _, weight, _ = (None if t is None else t.bfloat16() for t in make(1, 5, 6, 4, 4, kernel=1))
+    assert x is not None and weight is not None  # noqa: PT018
+    x, y, eager = last(x), last(torch.empty(1, 6, 4, 4).bfloat16()), last(torch.empty(1, 6, 4, 4).bfloat16())
+    conv_(eager, x, weight, padding=0, backend="eager")
+    conv_(y, x, weight, padding=0)
+    assert torch.equal(y, eager)
+    with pytest.raises(ValueError, match="there are 5 . 0 input channels, must be even numbers in bfloat16"):
+        conv_(y, x, weight, padding=0, backend="native")
+    with pytest.raises(ValueError, match="algorithm is 'winograd4', must be 'winograd2' or 'direct' in bfloat16"):
+        pack(torch.ones(1, 2, 3, 3), "winograd4", dtype=torch.bfloat16)
+    wide = pack(torch.ones(4, 6, 3, 3), "winograd2", dtype=torch.bfloat16, channels2=2)
+    y, six, four, two = (last(torch.zeros(1, c, 4, 4).bfloat16()) for c in (4, 6, 4, 2))
+    conv_(y, four, wide, x2=two)
+    with pytest.raises(ValueError, match="weight is packed for 2 channels of x2, must be for 0"):
+        conv_(y, six, wide)
+    with pytest.raises(TypeError, match=r"weight is packed for torch.bfloat16, must be for x's dtype, torch.float32"):
+        conv_(y.float(), four.float(), wide, x2=two.float())
+    monkeypatch.setattr(_native.get(), "bfloat16", 0)
+    with pytest.raises(BackendError, match="has no AVX512-BF16"):
+        pack(torch.ones(1, 2, 3, 3), "direct", dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "size", "out"),
     [
@@ -124,6 +188,11 @@ def test_other_convolutions(
     conv_(plain, x, weight, x2=x2, stride=stride, padding=padding, backend="native")  # packed for this call
     conv_(y, x, pack(weight, "direct"), x2=x2, stride=stride, padding=padding)
     assert torch.equal(y, plain)
+    if _native.why_not_bfloat16(slower=True) is None:
+        x, x2, weight, bias = make(2, 6, 35, *size, c2=10, kernel=kernel)
+        assert x2 is not None
+        x, x2 = last(x.bfloat16()), last(x2.bfloat16())
+        check("direct", x, weight, out, x2=x2, bias=bias, stride=stride, padding=padding)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -196,6 +265,10 @@ def test_the_choice_weighs_products_and_weights() -> None:
     assert choose_algorithm(1, 4, 4, 256, 256, threads=64) == "direct"  # reading weights is all it costs
     assert choose_algorithm(16, 32, 32, 128, 128, kernel=1, padding=0) == "direct"
     assert choose_algorithm(16, 32, 32, 128, 128, stride=2) == "direct"
+    half = {"threads": 2, "dtype": torch.bfloat16}
+    assert choose_algorithm(16, 32, 32, 128, 128, **half) == "winograd2"
+    assert choose_algorithm(16, 16, 16, 256, 256, upsample=True, **half) == "winograd2"
+    assert choose_algorithm(16, 32, 32, 8, 128, **half) == "direct"  # of 32 channels 24 would be zeros
 
 
 @pytest.mark.parametrize(
@@ -239,7 +312,7 @@ def test_bad_packed_weights_are_named(native: str) -> None:
         conv_(last(torch.empty(1, 4, 3, 3)), x, packed, stride=2)
     with pytest.raises(ValueError, match=r"strides \(108, 36, 6, 1\), must be channels-last on the native backend"):
         conv_(y, x.contiguous(), weight, backend=native)
-    with pytest.raises(BackendError, match="native kernels compute in torch.float32, not torch.float16"):
+    with pytest.raises(BackendError, match="in torch.float32 or torch.bfloat16, not torch.float16"):
         conv_(y.half(), x.half(), weight.half(), backend=native)
     with pytest.raises(ValueError, match="algorithm is 'fft', must be one of winograd4, winograd2, direct"):
         packed_values(weight, "fft")

@@ -15,7 +15,8 @@ import pytest
 import torch
 from fastddpm_kernels import _native
 from fastddpm_kernels._backend import BackendError
-from fastddpm_kernels.conv import _transforms, error_factor, packed_values
+from fastddpm_kernels._conv_packing import _transforms
+from fastddpm_kernels.conv import error_factor, packed_values
 from fastddpm_kernels.conv_training import _conv3x3, conv3x3, why_not_native
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from fastddpm_kernels.testing import FLOORS, assert_close, errors, poisoned_memory

@@ -24,7 +24,7 @@ _ARGUMENTS = {
     "fastddpm_conv3x3_unpacked": [_P] * 4 + [_L] * 4 + [_P] + [_L] * 6 + [_I] * 3,
     "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 7 + [_I] * 3,
     "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I] * 2,
-    "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 2,
+    "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 3,
     "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F] + [_I] * 3 + [_P] * 2,
     "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I] * 3,
     "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
@@ -187,12 +187,12 @@ def conv_direct(
     y: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kernel: int,
     stride: int, padding: int, upsample: bool,
 ) -> None:  # fmt: skip
-    """As `conv3x3_winograd`, for any kernel."""
+    """As `conv3x3_winograd`, for any kernel; in bfloat16 for even numbers of channels."""
     n, channels, height, width = x.shape
     get().functions.fastddpm_conv_direct(
         _at(y), _at(x), _at(x2), _at(weight), _at(bias), _at(residual), n, height, width, channels,
         0 if x2 is None else x2.shape[1], y.shape[2], y.shape[3], y.shape[1], kernel, stride, padding, upsample,
-        torch.get_num_threads(),
+        x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 

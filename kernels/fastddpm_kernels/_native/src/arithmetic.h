@@ -7,6 +7,8 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <type_traits>
 
 namespace fastddpm {
 
@@ -72,5 +74,26 @@ struct Bfloat16 {
     static Vec second(Vec words) { return (Vec)((IntVec)words & -0x10000); }
 };
 #endif
+
+// f(arithmetic).
+template <class F>
+inline void with_arithmetic(int bfloat16, const F& f) {
+    if (!bfloat16) return f(Float32{});
+#if defined(__AVX512BF16__)
+    f(Bfloat16{});
+#else
+    std::abort();  // `fastddpm_bfloat16` has said that it is not there
+#endif
+}
+
+// f(arithmetic, tile's side) for Winograd's algorithm, both known to the compiler. bfloat16 has tiles of 2 x 2 only.
+template <class F>
+inline void with_tile(int bfloat16, int m, const F& f) {
+    with_arithmetic(bfloat16, [&](auto arithmetic) {
+        if constexpr (decltype(arithmetic)::kDeep == 1)
+            if (m == 4) return f(arithmetic, std::integral_constant<int, 4>{});
+        f(arithmetic, std::integral_constant<int, 2>{});
+    });
+}
 
 }  // namespace fastddpm

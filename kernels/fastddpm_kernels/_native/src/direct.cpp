@@ -10,9 +10,13 @@
 namespace fastddpm {
 namespace {
 
+template <class A>
 struct Conv {
-    float* y;
-    const float *x, *x2, *weight, *bias, *residual;
+    using Element = typename A::Element;
+    Element* y;
+    const Element *x, *x2;
+    const float *weight, *bias;
+    const Element* residual;
     long n, height, width, channels, channels2;  // of x
     long out_height, out_width, out_channels;    // of y
     long kernel, stride, padding;                // padding above and to the left
@@ -27,16 +31,18 @@ struct Phase {
     const float* weight;
 };
 
+template <class A>
 class Direct {
+    using Element = typename A::Element;
     static constexpr long kBlock = 4 * kRows;  // output pixels of an item
 
-    const Conv& c;
-    const long depth, panels, taps;
+    const Conv<A>& c;
+    const long depth, panels, taps;  // depth in words: whole ones, as of channels that are next to each other
 
   public:
-    explicit Direct(const Conv& conv)
+    explicit Direct(const Conv<A>& conv)
         : c(conv),
-          depth(c.channels + c.channels2),
+          depth((c.channels + c.channels2) / A::kDeep),
           panels(ceil_div(c.out_channels, kPanel)),
           taps(c.upsample ? 4 : c.kernel * c.kernel) {}
 
@@ -47,8 +53,8 @@ class Direct {
         // Few blocks: every thread reads its own part of the weights. Else its own part of the pixels.
         const long parts = blocks >= 4 * c.threads || c.threads == 1 ? 1 : panels;
         // What lies outside of the image is read from here.
-        float* zeros = scratch<float>(Slot::kShared, std::max(c.channels, c.channels2));
-        std::fill_n(zeros, std::max(c.channels, c.channels2), 0.0f);
+        Element* zeros = scratch<Element>(Slot::kShared, std::max(c.channels, c.channels2));
+        std::fill_n(zeros, std::max(c.channels, c.channels2), Element{});
         for_each(phases * blocks * parts, c.threads, [&](long i) {
             const long block = i % blocks, part = i / blocks % parts, phase = i / blocks / parts;
             const long first = rows * block / blocks, last = rows * (block + 1) / blocks;
@@ -64,10 +70,10 @@ class Direct {
         return {2, 1 - top, 1 - left, 2, top, left, c.height, c.width, weight};
     }
 
-    void multiply(const Phase& p, const float* zeros, long first, long count, long begin, long end) const {
+    void multiply(const Phase& p, const Element* zeros, long first, long count, long begin, long end) const {
         const long sources = c.channels2 ? 2 : 1;
         // Where each row begins, of every tap and source; and where its result goes.
-        const float** starts = scratch<const float*>(Slot::kPointers, taps * sources * count);
+        const Element** starts = scratch<const Element*>(Slot::kPointers, taps * sources * count);
         long* targets = scratch<long>(Slot::kOutput, count);
         for (long r = 0; r < count; ++r) {
             const long row = first + r, n = row / (p.height * p.width);
@@ -91,15 +97,15 @@ class Direct {
 
     template <int R>
     void tile(
-        const float* const* starts, const long* targets, long count, long sources, const float* weights,
+        const Element* const* starts, const long* targets, long count, long sources, const float* weights,
         long panel) const {
         Vec sums[R][kColumns] = {};
         for (long segment = 0; segment < taps * sources; ++segment) {
-            const float* rows[R];
-            for (int r = 0; r < R; ++r) rows[r] = starts[segment * count + r];
-            const long channels = segment % sources ? c.channels2 : c.channels;
-            multiply_add_blocks<Float32, R>(sums, [&](int r) { return rows[r]; }, channels, weights);
-            weights += channels * kPanel;
+            const float* rows[R];  // of words
+            for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const float*>(starts[segment * count + r]);
+            const long words = (segment % sources ? c.channels2 : c.channels) / A::kDeep;
+            multiply_add_blocks<A, R>(sums, [&](int r) { return rows[r]; }, words, weights);
+            weights += words * kPanel;
         }
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) {
@@ -122,13 +128,20 @@ class Direct {
 // y [N, H', W', O] = conv(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] + residual [N, H', W', O], square
 // kernels. Beyond the image x is zero, so the padding below and to the right is what H' and W' imply. With `upsample`
 // (kernel 3, stride 1, padding 1) the image is upsampled by two before. bias, residual and x2 (C2 = 0) may be null.
-// weight is packed, [phases, ceil(O / panel), taps, C + C2, panel].
+// weight is packed, [phases, ceil(O / panel), taps, words of C and C2, panel]. All are floats; with `bfloat16`, y, x, x2 and
+// residual are bfloat16, C and C2 even.
 extern "C" void fastddpm_conv_direct(
-    float* y, const float* x, const float* x2, const float* weight, const float* bias, const float* residual, long n,
+    void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
     long height, long width, long channels, long channels2, long out_height, long out_width, long out_channels,
-    long kernel, long stride, long padding, int upsample, int threads) {
+    long kernel, long stride, long padding, int upsample, int bfloat16, int threads) {
     using namespace fastddpm;
-    const Conv conv{y, x, x2, weight, bias, residual, n, height, width, channels, channels2, out_height, out_width,
-                    out_channels, kernel, stride, padding, upsample != 0, threads};
-    Direct(conv).run();
+    with_arithmetic(bfloat16, [&](auto arithmetic) {
+        using A = decltype(arithmetic);
+        using Element = typename A::Element;
+        const Conv<A> conv{
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias,
+            static_cast<const Element*>(residual), n, height, width, channels, channels2, out_height, out_width,
+            out_channels, kernel, stride, padding, upsample != 0, threads};
+        Direct<A>(conv).run();
+    });
 }

@@ -22,7 +22,7 @@ inline __attribute__((always_inline)) void multiply_add(
         for (int j = 0; j < kColumns; ++j) weights[j] = load(panel + j * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const float word = rows(r)[k];
+            const float word = load_word(rows(r) + k);
 #pragma GCC unroll 8
             for (int j = 0; j < kColumns; ++j) sums[r][j] = A::multiply_add(sums[r][j], weights[j], word);
         }

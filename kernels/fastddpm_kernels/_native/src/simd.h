@@ -31,6 +31,10 @@ typedef uint16_t Bf16;
 typedef Bf16 HalfVec __attribute__((vector_size(kLanes * sizeof(Bf16))));
 typedef Bf16 UnalignedHalfVec __attribute__((vector_size(kLanes * sizeof(Bf16)), aligned(2), may_alias));
 
+// Bits, be they a float or two bfloat16.
+typedef float AliasedFloat __attribute__((may_alias));
+inline float load_word(const float* p) { return *reinterpret_cast<const AliasedFloat*>(p); }
+
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 inline Vec load(const Bf16* p) {

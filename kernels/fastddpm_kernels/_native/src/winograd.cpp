@@ -223,21 +223,15 @@ extern "C" void fastddpm_conv3x3_winograd(
     long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int bfloat16,
     int threads) {
     using namespace fastddpm;
-    const auto run = [&](auto arithmetic, auto tile, auto upsampled) {
+    with_tile(bfloat16, m, [&](auto arithmetic, auto tile) {
         using A = decltype(arithmetic);
         using Element = typename A::Element;
         const Conv<A> conv{
             static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias,
             static_cast<const Element*>(residual), n, height, width, channels, channels2, out_channels, threads};
-        Winograd<A, tile, upsampled>(conv).run();
-    };
-    const std::integral_constant<int, 2> two{};
-    const std::integral_constant<int, 4> four{};
-#if defined(__AVX512BF16__)
-    if (bfloat16) return upsample ? run(Bfloat16{}, two, std::true_type{}) : run(Bfloat16{}, two, std::false_type{});
-#else
-    if (bfloat16) std::abort();  // `fastddpm_bfloat16` has said so
-#endif
-    if (m == 2) return upsample ? run(Float32{}, two, std::true_type{}) : run(Float32{}, two, std::false_type{});
-    return upsample ? run(Float32{}, four, std::true_type{}) : run(Float32{}, four, std::false_type{});
+        if (upsample)
+            Winograd<A, tile, true>(conv).run();
+        else
+            Winograd<A, tile, false>(conv).run();
+    });
 }

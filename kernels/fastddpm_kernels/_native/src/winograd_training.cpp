@@ -331,19 +331,6 @@ void convolve(
         threads);
 }
 
-// f(arithmetic, tile's side), both known to the compiler. bfloat16 has tiles of 2 x 2 only.
-template <class F>
-void choose(int bfloat16, int m, const F& f) {
-    const std::integral_constant<int, 2> two{};
-#if defined(__AVX512BF16__)
-    if (bfloat16) return f(Bfloat16{}, two);
-#else
-    if (bfloat16) std::abort();  // `fastddpm_bfloat16` has said so
-#endif
-    if (m == 2) return f(Float32{}, two);
-    f(Float32{}, std::integral_constant<int, 4>{});
-}
-
 }  // namespace
 }  // namespace fastddpm
 
@@ -357,7 +344,7 @@ extern "C" void fastddpm_conv3x3_unpacked(
     int bfloat16, int threads) {
     using namespace fastddpm;
     const Strides strides{out, in, row, column};
-    choose(bfloat16, m, [&](auto arithmetic, auto tile) {
+    with_tile(bfloat16, m, [&](auto arithmetic, auto tile) {
         convolve<decltype(arithmetic), tile>(
             y, x, x2, weight, strides, bias, n, height, width, channels, channels2, out_channels, threads);
     });
@@ -369,7 +356,7 @@ extern "C" void fastddpm_conv3x3_pack(
     long channels2, int m, int bfloat16, int threads) {
     using namespace fastddpm;
     const Strides strides{out, in, row, column};
-    choose(bfloat16, m, [&](auto arithmetic, auto tile) {
+    with_tile(bfloat16, m, [&](auto arithmetic, auto tile) {
         pack<decltype(arithmetic), tile>(packed, weight, strides, out_channels, channels, channels2, threads);
     });
 }
@@ -381,7 +368,7 @@ extern "C" void fastddpm_conv3x3_weight_gradient(
     const void* x2, long n, long height, long width, long channels, long channels2, long out_channels, int bfloat16,
     int threads) {
     using namespace fastddpm;
-    choose(bfloat16, 4, [&](auto arithmetic, auto tile) {
+    with_tile(bfloat16, 4, [&](auto arithmetic, auto tile) {
         using A = decltype(arithmetic);
         using Element = typename A::Element;
         static_assert(tile == A::kGradientTile || A::kDeep == 1);
