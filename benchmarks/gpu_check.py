@@ -1,7 +1,9 @@
-"""Tests, measures and profiles fastddpm on this machine's GPU, beside its peers, in at most nine minutes.
+"""Tests, measures, profiles and tunes fastddpm on this machine's GPU, beside its peers, in at most nine minutes.
 
     python benchmarks/gpu_check.py                            # all sections; results in benchmarks/results/<gpu>.json
     python benchmarks/gpu_check.py --section ops profile      # some of them
+    python benchmarks/gpu_check.py --skip tune                # all but some
+    python benchmarks/gpu_check.py --section tune --resume    # more of the table of tuned choices, <results>.tuned.json
     python benchmarks/gpu_check.py --resume                   # only what is not there yet, of the same sources
     python benchmarks/gpu_check.py --section cifar10 --resume --compile-batch 1 8 64 256   # compile for more sizes
     python benchmarks/gpu_check.py --device cpu --small --out /tmp/x.json    # the same code on a tiny network
@@ -15,6 +17,7 @@ what there was no time for is recorded as not run. Figures of the CPU say nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -24,15 +27,16 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars
 
 import torch
-from gpu import loops, machine, ops, precompile, profiler, pytest_run, summary
+from gpu import loops, machine, ops, precompile, profiler, pytest_run, summary, tune
 from gpu.results import ROOT, Results, Section, commit_here, source_digest
 from gpu.timing import OutOfTime, split_time, time_limit
 
 from fastddpm.profiling import ceilings
 from fastddpm.profiling.timing import first_lines, release
 
-# Section -> its share of the time; what one leaves over goes to those after it.
-SHARES = {"machine": 20, "tests": 55, "ops": 85, "cifar10": 250, "celeba256": 70, "profile": 40}
+# Section -> its share of the time; what one leaves over goes to those after it. `tune` is the last, because it runs
+# what nobody has run before: should a kernel bring the device down, nothing else is lost.
+SHARES = {"machine": 20, "tests": 50, "ops": 80, "cifar10": 220, "celeba256": 60, "profile": 35, "tune": 55}
 BUDGET_S = 520
 PRECOMPILE_S = 75  # at most, of the whole
 
@@ -69,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             return loops.finished(results, section, options.small, compiled)
         return results.finished(section)
 
-    weights = {s: float(SHARES[s]) for s in SHARES if s in options.section and not finished(s)}
+    wanted = [s for s in SHARES if s in options.section and s not in options.skip]
+    weights = {s: float(SHARES[s]) for s in wanted if not finished(s)}
     print(f"gpu_check: {name}, sections: {', '.join(weights) or 'none left to run'}; at most {options.budget:.0f} s")
     plans = [loops.PLANS[section] for section in weights if section in loops.PLANS]
     if plans and device.type == "cuda" and not options.small:
@@ -106,6 +111,8 @@ def run_section(
                 ops.run(section, device, small)
             elif name == "profile":
                 profiler.run(section, device, small)
+            elif name == "tune":
+                tune.run(section, device, small)
             else:
                 loops.run(section, device, small, compile_batches)
     except OutOfTime as error:
@@ -113,12 +120,14 @@ def run_section(
     except Exception as error:
         section.close("failed", error=first_lines(error))
         print(f"gpu_check: {name} failed: {first_lines(error, 1)}", flush=True)
-    release(device)
+    with contextlib.suppress(RuntimeError):  # a device that is lost gives nothing back
+        release(device)
 
 
 def _parse(arguments: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--section", nargs="+", choices=list(SHARES), default=list(SHARES), help="which to run")
+    parser.add_argument("--skip", nargs="+", choices=list(SHARES), default=[], help="which not to run")
     parser.add_argument("--resume", action="store_true", help="keep what the file holds of the same source and device")
     parser.add_argument("--out", type=Path, help="the results file; must be given with --small")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help=f"seconds in all, {BUDGET_S} by default")

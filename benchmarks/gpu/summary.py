@@ -9,6 +9,7 @@ from rich.table import Table
 
 from gpu.marks import MAIN, judge, median, records
 
+TUNED_ROWS = 12  # that are printed of what tuning found
 
 def show(content: dict[str, Any], console: Console | None = None) -> None:
     """Prints what `content` holds, most important last."""
@@ -19,6 +20,7 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     for section in ("cifar10", "celeba256"):
         _loops(content, section, console)
     _profile(content, console)
+    _tune(content, console)
     _marks(content, console)
 
 
@@ -109,6 +111,40 @@ def _profile(content: dict[str, Any], console: Console) -> None:
         for entry in record["top"][:6]:
             text = f"  {100 * entry['share']:5.1f} % {entry['us_per_step']:8.1f} us {entry['calls_per_step']:5.1f} x "
             console.print(text + entry["kernel"][:90], markup=False)
+
+
+def _tune(content: dict[str, Any], console: Console) -> None:
+    """What tuning found, in all and where a step gains most; and steps that were timed with it and without."""
+    rows = records(content, "tune", what="tune", status="ok")
+    if not rows:
+        return
+    section = content["sections"]["tune"]
+    for plan in dict.fromkeys(r["plan"] for r in rows):
+        of_plan = [r for r in rows if r["plan"] == plan]
+        before, after = (sum(r["calls"] * r[name] for r in of_plan) for name in ("heuristic_us", "tuned_us"))
+        faster = sum(r["choice"] is not None for r in of_plan)
+        line = f"tune, {plan}: {len(of_plan)} shapes, of which {faster} have a faster choice than the heuristics'; "
+        line += f"of their {_short(before)} us a step {_short(after)} are left"
+        steps = [median(content, "tune", f"{plan}: step", arm) for arm in ("heuristics", "tuned")]
+        if None not in steps:
+            line += f"; the network timed as a whole: {_short(steps[0])} us, tuned {_short(steps[1])}"
+        console.print(line)
+    better = sorted((r for r in rows if r["choice"] is not None), key=_saved, reverse=True)
+    if better:
+        table = Table(title="tuned: where a step gains most", title_justify="left")
+        for name in ("shape", "calls", "heuristic us", "tuned us", "gain", "choice"):
+            table.add_column(name)
+        for r in better[:TUNED_ROWS]:
+            words = " ".join(f"{name}={value}" for name, value in r["choice"].items())
+            own, best = r["heuristic_us"], r["tuned_us"]
+            table.add_row(r["group"], str(r["calls"]), f"{own:.1f}", f"{best:.1f}", f"{own / best:.2f}x", words)
+        console.print(table)
+    console.print(f"the table of all is {section['table']}; for everyone it is _triton/tuned/{section['package']}")
+
+
+def _saved(record: dict[str, Any]) -> float:
+    """Microseconds that a step saves by a shape's choice."""
+    return record["calls"] * (record["heuristic_us"] - record["tuned_us"])
 
 
 def _marks(content: dict[str, Any], console: Console) -> None:

@@ -79,7 +79,7 @@ def training_keys(
         dtype: float16 or bfloat16: under autocast to it.
     """
     half = dtype != torch.float32
-    diffusion = copy.deepcopy(diffusion).to(device, torch.float32).train()
+    diffusion = copy.deepcopy(diffusion).to(device, torch.float32).train().requires_grad_()
     x0 = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).clamp(-1, 1).to(device)
     if x0.ndim == 4 and (half or device.type == "cpu"):
         x0 = x0.contiguous(memory_format=torch.channels_last)

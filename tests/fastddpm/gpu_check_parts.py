@@ -17,7 +17,7 @@ SMALL = ["--device", "cpu", "--small", "--compile-batch", "--budget", "900", "--
 SOURCE = "0123456789ab"
 MODULES = (
     "arms baselines engine loops marks networks op_cases ops outcome_log peers precompile profiler pytest_run results "
-    "timing"
+    "summary timing tune"
 )
 
 

@@ -44,6 +44,7 @@ def test_schema(gpu: SimpleNamespace, finished: Path) -> None:
         "cifar10": "done",
         "celeba256": "done",
         "profile": "skipped",
+        "tune": "done" if gpu.tune.tuned_ops(torch.device("cpu")) else "skipped",
     }
     assert "GPU only" in content["sections"]["profile"]["reason"]
     machine = content["sections"]["machine"]
@@ -145,6 +146,7 @@ def test_another_source_is_not_kept(gpu: SimpleNamespace, tmp_path: Path) -> Non
         (["--device", "cpu", "--small", "--out", "x", "--budget", "0"], "--budget is 0.0, must be positive"),
         (["--device", "cpu", "--small"], "--out is missing"),
         (["--section", "speed"], "invalid choice: 'speed'"),
+        (["--skip", "speed"], "invalid choice: 'speed'"),
     ],
 )
 def test_bad_arguments(
