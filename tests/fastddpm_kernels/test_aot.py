@@ -67,10 +67,11 @@ def beyond(rows: list[dict[str, Any]], limits: list[dict[str, Any]], *, same_ver
 
 
 def test_the_limits_are_of_every_variant_and_target() -> None:
-    """A new kernel or variant is committed with what it uses."""
+    """A new kernel or variant is committed with what it uses; so is a table of tuned choices, of one GPU."""
     rows = json.loads(LIMITS.read_text())["rows"]
-    names = {variant.name for op in aot.OPS for variant in aot._variants(op)}
-    assert {(row["variant"], row["target"]) for row in rows} == {(n, t) for n in names for t in aot.TARGETS}
+    variants = [variant for op in aot.OPS for variant in aot._variants(op)]
+    expected = {(v.name, target) for v in variants for target in aot.TARGETS if v.target in (None, target)}
+    assert {(row["variant"], row["target"]) for row in rows} == expected
     assert aot.failures(rows) == []
 
 
