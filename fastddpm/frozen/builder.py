@@ -263,13 +263,17 @@ class Builder:
 
     # Bookkeeping.
 
-    def bias_of(self, layer: nn.Conv2d, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """(what the convolution adds itself, what stays pending)."""
+    def bias_of(
+        self, layer: nn.Conv2d, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(what the convolution adds itself, in `dtype` or as convolutions want it, what stays pending)."""
         if bias is None:
             return None, None
         if self.m.fused and not self.m.native:
             return None, bias.double()
-        return self.put(f"{self.names[layer]}.bias", bias), None
+        if dtype is None and self.m.native:
+            dtype = self.vector_dtype
+        return self.put(f"{self.names[layer]}.bias", bias, dtype), None
 
     def packed(
         self, name: str, weight: Callable[[], Tensor], shape: tuple[int, int, int], size: tuple[int, int],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels.attention import attention_
 from fastddpm_kernels.conv import PackedWeight, conv_
 from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
@@ -241,6 +242,9 @@ def attention(m: Machine, source: int, target: int, heads: int, head_dim: int, v
     """softmax(q k / sqrt(head_dim)) v of [q, k, v] in the channels of `source`."""
     inner = heads * head_dim
 
+    def run_native() -> None:
+        attention_(m.slots[target], m.slots[source], heads, head_dim)
+
     def run() -> None:
         qkv = m.slots[source]
         n, _, h, w = qkv.shape
@@ -249,7 +253,7 @@ def attention(m: Machine, source: int, target: int, heads: int, head_dim: int, v
         out = F.scaled_dot_product_attention(q, k, v)
         m.slots[target] = out.transpose(1, 2).reshape(n, h, w, heads * value_dim).permute(0, 3, 1, 2)
 
-    return run
+    return run_native if m.native else run
 
 
 def residual_add(

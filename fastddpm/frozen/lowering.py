@@ -119,7 +119,8 @@ class Lowering(Builder):
         inner = layer.heads * layer.head_dim
         value_dim = (len(bias) - 2 * inner) // layer.heads
         out = self.new(layer.heads * value_dim, *self.shapes[x.slot][1:])
-        self.loose.add(out)
+        if not self.m.native:
+            self.loose.add(out)
         _, height, width = self.shapes[qkv]
         self.emit(
             name, "attention", [qkv], [out],

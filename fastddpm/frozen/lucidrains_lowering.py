@@ -136,7 +136,7 @@ class LucidrainsLowering(Builder):
         if self.m.fused and not self.m.native:
             block = torch.ones(inner // heads, inner // heads)
             mask = self.put(f"{name}.mask", lambda: torch.block_diag(*[block] * heads))
-        bias, pending = self.bias_of(projection, projection.bias)
+        bias, pending = self.bias_of(projection, projection.bias, self.dtype)
         count = len(projections.memory_key)
         keys = height * width + count
         scratch = ops.Scratch(

@@ -24,10 +24,10 @@ import shutil
 import torch
 
 BACKENDS = ("triton", "native", "eager", "reference")
-OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv")
-_WITHOUT_TRITON = ("conv",)  # the vendor's library is hard to beat there
-_NATIVE = ("group_norm_silu", "conv")
-_AUTO_NATIVE = ("group_norm_silu_", "conv")
+OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv", "attention")
+_WITHOUT_TRITON = ("conv", "attention")  # the vendor's library is hard to beat there
+_NATIVE = ("group_norm_silu", "conv", "attention")
+_AUTO_NATIVE = ("group_norm_silu_", "conv", "attention")
 
 
 class BackendError(RuntimeError):

@@ -25,6 +25,7 @@ _ARGUMENTS = {
     "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 7 + [_I] * 3,
     "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I] * 2,
     "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 3,
+    "fastddpm_attention": [_P] * 2 + [_L] * 5 + [_F] + [_I] * 2,
     "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F] + [_I] * 3 + [_P] * 2,
     "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I] * 3,
     "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
@@ -193,6 +194,14 @@ def conv_direct(
         _at(y), _at(x), _at(x2), _at(weight), _at(bias), _at(residual), n, height, width, channels,
         0 if x2 is None else x2.shape[1], y.shape[2], y.shape[3], y.shape[1], kernel, stride, padding, upsample,
         x.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def attention(y: Tensor, qkv: Tensor, heads: int, head_dim: int, value_dim: int, scale: float) -> None:
+    """Into `y`; both channels-last, float32 or (with an even `head_dim`) bfloat16."""
+    get().functions.fastddpm_attention(
+        _at(y), _at(qkv), qkv.shape[0], math.prod(qkv.shape[2:]), heads, head_dim, value_dim, scale,
+        qkv.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 
