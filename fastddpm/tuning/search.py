@@ -30,7 +30,8 @@ FINALISTS = 3
 ROUNDS = (7, 25)  # of the finals, least and most
 CERTAIN = 0.9  # of the rounds in which a winner is faster
 GAIN = 0.98  # the most of the heuristics' time that a winner may take, median of the rounds
-LEAST_S = 2.0  # for a shape: less would not do to compile anything, so the last shapes are not reached
+# For a shape, at least: less would not do to compile anything. So with little time the last shapes are not reached.
+LEAST_S = {"cuda": 2.0}
 START_S = 20.0  # at most, for the processes that compile to be there
 SHARES = (0.55, 0.75)  # of a shape's time: when no further choice is tried, and when the finals begin
 SETS = 16  # of operands at most; in turn, so that none is still in a cache
@@ -109,7 +110,7 @@ def tune(
             now = time.monotonic()
             if now < end:
                 try:
-                    share = min(max((end - now) / left, LEAST_S), end - now)
+                    share = min(max((end - now) / left, LEAST_S.get(device.type, 0.0)), end - now)
                     _search(task, outcome, now, share, compiling, clock)
                 except (RuntimeError, MemoryError) as error:  # a shape that does not fit ends nothing else
                     _log.info("%s was not tuned: %s", outcome.title, error)

@@ -22,7 +22,7 @@ from fastddpm.tuning import automatic
 from fastddpm.tuning.compiling import Compiling
 from fastddpm.tuning.convolutions import ConvTask
 from fastddpm.tuning.norms import GroupNormTask
-from fastddpm.tuning.search import Outcome, cache_bytes, summary, tune, why_wrong
+from fastddpm.tuning.search import LEAST_S, Outcome, cache_bytes, summary, tune, why_wrong
 from fastddpm.tuning.shapes import network_keys
 from fastddpm.tuning.store import save
 from fastddpm.tuning.task import make_task, nearest_first, tuned_ops
@@ -274,8 +274,9 @@ def test_the_budget_ends_the_search(native: None, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_budget_that_is_short_is_spent_on_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little time for each would do for none: what is worth most has it."""
+    """Where choices are compiled, little time for each would do for none: what is worth most has it."""
     now, given, reported = [0.0], [], []
+    monkeypatch.setattr("fastddpm.tuning.search.LEAST_S", {"cpu": 2.0})
     monkeypatch.setattr("fastddpm.tuning.search.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def search(task: Any, outcome: Outcome, begin: float, seconds: float, *_: Any) -> None:
@@ -291,6 +292,8 @@ def test_a_budget_that_is_short_is_spent_on_few_shapes(monkeypatch: pytest.Monke
     given.clear()
     tune(keys, CPU, 24.0)
     assert given == pytest.approx([3.0] * 8)
+    monkeypatch.undo()
+    assert LEAST_S.keys() == {"cuda"}
 
 
 def test_the_heuristics_choice_is_not_waited_for(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
