@@ -151,11 +151,22 @@ def test_it_runs_on_torchs_own_threads() -> None:
     subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=120)
 
 
-def test_which_ops_and_devices_have_native_kernels(native: str) -> None:
-    assert resolve("conv", "auto", "cpu", torch.float32) == native
+def test_which_ops_and_devices_have_native_kernels(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("conv", "attention"):
+        assert resolve(op, "auto", "cpu", torch.float32) == native
     assert resolve("group_norm_silu_", "auto", "cpu", torch.float32) == native
     assert resolve("group_norm_silu", "auto", "cpu", torch.float32) == "eager"  # a plain call builds nothing
-    assert resolve("conv", "auto", "cpu", torch.bfloat16) == "eager"
+    for op in ("conv", "attention", "group_norm_silu_"):  # what runs between convolutions follows them
+        for kind, expected in ((0, "eager"), (1, native), (2, "eager")):  # no products, products, faster ones of torch
+            monkeypatch.setattr(_native.get(), "bfloat16", kind)
+            assert resolve(op, "auto", "cpu", torch.bfloat16) == expected
+            if kind:
+                assert resolve(op, native, "cpu", torch.bfloat16) == native
+            else:
+                with pytest.raises(BackendError, match="has no AVX512-BF16"):
+                    resolve(op, native, "cpu", torch.bfloat16)
+        assert resolve(op, "auto", "cpu", torch.float16) == "eager"
+    assert resolve("group_norm_silu", native, "cpu", torch.bfloat16) == native  # which multiplies no matrices
     for op, device, reason in (
         ("q_sample", "cpu", "there is no native kernel of q_sample"),
         ("conv", "cuda", "native kernels run on the CPU, not on device type 'cuda'"),
