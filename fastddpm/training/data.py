@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import random
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,7 +149,7 @@ class DatasetSource:
             image = self._pixels(image)
         if not (image.dtype == torch.uint8 or image.dtype.is_floating_point):
             raise TypeError(f"data has images of {image.dtype}, must be uint8, or floating-point in [-1, 1]")
-        return image if image.dtype == torch.uint8 else image.float(), None if label is None else int(label)
+        return image if image.dtype == torch.uint8 else image.float(), None if label is None else _label(label)
 
     def _pixels(self, image: Any) -> Tensor:
         from PIL import Image
@@ -214,6 +215,13 @@ def open_data(
     return source
 
 
+def _label(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except (TypeError, ValueError):
+        raise TypeError(f"data has the label {label!r}, must be an integer") from None
+
+
 class _Reader:
     """What a DataLoader calls, in its workers: one call per batch."""
 
@@ -253,19 +261,27 @@ def _outlive_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _cores() -> int:
+    """How many this process may use: a batch system lends a part of a machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def load(
     source: Source, batches: Batches, start: int, stop: int, *, num_workers: int | str, pin_memory: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Generator[tuple[Tensor, Tensor | None], None, None]:
     """The batches of steps `start` to `stop` - 1, one per forward pass: images [N, C, ...] and labels.
+
+    It must be closed, or read to its end: what then is left of workers would keep the process from ending.
 
     Args:
         source: see there.
         batches: which image is where.
-        num_workers: processes that read; "auto" for none if the source is in memory, else one per core up to 8.
+        num_workers: processes that read; "auto" for none if the source is in memory, else one per core that
+            may be used, up to 8.
         pin_memory: page-lock them, for a copy to CUDA that does not wait.
     """
     if num_workers == "auto":
-        num_workers = 0 if source.in_memory else min(8, max(1, (os.cpu_count() or 1) // batches.processes))
+        num_workers = 0 if source.in_memory else min(8, max(1, _cores() // batches.processes))
     loader: DataLoader[Any] = DataLoader(
         _Reader(source),  # type: ignore[arg-type]
         batch_sampler=_Picks(batches, start, stop),  # type: ignore[arg-type]
@@ -275,4 +291,12 @@ def load(
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    return iter(loader)
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        # An exception's traceback would keep the iterator, and it its workers; they outlive what else would end them.
+        if workers := getattr(iterator, "_workers", ()):
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in workers:
+                worker.kill()

@@ -8,7 +8,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,8 @@ class Trainer:
             with (
                 stop_request() as stop,
                 progress_bar(settings.train_num_steps, "training", done=self.step, enabled=self._progress) as bar,
+                closing(self._data()) as data,
             ):
-                data = self._data()
                 started = self.step
                 if self._owed and self._draw_and_measure(log):
                     self._save(needed=False)
@@ -211,9 +212,9 @@ class Trainer:
             raise KeyboardInterrupt if stop.by == signal.SIGINT else SystemExit(0)
         return TrainResult(self.step, self.folder / "model", self._loss, self._metrics)
 
-    def _data(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def _data(self) -> Generator[tuple[torch.Tensor, torch.Tensor | None], None, None]:
         """Images and, for a class-conditional network, labels, from this step on."""
-        batches = load(
+        loaded = load(
             self.source,
             self.batches,
             self.step,
@@ -221,10 +222,11 @@ class Trainer:
             num_workers=self.settings.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        for images, labels in batches:
-            if self._labelled:
-                check_labels(labels, self.diffusion.unet)
-            yield images, labels if self._labelled else None
+        with closing(loaded) as batches:
+            for images, labels in batches:
+                if self._labelled:
+                    check_labels(labels, self.diffusion.unet)
+                yield images, labels if self._labelled else None
 
     def _told_to_stop(self, told: bool) -> bool:
         """Whether any process was told to; they find out together, on CUDA not every step, since it waits."""

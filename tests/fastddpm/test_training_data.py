@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from fastddpm.images import load_image, save_npz, to_uint8
+from fastddpm.training import data
 from fastddpm.training.data import ArraySource, DatasetSource, load, open_data
 from fastddpm.training.folder import PictureFolder, list_pictures
 from fastddpm.training.order import Batches, Pick, permutation
@@ -227,6 +228,9 @@ def test_items_of_datasets() -> None:
         ("x", "data has images of str, must be tensors"),
         ({"picture": image}, r"data has items with keys \['picture'\], must have one of image"),
         (image.long(), "data has images of torch.int64, must be uint8"),
+        ((image, 1.7), "data has the label 1.7, must be an integer"),
+        ((image, "cat"), "data has the label 'cat', must be an integer"),
+        ((image, torch.eye(3)[0]), r"data has the label tensor\(\[1., 0., 0.\]\), must be an integer"),
     ):
         with pytest.raises(TypeError, match=message):
             DatasetSource(Items(item), SHAPE).read(picks(0))
@@ -265,6 +269,52 @@ def test_workers_outlive_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(worker.pid, number)
     assert len(list(loaded)) == 5
+
+
+class Breaks(Noisy):
+    """Its fourth item cannot be read."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 3:
+            raise KeyError("not here")
+        return super().__getitem__(index)
+
+
+def test_workers_end_with_the_run_whatever_holds_its_error() -> None:
+    """Ignoring signals, they would keep the process from ending: python ends what is left of children by SIGTERM."""
+    loaded = load(DatasetSource(Breaks(), None), Batches(5, 0, 4), 0, 6, num_workers=2, pin_memory=False)
+    try:
+        with pytest.raises(KeyError, match="not here") as held:
+            list(loaded)
+        assert held.tb is not None
+        assert multiprocessing.active_children() == []
+        loaded = load(DatasetSource(Noisy(), None), Batches(5, 0, 4), 0, 6, num_workers=2, pin_memory=False)
+        next(loaded)
+        assert len(multiprocessing.active_children()) == 2
+        loaded.close()
+        assert multiprocessing.active_children() == []
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are lent to processes on Linux")
+def test_workers_are_as_many_as_the_cores_that_are_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {3, 5})
+    made = []
+    monkeypatch.setattr(data, "DataLoader", lambda *_, num_workers, **__: made.append(num_workers) or [])
+    for processes in (1, 2, 4):
+        list(
+            load(
+                DatasetSource(Noisy(), None),
+                Batches(5, 0, 4, 1, 0, processes),
+                0,
+                1,
+                num_workers="auto",
+                pin_memory=False,
+            )
+        )
+    assert made == [2, 1, 1]
 
 
 def batches_of(source: DatasetSource, start: int, *, num_workers: int) -> list[Tensor]:
