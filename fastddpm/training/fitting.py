@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,29 @@ def check_network(diffusion: GaussianDiffusion) -> None:
                 f"sample_size is {unet.config.sample_size}, must be divisible by {2**halvings}: the U-Net halves it "
                 f"{halvings} times"
             )
+
+
+def check_places(results: Path, data: str | None) -> None:
+    """Raises ValueError where what a run writes would come among the pictures that it reads."""
+    if data is not None and results.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(
+            f"results_folder is {str(results)!r}, which is inside {data!r}, whose pictures are trained on: it must be "
+            "elsewhere, so that samples do not come among them"
+        )
+
+
+def check_processes(train_batch_size: int, processes: int) -> None:
+    """Raises ValueError where a batch cannot be split over the processes of a run."""
+    if train_batch_size % processes:
+        raise ValueError(
+            f"train_batch_size is {train_batch_size}, must be divisible by the number of processes, {processes}"
+        )
+
+
+def check_guidance(diffusion: GaussianDiffusion, guidance_scale: float | None) -> None:
+    """Raises ValueError where samples are to be guided, but the network has no class that means none."""
+    if guidance_scale is not None and diffusion.null_class is None:
+        raise ValueError(f"guidance_scale is {guidance_scale}, must be None: the network has no null_class")
 
 
 def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...]:

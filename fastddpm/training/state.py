@@ -53,7 +53,7 @@ def restore(
     if averages and saved.state["ema_decays"] != decays:
         raise ValueError(f"ema_decay is {decays}, but {where} has the averages of {saved.state['ema_decays']}")
     try:
-        diffusion.load_state_dict(saved.weights["diffusion"])
+        diffusion.load_state_dict(_with_history(saved.weights["diffusion"], diffusion))
         for place, average in enumerate(averages):
             average.module.load_state_dict(saved.weights[f"ema-{place}"])
             average.n_averaged.fill_(saved.training["averaged"][place])
@@ -64,3 +64,12 @@ def restore(
     meter.load_state_dict(saved.training["meter"], training.accelerator.device)
     states = saved.training["random"]
     return states[process % len(states)]
+
+
+def _with_history(weights: dict[str, Tensor], diffusion: GaussianDiffusion) -> dict[str, Tensor]:
+    """Weights with what importance-sampled timesteps remember, or without, as this diffusion samples them."""
+    history = {name: value for name, value in diffusion.state_dict().items() if name.startswith("timestep_sampler.")}
+    kept = {
+        name: value for name, value in weights.items() if name in history or not name.startswith("timestep_sampler.")
+    }
+    return {**history, **kept}

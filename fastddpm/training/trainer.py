@@ -18,12 +18,11 @@ import torch
 from fastddpm.diffusion import GaussianDiffusion
 from fastddpm.progress import Bar, progress_bar
 from fastddpm.sampler import Sampler
-from fastddpm.training import preview
+from fastddpm.training import fitting, preview
 from fastddpm.training.checkpoint import Checkpoints
 from fastddpm.training.config import write_run_config
 from fastddpm.training.data import load, open_data
 from fastddpm.training.ema import averages
-from fastddpm.training.fitting import check_labels, check_network, check_source, data_shape, takes_labels
 from fastddpm.training.logs import Meter, RunLog, board_writer
 from fastddpm.training.order import Batches
 from fastddpm.training.outcome import TrainResult, check_finite
@@ -105,13 +104,14 @@ class Trainer:
                 f"results_folder is {str(self.folder)!r}, where a run has come to step {steps[-1]}: resume it, or "
                 "choose another"
             )
-        check_network(diffusion)
+        fitting.check_network(diffusion)
+        fitting.check_guidance(diffusion, self.settings.guidance_scale)
         if self.settings.tensorboard:
             board_writer(needed=True)
         self.accelerator = make_accelerator(self.settings)
         self._main = self.accelerator.is_main_process
         self._progress = progress and self._main
-        self._labelled = takes_labels(diffusion.unet)
+        self._labelled = fitting.takes_labels(diffusion.unet)
         self._open(data)
         self._training = TrainingStep(diffusion, self.settings, self.accelerator, self.batches)
         decays = self.settings.ema_decays if self._main else ()
@@ -128,27 +128,19 @@ class Trainer:
 
     def _open(self, data: Any) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
-        if settings.train_batch_size % processes:
-            raise ValueError(
-                f"train_batch_size is {settings.train_batch_size}, must be divisible by the number of processes, "
-                f"{processes}"
-            )
         self.data_folder = os.fspath(data) if isinstance(data, str | os.PathLike) else None
-        if self.data_folder is not None and self.folder.resolve().is_relative_to(Path(self.data_folder).resolve()):
-            raise ValueError(
-                f"results_folder is {str(self.folder)!r}, which is inside {self.data_folder!r}, whose pictures are "
-                "trained on: it must be elsewhere, so that samples do not come among them"
-            )
+        fitting.check_places(self.folder, self.data_folder)
+        fitting.check_processes(settings.train_batch_size, processes)
         with self.accelerator.main_process_first():
             self.source = open_data(
                 data,
-                data_shape(self.diffusion),
+                fitting.data_shape(self.diffusion),
                 cache_bytes=settings.cache_bytes,
                 record=self.folder / "data.json",
                 main=self._main,
                 progress=self._progress,
             )
-        self.shape = check_source(self.source, self.diffusion)
+        self.shape = fitting.check_source(self.source, self.diffusion)
         self.batches = Batches(
             len(self.source),
             settings.seed,
@@ -225,7 +217,7 @@ class Trainer:
         with closing(loaded) as batches:
             for images, labels in batches:
                 if self._labelled:
-                    check_labels(labels, self.diffusion.unet)
+                    fitting.check_labels(labels, self.diffusion.unet)
                 yield images, labels if self._labelled else None
 
     def _told_to_stop(self, told: bool) -> bool:
@@ -362,8 +354,8 @@ class Trainer:
         meter = self._meter.state_dict(lambda values: self.accelerator.reduce(values, "mean"))
         failure: OSError | None = None
         if self._main:
-            plain = {**self._order(), "step": self.step, "best": self._best, "metrics": self._metrics}
-            plain["owed"] = self._owed
+            plain: dict[str, Any] = {"step": self.step, "best": self._best, "metrics": self._metrics, **self._order()}
+            plain |= {"owed": self._owed, "prediction_type": self.diffusion.prediction_type}
             content = collect(self.diffusion, self.averages, self._training, meter, random_states, plain)
             try:
                 self.checkpoints.save(self.step, content, keep=[int(self._best["step"])] if self._best else [])
@@ -380,7 +372,7 @@ class Trainer:
         """Goes on from the last whole checkpoint; without one, from the beginning.
 
         Raises:
-            ValueError: the checkpoint is not of this network or these averages.
+            ValueError: the checkpoint is not of this network, this prediction or these averages.
         """
         if self._main:
             self.checkpoints.remove_leftovers()
@@ -388,6 +380,9 @@ class Trainer:
         if (step := self.checkpoints.latest()) is None:
             return
         saved, where = self.checkpoints.load(step), self.checkpoints.path(step)
+        kind = self.diffusion.prediction_type
+        if (before := saved.state.get("prediction_type", kind)) != kind:  # which older checkpoints do not have
+            raise ValueError(f"prediction_type is {kind!r}, but {where} has been trained to predict {before!r}")
         for name, now in self._order().items():
             if saved.state[name] != now and self._main:
                 _log.warning(
@@ -397,7 +392,7 @@ class Trainer:
             saved, where, self.diffusion, self.averages, self._training, self._meter, self.accelerator.process_index
         )
         self.step, self._best, self._metrics = int(saved.state["step"]), saved.state["best"], saved.state["metrics"]
-        self._owed = saved.state.get("owed", False)  # which older checkpoints do not have
+        self._owed = saved.state.get("owed", False)
 
     def _order(self) -> dict[str, int]:
         """What decides which image stands where."""

@@ -289,6 +289,8 @@ def test_bad_input(tmp_path: Path) -> None:
     bad(folder, "data has the label 9, but the network knows 0 to 3", data=wrong)
     odd = GaussianDiffusion(UNet(small(classes=False).unet.config, sample_size=9), NoiseSchedule.linear(9))  # type: ignore[arg-type]
     bad(folder, "sample_size is 9, must be divisible by 2: the U-Net halves it 1 times", odd)
+    unguided = small(classes=False)
+    bad(folder, "guidance_scale is 2.0, must be None: the network has no null_class", unguided, guidance_scale=2.0)
     with pytest.raises(TypeError, match="diffusion is a UNet, must be a GaussianDiffusion"):
         trainer(folder, small().unet)  # type: ignore[arg-type]
     bad(folder, "learning_rate is no setting of a Trainer, which are: results_folder, ", learning_rate=1)
