@@ -39,7 +39,10 @@ class ComponentDistance:
         rows = self._rows(source.read(picks)[0])
         self._mean = rows.mean(0)
         components = min(num_components, count - 1, rows.shape[1], num_samples - 1)
-        self._components = np.linalg.svd(rows - self._mean, full_matrices=False)[2][:components]
+        # Of the products of images with each other, which are few, in place of a decomposition of all their pixels.
+        centred = rows - self._mean
+        vectors = np.linalg.eigh(centred @ centred.T)[1][:, -components:]
+        self._components = np.linalg.qr(centred.T @ vectors)[0].T
         self._real = self._features(rows)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
