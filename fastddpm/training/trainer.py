@@ -57,7 +57,7 @@ class Trainer:
     A run that is interrupted, by whatever, and resumed ends with the weights of one that was not: bit for bit on the
     CPU in one process, and elsewhere as far as the device computes the same twice. SIGTERM and Ctrl-C save before they
     end `train`. On several processes (`accelerate launch`, `torchrun`) the run is that of one process, to rounding, but
-    for the network's dropout.
+    for the network's dropout and immiscible pairing.
 
     Args:
         diffusion: what is trained, in place.
