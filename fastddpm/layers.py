@@ -2,9 +2,9 @@
 
 An `nn.GroupNorm` here only holds parameters: each normalisation runs as one `group_norm_silu`, fused with
 what surrounds it (the skip concatenation, the time embedding, SiLU). A layer's `backend` says which backend
-that op and the 3x3 convolutions use; `UNet.backend` sets it everywhere. "auto" is "native" in training mode on a CPU
-that has a compiler, for the layers that are large enough, in float32 and, where the CPU multiplies that, under autocast
-to bfloat16; in evaluation mode torch's own, of the least error.
+that op, the 3x3 convolutions and attention use; `UNet.backend` sets it everywhere. "auto" is "native" in training mode
+on a CPU that has a compiler, for the layers that are large enough, in float32 and, where the CPU multiplies that, under
+autocast to bfloat16; in evaluation mode torch's own, of the least error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels import attention_training
 from fastddpm_kernels.conv_training import conv3x3, why_not_native
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
@@ -178,9 +179,13 @@ class Attention(nn.Module):
         """[N, C, H, W] -> [N, C, H, W]."""
         h = x if self.group_norm is None else norm_silu(self.group_norm, x, self.backend, activation=None)
         h = h.flatten(2).transpose(1, 2)  # [N, pixels, C], a view where x is channels-last
-        heads = (self.heads, self.head_dim)
-        q, k, v = (to(h).unflatten(2, heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        native = self.backend == "native" or (
+            self.backend == "auto"
+            and self.training
+            and attention_training.why_not_native(q, k, v, self.heads) is None
+        )
+        h = attention_training.attention(q, k, v, self.heads, backend="native" if native else "eager")
         h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
         y = x + h
         return y if self.output_scale == 1 else y / self.output_scale

@@ -45,12 +45,13 @@ def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: st
         backend = "eager"
     if y.numel() == 0:
         return
-    if backend == "native":
-        _native.attention(y, qkv, heads, head_dim, value_dim, head_dim**-0.5)
-        return
     n, _, height, width = qkv.shape
     rows = qkv.permute(0, 2, 3, 1).reshape(n, height * width, -1)
     parts = rows.split([heads * head_dim, heads * head_dim, heads * value_dim], dim=2)
+    if backend == "native":
+        q, k, v = parts
+        _native.attention(y.permute(0, 2, 3, 1).view(n, height * width, -1), q, k, v, heads, head_dim**-0.5)
+        return
     q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
     if backend == "reference":
         q, k, v = q.double(), k.double(), v.double()

@@ -25,7 +25,8 @@ _ARGUMENTS = {
     "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 7 + [_I] * 3,
     "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I] * 2,
     "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 3,
-    "fastddpm_attention": [_P] * 2 + [_L] * 5 + [_F] + [_I] * 2,
+    "fastddpm_attention": [_P] * 4 + [_L] * 9 + [_F] + [_I] * 2 + [_P],
+    "fastddpm_attention_gradient": [_P] * 8 + [_L] * 5 + [_F] + [_I] * 2,
     "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F] + [_I] * 3 + [_P] * 2,
     "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I] * 3,
     "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
@@ -197,11 +198,31 @@ def conv_direct(
     )  # fmt: skip
 
 
-def attention(y: Tensor, qkv: Tensor, heads: int, head_dim: int, value_dim: int, scale: float) -> None:
-    """Into `y`; both channels-last, float32 or (with an even `head_dim`) bfloat16."""
+def attention(
+    y: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, statistics: Tensor | None = None
+) -> None:
+    """Into `y` and, for gradients, `statistics` [N, heads, 2, P], float32.
+
+    y, q, k and v are [N, P, heads * ..], channels adjacent and pixels one stride apart, also from one sample to the
+    next; all float32, or all bfloat16 with strides and channels of a head even.
+    """
+    n, pixels, _ = q.shape
     get().functions.fastddpm_attention(
-        _at(y), _at(qkv), qkv.shape[0], math.prod(qkv.shape[2:]), heads, head_dim, value_dim, scale,
-        qkv.dtype == torch.bfloat16, torch.get_num_threads(),
+        _at(y), _at(q), _at(k), _at(v), y.stride(1), q.stride(1), k.stride(1), v.stride(1), n, pixels, heads,
+        q.shape[2] // heads, v.shape[2] // heads, scale, q.dtype == torch.bfloat16, torch.get_num_threads(),
+        _at(statistics),
+    )  # fmt: skip
+
+
+def attention_gradient(
+    dq: Tensor, dk: Tensor, dv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor, heads: int,
+    scale: float,
+) -> None:  # fmt: skip
+    """Into `dq`, `dk` and `dv`; all are contiguous, and as in `attention`."""
+    n, pixels, _ = q.shape
+    get().functions.fastddpm_attention_gradient(
+        _at(dq), _at(dk), _at(dv), _at(dy), _at(q), _at(k), _at(v), _at(statistics), n, pixels, heads,
+        q.shape[2] // heads, v.shape[2] // heads, scale, q.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -4,42 +4,25 @@
 // largest score is subtracted before the exponential; the sum is divided by when the values have been added up. In
 // bfloat16 the exponentials, at most 1, are rounded before they are multiplied, and their sum is that of the rounded.
 
-#include <type_traits>
-
-#include "gemm.h"
-#include "runtime.h"
+#include "attention.h"
 
 namespace fastddpm {
 namespace {
 
 template <class A>
-struct Attention {
-    using Element = typename A::Element;
-    Element* y;
-    const Element* qkv;
-    long n, pixels, heads, width, value_width;  // channels of a head
-    float scale;
-    int threads;
-};
-
-template <class A>
 class SelfAttention {
     using Element = typename A::Element;
-    static constexpr long kBlock = 2 * kRows;  // queries of an item
 
     const Attention<A>& a;
-    const long row, words, key_panels, value_panels, key_words, keys_size, values_size, blocks;
+    const Packing<A> packing;
+    const long keys_size, values_size, blocks;
 
   public:
     explicit SelfAttention(const Attention<A>& args)
         : a(args),
-          row(a.heads * (2 * a.width + a.value_width)),
-          words(a.width / A::kDeep),
-          key_panels(ceil_div(a.pixels, kPanel)),
-          value_panels(ceil_div(a.value_width, kPanel)),
-          key_words(ceil_div(a.pixels, A::kDeep)),
-          keys_size(key_panels * words * kPanel),
-          values_size(value_panels * key_words * kPanel),
+          packing(a.pixels),
+          keys_size(packing.keys_size(a.k.width)),
+          values_size(packing.values_size(a.v.width)),
           blocks(ceil_div(a.pixels, kBlock)) {}
 
     void run() const {
@@ -65,112 +48,83 @@ class SelfAttention {
     }
 
   private:
-    // Where a head's queries (0), keys (1) or values (2) are at the first pixel.
-    const Element* part(long head, int which) const {
-        const long n = head / a.heads, h = head % a.heads;
-        const long offset = which < 2 ? (which * a.heads + h) * a.width : 2 * a.heads * a.width + h * a.value_width;
-        return a.qkv + n * a.pixels * row + offset;
-    }
-
-    // [panels of keys, words of channels, kPanel]; what fills up the last panel is zero.
     void pack_keys(long head, float* packed) const {
-        const Element* keys = part(head, 1);
-        for (long panel = 0; panel < key_panels; ++panel, packed += words * kPanel) {
-            const long count = std::min<long>(kPanel, a.pixels - panel * kPanel);
-            if (count < kPanel) std::fill_n(packed, words * kPanel, 0.0f);
-            for (long key = 0; key < count; ++key) {
-                const float* from = reinterpret_cast<const float*>(keys + (panel * kPanel + key) * row);
-                for (long word = 0; word < words; ++word) packed[word * kPanel + key] = load_word(from + word);
-            }
-        }
+        packing.keys(a.k.at(head / a.heads, a.pixels, head % a.heads), a.k.row, a.k.width, packed);
     }
-
-    // [panels of channels, words of pixels, kPanel]
     void pack_values(long head, float* packed) const {
-        const Element* values = part(head, 2);
-        for (long panel = 0; panel < value_panels; ++panel)
-            for (long word = 0; word < key_words; ++word)
-                for (int column = 0; column < kColumns; ++column, packed += kLanes) {
-                    const long channel = panel * kPanel + column * kLanes, lanes = a.value_width - channel;
-                    Vec pixels[A::kDeep];
-                    for (int index = 0; index < A::kDeep; ++index) {
-                        const long pixel = word * A::kDeep + index;
-                        const bool present = pixel < a.pixels && lanes > 0;
-                        pixels[index] = present ? load_some(values + pixel * row + channel, lanes) : zero();
-                    }
-                    store(packed, A::combine(pixels));
-                }
+        packing.values(a.v.at(head / a.heads, a.pixels, head % a.heads), a.v.row, a.v.width, packed);
     }
 
     void attend(long head, long block, const float* packed) const {
+        const long n = head / a.heads, h = head % a.heads;
         const long first = block * kBlock, count = std::min(kBlock, a.pixels - first);
-        const long width = key_panels * kPanel + kLanes, out_width = value_panels * kPanel;
+        const long width = packing.panels * kPanel + kLanes, value_panels = ceil_div(a.v.width, kPanel);
+        const long out_width = value_panels * kPanel;
         float* scores = scratch<float>(Slot::kOutput, count * (width + out_width));
         float* out = scores + count * width;
-        const float* queries = reinterpret_cast<const float*>(part(head, 0) + first * row);
-        for (long panel = 0; panel < key_panels; ++panel)
-            for_row_tiles(count, [&](long r, auto rows) {
-                multiply_tile<A, rows>(
-                    queries + r * row / A::kDeep, row / A::kDeep, packed + panel * words * kPanel, words,
-                    scores + r * width + panel * kPanel, width);
-            });
+        const Element* queries = a.q.at(n, a.pixels, h) + first * a.q.row;
+        multiply_rows<A>(
+            words_of(queries), a.q.row / A::kDeep, a.q.width / A::kDeep, packed, packing.panels, count, scores, width);
         float inverses[kBlock];
-        for (long r = 0; r < count; ++r) inverses[r] = 1.0f / softmax(scores + r * width);
-        for (long panel = 0; panel < value_panels; ++panel)
-            for_row_tiles(count, [&](long r, auto rows) {
-                multiply_tile<A, rows>(
-                    scores + r * width, width, packed + keys_size + panel * key_words * kPanel, key_words,
-                    out + r * out_width + panel * kPanel, out_width);
-            });
-        const long n = head / a.heads, h = head % a.heads, y_row = a.heads * a.value_width;
         for (long r = 0; r < count; ++r) {
-            Element* y = a.y + (n * a.pixels + first + r) * y_row + h * a.value_width;
-            for (long c = 0; c < a.value_width; c += kLanes)
-                store_some(y + c, load(out + r * out_width + c) * inverses[r], a.value_width - c);
+            const float most = largest(scores + r * width);
+            inverses[r] = 1.0f / exponentials(scores + r * width, most);
+            if (!a.statistics) continue;
+            float* kept = a.statistics + 2 * head * a.pixels + first + r;
+            kept[0] = most;
+            kept[a.pixels] = inverses[r];
+        }
+        multiply_rows<A>(scores, width, packing.words, packed + keys_size, value_panels, count, out, out_width);
+        for (long r = 0; r < count; ++r) {
+            Element* y = a.y.at(n, a.pixels, h) + (first + r) * a.y.row;
+            for (long c = 0; c < a.v.width; c += kLanes)
+                store_some(y + c, load(out + r * out_width + c) * inverses[r], a.v.width - c);
         }
     }
 
-    // Makes exponentials of a row of scores, in its place, as words. Returns their sum.
-    float softmax(float* scores) const {
-        const auto masked = [&](long key, Vec score, float other) {
-            for (long lane = std::max<long>(0, a.pixels - key); lane < kLanes; ++lane) score[lane] = other;
-            return score;
-        };
-        Vec largest = broadcast(-3.4e38f);
+    float largest(const float* scores) const {
+        Vec most = broadcast(kLeast);
         for (long key = 0; key < a.pixels; key += kLanes) {
-            const Vec score = masked(key, load(scores + key), -3.4e38f);
-            largest = score > largest ? score : largest;
+            const Vec score = masked(load(scores + key), key, a.pixels, kLeast);
+            most = score > most ? score : most;
         }
-        float most = largest[0];
-        for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, largest[lane]);
+        float result = most[0];
+        for (int lane = 1; lane < kLanes; ++lane) result = std::max(result, most[lane]);
+        return result;
+    }
+
+    // Of a row of scores, in its place, as words. Returns their sum.
+    float exponentials(float* scores, float most) const {
         Element* rounded = reinterpret_cast<Element*>(scores);
         Vec sum = zero();
         for (long key = 0; key < a.pixels; key += kLanes) {
-            const Vec value = masked(key, exp((load(scores + key) - most) * a.scale), 0.0f);
-            store(rounded + key, value);
+            const Vec value = exp((load(scores + key) - most) * a.scale);
+            store(rounded + key, masked(value, key, a.pixels, 0.0f));
             sum += load(rounded + key);
         }
-        float total = 0;
-        for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-        return total;
+        return sum_of(sum);
     }
 };
 
 }  // namespace
 }  // namespace fastddpm
 
-// y [N, P, heads * value_width] = softmax(q k^T * scale) v of every head, with scale > 0; a pixel of qkv has the queries
-// of all heads [heads, width], their keys and their values [heads, value_width]. All are floats; with `bfloat16` they are
-// bfloat16, width and value_width even.
+// y = softmax(q k^T * scale) v of every head, with scale > 0. Each is [N, P, ..], a pixel every `*_row` values; in a pixel
+// the heads follow each other, of q and k with `width` channels, of v and y with `value_width`. `statistics` [N, heads, 2,
+// P] is written for the gradient, or null. All are floats; with `bfloat16` q, k, v and y are bfloat16, rows and widths even.
 extern "C" void fastddpm_attention(
-    void* y, const void* qkv, long n, long pixels, long heads, long width, long value_width, float scale, int bfloat16,
-    int threads) {
+    void* y, const void* q, const void* k, const void* v, long y_row, long q_row, long k_row, long v_row, long n,
+    long pixels, long heads, long width, long value_width, float scale, int bfloat16, int threads, float* statistics) {
     using namespace fastddpm;
     with_arithmetic(bfloat16, [&](auto arithmetic) {
         using A = decltype(arithmetic);
         using Element = typename A::Element;
-        const Attention<A> args{static_cast<Element*>(y), static_cast<const Element*>(qkv), n, pixels, heads, width,
-                                value_width, scale, threads};
+        const auto read = [](const void* data, long row, long columns) {
+            return Rows<const Element>{static_cast<const Element*>(data), row, columns};
+        };
+        const Attention<A> args{
+            {static_cast<Element*>(y), y_row, value_width}, read(q, q_row, width), read(k, k_row, width),
+            read(v, v_row, value_width), n, pixels, heads, scale, threads, statistics, {}, {}, {}, {}};
         SelfAttention<A>(args).run();
     });
 }
