@@ -1,7 +1,8 @@
-"""Self-attention over the pixels, with norm and residual, as the U-Nets of DDPM have it at 16x16 pixels.
+"""Self-attention over the pixels, as the U-Nets of DDPM have it at 16x16 pixels: the op, and the layer around it.
 
-Its kernel is torch's own in every arm; "fused" has the fused norm before it. A frozen U-Net goes further (one product
-for query, key and value, the projection of the result folded into the value's): that is timed in `test_unet_step.py`.
+`test_attention` has the layer, with norm and residual. Its kernel is torch's own in every arm; "fused" has the fused
+norm before it. A frozen U-Net goes further (one product for query, key and value, the projection of the result folded
+into the value's): that is timed in `test_unet_step.py`. What it runs on the CPU is in `test_attention_op`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fastddpm_kernels import _backend
+from fastddpm_kernels.attention import attention_
 from fastddpm_kernels.testing import assert_close
+from gpu.arms import Unavailable
 from gpu.op_cases import image
 from measuring import ARMS, Candidate, Session, compiled, fused_backend, peer
 from torch import Tensor, nn
@@ -116,5 +120,51 @@ def test_attention(example: Example, arm: str, session: Session, compare: Callab
         calls = [partial(call, inputs()) for _ in range(session.sets(size))]
         precision = {torch.float16: "fp16", torch.float32: "fp32"}[example.dtype]
         return Candidate(calls, check, 1, size, flops, precision, settings, graph=True)
+
+    compare(build)
+
+
+class Operands(NamedTuple):
+    """Of the op: one head, whose queries, keys and values are as wide."""
+
+    dtype: torch.dtype
+    batch: int
+    head_dim: int
+    side: int
+
+
+OPERANDS = {
+    "fp32 2x256x16x16 one head": Operands(torch.float32, 2, 256, 16),
+    "bf16 2x256x16x16 one head": Operands(torch.bfloat16, 2, 256, 16),
+}
+
+
+@pytest.mark.parametrize("arm", ["fused", "eager", "reference"])
+@pytest.mark.parametrize("of", OPERANDS.values(), ids=OPERANDS)
+def test_attention_op(of: Operands, arm: str, session: Session, compare: Callable[..., None]) -> None:
+    n, d, pixels, cpu = of.batch, of.head_dim, of.side**2, torch.device("cpu")
+    size = 4 * n * d * pixels * of.dtype.itemsize  # queries, keys and values read once, the result written
+
+    def build(arm: str) -> Candidate:
+        backend = _backend.resolve("attention", "auto", "cpu", of.dtype) if arm == "fused" else arm
+        if (arm, backend) == ("fused", "eager"):
+            reason = _backend.why_not("native", "cpu", "attention", of.dtype) or "torch's own is faster"
+            raise Unavailable(f"no fused attention here: {reason}")
+
+        def call(qkv: Tensor, y: Tensor, backend: str = backend) -> Tensor:
+            attention_(y, qkv, 1, d, backend=backend)
+            return y
+
+        def operands() -> tuple[Tensor, Tensor]:
+            return image(cpu, of.dtype, n, 3 * d, of.side), image(cpu, of.dtype, n, d, of.side)
+
+        def check() -> None:
+            qkv, y = operands()
+            exact = call(qkv.double(), y.double(), "reference")
+            assert_close(call(qkv, y), exact, eager=call(qkv, torch.empty_like(y), "eager"))
+
+        calls = [partial(call, *operands()) for _ in range(session.sets(size))]
+        flops, precision = 4 * n * pixels**2 * d, {torch.float32: "fp32", torch.bfloat16: "bf16"}[of.dtype]
+        return Candidate(calls, check, 1, size, flops, precision, {"backend": backend}, device=cpu)
 
     compare(build)
