@@ -8,8 +8,10 @@ so is the noise, which both arms draw alike; then their images are compared, as 
 
     cifar10      diffusers' DDPMPipeline with the configuration of google/ddpm-cifar10-32
     lucidrains   GaussianDiffusion of denoising_diffusion_pytorch with its default Unet (dim 64), 32x32
+    step         one evaluation of the first's U-Net, beside diffusers, torch.compile and OpenVINO at their best
+                 (`cpu_step.py`): minutes of compiling
 
-`float32` is the default and what is claimed; `bfloat16` is shown for information.
+`float32` is the default and what is claimed; `bfloat16` of whole calls is shown for information.
 """
 
 from __future__ import annotations
@@ -30,16 +32,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what it shares with gpu_check.py
 
+from cpu_step import measure, versions
 from fastddpm_kernels import _backend
 from gpu.arms import Missing
-from gpu.networks import CONFIGS
+from gpu.networks import CONFIGS, make_problem
 from gpu.results import commit_here
 
 from fastddpm._files import write_json
 from fastddpm.profiling.compare import CPU_SCHEMA
 
 Arm = Callable[[], np.ndarray]  # a whole call: images [N, H, W, 3] in [0, 1]
-NETWORKS = ("cifar10", "lucidrains")
+NETWORKS = ("cifar10", "lucidrains", "step")
+STEP = "cifar10"  # the network of "step"
 
 
 def _random(model: nn.Module) -> nn.Module:
@@ -143,6 +147,46 @@ def compare(arms: dict[str, Arm], rounds: int) -> list[dict[str, Any]]:
     return records
 
 
+def whole_calls(network: str, batch: int, steps: int, rounds: int, dtypes: list[str]) -> list[dict[str, Any]]:
+    """The records of a network and batch size, as they are printed.
+
+    Raises:
+        Missing: the library is not installed.
+    """
+    arms = {"cifar10": cifar10, "lucidrains": lucidrains}[network](batch, steps, dtypes)
+    line = "{:<11} {:>5} {:<9} {:>9} {:>7} {:>13} {:>9} {:>8} {:>4}".format
+    print(line("network", "batch", "arm", "seconds", "ratio", "p20 - p80", "largest", "pixels", ">1"))
+    records = [{"network": network, "batch": batch, **record} for record in compare(arms, rounds)]
+    for record in records:
+        own = record["images"]
+        band = f"{record['times_as_fast_p20']:.2f} - {record['times_as_fast_p80']:.2f}"
+        share = f"{100 * own['pixels_differ'] / own['pixels']:.3f}%"
+        ratio = f"{record['times_as_fast']:.2f}"
+        print(
+            line(network, batch, record["arm"], f"{record['median_s']:.3f}", ratio, band,
+                 f"{own['largest']:.1e}", share, own["pixels_differ_by_more_than_1"]), flush=True,
+        )  # fmt: skip
+    return records
+
+
+def evaluations(batch: int, rounds: int, dtypes: list[str]) -> list[dict[str, Any]]:
+    """The records of "step", as they are printed: seconds of an evaluation, ratios and errors of all arms."""
+    records = measure(make_problem(STEP, torch.device("cpu")), batch, rounds, dtypes)
+    line = "{:<13} {:<9} {:>5} {:>9} {:>7} {:>13} {:>9} {:>9}".format
+    print(line("arm", "precision", "batch", "ms", "ratio", "p20 - p80", "error", "compile s"))
+    for record in records:
+        if record["status"] != "ok":
+            continue
+        ratio, compile_s = record["times_as_fast"], record["compile_s"]
+        print(
+            line(record["arm"], record["dtype"], batch, f"{1e3 * record['seconds']['median']:.1f}",
+                 f"{ratio['median']:.2f}" if ratio else "-",
+                 f"{ratio['p20']:.2f} - {ratio['p80']:.2f}" if ratio else "-",
+                 f"{record['error']['rms']:.1e}", "-" if compile_s is None else f"{compile_s:.1f}"), flush=True,
+        )  # fmt: skip
+    return records
+
+
 def _counts(text: str) -> list[int]:
     values = [int(part) for part in text.split(",")]
     if not values or min(values) < 1:
@@ -151,21 +195,22 @@ def _counts(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 1 where a library was missing, so that something was not measured."""
+    """The command. Returns its exit code: 1 where something was not measured, as for want of a library."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
-    parser.add_argument("--networks", default=",".join(NETWORKS), help="default: %(default)s")
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="what is measured (default: %(default)s)")
     parser.add_argument("--batch-sizes", type=_counts, default=[1, 16], metavar="N,N", help="default: 1,16")
     parser.add_argument("--steps", type=int, default=10, help="of a call (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of all arms (default: %(default)s)")
+    parser.add_argument("--step-rounds", type=int, default=15, help="of all arms of step (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--no-bfloat16", action="store_true", help="leave out what is only for information")
     options = parser.parse_args(arguments)
     networks = options.networks.split(",")
     if unknown := set(networks) - set(NETWORKS):
         parser.error(f"--networks is {options.networks}, has unknown {', '.join(sorted(unknown))}")
-    if min(options.steps, options.rounds, options.threads or 1) < 1:
-        parser.error("--steps, --rounds and --threads must be at least 1")
+    if min(options.steps, options.rounds, options.step_rounds, options.threads or 1) < 1:
+        parser.error("--steps, --rounds, --step-rounds and --threads must be at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     dtypes = ["float32"] + ([] if options.no_bfloat16 else ["bfloat16"])
@@ -184,27 +229,21 @@ def main(arguments: list[str] | None = None) -> int:
         "records": [],
     }
     print(f"{content['cpu']}, {content['threads']} threads, torch {content['torch']}, native: {content['native']}")
-    line = "{:<11} {:>5} {:<9} {:>9} {:>7} {:>13} {:>9} {:>8} {:>4}".format
-    print(line("network", "batch", "arm", "seconds", "ratio", "p20 - p80", "largest", "pixels", ">1"))
     missing = False
     for network in networks:
         for batch in options.batch_sizes:
-            try:
-                arms = {"cifar10": cifar10, "lucidrains": lucidrains}[network](batch, options.steps, dtypes)
-            except Missing as error:
-                print(f"{network}: {error}")
-                missing = True
-                break
-            for record in compare(arms, options.rounds):
-                content["records"].append({"network": network, "batch": batch, **record})
-                own = record["images"]
-                band = f"{record['times_as_fast_p20']:.2f} - {record['times_as_fast_p80']:.2f}"
-                share = f"{100 * own['pixels_differ'] / own['pixels']:.3f}%"
-                ratio = f"{record['times_as_fast']:.2f}"
-                print(
-                    line(network, batch, record["arm"], f"{record['median_s']:.3f}", ratio, band,
-                         f"{own['largest']:.1e}", share, own["pixels_differ_by_more_than_1"]), flush=True,
-                )  # fmt: skip
+            if network == "step":
+                found = evaluations(batch, options.step_rounds, dtypes)
+                about = {"rounds": options.step_rounds, "versions": versions(), "records": []}
+                content.setdefault("step", about)["records"] += found
+                missing |= any(record["status"] not in ("ok", "unavailable") for record in found)
+            else:
+                try:
+                    content["records"] += whole_calls(network, batch, options.steps, options.rounds, dtypes)
+                except Missing as error:
+                    print(f"{network}: {error}")
+                    missing = True
+                    break
             if options.out:
                 write_json(options.out, content)
     return int(missing)
