@@ -110,7 +110,7 @@ def table(all_results: list[dict[str, Any]], folder: Path = Path(), base: Path =
         parts.append(NOTHING)
     for content in all_results:
         if content.get("schema") == CPU_SCHEMA:
-            parts.append(_cpu(content))
+            parts += [_cpu(content), _cpu_step(content)]
         elif part := _one(content):
             parts.append(part)
             if _series(content):
@@ -182,7 +182,7 @@ def _one(content: dict[str, Any]) -> str:
 
 
 def _cpu(content: dict[str, Any]) -> str:
-    """One CPU: the libraries' own samplers against accelerated ones; "" if its file holds no ratio."""
+    """One CPU's whole calls: the libraries' own samplers against accelerated ones; "" if its file holds no ratio."""
     records_of = [r for r in content["records"] if r["arm"] != "original"]
     originals = {(r["network"], r["batch"]): r["median_s"] for r in content["records"] if r["arm"] == "original"}
     rows = []
@@ -197,12 +197,8 @@ def _cpu(content: dict[str, Any]) -> str:
         )
     if not rows:
         return ""
-    native = "" if content.get("native") == "yes" else f", without native code: {content.get('native')}"
-    commit = content["commit"] + (" with changes" if content.get("dirty") else "")
     lines = [
-        f"**{content['cpu']}**, {content['threads']} threads, torch {content['torch']}{native}, commit {commit}, "
-        f"{content['written'][:10]}; "
-        f"{content['steps']}-step calls with all that is in them:",
+        f"{_cpu_name(content)}; {content['steps']}-step calls with all that is in them:",
         "",
         "| original, accelerated | batch | precision | original, ms per step | accelerated "
         "| times as fast (20 % to 80 %) | 8-bit pixels that differ (by more than 1) |",
@@ -210,6 +206,82 @@ def _cpu(content: dict[str, Any]) -> str:
         *rows,
     ]
     return "\n".join(lines)
+
+
+def _cpu_name(content: dict[str, Any]) -> str:
+    native = "" if content.get("native") == "yes" else f", without native code: {content.get('native')}"
+    commit = content["commit"] + (" with changes" if content.get("dirty") else "")
+    return (
+        f"**{content['cpu']}**, {content['threads']} threads, torch {content['torch']}{native}, commit {commit}, "
+        f"{content['written'][:10]}"
+    )
+
+
+def _cpu_step(content: dict[str, Any]) -> str:
+    """One CPU's evaluations of a network, with what each library was given; "" if its file holds none."""
+    step = content.get("step", {})
+    if step.get("rounds", 0) < compare.LEAST_SAMPLES:
+        return ""
+    rows: list[str] = []
+    given: dict[str, dict[str, list[tuple[str, int]]]] = {}  # {arm: {what it was given: [(dtype, batch)]}}
+    left: dict[str, list[int]] = {}
+    for record in step["records"]:
+        arm, dtype, batch = record["arm"], record["dtype"], record["batch"]
+        if record["status"] != "ok":
+            left.setdefault(f"{arm} in {dtype}: {_sentence(record['reason'])}", []).append(batch)
+            continue
+        given.setdefault(arm, {}).setdefault(record["given"], []).append((dtype, batch))
+        ratio, compile_s = record["times_as_fast"], record["compile_s"]
+        times = f"**{ratio['median']:.2f}** ({ratio['p20']:.2f} to {ratio['p80']:.2f})" if ratio else "-"
+        rows.append(
+            f"| {arm} | {dtype} | {batch} | {_figure(1e3 * record['seconds']['median'])} | {times} "
+            f"| {record['error']['rms']:.1e} | {'-' if compile_s is None else f'{compile_s:.1f}'} |"
+        )
+    if not rows:
+        return ""
+    network = step["records"][0]["network"]
+    versions = ", ".join(f"{name} {version}" for name, version in step["versions"].items())
+    lines = [
+        f"{_cpu_name(content)}; one evaluation of the U-Net of {NETWORKS.get(network, network)} in diffusers as it "
+        f"comes, and in all libraries at their best ({versions}), same weights, {step['rounds']} rounds in turn:",
+        "",
+        "| arm | precision | batch | ms per evaluation | times as fast as diffusers in float32 (20 % to 80 %) "
+        "| relative error (rms) against float64 | seconds of compiling |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "Compiling is converting, compiling and autotuning to the first result; of fastddpm, folding and packing the "
+        "weights. What the arms were given:",
+        "",
+        *(f"- {arm}: {_given(texts)}" for arm, texts in given.items()),
+    ]
+    if left:
+        counts = [f"{text} (batch {_and(batches)})" for text, batches in left.items()]
+        lines += ["", f"Not measured: {'; '.join(counts)}."]
+    return "\n".join(lines)
+
+
+def _given(texts: dict[str, list[tuple[str, int]]]) -> str:
+    """What an arm was given, said once where it is the same for all precisions and batch sizes."""
+    every: dict[str, int] = {}
+    for dtype, _ in (case for cases in texts.values() for case in cases):
+        every[dtype] = every.get(dtype, 0) + 1
+    parts = []
+    for text, cases in texts.items():
+        own: dict[str, list[int]] = {}
+        for dtype, batch in cases:
+            own.setdefault(dtype, []).append(batch)
+        where = [f"in {d}" + f" at batch {_and(b)}" * (len(b) < every[d]) for d, b in own.items()]
+        parts.append(text if len(texts) == 1 else f"{_and(where)} {text}")
+    return "; ".join(parts)
+
+
+def _and(values: list[Any]) -> str:
+    return " and ".join(map(str, values))
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")
 
 
 def _share(mark: Mark) -> str:

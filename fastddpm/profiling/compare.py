@@ -215,6 +215,11 @@ def _of_cpu_check(content: dict[str, Any]) -> Iterator[Figure]:
             ratio = {"median": record["times_as_fast"], "samples": content["rounds"]}
             ratio |= {q: record[f"times_as_fast_{q}"] for q in ("p20", "p80")}
             yield from _measured(f"{what}, times as fast as the original", "", ratio, rate=True)
+    for record in content.get("step", {}).get("records", []):
+        if record["status"] == "ok":
+            what = f"step of {record['network']}, batch {record['batch']}: {record['arm']} {record['dtype']}"
+            yield from _measured(what, "s", record["seconds"])
+            yield from _measured(f"{what}, times as fast as diffusers", "", record["times_as_fast"], rate=True)
 
 
 _READERS: dict[Any, Callable[[dict[str, Any]], Iterator[Figure]]] = {

@@ -22,10 +22,10 @@ MODULES = (
 
 
 def modules(patch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules of the package `gpu`, and the two scripts."""
+    """The modules of the package `gpu`, and the scripts beside it."""
     patch.syspath_prepend(ROOT / "benchmarks")
     parts = {name: importlib.import_module(f"gpu.{name}") for name in MODULES.split()}
-    scripts = {name: importlib.import_module(name) for name in ("gpu_check", "report")}
+    scripts = {name: importlib.import_module(name) for name in ("gpu_check", "report", "cpu_check", "cpu_step")}
     # Other sources would be other measurements; here they may be edited while the tests run.
     patch.setattr(scripts["gpu_check"], "source_digest", lambda: SOURCE)
     return SimpleNamespace(**parts, **scripts)
