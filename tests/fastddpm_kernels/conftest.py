@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from fastddpm_kernels import _native
 from fastddpm_kernels._backend import why_not
 from fastddpm_kernels._native.build import compiler
@@ -25,3 +28,12 @@ def native_bfloat16(native: str) -> str:
             assert "avx512_bf16" not in cpu.read(), reason
         pytest.skip(reason)
     return native
+
+
+@pytest.fixture(params=[1, 3], ids=["one_thread", "three_threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Native kernels on one thread, and on more than most shapes have work for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,14 +24,6 @@ SHAPES = {
     "many_heads": (7, 4, 16, 16, 8, 8),
     "empty": (0, 2, 4, 4, 3, 3),
 }
-
-
-@pytest.fixture(params=[1, 3], ids=["one_thread", "three_threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def last(x: Tensor) -> Tensor:

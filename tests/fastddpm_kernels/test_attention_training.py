@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ SHAPES = {
     "one_wide_head": (1, 72, 1, 256, 256),
     "many_heads": (7, 64, 4, 16, 16),
 }
-
-
-@pytest.fixture(params=[1, 3], ids=["one_thread", "three_threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def make(shape: str, dtype: torch.dtype, spread: float = 1.0) -> tuple[list[Tensor], Tensor]:

@@ -7,7 +7,6 @@ A result may be as far from float64 as torch's own convolution in float32 is, ti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,14 +40,6 @@ SHAPES = {
 }
 UPSAMPLED = [(a, up) for up in (False, True) for a in ALGORITHMS if not (up and a == "winograd2")]
 HALF = [(a, up) for up in (False, True) for a in ("winograd2", "direct")]
-
-
-@pytest.fixture(params=[1, 3], ids=["one_thread", "three_threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def last(x: Tensor) -> Tensor:

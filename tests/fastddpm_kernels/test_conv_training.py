@@ -8,7 +8,6 @@ the same, against torch's own in bfloat16.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,14 +32,6 @@ SHAPES = {
     "many_tiles": (3, 80, 80, 96, 36, 33),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@pytest.fixture(params=[1, 3], ids=["one_thread", "three_threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def make(shape: str, layout: str = "contiguous") -> tuple[list[Tensor | None], Tensor]:
