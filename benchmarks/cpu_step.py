@@ -147,7 +147,7 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     peer("openvino")
     import openvino as ov
 
-    unet, t = _Output(plain_unet(problem, torch.float32, channels_last=False)), _timesteps(x)
+    unet, t = _Output(plain_unet(problem, torch.float32, channels_last=False, fused=True)), _timesteps(x)
     start = time.perf_counter()
     with _untold(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, of checks of shapes
@@ -167,7 +167,10 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
         return torch.from_numpy(request.get_output_tensor(0).data)
 
     call()
-    given = f"converted for static shapes, PERFORMANCE_HINT LATENCY, the precision as its hint, {threads} threads"
+    given = (
+        f"converted for static shapes, PERFORMANCE_HINT LATENCY, the precision as its hint, {threads} threads; q, k and v "
+        "as one product"
+    )
     return Ready(call, given, time.perf_counter() - start)
 
 
