@@ -167,10 +167,7 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
         return torch.from_numpy(request.get_output_tensor(0).data)
 
     call()
-    given = (
-        f"converted for static shapes, PERFORMANCE_HINT LATENCY, the precision as its hint, {threads} threads; q, k and v "
-        "as one product"
-    )
+    given = f"static shapes, PERFORMANCE_HINT LATENCY, precision as hinted, {threads} threads; q, k and v as one product"
     return Ready(call, given, time.perf_counter() - start)
 
 
