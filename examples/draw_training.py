@@ -16,6 +16,7 @@ from PIL import Image
 from fastddpm.training import read_log
 
 LEFT, RIGHT = 36, 244  # pixels of a grid that are shown: four columns of 48, after their labels
+MOST = 5  # grids
 
 
 def main() -> None:
@@ -28,8 +29,13 @@ def main() -> None:
 
 
 def draw(run: Path, path: Path, metric: str) -> None:
-    """The loss (left scale) and a metric (right) against the steps; then the left of every sample grid, in order."""
+    """The loss (left scale) and a metric (right) against the steps; then the left of some sample grids, in order.
+
+    The first, the last, and others that are about evenly spaced between.
+    """
     grids = sorted((run / "samples").glob("step-*.png"))
+    if len(grids) > MOST:
+        grids = [grids[round(i * (len(grids) - 1) / (MOST - 1))] for i in range(MOST)]
     log = read_log(run / "log.jsonl")
     figure = Figure(figsize=(5 + 1.9 * len(grids), 4.4), dpi=100, layout="constrained")
     left, *panels = figure.subplots(1, 1 + len(grids), width_ratios=[4.6] + [1.8] * len(grids))

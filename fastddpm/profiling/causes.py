@@ -169,7 +169,7 @@ def _sentence(group: Record, ceilings: Ceilings) -> str:
     words = WORDS.get(group["kind"], WORDS["other"])[0 if one else 1]
     where = f" at {group['size'][0]}x{group['size'][1]}" if group["size"] else ""
     share = 100 * group["floor_us"] / group["us"]
-    roof = "matmul" if group["flops"] / ceilings.flops >= group["bytes"] / ceilings.copy else "copy"
+    roof = "product" if group["flops"] / ceilings.flops >= group["bytes"] / ceilings.copy else "copy"
     runs = f"{group['layers']} {words}{where} {'runs' if one else 'run'}"
     return f"{runs} at {share:.0f} % of the {roof} roof: {duration(group['us'])}"
 

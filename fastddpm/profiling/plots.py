@@ -87,7 +87,7 @@ def draw_roofline(axes: Axes, layers: Sequence[Record], roofs: causes.Ceilings, 
     ridge = roofs.flops / roofs.copy
     scale, unit = (1e12, "TFLOP/s") if roofs.flops >= 1e12 else (1e9, "GFLOP/s")
     axes.plot([low, ridge, high], [low * roofs.copy / scale, roofs.flops / scale, roofs.flops / scale], color="black")
-    label = f"matmul {roofs.flops / scale:.3g} {unit}"
+    label = f"products {roofs.flops / scale:.3g} {unit}"
     axes.annotate(label, (high, roofs.flops / scale), (-2, 4), textcoords="offset points", ha="right", fontsize=8)
     axes.annotate(
         f"copy {roofs.copy / 1e9:.3g} GB/s", (low, low * roofs.copy / scale), (6, -2), textcoords="offset points",

@@ -44,7 +44,7 @@ def show(content: Record, console: Console) -> None:
 
 def _ceilings(content: Record, console: Console) -> None:
     roofs = content["ceilings"]
-    parts = [f"matmul {name} {_rate(rate, 'TFLOP/s')}" for name, rate in roofs["matmul_tflops"].items()]
+    parts = [f"products {name} {_rate(rate, 'TFLOP/s')}" for name, rate in roofs["matmul_tflops"].items()]
     parts.append(f"copy {_rate(roofs['copy_gb_s'], 'GB/s')}")
     parts.append(f"copy in a cache {_rate(roofs['copy_cached_gb_s'], 'GB/s')}")
     for name, value in roofs["latency"].items():

@@ -55,11 +55,11 @@ def test_causes_make_up_the_distance() -> None:
     found = causes.causes(layers(), ROOFS, 300.0, 275.0, 260.0)
     assert sum(cause["us"] for cause in found) == pytest.approx(300 - 150.01)
     assert [round(cause["us"], 2) for cause in found] == [60.0, 25.0, 20.0, 20.0, 15.0, 6.0, 3.99]
-    assert found[0]["what"] == "2 convolutions at 8x8 run at 40 % of the matmul roof: 100 us"
+    assert found[0]["what"] == "2 convolutions at 8x8 run at 40 % of the product roof: 100 us"
     assert found[0]["share"] == pytest.approx(0.2)
     assert "the sampler's own step" in found[1]["what"]
     texts = [cause["what"] for cause in found]
-    assert "1 convolution at 16x16 runs at 80 % of the matmul roof: 100 us" in texts
+    assert "1 convolution at 16x16 runs at 80 % of the product roof: 100 us" in texts
     assert "1 norm at 8x8 runs at 60 % of the copy roof: 50 us" in texts
     assert any(text.startswith("between the layers") for text in texts)
     assert any("other work" in text for text in texts)

@@ -72,9 +72,16 @@ def test_names() -> None:
 def test_rates_are_those_of_the_time_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations and bytes over seconds: with a clock that says how long everything took."""
     monkeypatch.setattr(ceilings, "timed", lambda run, device: 2e-3)
+    n, channels, side = ceilings.CONVOLVED
+    convolved = 2 * 9 * n * side**2 * channels**2
+    rate = ceilings.matmul_rate(CPU, "fp32", (32, 64), rounds=3)  # these two take too few operations for the time
+    assert (rate["by"], rate["size"], rate["samples"]) == ("conv2d", channels, 3)
+    assert rate["best"] == pytest.approx(convolved / 2e-3 / 1e12)
+    monkeypatch.setattr(ceilings, "timed", lambda run, device: 2e3 if run.__name__ == "convolve" else 2e-3)
     rate = ceilings.matmul_rate(CPU, "fp32", (32, 64), rounds=3)
-    assert (rate["size"], rate["samples"]) == (64, 3)
+    assert (rate["by"], rate["size"], rate["samples"]) == ("mm", 64, 3)
     assert rate["best"] == pytest.approx(2 * 64**3 / 2e-3 / 1e12)
+    monkeypatch.setattr(ceilings, "timed", lambda run, device: 2e-3)
     assert ceilings.copy_bandwidth(CPU, 2**25) == pytest.approx(2 * 2**25 / 2e-3 / 1e9)
     assert ceilings.copy_rate(CPU, 2**20)["median"] == pytest.approx(32 * 2 * 2**20 / 2e-3 / 1e9)  # 32 in a row
 
