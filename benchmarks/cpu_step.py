@@ -129,7 +129,7 @@ def compiled(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
 
 @contextmanager
 def _untold() -> Iterator[None]:
-    """OpenVINO's converter reports its use over the network, but not where the environment says that this is CI."""
+    """OpenVINO reports its import and use over the network, but not where the environment says that this is CI."""
     before = os.environ.get("CI")
     os.environ["CI"] = "true"
     try:
@@ -145,7 +145,8 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     """The module converted and compiled by OpenVINO, which reads and writes memory that stays where it is."""
     peer("diffusers")
     peer("openvino")
-    import openvino as ov
+    with _untold():
+        import openvino as ov
 
     unet, t = _Output(plain_unet(problem, torch.float32, channels_last=False, fused=True)), _timesteps(x)
     start = time.perf_counter()
@@ -167,7 +168,7 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
         return torch.from_numpy(request.get_output_tensor(0).data)
 
     call()
-    given = f"static shapes, PERFORMANCE_HINT LATENCY, precision as hinted, {threads} threads; q, k and v as one product"
+    given = f"static shapes, PERFORMANCE_HINT LATENCY, precision hinted, {threads} threads; q, k and v as one product"
     return Ready(call, given, time.perf_counter() - start)
 
 
