@@ -300,7 +300,7 @@ def test_workers_end_with_the_run_whatever_holds_its_error() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are lent to processes on Linux")
 def test_workers_are_as_many_as_the_cores_that_are_lent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {3, 5})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)))
     made = []
     monkeypatch.setattr(data, "DataLoader", lambda *_, num_workers, **__: made.append(num_workers) or [])
     for processes in (1, 2, 4):
@@ -314,7 +314,7 @@ def test_workers_are_as_many_as_the_cores_that_are_lent(monkeypatch: pytest.Monk
                 pin_memory=False,
             )
         )
-    assert made == [2, 1, 1]
+    assert made == [6, 3, 1]
 
 
 def batches_of(source: DatasetSource, start: int, *, num_workers: int) -> list[Tensor]:
