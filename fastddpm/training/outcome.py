@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class DivergedError(ArithmeticError):
@@ -23,6 +25,13 @@ def check_finite(bad: int, most: int, step: int, latest: Callable[[], int | None
     raise DivergedError(
         f"loss or gradient is not finite for {bad} steps in a row, from step {step - bad + 1} on; {kept}"
     )
+
+
+def is_better(value: float, best: Mapping[str, Any] | None, mode: str) -> bool:
+    """Whether a metric is better than the best so far, whose "value" is there if there was one; `mode`: min or max."""
+    if math.isnan(value):
+        return False
+    return best is None or (value < best["value"] if mode == "min" else value > best["value"])
 
 
 @dataclass(frozen=True)

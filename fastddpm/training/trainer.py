@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from fastddpm.training.data import load, open_data
 from fastddpm.training.ema import averages
 from fastddpm.training.logs import Meter, RunLog, board_writer
 from fastddpm.training.order import Batches
-from fastddpm.training.outcome import TrainResult, check_finite
+from fastddpm.training.outcome import TrainResult, check_finite, is_better
 from fastddpm.training.randomness import random_state, randomness_kept, seed_randomness, set_random_state
 from fastddpm.training.settings import TrainerSettings
 from fastddpm.training.state import collect, restore
@@ -270,8 +269,7 @@ class Trainer:
     def _record(self, log: RunLog | None, bar: Bar) -> None:
         settings, training = self.settings, self._training
         steps_per_second, waiting = self._meter.rates(training.waited)
-        means = self.accelerator.reduce(self._meter.means(), "mean")
-        self._loss, norm = (float(value) for value in means)
+        self._loss, norm = (float(value) for value in self.accelerator.reduce(self._meter.means(), "mean"))
         self._meter.clear()
         rate = steps_per_second * settings.images_per_step
         if log is not None:
@@ -285,8 +283,8 @@ class Trainer:
                 "bad_steps": int(training.bad[1]),
             }
             log.write(self.step, values)
-            text = f"loss {self._loss:.4f}  lr {values['learning_rate']:.2e}  {rate:.1f} img/s  wait {waiting:.1%}"
-            bar.text = text
+            lr = values["learning_rate"]
+            bar.text = text = f"loss {self._loss:.4f}  lr {lr:.2e}  {rate:.1f} img/s  wait {waiting:.1%}"
             if self._progress and not sys.stderr.isatty():  # where no bar is drawn
                 print(f"step {self.step} of {settings.train_num_steps}  {text}", file=sys.stderr, flush=True)
         self._meter.start_clock(training.waited)
@@ -336,8 +334,7 @@ class Trainer:
         if log is not None:
             log.write(self.step, self._metrics)
         first = next(iter(self._metrics.values()))
-        sign = 1 if self.settings.metric_mode == "min" else -1
-        if not math.isnan(first) and (self._best is None or sign * first < sign * self._best["value"]):
+        if is_better(first, self._best, self.settings.metric_mode):
             preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module)
             self._best = {"step": self.step, "value": first}  # not where it could not be written
 
