@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from fastddpm_kernels import _native
 from torch import Tensor, nn
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize
@@ -15,7 +16,8 @@ def fingerprint(module: nn.Module) -> object:
     """What differs when a parameter or buffer does: their places, how often autograd saw them change, a sum over each.
 
     Autograd sees neither what is written through `.data` nor inference tensors; the sums do not see permutations (nor,
-    on CUDA, signs). On CUDA those of floating-point weights are norms in float64, of all of them by a few kernels.
+    on CUDA, signs). On CUDA those of floating-point weights are norms in float64, of all of them by a few kernels; on the
+    CPU they are the native library's where it is loaded, which is there sooner than torch's.
     """
     weights = list(_tensors(module))
     seen = tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)
@@ -26,6 +28,12 @@ def fingerprint(module: nn.Module) -> object:
     for device, group in by_device.items():
         if device.type == "meta":
             continue
+        if device.type == "cpu" and _native.is_loaded():
+            dense = [w for w in group if _is_dense(w)]
+            sums += _native.checksums(dense)
+            group = [w for w in group if not _is_dense(w)]
+            if not group:
+                continue
         normed = [w for w in group if device.type == "cuda" and w.is_floating_point()]
         summed = [w for w in group if not (device.type == "cuda" and w.is_floating_point())]
         values = [*torch._foreach_norm(normed, 2, dtype=torch.float64)] if normed else []
@@ -60,6 +68,11 @@ class Follower:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     return (tensor.detach() for tensor in itertools.chain(module.parameters(), module.buffers()))
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether its elements are next to each other in memory, in whatever order."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _sum_of_bits(x: Tensor) -> Tensor:

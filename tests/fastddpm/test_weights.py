@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from fastddpm_kernels import _native
 from torch import Tensor, nn
 
 from fastddpm.weights import Follower, fingerprint
@@ -34,9 +36,13 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_changes_are_seen_and_followed(change: str) -> None:
+def test_changes_are_seen_and_followed(change: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native and (reason := _native.why_not()):
+        pytest.skip(reason)
+    monkeypatch.setattr(_native, "is_loaded", lambda: native)
     module = make()
     before = fingerprint(module)
     assert fingerprint(module) == before
@@ -47,6 +53,45 @@ def test_changes_are_seen_and_followed(change: str) -> None:
     follower.refresh()
     for mine, theirs in zip(tensors(follower.copy), tensors(module), strict=True):
         assert torch.equal(mine, theirs.to(mine.dtype))
+
+
+@torch.no_grad()
+def test_native_sums_are_those_of_the_memory() -> None:
+    """Of every byte, on any number of threads, wherever a tensor begins and ends; and of two signs as of one."""
+    if reason := _native.why_not():
+        pytest.skip(reason)
+    memory = torch.randint(0, 256, (3 * 2**20 + 77,), dtype=torch.uint8)
+    parts = [memory, memory[1:9], memory[3:300], memory[5:5], memory[: 2**20 + 1]]
+
+    def expected(part: Tensor) -> int:
+        raw = part.numpy().tobytes()
+        words = np.frombuffer(raw + bytes(-len(raw) % 8), dtype="<u4").astype(object)
+        return int(words[::2].sum() + 0x9E3779B97F4A7C15 * words[1::2].sum()) % 2**64 if len(words) else 0
+
+    before, sums = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            sums.append(_native.checksums(parts))
+    finally:
+        torch.set_num_threads(before)
+    assert sums[0] == sums[1] == [expected(part) for part in parts]
+    weight = torch.rand(64, 3, 3, 3).to(memory_format=torch.channels_last)
+    whole = _native.checksums([weight])
+    weight.neg_()
+    assert _native.checksums([weight]) != whole
+
+
+@torch.no_grad()
+def test_strided_weights_are_summed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := _native.why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr(_native, "is_loaded", lambda: True)
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(torch.rand(4, 8)[:, ::2])
+    before = fingerprint(module)
+    module.weight.data[3, 3] += 1
+    assert fingerprint(module) != before
 
 
 def test_a_copy_is_left_alone_while_nothing_changes() -> None:

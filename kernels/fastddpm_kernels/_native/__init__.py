@@ -29,6 +29,7 @@ _ARGUMENTS = {
     "fastddpm_attention_gradient": [_P] * 8 + [_L] * 5 + [_F] + [_I] * 2,
     "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F] + [_I] * 3 + [_P] * 2,
     "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I] * 3,
+    "fastddpm_checksums": [_P] * 3 + [_L, _I],
     "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
 }
 _lock = threading.Lock()
@@ -84,6 +85,11 @@ def why_not() -> str | None:
 
 # As torch.compiler.assume_constant_result does, which would import torch._dynamo, and seconds with it.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_loaded() -> bool:
+    """Whether the library is here already, so that to use it builds nothing."""
+    return _load.cache_info().currsize > 0 and why_not() is None
 
 
 def get() -> _Library:
@@ -264,3 +270,12 @@ def rms_norm(
         _row_stride(shift), x.shape[0], math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1], eps,
         silu, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def checksums(tensors: list[Tensor]) -> list[int]:
+    """Of each, a sum of all its memory that does not depend on order. They are dense, in whatever order of dimensions."""
+    places = (_P * len(tensors))(*(t.data_ptr() for t in tensors))
+    sizes = (ctypes.c_int64 * len(tensors))(*(t.numel() * t.element_size() for t in tensors))
+    sums = (ctypes.c_uint64 * len(tensors))()
+    get().functions.fastddpm_checksums(sums, places, sizes, len(tensors), torch.get_num_threads())
+    return list(sums)
