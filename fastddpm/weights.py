@@ -16,8 +16,8 @@ def fingerprint(module: nn.Module) -> object:
     """What differs when a parameter or buffer does: their places, how often autograd saw them change, a sum over each.
 
     Autograd sees neither what is written through `.data` nor inference tensors; the sums do not see permutations (nor,
-    on CUDA, signs). On CUDA those of floating-point weights are norms in float64, of all of them by a few kernels; on the
-    CPU they are the native library's where it is loaded, which is there sooner than torch's.
+    on CUDA, signs). On CUDA those of floating-point weights are norms in float64, of all of them by a few kernels; on
+    the CPU they are the native library's where it is loaded, which is there sooner than torch's.
     """
     weights = list(_tensors(module))
     seen = tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)

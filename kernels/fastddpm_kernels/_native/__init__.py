@@ -273,7 +273,7 @@ def rms_norm(
 
 
 def checksums(tensors: list[Tensor]) -> list[int]:
-    """Of each, a sum of all its memory that does not depend on order. They are dense, in whatever order of dimensions."""
+    """Of each, a sum of all its memory, whose order does not matter. They are dense, in any order of dimensions."""
     places = (_P * len(tensors))(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_int64 * len(tensors))(*(t.numel() * t.element_size() for t in tensors))
     sums = (ctypes.c_uint64 * len(tensors))()
