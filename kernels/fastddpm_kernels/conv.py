@@ -48,9 +48,9 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The costs by which an algorithm is chosen, in multiplications and additions of the matrix products in float32, fitted to
-# 540 measurements on one and two Zen 5 cores: of a value that is transformed, and of a byte of weights, which cores that
-# share the memory wait for.
+# The costs by which an algorithm is chosen, in multiplications and additions of the matrix products in float32, fitted
+# to 540 measurements on one and two Zen 5 cores: of a value that is transformed, and of a byte of weights, which cores
+# that share the memory wait for.
 _TRANSFORM_COST, _BYTE_COST = {torch.float32: 14, torch.bfloat16: 6}, 6
 _CPU = torch.device("cpu")
 
