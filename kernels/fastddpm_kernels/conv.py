@@ -48,10 +48,10 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The costs by which an algorithm is chosen, in multiplications and additions of the matrix products in float32, fitted
-# to 540 measurements on one and two Zen 5 cores: of a value that is transformed, and of a byte of weights, which cores
-# that share the memory wait for.
-_TRANSFORM_COST, _BYTE_COST = {torch.float32: 14, torch.bfloat16: 6}, 6
+# The costs by which an algorithm is chosen, in multiplications and additions of the matrix products in float32, from
+# measurements on Zen 4 and Zen 5 cores: of a value that is transformed, and of a byte of weights, at which all cores share
+# the memory. In float32 14 and 6 would fit a little better, and choose winograd4, which loses more, a little more often.
+_TRANSFORM_COST, _BYTE_COST = {torch.float32: 30, torch.bfloat16: 6}, 4
 _CPU = torch.device("cpu")
 
 
@@ -172,7 +172,7 @@ def likely_algorithm(
         product, padded = 1.0, -(-in_channels // 32) * 32 * out_channels
 
     def cost(algorithm: str) -> float:
-        per_byte = _BYTE_COST * threads**0.5 * dtype.itemsize * pairs
+        per_byte = _BYTE_COST * threads * dtype.itemsize * pairs
         if algorithm == "direct":
             taps = 4 if upsample else 9
             return product * n * height * width * taps * pairs + per_byte * (16 if upsample else 9)
