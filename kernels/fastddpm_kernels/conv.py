@@ -49,8 +49,8 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The costs by which an algorithm is chosen, in multiplications and additions of the matrix products in float32, from
-# measurements on Zen 4 and Zen 5 cores: of a value that is transformed, and of a byte of weights, at which all cores share
-# the memory. In float32 14 and 6 would fit a little better, and choose winograd4, which loses more, a little more often.
+# measurements on Zen 4 and Zen 5 cores: of a value that is transformed, and of a byte of weights, at which all cores
+# share the memory. In float32 14 and 6 would fit a little better, but choose winograd4, which loses more, more often.
 _TRANSFORM_COST, _BYTE_COST = {torch.float32: 30, torch.bfloat16: 6}, 4
 _CPU = torch.device("cpu")
 
