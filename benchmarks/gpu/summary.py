@@ -11,6 +11,7 @@ from gpu.marks import MAIN, judge, median, records
 
 TUNED_ROWS = 12  # that are printed of what tuning found
 
+
 def show(content: dict[str, Any], console: Console | None = None) -> None:
     """Prints what `content` holds, most important last."""
     console = console or Console(width=140, highlight=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.attention import attention_
+from fastddpm_kernels.attention import attention_, attention_by_torch
 from fastddpm_kernels.conv import PackedWeight, conv_
 from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
@@ -238,20 +238,14 @@ def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -
     return run
 
 
-def attention(m: Machine, source: int, target: int, heads: int, head_dim: int, value_dim: int) -> Callable[[], None]:
+def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -> Callable[[], None]:
     """softmax(q k / sqrt(head_dim)) v of [q, k, v] in the channels of `source`."""
-    inner = heads * head_dim
 
     def run_native() -> None:
         attention_(m.slots[target], m.slots[source], heads, head_dim)
 
     def run() -> None:
-        qkv = m.slots[source]
-        n, _, h, w = qkv.shape
-        q, k, v = qkv.permute(0, 2, 3, 1).view(n, h * w, -1).split([inner, inner, heads * value_dim], dim=2)
-        q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        m.slots[target] = out.transpose(1, 2).reshape(n, h, w, heads * value_dim).permute(0, 3, 1, 2)
+        m.slots[target] = attention_by_torch(m.slots[source], heads, head_dim)
 
     return run_native if m.native else run
 

@@ -124,7 +124,7 @@ class Lowering(Builder):
         _, height, width = self.shapes[qkv]
         self.emit(
             name, "attention", [qkv], [out],
-            ops.attention(self.m, qkv, out, layer.heads, layer.head_dim, value_dim),
+            ops.attention(self.m, qkv, out, layer.heads, layer.head_dim),
             flops=2 * self.pixels(qkv) * height * width * (inner + layer.heads * value_dim),
         )  # fmt: skip
         if folded:

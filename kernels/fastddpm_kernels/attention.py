@@ -37,7 +37,7 @@ def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: st
         ValueError: a shape, device or memory format that does not fit.
         BackendError: the backend that was named cannot run here.
     """
-    value_dim = _check(y, qkv, heads, head_dim)
+    _check(y, qkv, heads, head_dim)
     named, backend = backend, _backend.resolve("attention", backend, qkv.device.type, qkv.dtype)
     if backend == "native" and (reason := _why_not_native(y, qkv, head_dim)) is not None:
         if named == "native":
@@ -45,20 +45,28 @@ def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: st
         backend = "eager"
     if y.numel() == 0:
         return
-    n, _, height, width = qkv.shape
-    rows = qkv.permute(0, 2, 3, 1).reshape(n, height * width, -1)
-    parts = rows.split([heads * head_dim, heads * head_dim, heads * value_dim], dim=2)
     if backend == "native":
-        q, k, v = parts
-        _native.attention(y.permute(0, 2, 3, 1).view(n, height * width, -1), q, k, v, heads, head_dim**-0.5)
+        q, k, v = _parts(qkv, heads, head_dim)
+        _native.attention(y.permute(0, 2, 3, 1).view(len(y), q.shape[1], -1), q, k, v, heads, head_dim**-0.5)
         return
-    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    y.copy_(attention_by_torch(qkv.double() if backend == "reference" else qkv, heads, head_dim, backend))
+
+
+def attention_by_torch(qkv: Tensor, heads: int, head_dim: int, backend: str = "eager") -> Tensor:
+    """As `attention_`, unchecked, into new memory, channels-last: torch's attention has no given place."""
+    n, _, height, width = qkv.shape
+    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in _parts(qkv, heads, head_dim))
     if backend == "reference":
-        q, k, v = q.double(), k.double(), v.double()
         out = torch.softmax(q @ k.transpose(2, 3) * head_dim**-0.5, dim=3) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)
-    y.copy_(out.transpose(1, 2).reshape(n, height, width, heads * value_dim).permute(0, 3, 1, 2))
+    return out.transpose(1, 2).reshape(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _parts(qkv: Tensor, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, [N, P, heads * ..]."""
+    rows, inner = qkv.permute(0, 2, 3, 1).flatten(1, 2), heads * head_dim
+    return rows.split([inner, inner, rows.shape[2] - 2 * inner], dim=2)
 
 
 def _why_not_native(y: Tensor, qkv: Tensor, head_dim: int) -> str | None:
@@ -70,8 +78,7 @@ def _why_not_native(y: Tensor, qkv: Tensor, head_dim: int) -> str | None:
     return None
 
 
-def _check(y: Tensor, qkv: Tensor, heads: int, head_dim: int) -> int:
-    """Checks every argument. Returns the channels of a value."""
+def _check(y: Tensor, qkv: Tensor, heads: int, head_dim: int) -> None:
     for name, value in (("qkv", qkv), ("y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
@@ -96,4 +103,3 @@ def _check(y: Tensor, qkv: Tensor, heads: int, head_dim: int) -> int:
         raise ValueError(f"y has shape {tuple(y.shape)}, must have shape {expected}")
     if y.numel() and y.data_ptr() == qkv.data_ptr():
         raise ValueError("y is qkv, must be other memory")
-    return values // heads

@@ -166,10 +166,10 @@ def likely_algorithm(
     dtype: torch.dtype = torch.float32,
 ) -> str:  # fmt: skip
     """`choose_algorithm` of 3x3 convolutions that pad by 1, where no table has a choice."""
-    factor, product = 2 if upsample else 1, 2.0
+    factor, half = 2 if upsample else 1, dtype == torch.bfloat16
     height, width, pairs = height * factor, width * factor, in_channels * out_channels
-    if dtype == torch.bfloat16:
-        product, padded = 1.0, -(-in_channels // 32) * 32 * out_channels
+    product = 1 if half else 2
+    padded = (-(-in_channels // 32) * 32 if half else in_channels) * out_channels
 
     def cost(algorithm: str) -> float:
         per_byte = _BYTE_COST * threads * dtype.itemsize * pairs
@@ -179,8 +179,7 @@ def likely_algorithm(
         m = TILE[algorithm]
         points = (m + 1) ** 2 if upsample else (m + 2) ** 2
         tiles = n * -(-height // m) * -(-width // m)
-        products = product * (padded if dtype == torch.bfloat16 else pairs)
-        return points * (tiles * (products + _TRANSFORM_COST[dtype] * (in_channels + out_channels)) + per_byte)
+        return points * (tiles * (product * padded + _TRANSFORM_COST[dtype] * (in_channels + out_channels)) + per_byte)
 
     return min(possible_algorithms(upsample, dtype), key=cost)
 
