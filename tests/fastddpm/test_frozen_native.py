@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from fastddpm_kernels import _native
-from fastddpm_kernels._backend import why_not
-from fastddpm_kernels._native.build import compiler
 from fastddpm_kernels.conv import error_factor
 from torch import Tensor, nn
 
@@ -31,11 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _needs_compiler() -> None:
-    if compiler() is None:
-        pytest.skip("there is no C++ compiler")
-    assert why_not("native", "cpu") is None
+pytestmark = pytest.mark.usefixtures("native")
 
 
 @torch.no_grad()
@@ -49,11 +43,6 @@ def make_unet(fields: dict[str, Any] | None = None) -> UNet:
             else:
                 parameter.normal_(mean=float(isinstance(module, nn.GroupNorm) and name == "weight"), std=0.3)
     return unet
-
-
-def needs_bfloat16() -> None:
-    if reason := _native.why_not_bfloat16(slower=True):
-        pytest.skip(reason)
 
 
 def run(frozen: FrozenUNet, x: Tensor, row: int, labels: Tensor | None = None) -> Tensor:
@@ -120,8 +109,8 @@ def test_activations_are_in_one_block_of_memory() -> None:
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("option", OPTIONS)
 @torch.no_grad()
+@pytest.mark.usefixtures("native_bfloat16")
 def test_in_bfloat16_it_loses_no_more_than_its_algorithms_must(option: str, batch: int) -> None:
-    needs_bfloat16()
     unet = make_unet(OPTIONS[option])
     x = torch.randn(batch, unet.config.in_channels, 16, 8).bfloat16().double()
     labels = torch.arange(batch) if unet.config.has_classes else None
@@ -134,8 +123,8 @@ def test_in_bfloat16_it_loses_no_more_than_its_algorithms_must(option: str, batc
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("native_bfloat16")
 def test_in_bfloat16_new_weights_are_taken_over() -> None:
-    needs_bfloat16()
     unet = make_unet().float()
     frozen = freeze(unet, TIMESTEPS, torch.bfloat16, backend="native")
     inputs = frozen.new_input((2, 3, 16, 16)).normal_()
@@ -149,8 +138,8 @@ def test_in_bfloat16_new_weights_are_taken_over() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("native_bfloat16")
 def test_in_bfloat16_odd_widths_run_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs_bfloat16()
     monkeypatch.setattr(_native.get(), "bfloat16", 1)
     assert freeze(make_unet(), TIMESTEPS, torch.bfloat16).backend == "native"
     odd = make_unet({"block_out_channels": (15, 24), "norm_num_groups": 3})

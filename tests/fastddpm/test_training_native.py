@@ -8,7 +8,6 @@ import pytest
 import torch
 from fastddpm_kernels import _native
 from fastddpm_kernels._backend import BackendError
-from fastddpm_kernels._native.build import compiler
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.testing import errors
 from torch import Tensor
@@ -20,18 +19,11 @@ NATIVE = ("fastddpm::conv3x3", "fastddpm::group_norm_silu", "fastddpm::attention
 
 
 @pytest.fixture(scope="module")
-def unet() -> UNet:
-    if compiler() is None:
-        pytest.skip("there is no C++ compiler")
+def unet(native: str) -> UNet:
     torch.manual_seed(0)
     kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     sizes = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
     return UNet(in_channels=3, out_channels=3, **sizes, **kinds).train()
-
-
-def needs_bfloat16() -> None:
-    if reason := _native.why_not_bfloat16(slower=True):
-        pytest.skip(reason)
 
 
 def step(unet: UNet, backend: str, dtype: torch.dtype = torch.float32, *, autocast: bool = False) -> Tensor:
@@ -62,8 +54,8 @@ def test_gradients_are_those_of_float64(unet: UNet) -> None:
     assert native < 2e-5
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_under_autocast_they_lose_no_more_than_torchs(unet: UNet) -> None:
-    needs_bfloat16()
     exact = step(unet, "eager", torch.float64)
     native, eager = (errors(step(unet, name, autocast=True), exact)[0] for name in ("native", "eager"))
     assert native <= error_factor("winograd2") * eager
@@ -80,8 +72,8 @@ def test_when_it_is_taken(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops(unet, training=True) == set(NATIVE) - {"fastddpm::conv3x3"}
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_when_it_is_taken_under_autocast(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs_bfloat16()
     assert ops(unet, training=True, backend="native", autocast=True) == set(NATIVE)
     monkeypatch.setattr(layers, "NATIVE_VALUES", 0)
     monkeypatch.setattr(_native.get(), "bfloat16", 1)

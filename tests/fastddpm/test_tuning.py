@@ -53,12 +53,6 @@ KEYS = {
 
 
 @pytest.fixture
-def native() -> None:
-    if why_not("native", "cpu") is not None:
-        pytest.skip("there is no C++ compiler")
-
-
-@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache for tables, which are used. The native library is loaded before, not built into it."""
     why_not("native", "cpu")
@@ -147,9 +141,12 @@ def test_pointwise_convolutions_are_tried_as_the_vendors_product_in_16_bits_alon
 
 @pytest.mark.parametrize("upsample", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_algorithm_of_the_cpu_is_a_candidate(native: None, dtype: torch.dtype, upsample: int) -> None:
-    if reason := why_not("native", "cpu", "conv", dtype):
-        pytest.skip(reason)
+@pytest.mark.usefixtures("native")
+def test_every_algorithm_of_the_cpu_is_a_candidate(
+    dtype: torch.dtype, upsample: int, request: pytest.FixtureRequest
+) -> None:
+    if dtype == torch.bfloat16:
+        request.getfixturevalue("native_bfloat16")
     task = make_task(Key("conv", dtype, (2, 9, 6, 6, 18, upsample, 1)), CPU)
     candidates = task.candidates()
     assert candidates[0] == {"algorithm": likely_algorithm(2, 9, 6, 6, 18, upsample, 1, dtype=dtype)}
@@ -161,7 +158,7 @@ def test_every_algorithm_of_the_cpu_is_a_candidate(native: None, dtype: torch.dt
         assert why_wrong(task, choice, task.another(operands), truth) is None
 
 
-def test_what_is_wrong_is_refused(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_refused(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task(CONV, CPU)
     operands = task.operands(0)
     truth = task.truth(operands, task.samples())
@@ -229,7 +226,7 @@ OWN, A, B = (lambda own: (own, *sorted({"direct", "winograd2", "winograd4"} - {o
     ],
 )
 def test_only_what_is_faster_beyond_noise_wins(
-    native: None, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, Sequence[float]], winner: str | None
+    native: str, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, Sequence[float]], winner: str | None
 ) -> None:
     (outcome,) = tune({CONV: 3}, CPU, 60.0, clock=Clock(monkeypatch, seconds))
     assert outcome.done
@@ -240,7 +237,7 @@ def test_only_what_is_faster_beyond_noise_wins(
         assert outcome.winner_us < outcome.heuristic_us
 
 
-def test_what_is_refused_is_not_timed(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_is_not_timed(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "fastddpm.tuning.search.why_wrong",
         lambda task, choice, *rest: "it is wrong" if choice["algorithm"] == A else None,
@@ -251,13 +248,13 @@ def test_what_is_refused_is_not_timed(native: None, monkeypatch: pytest.MonkeyPa
     assert clock.timed == 2 + 2
 
 
-def test_a_shape_whose_own_choice_is_wrong_is_left_alone(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_whose_own_choice_is_wrong_is_left_alone(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastddpm.tuning.search.why_wrong", lambda *_: "it is wrong")
     (outcome,) = tune({CONV: 1}, CPU, 60.0, clock=Clock(monkeypatch, {}))
     assert outcome.status == "the heuristics' choice is refused: it is wrong"
 
 
-def test_the_budget_ends_the_search(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_ends_the_search(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
     big = Key("conv", torch.float32, (4, 16, 16, 64, 64, 0, 1))
 
@@ -296,13 +293,13 @@ def test_a_budget_that_is_short_is_spent_on_few_shapes(monkeypatch: pytest.Monke
     assert LEAST_S.keys() == {"cuda"}
 
 
-def test_the_heuristics_choice_is_not_waited_for(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heuristics_choice_is_not_waited_for(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Compiling, "why_not", lambda *_: "it was not compiled in time")
     (outcome,) = tune({CONV: 1}, CPU, 60.0, clock=Clock(monkeypatch, {OWN: [2.0]}))
     assert (outcome.done, outcome.winner, len(outcome.refused)) == (True, None, 2)
 
 
-def test_an_error_ends_one_shape_alone(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_ends_one_shape_alone(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Key("conv", torch.float32, (4, 9, 6, 5, 18, 0, 1))
     operands = ConvTask.operands
 
@@ -342,7 +339,7 @@ def test_the_shapes_are_those_that_the_model_runs(device: torch.device) -> None:
     assert sum(norms.values()) == sum(isinstance(m, torch.nn.GroupNorm) for m in network.model.modules())
 
 
-def test_the_shapes_of_the_cpu_are_those_of_its_convolutions(native: None) -> None:
+def test_the_shapes_of_the_cpu_are_those_of_its_convolutions(native: str) -> None:
     network = Network(small_unet(), freeze=True)
     keys = network_keys(network, (3, 1, 8, 8), tuned_ops(CPU))
     threads = torch.get_num_threads()
@@ -379,7 +376,7 @@ def test_nothing_measured_writes_nothing(cache: Path) -> None:
 
 
 def test_a_sampler_tunes_when_it_is_asked_to_and_once(
-    native: None, cache: Path, monkeypatch: pytest.MonkeyPatch
+    native: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched = []
 

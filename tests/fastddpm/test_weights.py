@@ -36,13 +36,15 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
+@pytest.mark.parametrize("natively", [False, True], ids=["torch", "native"])
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_changes_are_seen_and_followed(change: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native and (reason := _native.why_not()):
-        pytest.skip(reason)
-    monkeypatch.setattr(_native, "is_loaded", lambda: native)
+def test_changes_are_seen_and_followed(
+    change: str, natively: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if natively:
+        request.getfixturevalue("native")
+    monkeypatch.setattr(_native, "is_loaded", lambda: natively)
     module = make()
     before = fingerprint(module)
     assert fingerprint(module) == before
@@ -55,11 +57,10 @@ def test_changes_are_seen_and_followed(change: str, native: bool, monkeypatch: p
         assert torch.equal(mine, theirs.to(mine.dtype))
 
 
+@pytest.mark.usefixtures("native")
 @torch.no_grad()
 def test_native_sums_are_those_of_the_memory() -> None:
     """Of every byte, on any number of threads, wherever a tensor begins and ends; and of two signs as of one."""
-    if reason := _native.why_not():
-        pytest.skip(reason)
     memory = torch.randint(0, 256, (3 * 2**20 + 77,), dtype=torch.uint8)
     parts = [memory, memory[1:9], memory[3:300], memory[5:5], memory[: 2**20 + 1]]
 
@@ -82,10 +83,9 @@ def test_native_sums_are_those_of_the_memory() -> None:
     assert _native.checksums([weight]) != whole
 
 
+@pytest.mark.usefixtures("native")
 @torch.no_grad()
 def test_strided_weights_are_summed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := _native.why_not():
-        pytest.skip(reason)
     monkeypatch.setattr(_native, "is_loaded", lambda: True)
     module = nn.Linear(4, 4)
     module.weight = nn.Parameter(torch.rand(4, 8)[:, ::2])
