@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels import attention_training
-from fastddpm_kernels.conv_training import conv3x3, why_not_native
+from fastddpm_kernels._native_training import why_not_native
+from fastddpm_kernels.conv_training import conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
 

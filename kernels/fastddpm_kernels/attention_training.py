@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm_kernels import _backend, _native
-from fastddpm_kernels.conv_training import why_not_native as _why_not_native
+from fastddpm_kernels._native_training import why_not_native as _why_not_native
 
 BACKENDS = ("native", "eager", "reference")
 

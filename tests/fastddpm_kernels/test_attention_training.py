@@ -109,7 +109,7 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
     assert torch.equal(eager, expected)
     assert attention(*[t.double() for t in tensors], 2).dtype == torch.float64
-    monkeypatch.setattr("fastddpm_kernels.conv_training._why_no_library", lambda: "there is no C++ compiler")
+    monkeypatch.setattr("fastddpm_kernels._native_training._why_no_library", lambda: "there is no C++ compiler")
     assert torch.equal(attention(*tensors, 2), eager)
     with pytest.raises(BackendError, match="attention: backend 'native' cannot run here: there is no C"):
         attention(*tensors, 2, backend="native")

@@ -15,8 +15,9 @@ import torch
 from fastddpm_kernels import _native
 from fastddpm_kernels._backend import BackendError
 from fastddpm_kernels._conv_packing import _transforms
+from fastddpm_kernels._native_training import why_not_native
 from fastddpm_kernels.conv import error_factor, packed_values
-from fastddpm_kernels.conv_training import _conv3x3, conv3x3, why_not_native
+from fastddpm_kernels.conv_training import _conv3x3, conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from fastddpm_kernels.testing import FLOORS, assert_close, errors, poisoned_memory
 from torch import Tensor
@@ -326,7 +327,7 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
         conv3x3(x.half(), weight, bias, x2.half(), backend="native")
     with pytest.raises(BackendError, match=r"native kernels compute in torch.float32 or torch.bfloat16, not"):
         conv3x3(x, weight, bias, x2.bfloat16(), backend="native")
-    monkeypatch.setattr("fastddpm_kernels.conv_training._why_no_library", lambda: "there is no C++ compiler")
+    monkeypatch.setattr("fastddpm_kernels._native_training._why_no_library", lambda: "there is no C++ compiler")
     assert torch.equal(conv3x3(x, weight, bias, x2), expected)
     with pytest.raises(BackendError, match="conv3x3: backend 'native' cannot run here: there is no C"):
         conv3x3(x, weight, bias, x2, backend="native")
