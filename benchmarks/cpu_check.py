@@ -33,13 +33,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))  # for what it shares with gpu_check.py
 
 from cpu_step import measure, versions
-from fastddpm_kernels import _backend
+from fastddpm_kernels import backend as _backend
 from gpu.arms import Missing
 from gpu.networks import CONFIGS, make_problem
 from gpu.results import commit_here
 
-from fastddpm._files import write_json
-from fastddpm.profiling.compare import CPU_SCHEMA
+from fastddpm.common.files import write_json
+from fastddpm.perf.profiling.compare import CPU_SCHEMA
 
 Arm = Callable[[], np.ndarray]  # a whole call: images [N, H, W, 3] in [0, 1]
 NETWORKS = ("cifar10", "lucidrains", "step")

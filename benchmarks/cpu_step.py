@@ -3,7 +3,7 @@
     diffusers       UNet2DModel as it comes in float32; in lower precision channels-last, q, k and v as one product
     torch.compile   that in either precision under inductor, weights frozen; with max-autotune where it is faster
     openvino        that converted for the batch size, as OpenVINO's hint for the precision says; `pip install openvino`
-    fastddpm        `fastddpm.frozen.freeze`
+    fastddpm        `fastddpm.networks.frozen.freeze`
 
 `cpu_check.py` runs it as "step". Every arm is held against float64 first, and one that is wrong is not timed.
 """
@@ -24,7 +24,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from fastddpm_kernels import _backend
+from fastddpm_kernels import backend as _backend
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.testing import FLOORS
 from gpu.arms import Missing, Unavailable
@@ -33,8 +33,8 @@ from gpu.networks import Problem
 from measuring import peer, ratio
 from torch import Tensor, nn
 
-from fastddpm.frozen import freeze
-from fastddpm.profiling.timing import first_lines, interleave, quantiles, release
+from fastddpm.networks.frozen import freeze
+from fastddpm.perf.profiling.timing import first_lines, interleave, quantiles, release
 
 T = 500
 CPU = torch.device("cpu")

@@ -31,8 +31,8 @@ from gpu import loops, machine, ops, precompile, profiler, pytest_run, summary, 
 from gpu.results import ROOT, Results, Section, commit_here, source_digest
 from gpu.timing import OutOfTime, split_time, time_limit
 
-from fastddpm.profiling import ceilings
-from fastddpm.profiling.timing import first_lines, release
+from fastddpm.perf.profiling import ceilings
+from fastddpm.perf.profiling.timing import first_lines, release
 
 # Section -> its share of the time; what one leaves over goes to those after it. `tune` is the last, because it runs
 # what nobody has run before: should a kernel bring the device down, nothing else is lost.

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastddpm_kernels._backend import why_not
+from fastddpm_kernels.backend import why_not
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.testing import FLOORS, assert_close, errors
 from gpu.arms import Missing, Unavailable
 from gpu.op_cases import Case, Tensors
 from torch import Tensor
 
-from fastddpm.profiling import ceilings
-from fastddpm.profiling.timing import capture, interleave, quantiles, release, synchronize, timed
+from fastddpm.perf.profiling import ceilings
+from fastddpm.perf.profiling.timing import capture, interleave, quantiles, release, synchronize, timed
 
 ARMS = ("fused", "eager", "compiled", "reference")
 PEERS = ("diffusers", "denoising_diffusion_pytorch")
@@ -339,7 +339,7 @@ def compiled_network(session: Session, network: Callable[..., Any]) -> tuple[Cal
         Unavailable: in a smoke test, or without a compiler.
     """
     if not session.timed:
-        raise Unavailable("networks are compiled with --benchmark-only alone; tests/fastddpm/test_counts.py traces one")
+        raise Unavailable("networks are compiled with --benchmark-only alone; tests/sampling/test_counts.py traces one")
     return compiled(session, network, **COMPILE_OPTIONS[session.device.type])
 
 

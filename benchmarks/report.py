@@ -20,8 +20,8 @@ from typing import Any
 from gpu.marks import MAIN, Mark, judge, median, records
 from gpu.results import ROOT, SCHEMA
 
-from fastddpm._files import atomic_write, read_json
-from fastddpm.profiling import compare, plots
+from fastddpm.common.files import atomic_write, read_json
+from fastddpm.perf.profiling import compare, plots
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 CPU_SCHEMA = compare.CPU_SCHEMA

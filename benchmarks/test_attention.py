@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fastddpm_kernels import _backend
+from fastddpm_kernels import backend as _backend
 from fastddpm_kernels.attention import attention_
 from fastddpm_kernels.testing import assert_close
 from gpu.arms import Unavailable
@@ -22,7 +22,7 @@ from gpu.op_cases import image
 from measuring import ARMS, Candidate, Session, compiled, fused_backend, peer
 from torch import Tensor, nn
 
-from fastddpm.layers import Attention
+from fastddpm.networks.unet.layers import Attention
 
 
 class Example(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fastddpm_kernels import _backend
+from fastddpm_kernels import backend as _backend
 from fastddpm_kernels.conv import ALGORITHMS, conv_, error_factor, pack, possible_algorithms
 from fastddpm_kernels.testing import assert_close
 from gpu.arms import Unavailable

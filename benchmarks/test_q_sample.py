@@ -17,7 +17,7 @@ from fastddpm_kernels.testing import assert_close
 from measuring import ARMS, PEERS, Candidate, Session, assert_same_as_peer, compiled, fused_backend, peer
 from torch import Tensor, nn
 
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule
 
 
 class Example(NamedTuple):

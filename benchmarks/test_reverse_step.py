@@ -18,8 +18,8 @@ from gpu.arms import Unavailable
 from measuring import ARMS, PEERS, Candidate, Session, assert_same_as_peer, compiled, fused_backend, peer
 from torch import Tensor, nn
 
-from fastddpm.coefficients import ddim_table, ddpm_table
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.tables import ddim_table, ddpm_table
 
 
 class Example(NamedTuple):

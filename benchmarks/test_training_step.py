@@ -120,7 +120,7 @@ def _arm(session: Session, name: str, model: Any) -> tuple[nn.Module, Callable[[
     settings: dict[str, Any] = {"backend": backend, "channels_last": True}
     if name == "compiled":
         if not session.timed:
-            raise Unavailable("compiled with --benchmark-only alone; tests/fastddpm/test_counts.py traces it")
+            raise Unavailable("compiled with --benchmark-only alone; tests/sampling/test_counts.py traces it")
         run, options = compiled(session, lambda x0, step: diffusion(x0, step=step))
         settings |= options
         steps = torch.zeros(1, dtype=torch.int64, device=session.device)

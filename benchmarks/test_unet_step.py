@@ -18,7 +18,7 @@ from gpu.networks import Problem, flops_of, make_problem
 from measuring import ARMS, PEERS, Candidate, Session, assert_network_close, compiled_network, peer
 from torch import Tensor, nn
 
-from fastddpm.frozen import freeze
+from fastddpm.networks.frozen import freeze
 
 T = 500
 LUCIDRAINS = "denoising_diffusion_pytorch"

@@ -22,8 +22,8 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from fastddpm.images import save_grid
-from fastddpm.pretrained import load_pretrained
+from fastddpm.common.images import save_grid
+from fastddpm.interop.pretrained import load_pretrained
 
 SIZE, CLASSES = 16, 10
 

@@ -26,8 +26,8 @@ from rich.progress import Progress
 from sklearn.decomposition import PCA
 
 import fastddpm
-from fastddpm._files import read_json, write_json
-from fastddpm.pretrained import BUNDLED, Pretrained, load_pretrained
+from fastddpm.common.files import read_json, write_json
+from fastddpm.interop.pretrained import BUNDLED, Pretrained, load_pretrained
 
 METHODS = {"ddpm": "DDPM", "ddim": "DDIM", "dpmsolver++": "DPM-Solver++ (2M)"}
 STEPS = (2, 3, 5, 10, 20, 50, 100, 250, 1000)

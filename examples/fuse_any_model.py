@@ -6,9 +6,9 @@
 import torch
 from diffusers import UNet2DConditionModel
 
-from fastddpm.fusing import fuse
-from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.interop.fusing import fuse
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.sampling.sampler import Sampler
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

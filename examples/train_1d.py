@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from training import add_training_arguments, fit
 
-from fastddpm.layers import EmbeddingMLP, timestep_embedding
-from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.networks.unet.layers import EmbeddingMLP, timestep_embedding
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.sampling.sampler import Sampler
 
 CHANNELS, LENGTH = 2, digits.SIZE  # ink per row from the top, ink per column from the left
 PREDICTION_TYPE = "v_prediction"

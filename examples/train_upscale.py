@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 from training import add_training_arguments, fit, write_record
 
-from fastddpm.editing import super_resolution
-from fastddpm.images import grid
-from fastddpm.pretrained import load_pretrained, save_pretrained
-from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.unet import UNet
-from fastddpm.unet_config import UNetConfig
+from fastddpm.common.images import grid
+from fastddpm.interop.pretrained import load_pretrained, save_pretrained
+from fastddpm.networks.unet.config import UNetConfig
+from fastddpm.networks.unet.model import UNet
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.sampling.editing import super_resolution
+from fastddpm.sampling.sampler import Sampler
 
 LOW = 4  # pixels a side of the low-resolution image
 
@@ -78,7 +78,7 @@ def shrink(images: Tensor) -> Tensor:
 
 
 def enlarge(low: Tensor) -> Tensor:
-    """Low-resolution images [N, 1, 4, 4] as [N, 1, 16, 16], bicubic, as `fastddpm.editing.super_resolution` does."""
+    """Return low-resolution images [N, 1, 4, 4] as [N, 1, 16, 16], bicubic, as `editing.super_resolution` does."""
     return interpolate(low, size=(digits.SIZE, digits.SIZE), mode="bicubic", align_corners=False)
 
 

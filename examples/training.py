@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import fastddpm
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.training import ExponentialAverage, TrainerSettings
 
 # draw(n, generator) -> clean data [n, ...] and what the network is told about each sample.

@@ -6,19 +6,18 @@ images = load_pretrained("path/to/pipeline").sampler().sample(16, seed=0)
 
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.diffusion import GaussianDiffusion
-from fastddpm.frozen import FrozenUNet, freeze
-from fastddpm.fusing import Fused, fuse
+from fastddpm.common.version import __version__
 from fastddpm.interop import accelerate
-from fastddpm.pretrained import Pretrained, load_pretrained, save_pretrained
-from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.interop.fusing import Fused, fuse
+from fastddpm.interop.pretrained import Pretrained, load_pretrained, save_pretrained
+from fastddpm.networks.frozen import FrozenUNet, freeze
+from fastddpm.networks.unet.model import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.training.objective import GaussianDiffusion
 
 if TYPE_CHECKING:
     from fastddpm.training import Trainer, TrainerSettings, TrainResult
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FrozenUNet",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fastddpm_kernels import _native
-from fastddpm_kernels._backend import why_not
-from fastddpm_kernels._native.build import compiler
+from fastddpm_kernels import native as _native
+from fastddpm_kernels.backend import why_not
+from fastddpm_kernels.native.build import compiler
 
 # Without a GPU the real Triton kernels run through triton's interpreter, which must be chosen before triton is
 # imported for the first time.
@@ -24,6 +27,8 @@ os.environ["FASTDDPM_TUNED"] = "0"
 # Workers side by side share the cores; OpenMP threads that wait for each other would spin on them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+sys.path.insert(0, str(Path(__file__).parent / "shared"))  # objects that several files of tests share
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -99,3 +104,33 @@ def native_bfloat16(native: str) -> str:
             assert "avx512_bf16" not in cpu.read(), reason
         pytest.skip(reason)
     return native
+
+
+@pytest.fixture(scope="session")
+def digits() -> ModuleType:
+    """`examples/digits.py`: the real digits, the classifier trained on them, and the report."""
+    return _module(Path(__file__).parents[1] / "examples" / "digits.py")
+
+
+@pytest.fixture(scope="session")
+def openai() -> ModuleType:
+    """`openai_restated.py`: the networks and loops of guided-diffusion, and weights for them."""
+    return _module(Path(__file__).parent / "shared" / "openai_restated.py")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[SimpleNamespace]:
+    """The modules of `benchmarks/gpu`, and `gpu_check.py` and `report.py` beside it."""
+    from gpu_check_parts import modules
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield modules(patch)
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastddpm.profiling.timing import first_lines, interleave, release, spread, synchronize, timed
+from fastddpm.perf.profiling.timing import first_lines, interleave, release, spread, synchronize, timed
 from gpu.results import Record, Section
 from gpu.timing import OutOfTime, time_limit
 

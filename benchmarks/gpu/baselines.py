@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.precision import tf32
-from fastddpm.profiling.timing import capture, first_lines
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.networks.precision import tf32
+from fastddpm.perf.profiling.timing import capture, first_lines
+from fastddpm.process.schedule import NoiseSchedule
 from gpu.networks import CONFIGS, Problem
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}

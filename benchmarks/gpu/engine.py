@@ -9,10 +9,10 @@ import torch
 from fastddpm_kernels import philox
 from torch import Tensor
 
-from fastddpm.frozen import freeze
-from fastddpm.profiling.layers import evaluation
-from fastddpm.profiling.timing import capture
-from fastddpm.sampler import Sampler
+from fastddpm.networks.frozen import freeze
+from fastddpm.perf.profiling.layers import evaluation
+from fastddpm.perf.profiling.timing import capture
+from fastddpm.sampling.sampler import Sampler
 from gpu.arms import Unavailable
 from gpu.networks import Problem
 

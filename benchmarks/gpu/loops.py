@@ -10,7 +10,7 @@ import torch
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.testing import FLOORS
 
-from fastddpm.profiling.timing import first_lines, release
+from fastddpm.perf.profiling.timing import first_lines, release
 from gpu.arms import OUT_OF_TIME, Arm, Group, Unavailable
 from gpu.baselines import DTYPES, CompiledLoop, EagerLoop, EagerNetwork, Noise, matches
 from gpu.engine import GRAPHS, SamplerLoop, make_sampler, network_alone, philox_noise

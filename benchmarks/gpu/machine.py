@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastddpm.profiling import ceilings
+from fastddpm.perf.profiling import ceilings
 from gpu.results import Section
 
 MATMULS = ceilings.MATMULS

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.networks.unet.model import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
 
 _GOOGLE: dict[str, Any] = {
     "attention_head_dim": None,

@@ -15,8 +15,8 @@ from fastddpm_kernels.residual_add import residual_add_
 from fastddpm_kernels.reverse_step import reverse_step, reverse_step_
 from torch import Tensor
 
-from fastddpm.coefficients import ddpm_table
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.tables import ddpm_table
 
 # Rows [A B C D E F S] in the middle of 50 steps of DDIM with eta = 0.
 DDIM_ROW = [3.573, -3.430, 0.3363, 0.0, 0.9418, 0.0, 0.0]

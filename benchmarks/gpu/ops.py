@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fastddpm_kernels.testing import assert_close, poisoned_memory
 
-from fastddpm.profiling.timing import capture, first_lines, release
+from fastddpm.perf.profiling.timing import capture, first_lines, release
 from gpu.arms import Arm, Group, Unavailable
 from gpu.machine import copy_bandwidth
 from gpu.op_cases import Case, Tensors, all_cases

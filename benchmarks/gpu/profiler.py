@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastddpm.profiling import kernels
-from fastddpm.profiling.timing import first_lines, release, spread, timed
+from fastddpm.perf.profiling import kernels
+from fastddpm.perf.profiling.timing import first_lines, release, spread, timed
 from gpu.arms import OUT_OF_TIME
 from gpu.engine import SamplerLoop, described_program
 from gpu.machine import copy_bandwidth, matmul

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from fastddpm.profiling.timing import first_lines
+from fastddpm.perf.profiling.timing import first_lines
 from gpu.outcome_log import VARIABLE
 from gpu.results import ROOT, Section
 
 # What is run, in this order: name -> arguments of pytest.
 RUNS = {
     "marked gpu": ["-m", "gpu", "tests"],
-    "kernels": ["-m", "not gpu and not slow", "tests/fastddpm_kernels", "--ignore=tests/fastddpm_kernels/test_aot.py"],
+    "kernels": ["-m", "not gpu and not slow", "tests/kernels", "--ignore=tests/kernels/test_aot.py"],
 }
 # On the CPU these tests mean nothing here; a few show that the way of running them works.
-SMALL_RUNS = {"a few, to try the way": ["tests/fastddpm_kernels/test_backend.py"]}
+SMALL_RUNS = {"a few, to try the way": ["tests/kernels/test_backend.py"]}
 
 
 def run(section: Section, device: torch.device, small: bool) -> None:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastddpm._files import read_json, write_json
-from fastddpm.profiling.compare import GPU_SCHEMA
+from fastddpm.common.files import read_json, write_json
+from fastddpm.perf.profiling.compare import GPU_SCHEMA
 
 SCHEMA = GPU_SCHEMA
 ROOT = Path(__file__).parents[2]

@@ -140,7 +140,7 @@ def _tune(content: dict[str, Any], console: Console) -> None:
             own, best = r["heuristic_us"], r["tuned_us"]
             table.add_row(r["group"], str(r["calls"]), f"{own:.1f}", f"{best:.1f}", f"{own / best:.2f}x", words)
         console.print(table)
-    console.print(f"the table of all is {section['table']}; for everyone it is _triton/tuned/{section['package']}")
+    console.print(f"the table of all is {section['table']}; for everyone it is tuned_tables/{section['package']}")
 
 
 def _saved(record: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""A limit on the time that something may take, and how time is shared out. What is timed is in `fastddpm.profiling`."""
+"""A limit on time, and how time is shared out. `fastddpm.perf.profiling` has what is timed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Section `tune`: the fastest choices for the shapes of the CIFAR-10 architecture, and what a step gains by them.
 
 What is found is also written beside the results file as a table, `<results>.tuned.json`, in the form in which
-`fastddpm tune --into-package` writes one: as `_triton/tuned/<gpu>.json` of the package, all who have that GPU use it.
+`fastddpm tune --into-package` writes one: as `tuned_tables/<gpu>.json` of the package, all who have that GPU use it.
 The tables that there are, the user's and the package's, are neither changed nor followed here.
 """
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fastddpm_kernels import _tuned
-from fastddpm_kernels._tuned import Choice, Key
+from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels.tuned import Choice, Key
 
-from fastddpm.diffusion import GaussianDiffusion
-from fastddpm.profiling.timing import release
-from fastddpm.tuning.search import Outcome, tune
-from fastddpm.tuning.shapes import sampler_keys, training_keys
-from fastddpm.tuning.store import save
-from fastddpm.tuning.task import make_task, tuned_ops
+from fastddpm.perf.profiling.timing import release
+from fastddpm.perf.tuning.search import Outcome, tune
+from fastddpm.perf.tuning.shapes import sampler_keys, training_keys
+from fastddpm.perf.tuning.store import save
+from fastddpm.perf.tuning.task import make_task, tuned_ops
+from fastddpm.training.objective import GaussianDiffusion
 from gpu.arms import OUT_OF_TIME, Arm, Group
 from gpu.engine import make_sampler, network_alone
 from gpu.networks import Problem, make_problem

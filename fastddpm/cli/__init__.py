@@ -17,7 +17,7 @@ from fastddpm.cli.options import Parser, one_line
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for bad input, 130 when interrupted."""
-    from fastddpm import __version__
+    from fastddpm.common.version import __version__
 
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     import torch
-    from fastddpm_kernels._backend import BackendError
+    from fastddpm_kernels.backend import BackendError
 
     try:
         options.run(options)

@@ -29,7 +29,7 @@ from fastddpm.cli.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastddpm.sampler import Sampler
+    from fastddpm.sampling.sampler import Sampler
 
 REGIONS = ("top", "bottom", "left", "right", "center")
 HIDDEN = -0.25  # a grey for what a mask hides, in pictures
@@ -140,8 +140,8 @@ def add_commands(commands: Any) -> None:
 def _edit(options: argparse.Namespace) -> None:
     import torch
 
-    from fastddpm.editing import image_to_image
-    from fastddpm.images import strip
+    from fastddpm.common.images import strip
+    from fastddpm.sampling.editing import image_to_image
 
     kind, model, sampler, inputs = open_inputs(options)
     labels = labels_of(options, model, inputs)
@@ -183,8 +183,8 @@ def _edit(options: argparse.Namespace) -> None:
 def _inpaint(options: argparse.Namespace) -> None:
     import torch
 
-    from fastddpm.editing import inpaint
-    from fastddpm.images import strip
+    from fastddpm.common.images import strip
+    from fastddpm.sampling.editing import inpaint
 
     if options.fill not in REGIONS and not Path(options.fill).exists():
         raise ValueError(f"--fill is {options.fill}, must be {', '.join(REGIONS)} or a picture file")
@@ -225,8 +225,8 @@ def _inpaint(options: argparse.Namespace) -> None:
 
 
 def _interpolate(options: argparse.Namespace) -> None:
-    from fastddpm.editing import interpolate
-    from fastddpm.images import grid, strip
+    from fastddpm.common.images import grid, strip
+    from fastddpm.sampling.editing import interpolate
 
     if len(options.inputs) % 2:
         raise ValueError(f"INPUT is given {len(options.inputs)} times, must be pairs: an even number")
@@ -272,8 +272,8 @@ def _interpolate(options: argparse.Namespace) -> None:
 
 
 def _upscale(options: argparse.Namespace) -> None:
-    from fastddpm.editing import super_resolution
-    from fastddpm.images import strip
+    from fastddpm.common.images import strip
+    from fastddpm.sampling.editing import super_resolution
 
     kind, _, sampler, inputs = open_inputs(options, reduced=options.factor)
     each = options.num_samples
@@ -312,7 +312,7 @@ def _mask(fill: str, shape: tuple[int, ...]) -> Tensor:
     """1 where the image is kept, [1, H, W], for a region by name or a picture that is white where it is not."""
     import torch
 
-    from fastddpm.images import load_image
+    from fastddpm.common.images import load_image
 
     _, height, width = shape
     if fill not in REGIONS:

@@ -11,23 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fastddpm.cli.fidelity import DIGIT_SAMPLES, SAMPLES, check_fidelity, labels_in_turn, measure_fidelity
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import (
-    add_sampler_options,
-    best_device,
-    check_output,
-    device_name,
-    integer,
-    make_sampler,
-)
+from fastddpm.cli.options import add_sampler_options, best_device, check_output, device_name, integer, make_sampler
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fastddpm.evaluation.comparison import PrecisionReport
     from fastddpm.evaluation.frechet import Judge
-    from fastddpm.pretrained import Pretrained
-    from fastddpm.sampler import Sampler
-    from fastddpm.unet import UNet
+    from fastddpm.interop.pretrained import Pretrained
+    from fastddpm.networks.unet.model import UNet
+    from fastddpm.sampling.sampler import Sampler
 
 LOWER = "float16,bfloat16"
 PRECISION_SAMPLES, PRECISION_STEPS = 64, 50
@@ -154,8 +147,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.json is not None:
         import torch
 
-        from fastddpm import __version__
-        from fastddpm._files import write_json
+        from fastddpm.common.files import write_json
+        from fastddpm.common.version import __version__
 
         about = {"model": options.model or "bundled digits", "fastddpm": __version__, "torch": torch.__version__}
         write_json(options.json, {**about, **results})
@@ -163,14 +156,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _is_bundled(options: argparse.Namespace) -> bool:
-    from fastddpm.pretrained import BUNDLED
+    from fastddpm.interop.pretrained import BUNDLED
 
     return options.model is None or Path(options.model).resolve() == BUNDLED.resolve()
 
 
 def _precision(options: argparse.Namespace, model: Pretrained, console: Console) -> dict[str, Any]:
     from fastddpm.evaluation.comparison import check_precisions, compare_samplers
-    from fastddpm.network import usable_device
+    from fastddpm.networks.network import usable_device
 
     if options.dtype is not None:
         raise ValueError(f"--dtype is {options.dtype}, but --precision compares several; it must be left out")
@@ -259,7 +252,7 @@ def _print_precision(report: PrecisionReport, console: Console, missing: str | N
 
 
 def _range_text(report: PrecisionReport) -> str:
-    from fastddpm.overflow import OverflowReport
+    from fastddpm.networks.overflow import OverflowReport
 
     return f"largest activation: {OverflowReport(report.largest_activation, report.module, report.timestep)}"
 

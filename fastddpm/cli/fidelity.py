@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fastddpm.evaluation import Evaluation
     from fastddpm.evaluation.features import Features
-    from fastddpm.pretrained import Pretrained
+    from fastddpm.interop.pretrained import Pretrained
 
 DIGIT_SAMPLES, SAMPLES = 500, 10_000
 
@@ -52,11 +52,11 @@ def measure_fidelity(
     """Compares what `model` draws, or without one the images that MODEL names, with REAL; prints and returns it."""
     import torch
 
+    from fastddpm.common.images import save_npz
     from fastddpm.evaluation import Evaluator
     from fastddpm.evaluation.image_sets import of_sampler
     from fastddpm.evaluation.reading import open_images
-    from fastddpm.images import save_npz
-    from fastddpm.network import usable_device
+    from fastddpm.networks.network import usable_device
 
     device = usable_device(options.device or best_device())
     drawn: list[Tensor] = []

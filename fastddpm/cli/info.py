@@ -40,7 +40,7 @@ def _kernels(options: argparse.Namespace, batch_size: int) -> Table:
     """What one step launches, by kind."""
     from rich.table import Table
 
-    from fastddpm.frozen import cuda_instructions
+    from fastddpm.networks.frozen import cuda_instructions
 
     unet = open_model(options, latents=True).unet
     instructions = cuda_instructions(unet, batch_size)
@@ -77,13 +77,13 @@ def _info(options: argparse.Namespace) -> None:
     import platform
 
     import torch
-    from fastddpm_kernels._backend import BACKENDS, OPS, resolve, why_not
-    from fastddpm_kernels._tuned import describe
+    from fastddpm_kernels.backend import BACKENDS, OPS, resolve, why_not
+    from fastddpm_kernels.tuned import describe
     from rich.console import Console
     from rich.table import Table
 
-    from fastddpm.cuda_graph import MODES
-    from fastddpm.cuda_graph import why_not as why_not_mode
+    from fastddpm.sampling.cuda_graph import MODES
+    from fastddpm.sampling.cuda_graph import why_not as why_not_mode
 
     kernels = None  # first of all, since the model may be wrong
     if options.model is not None:

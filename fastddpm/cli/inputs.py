@@ -14,8 +14,8 @@ from fastddpm.cli.options import check_labels, check_outputs, classes_of, intege
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastddpm.pretrained import Pretrained
-    from fastddpm.sampler import Sampler
+    from fastddpm.interop.pretrained import Pretrained
+    from fastddpm.sampling.sampler import Sampler
 
 INPUT_STEPS = 25  # of the sampler that draws an input for a class label
 
@@ -93,7 +93,7 @@ def open_inputs(
     With `reduced` F > 1 the model enlarges: it is by default the bundled upscaler, and the inputs are of 1/F its size.
     `settings` are further ones of the sampler.
     """
-    from fastddpm.pretrained import BUNDLED, load_pretrained
+    from fastddpm.interop.pretrained import BUNDLED, load_pretrained
 
     kind = check_outputs(options)
     bundled = BUNDLED if reduced == 1 else BUNDLED.with_name("digits_upscale")
@@ -110,7 +110,7 @@ def _read_inputs(
     import torch
     from torch.nn.functional import avg_pool2d
 
-    from fastddpm.images import load_image
+    from fastddpm.common.images import load_image
 
     config = model.unet.config
     size = config.sample_size

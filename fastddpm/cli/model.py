@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.pretrained import Pretrained
+    from fastddpm.interop.pretrained import Pretrained
 
 MODEL_HELP = (
     "a pipeline folder, as diffusers writes it; owner/name[@revision] of the Hugging Face hub; a file model-N.pt of a "
@@ -54,7 +54,7 @@ def open_model(options: argparse.Namespace, bundled: Path | None = None, *, late
     Raises:
         ValueError, OSError, ModuleNotFoundError: as `load_pretrained`; or it draws latents and must not.
     """
-    from fastddpm.pretrained import BUNDLED, load_pretrained
+    from fastddpm.interop.pretrained import BUNDLED, load_pretrained
 
     unsaid: dict[str, Any] = dict(options.flags)
     if options.image_size is not None:

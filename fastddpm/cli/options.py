@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from fastddpm.pretrained import Pretrained
-    from fastddpm.sampler import Sampler
-    from fastddpm.trajectory import Trajectory
+    from fastddpm.interop.pretrained import Pretrained
+    from fastddpm.sampling.sampler import Sampler
+    from fastddpm.sampling.trajectory import Trajectory
 
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 GRAPHS = ("auto", "while", "unrolled", "step", "off")
@@ -305,7 +305,7 @@ def recording(options: argparse.Namespace, kind: str, steps: int) -> dict[str, A
 
 def images_of(result: Tensor | Trajectory) -> tuple[Tensor, Trajectory | None]:
     """The images that a call of `Sampler.sample` ended in, on the CPU, and its trajectory if it returned one."""
-    from fastddpm.trajectory import Trajectory
+    from fastddpm.sampling.trajectory import Trajectory
 
     return (result.x[-1].cpu(), result) if isinstance(result, Trajectory) else (result.cpu(), None)
 
@@ -314,7 +314,7 @@ def frames_of(
     trajectory: Trajectory | None, labels: list[int] | None = None, *, columns: int | None = None
 ) -> list[Image.Image]:
     """The pictures of an animation, a grid each."""
-    from fastddpm.images import grid
+    from fastddpm.common.images import grid
 
     return [] if trajectory is None else [grid(x, labels, columns=columns) for x in trajectory.x.cpu()]
 
@@ -330,7 +330,7 @@ def write_outputs(
     trajectory: Trajectory | None = None,
 ) -> None:
     """Writes what --output asks for, made by `picture` or `frames` if it is a .png or .gif, and --trajectory."""
-    from fastddpm import images as writing
+    from fastddpm.common import images as writing
 
     if kind == ".png":
         writing.save_picture(options.output, picture())

@@ -26,7 +26,7 @@ from fastddpm.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastddpm.sampler import Sampler
+    from fastddpm.sampling.sampler import Sampler
 
 # By kind of device: batch sizes, and of --quick.
 BATCHES = {"cuda": ((1, 8, 64, 256), (1, 64)), "mps": ((1, 8, 32), (1, 8)), "cpu": ((1, 4, 16), (1, 8))}
@@ -84,9 +84,9 @@ def add_commands(commands: Any) -> None:
 def _profile(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fastddpm._files import read_json
-    from fastddpm.profiling import compare
-    from fastddpm.profiling.model import SCHEMA
+    from fastddpm.common.files import read_json
+    from fastddpm.perf.profiling import compare
+    from fastddpm.perf.profiling.model import SCHEMA
 
     if options.compare is not None and len(options.compare) > 2:
         raise ValueError(f"--compare has {len(options.compare)} files, must have one or two")
@@ -109,10 +109,10 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    from fastddpm import __version__
-    from fastddpm.network import usable_device
-    from fastddpm.profiling.model import Plan, profile
-    from fastddpm.progress import progress_bar
+    from fastddpm.common.progress import progress_bar
+    from fastddpm.common.version import __version__
+    from fastddpm.networks.network import usable_device
+    from fastddpm.perf.profiling.model import Plan, profile
 
     model = open_model(options, latents=True)
     options.device = str(usable_device(options.device or best_device()))
@@ -148,8 +148,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(options: argparse.Namespace, content: dict[str, Any], console: Console) -> None:
-    from fastddpm._files import write_json
-    from fastddpm.profiling import plots, report
+    from fastddpm.common.files import write_json
+    from fastddpm.perf.profiling import plots, report
 
     report.show(content, console)
     path = options.json or _free_name(f"profile-{content['device']['slug']}")
@@ -170,7 +170,7 @@ def _free_name(stem: str) -> Path:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    from fastddpm.profiling.plots import check_plot
+    from fastddpm.perf.profiling.plots import check_plot
 
     for option in ("json", "trace"):
         path = getattr(options, option)
@@ -194,7 +194,7 @@ def _check_nothing_to_measure(options: argparse.Namespace) -> None:
 
 
 def _readable(path: Path, content: dict[str, Any]) -> None:
-    from fastddpm.profiling.compare import figures
+    from fastddpm.perf.profiling.compare import figures
 
     try:
         figures(content)

@@ -53,7 +53,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fastddpm.images import grid
+    from fastddpm.common.images import grid
 
     kind = check_outputs(options)
     model = open_model(options, latents=True)

@@ -180,8 +180,8 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
     """Adds what is chosen from the data to the settings that were given; `assigned`: keys of [model] by --set."""
     from dataclasses import replace
 
+    from fastddpm.networks.unet.config import UNetConfig
     from fastddpm.training.defaults import default_diffusion, default_model, look_at
-    from fastddpm.unet_config import UNetConfig
 
     folder = given.get("data", {}).get("folder")
     if folder is None:

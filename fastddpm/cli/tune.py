@@ -12,11 +12,11 @@ from fastddpm.cli.options import DTYPES, METHODS, best_device, check_output, int
 
 if TYPE_CHECKING:
     import torch
-    from fastddpm_kernels._tuned import Choice, Key
+    from fastddpm_kernels.tuned import Choice, Key
     from rich.console import Console
 
-    from fastddpm.pretrained import Pretrained
-    from fastddpm.tuning.search import Outcome
+    from fastddpm.interop.pretrained import Pretrained
+    from fastddpm.perf.tuning.search import Outcome
 
 BATCHES = {"cuda": (1, 8, 64), "cpu": (1, 4, 16)}
 TRAINING_BATCHES = (16,)  # as the Trainer's default
@@ -74,11 +74,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from fastddpm_kernels import _tuned
+    from fastddpm_kernels import tuned as _tuned
     from rich.console import Console
 
-    from fastddpm.network import usable_device
-    from fastddpm.tuning.task import tuned_ops
+    from fastddpm.networks.network import usable_device
+    from fastddpm.perf.tuning.task import tuned_ops
 
     device = usable_device(options.device or best_device())
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -115,7 +115,7 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _why_nothing(device: torch.device) -> str:
-    from fastddpm_kernels._backend import why_not
+    from fastddpm_kernels.backend import why_not
 
     if device.type == "cpu":
         return f"the native backend cannot run, {why_not('native', 'cpu')}"
@@ -124,7 +124,7 @@ def _why_nothing(device: torch.device) -> str:
 
 def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...]) -> dict[Key, int]:
     """The shapes of the model at all batch sizes, of sampling or of training."""
-    from fastddpm.tuning.shapes import sampler_keys
+    from fastddpm.perf.tuning.shapes import sampler_keys
 
     model = open_model(options, latents=True)
     if options.training:
@@ -144,10 +144,10 @@ def _training_keys(
     """The shapes of a step of training of such a model."""
     import torch
 
-    from fastddpm.diffusion import GaussianDiffusion
-    from fastddpm.frozen import blueprint_of
-    from fastddpm.network import Network
-    from fastddpm.tuning.shapes import training_keys
+    from fastddpm.networks.frozen import blueprint_of
+    from fastddpm.networks.network import Network
+    from fastddpm.perf.tuning.shapes import training_keys
+    from fastddpm.training.objective import GaussianDiffusion
 
     learned = "learned" in model.settings.get("variance_type", "")
     diffusion = GaussianDiffusion(
@@ -169,9 +169,9 @@ def _training_keys(
 
 
 def _search(keys: dict[Key, int], device: torch.device, budget: float, path: Path, console: Console) -> None:
-    from fastddpm.progress import progress_bar
-    from fastddpm.tuning.search import summary, tune
-    from fastddpm.tuning.store import save
+    from fastddpm.common.progress import progress_bar
+    from fastddpm.perf.tuning.search import summary, tune
+    from fastddpm.perf.tuning.store import save
 
     with progress_bar(len(keys), "tune") as bar:
         outcomes = tune(keys, device, budget, done=lambda outcome: bar())
@@ -202,7 +202,7 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
 def _list(keys: dict[Key, int], device: torch.device, console: Console) -> None:
     from rich.table import Table
 
-    from fastddpm.tuning.task import make_task
+    from fastddpm.perf.tuning.task import make_task
 
     table = Table("shape", "calls", "choices", "the heuristics'", title="Shapes", title_justify="left")
     for key, calls in keys.items():
@@ -217,7 +217,7 @@ def _words(choice: Choice) -> str:
 
 
 def _show(device: torch.device, console: Console) -> None:
-    from fastddpm_kernels import _tuned
+    from fastddpm_kernels import tuned as _tuned
     from rich.table import Table
 
     found = _tuned.tables(device)
@@ -235,7 +235,7 @@ def _show(device: torch.device, console: Console) -> None:
 
 
 def _clear(device: torch.device) -> None:
-    from fastddpm_kernels import _tuned
+    from fastddpm_kernels import tuned as _tuned
 
     path = _tuned.user_path(device)
     if not path.is_file():

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastddpm import checks
+from fastddpm.common import checks
+from fastddpm.common.images import to_uint8
 from fastddpm.evaluation.frechet import Judge, distance_of_real, frechet_distance
-from fastddpm.images import to_uint8
-from fastddpm.network import Network
-from fastddpm.overflow import ActivationWatch, OverflowReport
-from fastddpm.precision import parse_precision, tf32
-from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.networks.network import Network
+from fastddpm.networks.overflow import ActivationWatch, OverflowReport
+from fastddpm.networks.precision import parse_precision, tf32
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.sampling.sampler import Sampler
 
 LABELS = ("class_labels", "classes", "y")  # what models call them; see `Network`
 # Settings of `Sampler` that are no one's to set here.
@@ -123,7 +123,7 @@ def compare_precisions(
 
     Args:
         model, schedule, device, settings: as for `Sampler`, but no `dtype` nor `cuda_graph`.
-        precisions: names of `fastddpm.precision.PRECISIONS`; float32 is always run.
+        precisions: names of `fastddpm.networks.precision.PRECISIONS`; float32 is always run.
         num_samples, shape, class_labels, seed, batch_size, progress: as for `Sampler.sample`.
         steps: sampling steps; None for all trained ones.
         every: predictions are compared at every so many steps; None for about ten times in all.

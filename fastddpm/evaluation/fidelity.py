@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm import checks
+from fastddpm.common import checks
 from fastddpm.evaluation.features import DigitFeatures, Features, InceptionFeatures, NetworkFeatures
 from fastddpm.evaluation.frechet import Moments, distance_of_real, frechet_distance, moments
 from fastddpm.evaluation.image_sets import ImageSet, images_bar, in_one_colour_space

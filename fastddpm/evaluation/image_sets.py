@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm import checks
-from fastddpm.images import to_uint8
-from fastddpm.progress import progress_bar
-from fastddpm.sampler import Sampler
+from fastddpm.common import checks
+from fastddpm.common.images import to_uint8
+from fastddpm.common.progress import progress_bar
+from fastddpm.sampling.sampler import Sampler
 
 DRAWN_AT_ONCE = 256 << 20  # bytes of float32 samples
 

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastddpm.common.images import picture_files, read_npz, read_pixels, to_uint8, upright_shape
 from fastddpm.evaluation.frechet import Moments, moments_of_statistics, real_digits
 from fastddpm.evaluation.image_sets import ImageSet, of_array
-from fastddpm.images import picture_files, read_npz, read_pixels, to_uint8, upright_shape
 
 DIGITS = "digits"  # in place of a path: scikit-learn's handwritten digits
 READ_AT_ONCE = 256  # pictures

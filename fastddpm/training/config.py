@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastddpm._files import atomic_write
-from fastddpm.diffusion import GaussianDiffusion
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.common.files import atomic_write
+from fastddpm.networks.unet.config import UNetConfig
+from fastddpm.networks.unet.model import UNet
+from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.training.metrics import ComponentDistance
+from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.settings import TrainerSettings
-from fastddpm.unet import UNet
-from fastddpm.unet_config import UNetConfig
 
 if TYPE_CHECKING:
     from fastddpm.training.trainer import Trainer
@@ -210,7 +210,7 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]], comment: str = "") -> str:
 
 def write_run_config(path: Path, trainer: Trainer) -> None:
     """Writes what a trainer was told, as far as a file can say it: all of it for pictures and a `fastddpm.UNet`."""
-    from fastddpm import __version__
+    from fastddpm.common.version import __version__
 
     diffusion = trainer.diffusion
     tables: Tables = {"data": {"folder": trainer.data_folder}}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from fastddpm._files import read_json, write_json
-from fastddpm.progress import progress_bar
+from fastddpm.common.files import read_json, write_json
+from fastddpm.common.progress import progress_bar
 from fastddpm.training.folder import PictureFolder, list_pictures
 from fastddpm.training.order import Batches, Pick
 from fastddpm.training.randomness import randomness_kept
@@ -60,7 +60,7 @@ class ArraySource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        from fastddpm.images import read_npz  # PIL is imported where pictures are
+        from fastddpm.common.images import read_npz  # PIL is imported where pictures are
 
         arrays = read_npz(path, ("arr_0", "arr_1"))
         images, labels = arrays.get("arr_0"), arrays.get("arr_1")
@@ -154,7 +154,7 @@ class DatasetSource:
     def _pixels(self, image: Any) -> Tensor:
         from PIL import Image
 
-        from fastddpm.images import fit_pixels
+        from fastddpm.common.images import fit_pixels
 
         if not isinstance(image, Image.Image):
             raise TypeError(f"data has images of {type(image).__name__}, must be tensors [C, H, W] or PIL images")

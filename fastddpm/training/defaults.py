@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastddpm.images import evenly, upright_shape
+from fastddpm.common.images import evenly, upright_shape
 from fastddpm.training.data import ArraySource
 from fastddpm.training.folder import list_pictures
 

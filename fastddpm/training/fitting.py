@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastddpm.diffusion import GaussianDiffusion
+from fastddpm.networks.unet.model import UNet
 from fastddpm.training.data import Source
+from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.order import Pick
-from fastddpm.unet import UNet
 
 _log = logging.getLogger(__name__)
 

@@ -59,7 +59,7 @@ def list_pictures(folder: str | os.PathLike[str]) -> Listing:
         FileNotFoundError: there is no such folder.
         ValueError: there is no picture in it.
     """
-    from fastddpm.images import picture_files  # PIL is imported where pictures are
+    from fastddpm.common.images import picture_files  # PIL is imported where pictures are
 
     root = Path(folder)
     if not root.is_dir():
@@ -79,7 +79,7 @@ def list_pictures(folder: str | os.PathLike[str]) -> Listing:
 
 
 class PictureFolder:
-    """The pictures of a folder as uint8 [C, H, W], read by `fastddpm.images.read_pixels`.
+    """The pictures of a folder as uint8 [C, H, W], read by `fastddpm.common.images.read_pixels`.
 
     Every file is read once at the start, in threads. Those that cannot be are listed in `broken` and left out; the rest
     is kept in memory if it fits, else read again when its turn comes. One that can no longer be read then is replaced
@@ -106,7 +106,7 @@ class PictureFolder:
         known: Mapping[str, Any] | None = None,
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        from fastddpm.images import MODES
+        from fastddpm.common.images import MODES
 
         if shape[0] not in MODES:
             raise ValueError(f"the model's data have {shape[0]} channels, must have 1, 3 or 4 to be read from pictures")
@@ -192,7 +192,7 @@ class PictureFolder:
         return broken
 
     def _read(self, place: int) -> Tensor | Broken:
-        from fastddpm.images import read_pixels
+        from fastddpm.common.images import read_pixels
 
         path = self.listing.paths[place]
         full = self.listing.root / path

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastddpm._files import atomic_write
+from fastddpm.common.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from fastddpm.diffusion import GaussianDiffusion
-from fastddpm.pretrained import save_pretrained
-from fastddpm.sampler import Sampler
+from fastddpm.interop.pretrained import save_pretrained
+from fastddpm.networks.unet.model import UNet
+from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import checkpoint
 from fastddpm.training.ema import ExponentialAverage
 from fastddpm.training.fitting import takes_labels
+from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.settings import TrainerSettings
-from fastddpm.unet import UNet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,7 +101,7 @@ def draw_grid(
     sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], classes: int
 ) -> Image.Image:
     """A picture of `count` samples of seed 0, of all classes in equal numbers."""
-    from fastddpm.images import grid
+    from fastddpm.common.images import grid
 
     labels = sample_labels(diffusion, classes, count)
     images = sampler.sample(count, shape=shape, seed=0, class_labels=labels).cpu()

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastddpm.diffusion import GaussianDiffusion
 from fastddpm.training.checkpoint import Checkpoint
 from fastddpm.training.ema import ExponentialAverage
 from fastddpm.training.logs import Meter
+from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.step import TrainingStep
 
 

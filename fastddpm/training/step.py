@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastddpm.diffusion import GaussianDiffusion
+from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.order import Batches
 from fastddpm.training.settings import TrainerSettings
 
@@ -35,7 +35,7 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
         raise ModuleNotFoundError(
             "accelerate is missing, which runs the training: pip install fastddpm[train]", name="accelerate"
         ) from None
-    from fastddpm.network import usable_device
+    from fastddpm.networks.network import usable_device
 
     device = None if settings.device is None else usable_device(settings.device)
     # Of several processes on a machine without a GPU, accelerate knows only if it is told that they are on the CPU.

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from fastddpm.diffusion import GaussianDiffusion
-from fastddpm.progress import Bar, progress_bar
-from fastddpm.sampler import Sampler
+from fastddpm.common.progress import Bar, progress_bar
+from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
 from fastddpm.training.checkpoint import Checkpoints
 from fastddpm.training.config import write_run_config
 from fastddpm.training.data import load, open_data
 from fastddpm.training.ema import averages
 from fastddpm.training.logs import Meter, RunLog, board_writer
+from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.order import Batches
 from fastddpm.training.outcome import TrainResult, check_finite, is_better
 from fastddpm.training.randomness import random_state, randomness_kept, seed_randomness, set_random_state
@@ -317,7 +317,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self, log: RunLog | None) -> None:
-        from fastddpm.images import MODES, save_picture
+        from fastddpm.common.images import MODES, save_picture
 
         if len(self.shape) != 3 or self.shape[0] not in MODES:
             return  # no pictures

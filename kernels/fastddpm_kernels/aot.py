@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from fastddpm_kernels import _backend
+from fastddpm_kernels import backend as _backend
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 OPS = tuple(op for op in _backend.OPS if op not in _backend._WITHOUT_TRITON)
@@ -31,7 +31,7 @@ def compile_all(targets: Sequence[str] = TARGETS, ops: Sequence[str] = OPS, jobs
 
     Returns:
         One row per variant and target: `variant`, `target`, and either the fields of
-        `fastddpm_kernels._triton.compile.Usage` or `error`, the first line of what the compiler said.
+        `fastddpm_kernels.device.compile.Usage` or `error`, the first line of what the compiler said.
     """
     # The interpreter's stand-ins for kernels cannot be compiled, and are chosen when triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -49,11 +49,11 @@ def compile_all(targets: Sequence[str] = TARGETS, ops: Sequence[str] = OPS, jobs
 
 
 def _variants(op: str) -> list[Any]:
-    return importlib.import_module(f"fastddpm_kernels._triton.{op}").aot_variants()
+    return importlib.import_module(f"fastddpm_kernels.{op}.triton").aot_variants()
 
 
 def _compile_one(op: str, index: int, target: str) -> dict[str, Any]:
-    from fastddpm_kernels._triton.compile import compile_variant
+    from fastddpm_kernels.device.compile import compile_variant
 
     variant = _variants(op)[index]
     row: dict[str, Any] = {"variant": variant.name, "target": target}

@@ -1,0 +1,1 @@
+"""What every room needs: files, checks of arguments, progress, pictures."""

@@ -1,0 +1,188 @@
+"""diffusers' schedulers as schedules and tables, and the random numbers that their pipelines draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.interop.scheduler_config import scheduler_settings
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import dpmsolver_table
+from fastddpm.process.tables import StepTable, ddim_table, ddpm_table
+
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
+
+
+@dataclass(frozen=True, eq=False)
+class Recognised:
+    """What a scheduler of diffusers does.
+
+    Attributes:
+        name: of its class.
+        method: `Sampler`'s name of it.
+        schedule: its noise levels, to the last bit of its float32.
+        settings: keyword arguments of `Sampler`, `method` among them.
+    """
+
+    name: str
+    method: str
+    schedule: NoiseSchedule
+    settings: dict[str, Any]
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network has channels for the variance."""
+        return self.settings.get("variance_type") in ("learned", "learned_range")
+
+    def check_channels(self, channels: int, out_channels: int) -> None:
+        """Raises ValueError unless a network of so many channels fits.
+
+        diffusers' multistep solver takes the first three channels where the variance is learned.
+        """
+        variance = self.settings.get("variance_type")
+        if self.learned_variance and self.method == "dpmsolver++" and channels != 3:
+            raise ValueError(
+                f"{self.name}: variance_type is {variance!r} but unet.config.in_channels is {channels}, must be 3"
+            )
+        expected = channels * (2 if self.learned_variance else 1)
+        if out_channels != expected:
+            raise ValueError(
+                f"unet.config.out_channels is {out_channels}, must be {expected} for in_channels {channels} and "
+                f"{self.name}'s variance_type {variance!r}"
+            )
+
+    def table(
+        self, timesteps: Tensor, num_inference_steps: int, *, eta: float = 0.0, use_clipped_model_output: bool = False
+    ) -> StepTable:
+        """The coefficients of its steps.
+
+        Args:
+            timesteps: int64 [S], those that the scheduler has set.
+            num_inference_steps: what it has set them for. A DDIMScheduler steps by T // this, wherever the next
+                timestep is.
+            eta, use_clipped_model_output: of DDIM.
+
+        Raises:
+            ValueError: a setting is not supported, or timesteps do not fall.
+        """
+        prediction_type = self.settings.get("prediction_type", "epsilon")
+        if self.method == "ddpm":
+            variance_type = self.settings.get("variance_type", "fixed_small")
+            table = ddpm_table(self.schedule, timesteps, prediction_type=prediction_type, variance_type=variance_type)
+            return _rounded_ddpm_table(table, self.schedule, variance_type)
+        if self.method == "ddim":
+            stride = self.schedule.num_train_timesteps // num_inference_steps
+            return _strided_ddim_table(
+                self.schedule,
+                timesteps,
+                stride,
+                prediction_type=prediction_type,
+                eta=eta,
+                use_clipped_model_output=use_clipped_model_output,
+                set_alpha_to_one=self.settings.get("set_alpha_to_one", True),
+            )
+        names = ("solver_order", "lower_order_final", "final_sigmas_type")
+        options = {name: self.settings[name] for name in names if name in self.settings}
+        return dpmsolver_table(self.schedule, timesteps, prediction_type=prediction_type, **options)
+
+    def draws(self, timesteps: Tensor, eta: float) -> list[bool]:
+        """At which steps diffusers draws noise, whether or not it then counts."""
+        if self.method == "ddpm":
+            return (timesteps > 0).tolist()
+        return [self.method == "ddim" and eta > 0] * len(timesteps)
+
+
+def recognise(scheduler: Any) -> Recognised:
+    """What a scheduler does, by its class, its config and its noise levels.
+
+    Raises:
+        ValueError: its class or a setting is not supported; the message names it and what is.
+    """
+    name = type(scheduler).__name__
+    if name not in SCHEDULERS or type(scheduler).__module__.partition(".")[0] != "diffusers":
+        raise ValueError(f"scheduler is a {name}, must be one of {', '.join(SCHEDULERS)} of diffusers")
+    # Its levels, which are rounded to float32, rather than the betas of its config: what is as small as
+    # 1 - abar at the end of sampling would differ by that rounding.
+    levels = scheduler.alphas_cumprod.detach().cpu().double()
+    if name == "DPMSolverMultistepScheduler" and scheduler.config.get("rescale_betas_zero_snr"):
+        levels[-1] = 0  # where diffusers has put 2**-24, which may be more than the level before
+    betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+    config = {**scheduler.config, "_class_name": name, "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    schedule, settings = scheduler_settings(config, name)
+    method = settings["method"]
+    if settings.get("variance_type") and method == "dpmsolver++" and settings.get("prediction_type") != "epsilon":
+        raise ValueError(
+            f"{name}: variance_type is {settings['variance_type']!r} but prediction_type is "
+            f"{settings['prediction_type']!r}, must be 'epsilon'"
+        )
+    result = Recognised(name, method, schedule, settings)
+    middle = schedule.num_train_timesteps // 2
+    try:
+        result.table(torch.tensor([middle, 0] if middle else [0]), 1)  # raises for what no table is made of
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return result
+
+
+def _rounded_ddpm_table(table: StepTable, schedule: NoiseSchedule, variance_type: str) -> StepTable:
+    """DDPM's table with the coefficients of x0, x_t and the noise as `DDPMScheduler` has them, in float32.
+
+    Where little noise is left, 1 - abar_t / abar_prev has but three digits there: 5e-5 in the image.
+    """
+    timesteps = table.timesteps
+    bar = schedule.alphas_cumprod.float()[timesteps]  # the scheduler's own, to the last bit
+    before = torch.cat([bar[1:], bar.new_ones(1)])
+    alpha = bar / before
+    beta = 1 - alpha
+    rows = table.rows.clone()
+    rows[:, 2] = before.sqrt() * beta / (1 - bar)
+    rows[:, 3] = alpha.sqrt() * (1 - before) / (1 - bar)
+    if table.learned is None:
+        small = ((1 - before) / (1 - bar) * beta).clamp_min(1e-20)
+        std = (beta if variance_type == "fixed_large" else small).sqrt()
+        rows[:, 6] = torch.where(timesteps > 0, std, torch.zeros_like(std))
+    return replace(table, rows=rows)
+
+
+def _strided_ddim_table(schedule: NoiseSchedule, timesteps: Tensor, stride: int, **options: Any) -> StepTable:
+    """DDIM's table with steps from t to t - `stride`, also where that is not the next timestep."""
+    table = ddim_table(schedule, timesteps, **options)
+    previous = (timesteps - stride).clamp_min(-1)
+    following = torch.cat([timesteps[1:], torch.tensor([-1])])
+    rows, levels = table.rows.clone(), table.levels.clone()
+    for index in (previous != following).nonzero().flatten().tolist():
+        pair = [t for t in (int(timesteps[index]), int(previous[index])) if t >= 0]
+        step = ddim_table(schedule, pair, **options)
+        rows[index], levels[index] = step.rows[0], step.levels[0]
+    return replace(table, rows=rows, levels=levels)
+
+
+class StepNoise:
+    """Noise of steps from a generator, drawn in the order of diffusers' loop: a `NoiseSource` of `Sampler.sample`.
+
+    Args:
+        draws: at which rows diffusers draws. At some of them the noise has no weight, and the sampler does not ask.
+        draw: draws the noise of one step, [N, ...].
+    """
+
+    def __init__(self, draws: Sequence[bool], draw: Callable[[], Tensor]) -> None:
+        self._draws, self._draw, self._next = draws, draw, 0
+
+    def __call__(self, row: int, shape: tuple[int, ...]) -> Tensor:
+        self._pass_to(row)
+        self._next = row + 1
+        return self._draw()
+
+    def finish(self) -> None:
+        """Draws what is left, so that the generator ends where diffusers would leave it."""
+        self._pass_to(len(self._draws))
+
+    def _pass_to(self, row: int) -> None:
+        for draws in self._draws[self._next : row]:
+            if draws:
+                self._draw()
+        self._next = row

@@ -1,0 +1,232 @@
+"""Checkpoints of OpenAI's guided-diffusion and improved-diffusion, in our U-Net and sampler.
+
+Their files are bare state dicts; what network one is of, its flags say, which are given as on their command line:
+
+    flags = {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "learn_sigma": True, ...}
+    sampler = load_sampler("64x64_diffusion.pt", timestep_respacing="250", device="cuda", **flags)
+    images = sampler.sample(16, seed=0, class_labels=207)  # float32 [16, 3, 64, 64] in [-1, 1]
+
+A classifier of theirs guides like any other function of `Sampler`:
+
+    classifier = load_classifier("64x64_classifier.pt", classifier_depth=4, device="cuda")
+    sampler = load_sampler(..., classifier_fn=classifier.gradient, classifier_scale=1.0)
+
+The samples are those of `p_sample_loop`, or of `ddim_sample_loop` where the respacing is "ddim25" and the like, at
+equal noise. The U-Net is a `fastddpm.UNet`: it trains, is saved and is prepared for sampling like others.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.common.files import read_weights
+from fastddpm.interop.guided_diffusion import weights
+from fastddpm.interop.guided_diffusion.classifier import Classifier
+from fastddpm.interop.guided_diffusion.flags import Flags, classifier_flags, model_flags, noise_schedule, unet_config
+from fastddpm.networks.unet.model import UNet
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.sampling.sampler import Sampler
+
+CLASSES = 1000
+
+# What the flags say of a sampler.
+_SAID = (
+    "model", "schedule", "method", "num_inference_steps", "timestep_spacing", "prediction_type", "variance_type",
+    "clip_sample", "steps_offset", "timesteps", "convention", "use_clipped_model_output", "set_alpha_to_one",
+    "solver_order", "lower_order_final", "final_sigmas_type", "self_condition",
+)  # fmt: skip
+# The last layer of each pool, whose rows are the classes.
+_LOGITS = {"attention": "out.2.c_proj", "adaptive": "out.3", "spatial": "out.2", "spatial_v2": "out.3"}
+
+
+def load_unet(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    library: str = "guided_diffusion",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **flags: Any,
+) -> UNet:
+    """A `UNetModel` as our U-Net, in eval mode. Nothing in a file is executed.
+
+    Args:
+        path_or_state_dict: a file, such as 64x64_diffusion.pt, or what it holds.
+        library: whose flags these are: "guided_diffusion" or "improved_diffusion", which differ in defaults and in the
+            widths that an image size means.
+        dtype: of the parameters; None for the file's own.
+        device: where to put them.
+        **flags: as on the command line, text allowed: image_size, num_channels, num_res_blocks, num_heads, ... and
+            those of the diffusion. What is not given has the library's default, which is seldom that of a published
+            file. With rescale_timesteps the U-Net takes the timesteps of the diffusion, from 0 to diffusion_steps - 1,
+            and scales them itself. How many classes there are the weights say. dropout is for training; use_fp16 (see
+            `dtype`), use_checkpoint, use_kl and rescale_learned_sigmas change nothing here. conv_resample is the
+            argument of `UNetModel` that no flag sets.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: a flag is not known.
+        ValueError: a flag has a wrong value, a file cannot be read, or the weights do not fit the flags: the message
+            lists keys and shapes, and the flags that the weights are of where these tell.
+    """
+    return _load_unet(path_or_state_dict, model_flags(library, flags), dtype, device)
+
+
+def load_sampler(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+    timestep_respacing: str | int = "",
+    *,
+    library: str = "guided_diffusion",
+    use_ddim: bool | None = None,
+    clip_denoised: bool = True,
+    **flags: Any,
+) -> Sampler:
+    """A `UNetModel` and its diffusion as a `Sampler`, whose samples are the library's at equal noise.
+
+    Args:
+        path_or_state_dict, library: as for `load_unet`.
+        timestep_respacing: "" for all steps, "250", "ddim25", or "10,15,20": so many in each of equal sections.
+        use_ddim: sample by DDIM in place of ancestral sampling; None where the respacing is "ddim" and a number.
+        clip_denoised: clip the predicted x0 to [-1, 1].
+        **flags: of the model and the diffusion, as for `load_unet`; and settings of `Sampler` that no flag stands for,
+            such as device, dtype, eta, classifier_fn and classifier_scale.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_unet` and `Sampler`.
+    """
+    known = [name for name in inspect.signature(Sampler).parameters if name not in _SAID]
+    settings = {name: flags.pop(name) for name in known if name in flags}
+    parsed = model_flags(library, {**flags, "timestep_respacing": timestep_respacing})
+    schedule, said = sampler_settings(parsed, use_ddim=use_ddim)
+    method = said["method"]
+    for name, other in (("convention", "ddpm"), ("use_clipped_model_output", "ddim")):
+        if method != other:
+            del said[name]
+    unet = _load_unet(path_or_state_dict, parsed, None, settings.get("device") or "cpu")
+    return Sampler(unet, schedule, **said, clip_sample=clip_denoised, **settings)
+
+
+def sampler_settings(flags: Flags, *, use_ddim: bool | None = None) -> tuple[NoiseSchedule, dict[str, Any]]:
+    """The schedule, and the settings of `Sampler`, that flags mean; those of method "ddpm" and of "ddim" alike.
+
+    Raises:
+        ValueError: the respacing is not possible.
+    """
+    schedule, respacing = noise_schedule(flags), flags.timestep_respacing.strip()
+    if use_ddim is None:
+        use_ddim = respacing.startswith("ddim")
+    try:
+        schedule.timesteps(respacing or None, "guided_diffusion")
+    except ValueError as error:  # it calls the setting by its own name
+        raise ValueError(str(error).replace("num_inference_steps", "timestep_respacing")) from None
+    variance = "fixed_small" if flags.sigma_small else "fixed_large"
+    return schedule, {
+        "method": "ddim" if use_ddim else "ddpm",
+        "num_inference_steps": respacing or None,
+        "timestep_spacing": "guided_diffusion",
+        "prediction_type": "sample" if flags.predict_xstart else "epsilon",
+        "variance_type": "learned_range" if flags.learn_sigma else variance,
+        "convention": "guided_diffusion",
+        "use_clipped_model_output": True,
+    }
+
+
+def load_classifier(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **flags: Any,
+) -> Classifier:
+    """An `EncoderUNetModel` of guided-diffusion, in eval mode, for `Sampler(classifier_fn=classifier.gradient)`.
+
+    It takes the timesteps of the diffusion. Its parameters need no gradients.
+
+    Args:
+        path_or_state_dict, dtype, device: as for `load_unet`.
+        **flags: as on the command line: image_size, classifier_width, classifier_depth,
+            classifier_attention_resolutions, classifier_use_scale_shift_norm, classifier_resblock_updown,
+            classifier_pool, classifier_use_fp16 (see `dtype`), and those of the diffusion, of which rescale_timesteps
+            and diffusion_steps count.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_unet`.
+    """
+    parsed, pool = classifier_flags(flags)
+    where, state = _state(path_or_state_dict)
+    bias = state.get(f"{_LOGITS[pool]}.bias")
+    classes = len(bias) if bias is not None and bias.ndim else CLASSES
+    with torch.device("meta"):
+        classifier = Classifier(unet_config(parsed, channels_name="classifier_width"), pool, classes)
+    found = weights.sources(classifier, classifier.names())
+    weights.check(where, state, found, {})
+    _take(classifier, state, found, parsed, dtype, device)
+    return classifier.requires_grad_(False)
+
+
+def shapes(library: str = "guided_diffusion", **flags: Any) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors in a checkpoint of a `UNetModel` with these flags, as for `load_unet`.
+
+    Raises:
+        TypeError, ValueError: as `load_unet`.
+    """
+    parsed = model_flags(library, flags)
+    with torch.device("meta"):
+        unet = UNet(unet_config(parsed, CLASSES if parsed.class_cond else None))
+    return {source.name: source.shape for source in weights.sources(unet, weights.unet_names(unet)).values()}
+
+
+def _load_unet(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+    flags: Flags,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> UNet:
+    config = unet_config(flags, CLASSES if flags.class_cond else None)
+    where, state = _state(path_or_state_dict)
+    labels = state.get("label_emb.weight")
+    if flags.class_cond and labels is not None and labels.ndim == 2:
+        config = config.replace(num_class_embeds=len(labels))
+    with torch.device("meta"):
+        unet = UNet(config)
+    found = weights.sources(unet, weights.unet_names(unet))
+    weights.check(where, state, found, weights.told_by_weights(state, flags))
+    _take(unet, state, found, flags, dtype, device)
+    return unet
+
+
+def _state(path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:
+    """What errors begin with, and the tensors."""
+    given = path_or_state_dict
+    if not isinstance(given, Mapping):
+        return str(given), read_weights(given)
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"state dict has {name!r} of type {type(tensor).__name__}, must have tensors alone")
+    return "state dict", given
+
+
+def _take(
+    module: torch.nn.Module,
+    state: Mapping[str, Tensor],
+    found: Mapping[str, weights.Source],
+    flags: Flags,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Gives a module that is on "meta" its tensors."""
+    if dtype is None:
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, must be a floating-point type")
+    new_order = flags.use_new_attention_order
+    with torch.no_grad():
+        tensors = weights.converted(state, found, new_order=new_order, dtype=dtype, device=device)
+    module.load_state_dict(tensors, assign=True)
+    module.eval()

@@ -1,0 +1,254 @@
+"""Networks of denoising_diffusion_pytorch, called as `Sampler` calls a model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from fastddpm_kernels import philox
+from fastddpm_kernels.group_norm_silu import rms_norm_silu
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastddpm.networks.frozen import FrozenUNet
+from fastddpm.networks.frozen.kinds.lucidrains.blueprint import LIBRARY
+from fastddpm.networks.network import AroundUNet, Bound
+
+_VERIFIED_TO = 1e-4  # of the largest magnitude: float32 rounds a U-Net's output to about 1e-6 of it
+
+
+class Predictor(nn.Module):
+    """`model(x, t, x_self_cond)` as the diffusions call it.
+
+    Args:
+        model: any network of the library, or one that stands in for it.
+        by_name: give x_self_cond by name, and only where there is one, as the one-dimensional diffusion does.
+    """
+
+    def __init__(self, model: nn.Module, *, by_name: bool = False) -> None:
+        super().__init__()
+        self.model, self.by_name = model, by_name
+
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        """x [N, ...], t int64 [N], x_self_cond like x: the prediction [N, ...]."""
+        if not self.by_name:
+            return self.model(x, t, x_self_cond)
+        return self.model(x, t) if x_self_cond is None else self.model(x, t, x_self_cond=x_self_cond)
+
+
+class GuidedPredictor(AroundUNet):
+    """`forward_with_cond_scale` of the class-conditional U-Net: both halves in one batch, scales in device memory.
+
+    cond + (cond_scale - 1) * (cond - null without what of it is parallel to cond), of which a share `rescaled_phi` is
+    brought back to the standard deviation of cond (Lin et al. 2024, section 3.4).
+
+    Args:
+        model: the U-Net.
+        guided: whether the unconditional half is computed.
+        rescaled: whether the standard deviation is brought back.
+        device: where it runs.
+        freeze: whether the U-Net may be frozen.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, guided: bool, rescaled: bool, device: torch.device, freeze: bool = False
+    ) -> None:
+        super().__init__()
+        self.model, self.guided, self.rescaled, self.freeze = model, guided, rescaled, freeze
+        self._masks = "cond_keep_mask" in inspect.signature(model.forward).parameters
+        # No buffer, so that it stays float32 where the network does not.
+        self._scales = torch.zeros(3, dtype=torch.float32, device=device)
+
+    def set_scales(self, cond_scale: float, rescaled_phi: float) -> None:
+        """Sets the scales, in place: a captured graph reads them."""
+        self._scales.copy_(torch.tensor([cond_scale - 1.0, rescaled_phi, 1.0 - rescaled_phi]))
+
+    def forward(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
+        """x [N, C, H, W], t and classes int64 [N]: the guided prediction [N, C, H, W]."""
+        if not self.guided:
+            return self.model(x, t, classes, cond_drop_prob=0.0)
+        n = len(x)
+        if self._masks:
+            keep = torch.arange(2 * n, device=x.device) < n
+            both = self.model(x.repeat(2, 1, 1, 1), t.repeat(2), classes.repeat(2), cond_keep_mask=keep)
+            cond, null = both.float().split(n)
+        else:
+            cond = self.model(x, t, classes, cond_drop_prob=0.0).float()
+            null = self.model(x, t, classes, cond_drop_prob=1.0).float()
+        return self.combine(cond, null)
+
+    def combine(self, cond: Tensor, null: Tensor) -> Tensor:
+        """The guided prediction of both halves, float32 [N, C, H, W]."""
+        further, phi, rest = self._scales.unbind()
+        out = cond + _orthogonal(cond - null, cond) * further
+        if not self.rescaled:
+            return out
+        return out * (_std(cond) / _std(out)) * phi + out * rest
+
+    def to_freeze(self) -> nn.Module | None:
+        return self.model if self.freeze else None
+
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> Bound:
+        if labels is None or not self.guided:
+            return frozen.bind(inputs, timesteps, labels)
+        return _GuidedProgram(self, frozen, inputs, timesteps, labels)
+
+
+class _GuidedProgram:
+    """A `GuidedPredictor` on its buffers, the U-Net frozen."""
+
+    def __init__(
+        self, predictor: GuidedPredictor, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor
+    ) -> None:
+        self._combine, self._inputs, self._labels = predictor.combine, inputs, labels
+        self._both = frozen.new_input((2 * len(inputs), *inputs.shape[1:]))
+        none = frozen.embeddings.num_labels
+        assert none is not None
+        self._both_labels = torch.full((2 * len(labels),), none - 1, device=labels.device)
+        self._program = frozen.bind(self._both, timesteps, self._both_labels)
+
+    def load(self) -> None:
+        self._both_labels[: len(self._labels)].copy_(self._labels)
+        self._program.load()
+
+    def __call__(self, step: Tensor) -> Tensor:
+        for half in self._both.split(len(self._inputs)):
+            half.copy_(self._inputs)
+        return self._combine(*self._program(step).float().split(len(self._inputs)))
+
+
+def _orthogonal(update: Tensor, to: Tensor) -> Tensor:
+    """`update` without its part parallel to `to`, per sample; in float64, as the library does."""
+    wide, unit = update.double().flatten(1), functional.normalize(to.double().flatten(1), dim=-1)
+    return (wide - (wide * unit).sum(dim=-1, keepdim=True) * unit).view_as(update).to(update.dtype)
+
+
+def _std(x: Tensor) -> Tensor:
+    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+class FusedRMSNorm(nn.Module):
+    """`RMSNorm` as one kernel."""
+
+    def __init__(self, norm: Any, backend: str) -> None:
+        super().__init__()
+        self.g: Tensor = norm.g
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_silu(x, self.g.flatten(), activation=None, backend=self.backend)
+
+
+class FusedBlock(nn.Module):
+    """`Block` with norm, scale and shift, and SiLU as one kernel. Parameters have the names of the original."""
+
+    def __init__(self, block: Any, backend: str) -> None:
+        super().__init__()
+        self.proj, self.norm, self.backend = block.proj, block.norm, backend
+        self.dropout = getattr(block, "dropout", None)
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        scale, shift = (None, None) if scale_shift is None else (value.flatten(1) for value in scale_shift)
+        x = rms_norm_silu(self.proj(x), self.norm.g.flatten(), scale=scale, shift=shift, backend=self.backend)
+        return x if self.dropout is None else self.dropout(x)
+
+
+class CastEmbedding(nn.Module):
+    """An embedding of the time, which the library computes in float32, in the dtype that the network was moved to."""
+
+    like: Tensor
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.embedding(t).to(self.like.dtype)
+
+
+def fuse_norms(model: nn.Module, backend: str = "auto") -> tuple[nn.Module, int]:
+    """A copy of a network that shares its parameters, with the library's `Block`s and `RMSNorm`s as one kernel each.
+
+    Returns:
+        The copy and how many modules of it were replaced. The network itself stays as it is.
+    """
+
+    def fused(child: nn.Module, parent: nn.Module) -> nn.Module | None:
+        if _is(child, "Block"):
+            return FusedBlock(child, backend)
+        return FusedRMSNorm(child, backend) if _is(child, "RMSNorm") and not _is(parent, "Block") else None
+
+    return _replaced(model, fused)
+
+
+def cast_embeddings(model: nn.Module) -> nn.Module:
+    """A copy of a network that shares its parameters and, once moved to another dtype, runs in it.
+
+    The library itself runs in lower precision under autocast alone.
+    """
+    kinds = ("SinusoidalPosEmb", "RandomOrLearnedSinusoidalPosEmb")
+    return _replaced(model, lambda child, _: CastEmbedding(child) if any(map(partial(_is, child), kinds)) else None)[0]
+
+
+def _replaced(
+    model: nn.Module, replacement: Callable[[nn.Module, nn.Module], nn.Module | None]
+) -> tuple[nn.Module, int]:
+    """A copy of the modules, not of their tensors, with `replacement(child, parent)` for some; and for how many."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    result, count = copy.deepcopy(model, shared), 0
+    for parent in list(result.modules()):
+        for name, child in list(parent.named_children()):
+            if (new := replacement(child, parent)) is not None:
+                setattr(parent, name, new)
+                count += 1
+    return result, count
+
+
+def verify_fused(model: nn.Module, fused: nn.Module, shape: tuple[int, ...], *more: Tensor) -> None:
+    """Compares both networks on one sample [1, ...] of `shape` at two timesteps.
+
+    Args:
+        model, fused: the network and its copy, both in a `Predictor` or a `GuidedPredictor`.
+        shape: of a sample.
+        more: what both take after x and t.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    parameter = next(model.parameters())
+    x = philox.normal(philox.sample_keys([0], [0]), shape, step=0, stream=philox.STREAM_INITIAL, backend="eager")
+    x = x.to(parameter)
+    allowed = max(_VERIFIED_TO, 64 * torch.finfo(parameter.dtype).eps)
+    for t in (0, 500):
+        time = torch.full((1,), t, device=x.device)
+        theirs, ours = (_evaluate(network, x, time, *more) for network in (model, fused))
+        error, largest = (theirs - ours).abs().max(), theirs.abs().max()
+        if not bool(error <= allowed * largest):  # also where it is not a number
+            raise RuntimeError(
+                f"the network with fused norms differs by {float(error):.3g} of {float(largest):.3g} at timestep {t}; "
+                "fuse_norms=False samples with the network as it is"
+            )
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, *arguments: Any) -> Tensor:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return model(*arguments).double()
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    """Whether a module is the library's of that name, and nobody listens to what it does."""
+    kind = type(module)
+    listened = bool(module._forward_hooks or module._forward_pre_hooks)
+    return kind.__name__ == name and kind.__module__.split(".")[0] == LIBRARY and not listened

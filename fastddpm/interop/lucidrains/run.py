@@ -1,0 +1,361 @@
+"""What `lucidrains` needs to sample: options, samplers, noise."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from fastddpm_kernels import philox
+from torch import Tensor, nn
+
+from fastddpm.common import checks
+from fastddpm.interop.lucidrains.models import GuidedPredictor, Predictor, cast_embeddings, fuse_norms, verify_fused
+from fastddpm.interop.lucidrains.tables import prediction_type
+from fastddpm.networks.frozen import why_not
+from fastddpm.networks.weights import Follower
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.tables import StepTable
+from fastddpm.sampling.sampler import Sampler
+
+_log = logging.getLogger(__name__)
+
+NOISES = ("philox", "torch")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `lucidrains.accelerate`."""
+
+    dtype: torch.dtype | str | None = None
+    device: torch.device | str | None = None
+    backend: str = "auto"
+    cuda_graph: str | bool = "auto"
+    batch_size: int | str | None = None
+    progress: bool = True
+    noise: str = "philox"
+    freeze: bool | None = None
+    fuse_norms: bool | None = None
+    channels_last: bool = False
+    allow_general: bool = False
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], *, allow_general: bool) -> Options:
+        """Raises TypeError if an option is not known, ValueError if it is out of range."""
+        names = [field.name for field in fields(cls) if field.name != "allow_general"]
+        for name in given:
+            if name not in names:
+                raise TypeError(f"{name} is no option, must be one of {', '.join(names)}")
+        options = cls(**given, allow_general=allow_general)
+        _check_noise(options.noise)
+        checks.batch_size(options.batch_size)
+        return options
+
+    def check_for(self, diffusion: Any) -> None:
+        """Raises ValueError if an option is not for such a diffusion."""
+        if self.channels_last and hasattr(diffusion, "seq_length"):
+            raise ValueError("channels_last is True but the diffusion is one-dimensional; must be False")
+
+
+class Variant(NamedTuple):
+    """What of a call a sampler is made for: whether x0 is clipped, labels are given, guidance and rescaling done."""
+
+    clip: bool = True
+    labelled: bool = False
+    guided: bool = False
+    rescaled: bool = False
+
+
+class Samplers:
+    """The samplers of a diffusion, made when they are needed and made anew when the network is another one.
+
+    Args:
+        diffusion: the original object.
+        options: how it is sampled.
+        by_name: see `Predictor`.
+    """
+
+    def __init__(self, diffusion: Any, options: Options, by_name: bool) -> None:
+        self._diffusion, self._options, self._by_name = diffusion, options, by_name
+        self._held: dict[Variant, _Held] = {}
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def lent(self, variant: Variant, scales: tuple[float, float] | None) -> Iterator[Sampler]:
+        """The sampler of a variant; with guidance scales, which it has one pair of, for one thread at a time.
+
+        Inside, there are no gradients and no inference mode: what is kept for later calls must be of use outside.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            with self._lock:
+                held = self._held.get(variant)
+                if held is None or not held.fits(self._diffusion, self._options):
+                    held = self._held[variant] = _Held(self._diffusion, self._options, variant, self._by_name)
+                held.refresh()
+                if scales is not None and variant.guided:
+                    network: Any = held.sampler.model
+                    network.set_scales(*scales)
+                    yield held.sampler
+                    return
+            yield held.sampler
+
+    def check(self, variant: Variant) -> None:
+        """Makes the sampler of a variant, for the errors that this raises."""
+        with self.lent(variant, None):
+            pass
+
+    def general(self, method: str, reason: str, drawing: Mapping[str, Any], *arguments: Any, **named: Any) -> Any:
+        """The original's own method, which can do what `reason` names.
+
+        Raises:
+            ValueError: without `allow_general`, or if its noise should not come from torch.
+        """
+        value = getattr(self._diffusion, reason, named.get(reason))
+        if not self._options.allow_general:
+            raise ValueError(
+                f"{reason} is {value!r}, which no step table holds; accelerate(..., allow_general=True) runs the "
+                f"original {method}"
+            )
+        unknown = [name for name in drawing if name not in ("noise", "progress")]
+        if unknown or drawing.get("noise", "torch") != "torch":
+            raise ValueError(
+                f"{(unknown or ['noise'])[0]} is given but {reason} is {value!r}: the original {method} runs, whose "
+                "noise is torch's"
+            )
+        _log.warning("%s is %r: the original %s runs", reason, value, method)
+        return getattr(type(self._diffusion), method)(self._diffusion, *arguments, **named)
+
+
+class _Held:
+    """A sampler and what it was made of."""
+
+    def __init__(self, diffusion: Any, options: Options, variant: Variant, by_name: bool) -> None:
+        self._device = torch.device(options.device or diffusion.device)
+        self._made_of = _identity(diffusion, options)
+        self._follower: Follower | None = None
+        if options.freeze is not False:
+            reason = why_not(diffusion.model, self._device)
+            if options.backend == "reference":
+                reason = "backend is 'reference', which runs a network as it is"
+            if reason is None:
+                self.sampler = self._frozen(diffusion, options, variant)
+                if self.sampler.network.frozen is not None:
+                    return
+                reason = "its forward computes something else than was frozen"  # the log says how far it is from that
+            if options.freeze:
+                raise ValueError(f"freeze is True but the diffusion's model cannot be frozen: {reason}; must be None")
+        self.sampler = self._plain(diffusion, options, variant, by_name)
+
+    def _frozen(self, diffusion: Any, options: Options, variant: Variant) -> Sampler:
+        model = diffusion.model
+        if variant.labelled:
+            model = GuidedPredictor(
+                model, guided=variant.guided, rescaled=variant.rescaled, device=self._device, freeze=True
+            )
+        return self._sampler(model, diffusion, options, variant)
+
+    def _plain(self, diffusion: Any, options: Options, variant: Variant, by_name: bool) -> Sampler:
+        """The library's modules, some of them replaced."""
+
+        def called(model: nn.Module, **guidance: bool) -> nn.Module:
+            if not variant.labelled:
+                return Predictor(model, by_name=by_name)
+            return GuidedPredictor(model, device=self._device, **{"guided": False, "rescaled": False, **guidance})
+
+        model = diffusion.model
+        if options.fuse_norms or (options.fuse_norms is None and self._device.type == "cuda"):
+            fused, count = fuse_norms(model, options.backend)
+            if count:
+                verify_fused(called(model), called(fused), *_example(diffusion, variant))
+                model = fused
+            elif options.fuse_norms:
+                raise ValueError(
+                    f"fuse_norms is True but the diffusion's model, a {type(model).__name__}, has no norms of "
+                    "denoising_diffusion_pytorch; must be None or False"
+                )
+        if options.dtype is not None:
+            model = cast_embeddings(model)
+        predictor = network = called(model, guided=variant.guided, rescaled=variant.rescaled)
+        if options.channels_last:
+            network = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        sampler = self._sampler(network, diffusion, options, variant)
+        if isinstance(sampler.model, nn.Module) and sampler.model is not predictor:
+            self._follower = Follower(predictor, sampler.model)
+        return sampler
+
+    def _sampler(self, network: nn.Module, diffusion: Any, options: Options, variant: Variant) -> Sampler:
+        return Sampler(
+            network,
+            NoiseSchedule.from_betas(diffusion.betas),
+            "ddpm",
+            prediction_type=prediction_type(diffusion),
+            clip_sample=variant.clip,
+            dtype=options.dtype,
+            device=self._device,
+            backend=options.backend,
+            cuda_graph=options.cuda_graph,
+            convention="denoising_diffusion_pytorch",
+            self_condition=bool(getattr(diffusion, "self_condition", False)),
+        )
+
+    def fits(self, diffusion: Any, options: Options) -> bool:
+        """Whether the diffusion is still what it was made of."""
+        frozen = self.sampler.network.frozen is not None
+        if frozen and why_not(diffusion.model, self._device) is not None:
+            return False
+        return self._made_of == _identity(diffusion, options)
+
+    def refresh(self) -> None:
+        """Takes over the weights where the sampler's network is a copy and they have changed; others do so alone."""
+        if self._follower is not None:
+            self._follower.refresh()
+
+
+class Drawing:
+    """One call: its noise and what else was asked for by name.
+
+    Args:
+        given: noise, seed and progress, see `AcceleratedDiffusion`.
+        options: where they are not given.
+        diffusion: the original object, on whose device torch's generator is asked.
+        sampler: what samples.
+        shape: [N, ...] of the samples.
+    """
+
+    def __init__(
+        self, given: Mapping[str, Any], options: Options, diffusion: Any, sampler: Sampler, shape: tuple[int, ...]
+    ) -> None:
+        for name in given:
+            if name not in ("noise", "seed", "progress"):
+                raise TypeError(f"{name} is no argument; beside the original's there are noise, seed and progress")
+        source, seed = given.get("noise"), given.get("seed")
+        self.by_torch = _check_noise(options.noise if source is None else source) == "torch"
+        progress = given.get("progress")
+        self._progress = options.progress if progress is None else bool(progress)
+        self._batch_size, self._sampler, self._shape = options.batch_size, sampler, shape
+        self._device = diffusion.device
+        count = shape[0]
+        if self.by_torch and seed is not None:
+            raise ValueError(f"seed is {seed} but noise is 'torch', which torch.manual_seed seeds")
+        if self.by_torch and isinstance(self._batch_size, int) and self._batch_size < count:
+            raise ValueError(
+                f"batch_size is {self._batch_size} for {count} samples but noise is 'torch', which is drawn for all of "
+                "them at once; must be None or 'auto', or noise 'philox'"
+            )
+        if seed is None and not self.by_torch:
+            seed = int(torch.randint(2**62, ()))
+        self._seed = 0 if seed is None else seed
+
+    def initial(self, index: int = 0, *, stream: int = philox.STREAM_INITIAL) -> Tensor:
+        """Noise of the samples' shape, where they are sampled: of the `index`-th batch, or what torch draws next."""
+        if self.by_torch:
+            return self._draw().to(self._sampler.device)
+        count = self._shape[0]
+        keys = philox.sample_keys(
+            [self._seed] * count, range(index * count, (index + 1) * count), device=self._sampler.device
+        )
+        return philox.normal(keys, self._shape[1:], step=0, stream=stream, backend=self._sampler.backend)
+
+    def walk(
+        self,
+        table: StepTable,
+        method: str,
+        x: Tensor | None,
+        *,
+        labels: Tensor | None = None,
+        start: int = 0,
+        all_states: bool = False,
+    ) -> Tensor:
+        """The samples at the end of the table, float32 [N, ...]; or x and all states after it, [N, S + 1, ...].
+
+        Args:
+            table: of the sampler.
+            method: "ddpm" draws noise for timesteps above 0, "ddim" for every step but the last, whether it is used
+                or not.
+            x: before the row `start`, where it is not to be drawn.
+            labels: int64 [N], or None.
+            start: the first row.
+            all_states: which of both is returned.
+        """
+        arguments: dict[str, Any] = {
+            "shape": self._shape[1:],
+            "x_T": x,
+            "table": table,
+            "start": start,
+            "class_labels": labels,
+            "batch_size": self._batch_size,
+            "progress": self._progress,
+        }
+        noise = None
+        if self.by_torch:
+            draws = (table.timesteps > 0).tolist() if method == "ddpm" else [True] * (len(table) - 1) + [False]
+            noise = arguments["noise"] = _TorchNoise(self, draws, start)
+        else:
+            arguments["seed"] = self._seed
+        if all_states and x is not None:
+            states = self._sampler.sample(len(x), return_trajectory=1, **arguments).x
+            result = torch.cat([x[:, None], states.transpose(0, 1)], dim=1)
+        else:
+            result = self._sampler.sample(self._shape[0], **arguments)
+        if noise is not None:
+            noise.finish()
+        return result
+
+    def _draw(self) -> Tensor:
+        return torch.randn(self._shape, device=self._device)
+
+
+class _TorchNoise:
+    """Noise for `Sampler.sample` that is drawn for every row for which the original draws.
+
+    The sampler does not ask for noise that a row multiplies by 0, such as all of DDIM's with eta 0. It is drawn
+    nonetheless, so that torch's generator is afterwards where the original leaves it.
+    """
+
+    def __init__(self, drawing: Drawing, draws: list[bool], start: int) -> None:
+        self._drawing, self._draws, self._next = drawing, draws, start
+
+    def __call__(self, row: int, shape: tuple[int, ...]) -> Tensor:
+        self._skip_to(row)
+        self._next = row + 1
+        return self._drawing._draw()
+
+    def finish(self) -> None:
+        """After the last row."""
+        self._skip_to(len(self._draws))
+
+    def _skip_to(self, row: int) -> None:
+        while self._next < row:
+            if self._draws[self._next]:
+                self._drawing._draw()
+            self._next += 1
+
+
+def _check_noise(source: Any) -> str:
+    if source not in NOISES:
+        raise ValueError(f"noise is {source!r}, must be {' or '.join(map(repr, NOISES))}")
+    return source
+
+
+def _identity(diffusion: Any, options: Options) -> tuple[Any, ...]:
+    """What may not change for a sampler to stay right: the device, and which parameters there are in which dtype."""
+    every = itertools.chain(diffusion.model.parameters(), diffusion.model.buffers())
+    tensors = tuple((id(tensor), tensor.dtype, tensor.device) for tensor in every)
+    return (torch.device(options.device or diffusion.device), id(diffusion.model), *tensors)
+
+
+def _example(diffusion: Any, variant: Variant) -> tuple[Any, ...]:
+    """The shape of a sample, and what the network takes after x and t."""
+    if variant.labelled:
+        size = diffusion.image_size
+        return (diffusion.channels, size, size), torch.zeros(1, dtype=torch.int64, device=diffusion.device)
+    if hasattr(diffusion, "seq_length"):
+        shape = (diffusion.channels, diffusion.seq_length)
+        return (shape if diffusion.channel_first else shape[::-1],)
+    return ((diffusion.channels, *diffusion.image_size),)

@@ -1,0 +1,313 @@
+"""Models on disk and on the hub: loaded from what other libraries save, saved as diffusers' pipeline folder.
+
+    model_index.json
+    unet/config.json, unet/diffusion_pytorch_model.safetensors
+    scheduler/scheduler_config.json
+
+What is saved here, `diffusers.DDPMPipeline.from_pretrained` loads, and the reverse.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.common.files import read_json, read_tensors, write_json
+from fastddpm.interop import guided_diffusion, hub
+from fastddpm.interop.guided_diffusion.flags import model_flags
+from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
+from fastddpm.interop.scheduler_config import load_scheduler
+from fastddpm.networks.unet.model import UNet, weights_files
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.sampling.sampler import Sampler
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
+
+# Settings that one method alone has, which are left out when another is asked for.
+_OF_ONE_METHOD = {
+    "convention": "ddpm",
+    "set_alpha_to_one": "ddim",
+    "use_clipped_model_output": "ddim",
+    "solver_order": "dpmsolver++",
+    "lower_order_final": "dpmsolver++",
+    "final_sigmas_type": "dpmsolver++",
+}
+_INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+_DECODERS = ("VQModel", "AutoencoderKL")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model and how it is meant to be sampled.
+
+    Attributes:
+        unet: the network: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch with a `config`.
+        schedule: the forward process it was trained on.
+        settings: keyword arguments of `Sampler` (prediction_type, clip_sample, ...).
+        decoder: where samples are latents, the autoencoder of diffusers that makes images of them.
+    """
+
+    unet: Any
+    schedule: NoiseSchedule
+    settings: dict[str, Any] = field(default_factory=dict)
+    decoder: nn.Module | None = None
+
+    def sampler(self, **overrides: Any) -> Sampler:
+        """A `Sampler` with the model's settings, save for those in `overrides`."""
+        method = overrides.get("method", self.settings.get("method", "ddpm"))
+        own = {name: v for name, v in self.settings.items() if _OF_ONE_METHOD.get(name, method) == method}
+        if overrides.get("timesteps") is not None:
+            own.pop("num_inference_steps", None)
+        return Sampler(self.unet, self.schedule, **{**own, **overrides})
+
+    @torch.no_grad()
+    def decode(self, samples: Tensor, batch_size: int = 8) -> Tensor:
+        """Images [N, C, H, W], in [-1, 1], of what the sampler draws: itself, or latents, `batch_size` at once."""
+        if self.decoder is None:
+            return samples
+        decoder: Any = self.decoder.to(samples.device)
+        scaled = (samples / decoder.config.scaling_factor).to(decoder.dtype)
+        return torch.cat([decoder.decode(part).sample.float().clamp(-1, 1) for part in scaled.split(batch_size)])
+
+
+def load_pretrained(
+    model: str | os.PathLike[str] = BUNDLED,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    ema: bool = True,
+    variant: str | None = None,
+    **unsaid: Any,
+) -> Pretrained:
+    """Loads a model; without an argument the bundled model of handwritten digits.
+
+    Nothing in its files is executed: configurations are JSON, weights safetensors or tensors alone.
+
+    Args:
+        model: one of
+
+            - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all their files in
+              itself; one of latents (LDMPipeline) needs diffusers for its `vqvae/`. In a `checkpoint-N` of diffusers'
+              training example, the scheduler is that of the folder above.
+            - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, where there is no local one
+              of that name. It is kept in the hub's local cache, which is used without a connection.
+            - a file `model-N.pt` of a denoising_diffusion_pytorch `Trainer`, whose `Unet` is built by that library.
+            - a file of guided-diffusion or improved-diffusion: a bare state dict, which its flags say how to read.
+        dtype: of the network, float32 as in diffusers; None for the one it is stored in.
+        device: where to put the network.
+        ema: take the moving average of the weights where there are both: `unet_ema/` beside `unet/`, as diffusers'
+            training example writes them, or "ema" beside "model" in a trainer's file. (The `unet/` of the finished
+            pipeline of that example is already the average.)
+        variant: of the weights, as for diffusers: "ema" reads `diffusion_pytorch_model.ema.safetensors`.
+        **unsaid: of a file what it does not say itself. Of a Trainer's: image_size, which must be given, objective and
+            sinusoidal_pos_emb_theta, see `network_of_checkpoint`. Of the others: the published flags, as text or not,
+            see `interop.guided_diffusion.load_unet`, and `library`.
+
+    Raises:
+        FileNotFoundError: there is no such model, or one of its files is missing.
+        ModuleNotFoundError: a library is needed that is not installed; the message names it.
+        ValueError: a file is corrupt or states something that is not supported; the message names file and field.
+        TypeError: what was given beside is of another kind of model.
+    """
+    path = Path(model)
+    if path.is_file():
+        if variant is not None:
+            raise ValueError(f"variant is {variant!r} but {path} is a file, must be None: folders have variants")
+        return _load_file(path, dtype, device, ema, unsaid)
+    if unsaid:
+        raise TypeError(f"{', '.join(unsaid)} is given but {model} is no file, must be left out")
+    if not path.is_dir():
+        if not isinstance(model, str) or hub.parse(model) is None:
+            raise FileNotFoundError(
+                f"{model} is not a folder, must be one with unet/ and scheduler/, a checkpoint file, or owner/name of "
+                "the hub"
+            )
+        path = _fetch(model, ema, variant)
+    parts = _Parts.of(path, ema)
+    schedule, settings = load_scheduler(parts.scheduler)
+    unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
+    decoder = None if parts.decoder is None else _load_decoder(*parts.decoder, dtype, device)
+    return Pretrained(unet, schedule, settings, decoder)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Where the parts of a pipeline folder are.
+
+    Attributes:
+        unet: the folder of the U-Net.
+        scheduler: the file of the scheduler.
+        decoder: (folder, class) of what decodes latents, or None.
+    """
+
+    unet: Path
+    scheduler: Path
+    decoder: tuple[Path, str] | None = None
+
+    @classmethod
+    def of(cls, folder: Path, ema: bool) -> _Parts:
+        """Finds them.
+
+        Raises:
+            FileNotFoundError: it is no such folder.
+            ValueError: it is one of a pipeline that is not supported.
+        """
+        index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
+        unet = _component(index, "unet")
+        if unet not in (None, "UNet2DModel"):
+            raise ValueError(
+                f"{folder / _INDEX}: {index.get('_class_name')} has a unet of class {unet}, must be UNet2DModel; any "
+                "other network runs in Sampler(model, schedule)"
+            )
+        decoder = None
+        if (kind := _component(index, "vqvae")) is not None:
+            if kind not in _DECODERS:
+                raise ValueError(f"{folder / _INDEX}: vqvae is of class {kind}, must be {' or '.join(_DECODERS)}")
+            decoder = (folder / "vqvae", kind)
+        # Models published before pipelines had subfolders, google/ddpm-cat-256 among them, keep all files in one.
+        if not (folder / "scheduler").is_dir() and (folder / _SCHEDULER).is_file():
+            return cls(folder, folder / _SCHEDULER, decoder)
+        averaged = folder / "unet_ema"
+        part = averaged if ema and averaged.is_dir() else folder / "unet"
+        scheduler = folder / "scheduler" / _SCHEDULER
+        above = folder.parent / "scheduler" / _SCHEDULER
+        if not scheduler.is_file() and above.is_file() and part.is_dir():
+            scheduler = above
+        if not scheduler.is_file() and (folder / _CONFIG).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds one part of a pipeline, must be the folder that holds unet/ and scheduler/; "
+                "UNet.from_pretrained loads a U-Net alone"
+            )
+        return cls(part, scheduler, decoder)
+
+
+def _component(index: Mapping[str, Any], name: str) -> str | None:
+    """The class of a part that a model_index.json states, or None."""
+    value = index.get(name)
+    return value[1] if isinstance(value, list) and len(value) == 2 else None
+
+
+def _fetch(name: str, ema: bool, variant: str | None) -> Path:
+    """What of a model on the hub is needed, brought here: first what says where the weights are, then these."""
+    folders = ["", "unet/", *["unet_ema/"] * ema]
+    configs = [_INDEX, _SCHEDULER, f"scheduler/{_SCHEDULER}", *(f"{part}{_CONFIG}" for part in folders)]
+    folder = hub.snapshot(name, configs)
+    parts = _Parts.of(folder, ema)
+    unet = parts.unet.relative_to(folder)
+    new, old = ((unet / file).as_posix() for file in weights_files(variant))
+    if not (hub.snapshot(name, [new]) / new).is_file():
+        hub.snapshot(name, [old])
+    if parts.decoder is not None:
+        safe, tensors = (f"vqvae/{file}" for file in weights_files())
+        hub.snapshot(name, [f"vqvae/{_CONFIG}"])
+        if not (hub.snapshot(name, [safe]) / safe).is_file():
+            hub.snapshot(name, [tensors])
+    return folder
+
+
+def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+    try:
+        import diffusers
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"{folder} decodes latents, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
+        ) from None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing, which decodes the latents of this pipeline")
+    try:
+        decoder: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto")
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{folder} cannot be loaded as a {kind}: {str(error).partition(chr(10))[0]}") from None
+    return decoder.to(device).eval()
+
+
+def _load_file(
+    path: Path, dtype: torch.dtype | None, device: torch.device | str, ema: bool, unsaid: dict[str, Any]
+) -> Pretrained:
+    data = read_tensors(path)
+    if is_trainer_checkpoint(data):
+        known = ("image_size", "objective", "sinusoidal_pos_emb_theta")
+        if wrong := [name for name in unsaid if name not in known]:
+            raise TypeError(f"{', '.join(wrong)} is given but {path} is a Trainer's, which takes {', '.join(known)}")
+        network, schedule, settings = network_of_checkpoint(data, str(path), ema=ema, **unsaid)
+        return Pretrained(network.to(device=device, dtype=dtype), schedule, settings)
+    if not isinstance(data, Mapping) or "time_embed.0.weight" not in data:
+        held = ", ".join(map(str, list(data)[:4])) if isinstance(data, Mapping) else type(data).__name__
+        raise ValueError(
+            f"{path} has {held}, must have 'ema' and 'model', as a Trainer of denoising_diffusion_pytorch saves, or "
+            "'time_embed.0.weight', as guided-diffusion; the weights of a pipeline are loaded by naming its folder"
+        )
+    if not unsaid:
+        raise ValueError(f"flags are missing, must be given: {path} does not say what network it is of")
+    unsaid = dict(unsaid)
+    library = unsaid.pop("library", "guided_diffusion")
+    unet = guided_diffusion.load_unet(path, library=library, dtype=dtype, device=device, **unsaid)
+    schedule, settings = guided_diffusion.sampler_settings(model_flags(library, unsaid))
+    return Pretrained(unet, schedule, settings)
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    unet: UNet,
+    schedule: NoiseSchedule,
+    *,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_sample: bool = True,
+    clip_sample_range: float = 1.0,
+    timestep_spacing: str = "leading",
+) -> None:
+    """Writes a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
+
+    Args:
+        folder: made if it does not exist; files of the same names are replaced.
+        unet, schedule: the model; weights are stored in the network's dtype.
+        prediction_type, variance_type, clip_sample, clip_sample_range, timestep_spacing: how it is sampled, as for
+            `Sampler`.
+
+    Raises:
+        ValueError: a setting is not known.
+        OSError: a file cannot be written.
+    """
+    settings: dict[str, Any] = {
+        "prediction_type": prediction_type,
+        "variance_type": variance_type,
+        "clip_sample": clip_sample,
+        "clip_sample_range": clip_sample_range,
+        "timestep_spacing": timestep_spacing,
+    }
+    Sampler(unet, schedule, **settings)  # raises what loading would raise
+    folder = Path(folder)
+    unet.save_pretrained(folder / "unet")
+    config: dict[str, Any] = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": "0.30.0",
+        "num_train_timesteps": schedule.num_train_timesteps,
+        **settings,
+        "steps_offset": 0,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+        "trained_betas": None,
+    }
+    if schedule.beta_schedule == "trained_betas":
+        config["trained_betas"] = schedule.betas.tolist()
+    else:
+        config["beta_schedule"] = schedule.beta_schedule
+    if schedule.beta_start is not None:
+        config |= {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    write_json(folder / "scheduler" / _SCHEDULER, config)
+    write_json(
+        folder / _INDEX,
+        {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": "0.30.0",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
+    )

@@ -1,0 +1,77 @@
+"""A U-Net prepared for sampling: everything that does not depend on the state is computed before the first step.
+
+- The time embedding and the projections of all blocks are one table, a row per step (`time_table`).
+- Weights are folded, exactly, and stored once in the compute dtype, channels-last (`folding`).
+- The forward is a list of instructions over numbered slots of one block of memory (`lowering`, `instructions`,
+  `program`): residual additions and biases are parts of the norms and 1x1 convolutions that read them, skip
+  connections are read where they are.
+
+What is particular to a kind of U-Net is its `blueprint`: `unet_blueprint`, `lucidrains_blueprint`.
+
+The folds are exact algebra: in float64 the result differs from the U-Net's by rounding alone. Weights that change later
+are taken over at the next `load`; a U-Net whose layers change, or get hooks, is refused there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.networks.frozen.frozen_unet import FrozenUNet, blueprint_of, why_not
+from fastddpm.networks.frozen.instructions import Instruction
+from fastddpm.networks.frozen.program import Program
+
+__all__ = ["FrozenUNet", "Program", "blueprint_of", "cuda_instructions", "freeze", "why_not"]
+
+
+def freeze(
+    unet: nn.Module,
+    timesteps: Tensor | Sequence[int],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    backend: str = "auto",
+    allow_tf32: bool = False,
+) -> FrozenUNet:
+    """The U-Net prepared for sampling at given timesteps. The U-Net itself is not changed.
+
+    Args:
+        unet: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch, of which `FrozenUNet.differs` says whether
+            its forward is the one that was frozen. In eval mode or not: dropout does nothing here.
+        timesteps: int64 [S], one for every step of the loop; what `FrozenUNet.bind` takes if it is given no others.
+        dtype: of the computation: float16, bfloat16, float32 or float64; None for the U-Net's.
+        device: None for the U-Net's.
+        backend: of the fused kernels: "auto", "triton", "eager" or "reference".
+        allow_tf32: let tensor cores round float32 factors to TF32.
+
+    Raises:
+        ValueError: the U-Net is of no kind that is known, has other layers or hooks, or a device has no float64.
+        BackendError: the backend that was named cannot run on the device.
+    """
+    frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
+    frozen.timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device=frozen.device)
+    return frozen
+
+
+def cuda_instructions(
+    unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, dtype: torch.dtype = torch.float16
+) -> list[Instruction]:
+    """What one step of the frozen U-Net runs on a CUDA GPU, counted without one.
+
+    Args:
+        batch: N. More samples fill the chip with fewer splits of the norms.
+        size: (height, width) of the images; None for the config's.
+        dtype: of the computation.
+
+    Returns:
+        The instructions, in order; the sum of their `kernels` is the number of kernels launched. Libraries may launch
+        further ones inside a convolution, which only a run shows.
+    """
+    frozen = FrozenUNet(copy.deepcopy(unet).to("meta"), dtype, "meta")
+    blueprint = frozen.blueprint
+    inputs = frozen.new_input((batch, blueprint.in_channels, *(size or blueprint.sample_size)))
+    timesteps = torch.empty(1000, dtype=torch.int64, device="meta")
+    return frozen.bind(inputs, timesteps, blueprint.some_labels(batch, "meta")).instructions

@@ -1,0 +1,349 @@
+"""What lowering is made of: single layers as instructions, slots, and what is put off.
+
+Two things are put off until a kernel takes them in for nothing. A *pending bias* is a constant per channel that the
+activation in a slot still lacks: convolutions leave theirs out, and the next norm adds it to its means, the next 1x1
+convolution or residual addition as it writes. A *pending residual* is a slot that is still to be added: the next norm
+adds it while it reads. In plain torch (`fused` False) convolutions have their bias, which costs nothing there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values
+from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
+from torch import Tensor, nn
+
+from fastddpm.networks.frozen import instructions as ops
+from fastddpm.networks.frozen.instructions import Instruction, Machine
+from fastddpm.networks.frozen.kinds.unet import folding
+
+if TYPE_CHECKING:
+    from fastddpm.networks.frozen.frozen_unet import FrozenUNet
+
+
+@dataclass
+class Activation:
+    """A slot and what it still lacks: value = slot + residual's slot + bias."""
+
+    slot: int
+    bias: Tensor | None = None  # float64 [C]
+    residual: int | None = None
+
+
+class Builder:
+    """Emits instructions for one batch size and image size, layer by layer.
+
+    Attributes:
+        instructions: in order.
+        shapes: (C, H, W) of every slot.
+        bordered: slots whose last row and column must stay zero.
+        loose: slots that get new memory at every run, from operations that cannot be told where to write.
+        workspace_numel: float32 elements of scratch that an instruction needs.
+    """
+
+    INPUT = 0
+
+    def __init__(
+        self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
+    ) -> None:
+        """`row` [1 or N, sum C] is where the time projections of a step stand.
+
+        `in_channels` may exceed the U-Net's: further input channels are zero.
+        """
+        self.unet, self.constants, self.columns = frozen.unet, frozen.constants, frozen.columns
+        self.m, self.row, self.batch = machine, row, batch
+        self.names = {module: name for name, module in self.unet.named_modules()}
+        self.device, self.dtype = frozen.device, frozen.dtype
+        self.instructions: list[Instruction] = []
+        self.shapes: list[tuple[int, int, int]] = [(in_channels, *size)]
+        self.bordered: list[int] = []
+        self.loose: set[int] = set()
+        self.vector_dtype = row.dtype  # of whatever there is one of per channel
+        self.workspace_numel = 0
+
+    def conv(
+        self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own", stride: int = 1, padding: int = 1,
+        in_channels: int | None = None, out_channels: int | None = None, below: int | None = None,
+    ) -> Activation:  # fmt: skip
+        """A convolution; `bias`, where given, in place of its own. Channels beyond the layer's have zero weights.
+
+        `below`: rows and columns of zeros below and to the right, where not `padding`; native convolutions only.
+        """
+        assert x.residual is None
+        assert x.bias is None
+        name, size = self.names[layer], layer.kernel_size[0]
+        values = layer.bias if isinstance(bias, str) else bias
+        more_in = (in_channels or layer.in_channels) - layer.in_channels
+        more_out = (out_channels or layer.out_channels) - layer.out_channels
+        if more_out and values is not None:
+            values = F.pad(values, (0, more_out))
+        outputs, inputs = layer.out_channels + more_out, layer.in_channels + more_in
+        _, height, width = self.shapes[x.slot]
+        more = padding + (padding if below is None else below) - size
+        target = self.new(outputs, (height + more) // stride + 1, (width + more) // stride + 1)
+
+        def padded() -> Tensor:
+            return F.pad(layer.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+
+        if isinstance(bias, str):
+            own, pending = self.bias_of(layer, values)
+        else:  # a row of the time table, to be read at every run
+            own, pending = values, None
+        if self.m.native:
+            packed = self.packed(f"{name}.weight", padded, (outputs, inputs, size), (height, width), stride, padding)
+            run = ops.native_conv(self.m, x.slot, target, packed, own, stride, padding)
+        else:
+            assert below is None
+            run = ops.conv(self.m, x.slot, target, self.put(f"{name}.weight", padded), own, stride, padding)
+        numel = outputs * inputs * size**2
+        self.emit(name, "conv", [x.slot], [target], run, flops=2 * self.pixels(target) * numel, weights=numel)
+        return Activation(target, pending)
+
+    def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
+        """A 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
+        assert x.residual is None
+        assert x.bias is None
+        name = self.names[layer]
+        _, height, width = self.shapes[x.slot]
+        target = self.new(layer.out_channels, 2 * height, 2 * width)
+        own, pending = self.bias_of(layer, layer.bias) if isinstance(bias, str) else (bias, None)
+        if self.m.native:
+            shape = (layer.out_channels, layer.in_channels, 3)
+            packed = self.packed(f"{name}.weight", lambda: layer.weight, shape, (height, width), 1, 1, True)
+            run = ops.native_conv(self.m, x.slot, target, packed, own)
+            self.emit(
+                name, "conv", [x.slot], [target], run, flops=8 * self.pixels(target) * shape[0] * shape[1],
+                weights=layer.weight.numel(),
+            )  # fmt: skip
+            return Activation(target, pending)
+        plain, transposed = self._ways_to_double(layer, (height, width), f"{name}.plain", f"{name}.weight")
+        if transposed:
+            self.loose.add(target)
+            source, weight = x.slot, self.put(f"{name}.weight", lambda: folding.upsample_conv(layer.weight))
+            run = ops.upsample(self.m, source, target, weight, own)
+        if plain:
+            source, weight = self.new(layer.in_channels, 2 * height, 2 * width), self.put(f"{name}.plain", layer.weight)
+            self.emit(f"{name}.double", "other", [x.slot], [source], ops.double(self.m, x.slot, source))
+            run = ops.conv(self.m, source, target, weight, own, 1, 1)
+        self.emit(
+            name, "conv", [source], [target], run, flops=2 * self.pixels(source) * weight.numel(),
+            weights=weight.numel(),
+        )  # fmt: skip
+        return Activation(target, pending)
+
+    def norm(
+        self, layer: nn.GroupNorm, x: Activation, second: Activation | None = None, *, time_bias: Tensor | None = None,
+        scale: Tensor | None = None, shift: Tensor | None = None, activation: str | None = "silu",
+    ) -> Activation:  # fmt: skip
+        """The norm of concat(x, second), complete. Afterwards the slot of `x` holds the sum with its residual."""
+        name = self.names[layer]
+        own, height, width = self.shapes[x.slot]
+        channels = layer.num_channels
+        if x.bias is not None or (second is not None and second.bias is not None):
+            assert time_bias is None
+            zeros = torch.zeros(channels, dtype=torch.float64, device=layer.weight.device)
+            parts = [zeros[:own] if x.bias is None else x.bias]
+            if second is not None:
+                parts.append(zeros[own:] if second.bias is None else second.bias)
+            pending = self.put(f"{name}.pending", torch.cat(parts), self.vector_dtype)
+            time_bias = pending.expand(self.batch, -1)
+        target = self.new(channels, height, width)
+        launches = 1
+        if self.m.fused:
+            like = torch.empty(self.batch, height, width, own, dtype=self.dtype, device=self.device).permute(0, 3, 1, 2)
+            launches = group_norm_silu_launches(like, channels, layer.num_groups)
+            self.workspace_numel = max(
+                self.workspace_numel, group_norm_silu_workspace(like, channels, layer.num_groups)
+            )
+        residual = x.residual
+        reads = [x.slot] + [a for a in (None if second is None else second.slot, residual) if a is not None]
+        self.emit(
+            name, "norm", reads, [target] + ([x.slot] if residual is not None else []),
+            ops.norm(
+                self.m, x.slot, target, None if second is None else second.slot, residual,
+                self.put(f"{name}.weight", layer.weight, self.vector_dtype),
+                self.put(f"{name}.bias", layer.bias, self.vector_dtype),
+                layer.num_groups, layer.eps, time_bias, scale, shift, activation,
+            ),
+            kernels=launches,
+        )  # fmt: skip
+        x.residual = None
+        return Activation(target)
+
+    def shortcut(
+        self, layer: nn.Conv2d, x: Activation, skip: Activation | None, h: Activation
+    ) -> Activation:
+        """A 1x1 convolution of concat(x, skip), added to `h` in its place, with every pending bias."""
+        width = self.shapes[x.slot][0]
+        weight = layer.weight.double().flatten(1)
+        bias = add(layer.bias, h.bias)
+        for part, activation in ((weight[:, :width], x), (weight[:, width:], skip)):
+            if activation is not None and activation.bias is not None:
+                bias = add(bias, part @ activation.bias)
+        second = None if skip is None else skip.slot
+        return self.pointwise(self.names[layer], x.slot, weight, bias, h.slot, second, h.slot)
+
+    def pointwise(
+        self, name: str, source: int, weight: Tensor, bias: Tensor | None, residual: int | None,
+        second: int | None = None, target: int | None = None,
+    ) -> Activation:  # fmt: skip
+        width = self.shapes[source][0]
+        if target is None:
+            target = self.new(len(weight), *self.shapes[source][1:])
+        reads = [slot for slot in (source, second, residual) if slot is not None]
+        if self.m.native:
+            shape = (*weight.shape, 1)
+            packed = self.packed(
+                f"{name}.weight", lambda: weight[:, :, None, None], shape, self.shapes[source][1:],
+                channels2=weight.shape[1] - width,
+            )  # fmt: skip
+            own = None if bias is None else self.put(f"{name}.bias", bias, self.vector_dtype)
+            self.emit(
+                name, "pointwise", reads, [target],
+                ops.native_conv(self.m, source, target, packed, own, 1, 0, second, residual),
+                flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
+            )  # fmt: skip
+            return Activation(target)
+        first = self.put(f"{name}.first", weight[:, :width])
+        other = None if second is None else self.put(f"{name}.second", weight[:, width:])
+        own = None if bias is None else self.put(f"{name}.bias", bias, self.vector_dtype)
+        self.emit(
+            name, "pointwise", reads, [target],
+            ops.pointwise(self.m, source, target, first, own, second, other, residual),
+            flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
+        )  # fmt: skip
+        return Activation(target)
+
+    def linear(self, name: str, source: int, weight: Tensor, bias: Tensor) -> int:
+        """A 1x1 convolution with bias by the vendor's matrix product, or the native one. Returns its slot."""
+        if self.m.native:
+            return self.pointwise(name, source, weight, bias, None).slot
+        target = self.new(len(weight), *self.shapes[source][1:])
+        own = self.put(f"{name}.bias", bias)
+        self.emit(
+            name, "pointwise", [source], [target],
+            ops.linear(self.m, source, target, self.put(f"{name}.weight", weight.T), own),
+            flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
+        )  # fmt: skip
+        return target
+
+    def complete(self, x: Activation, name: str, padded: int | None = None) -> None:
+        """Adds what `x` lacks, in its place; if `padded`, copies it there as well."""
+        if x.residual is None and x.bias is None and padded is None:
+            return
+        bias = None
+        if x.bias is not None:
+            bias = self.put(f"{name}.pending", x.bias, self.vector_dtype)
+        reads = [x.slot] + ([] if x.residual is None else [x.residual])
+        self.emit(
+            name, "residual", reads, [x.slot] + ([] if padded is None else [padded]),
+            ops.residual_add(self.m, x.slot, x.residual, bias, padded),
+        )  # fmt: skip
+        x.residual = x.bias = None
+
+    def divided(self, x: Activation, divisor: float, name: str) -> Activation:
+        if divisor == 1:
+            return x
+        self.complete(x, f"{name}.sum")
+        return self.other(f"{name}.output_scale", [x.slot], lambda v: v / divisor)
+
+    def other(self, name: str, sources: list[int], function: Callable[..., Tensor]) -> Activation:
+        shapes = [torch.empty(1, *self.shapes[slot], device="meta") for slot in sources]
+        target = self.new(*function(*shapes).shape[1:])
+        self.loose.add(target)
+        self.emit(name, "other", sources, [target], ops.other(self.m, sources, target, function))
+        return Activation(target)
+
+    # Bookkeeping.
+
+    def bias_of(
+        self, layer: nn.Conv2d, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(what the convolution adds itself, in `dtype` or as convolutions want it, what stays pending)."""
+        if bias is None:
+            return None, None
+        if self.m.fused and not self.m.native:
+            return None, bias.double()
+        if dtype is None and self.m.native:
+            dtype = self.vector_dtype
+        return self.put(f"{self.names[layer]}.bias", bias, dtype), None
+
+    def packed(
+        self, name: str, weight: Callable[[], Tensor], shape: tuple[int, int, int], size: tuple[int, int],
+        stride: int = 1, padding: int = 0, upsample: bool = False, channels2: int = 0,
+    ) -> PackedWeight:  # fmt: skip
+        """A weight for the native convolution of an input of `size`. `shape`: output and input channels, kernel.
+
+        `channels2` of the input channels are those of a second source. It is kept for every algorithm that some size
+        has wanted.
+        """
+        outputs, inputs, kernel = shape
+        algorithm = choose_algorithm(
+            self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
+            dtype=self.dtype,
+        )  # fmt: skip
+        kinds = [algorithm]
+        if self.constants.refilling:  # sizes do not matter then: nothing will run
+            kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
+        for kind in kinds:
+            values = self.put(
+                f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample, self.dtype, channels2)
+            )
+        return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
+
+    def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
+        """Whether a convolution of `size` doubled is plain, as a table may say, and whether it is transposed.
+
+        It is one of them. Where weights are filled again, it is all that have their `weights`: nothing will run then.
+        """
+        if self.constants.refilling:
+            plain, transposed = (name in self.constants.tensors for name in weights)
+            return plain, transposed or not plain
+        choice = None
+        if self.m.static:
+            shape = (self.batch, *size, layer.in_channels, layer.out_channels, int(self.m.allow_tf32))
+            choice = _tuned.choice("upsample_conv", self.device, self.dtype, shape)
+        plain = choice is not None and choice["implementation"] == "plain"
+        return plain, not plain
+
+    def put(self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        return self.constants.put(name, values, dtype)
+
+    def new(self, channels: int, height: int, width: int) -> int:
+        self.shapes.append((channels, height, width))
+        return len(self.shapes) - 1
+
+    def pixels(self, slot: int) -> int:
+        _, height, width = self.shapes[slot]
+        return self.batch * height * width
+
+    def emit(
+        self, name: str, kind: str, reads: list[int], writes: list[int], run: Callable[[], None], *,
+        kernels: int = 1, flops: int = 0, weights: int = 0,
+    ) -> None:  # fmt: skip
+        elements = sum(self.pixels(slot) * self.shapes[slot][0] for slot in [*reads, *writes]) + weights
+        size = self.shapes[writes[0]][1:]
+        self.instructions.append(
+            Instruction(
+                name, kind, tuple(reads), tuple(writes), kernels, flops, elements * self.dtype.itemsize, run, size
+            )
+        )
+
+
+def _packed(
+    weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int
+) -> Tensor:
+    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2)
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two biases in float64, either of which may be missing."""
+    given = [v.double() for v in (a, b) if v is not None]
+    return sum(given[1:], given[0]) if given else None

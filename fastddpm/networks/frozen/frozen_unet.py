@@ -1,0 +1,246 @@
+"""The weights of a U-Net as sampling reads them, and the programs that run on them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastddpm_kernels import philox
+from fastddpm_kernels.backend import resolve
+from torch import Tensor, nn
+
+from fastddpm.networks import weights
+from fastddpm.networks.frozen.blueprint import Blueprint
+from fastddpm.networks.frozen.constants import Constants
+from fastddpm.networks.frozen.instructions import Machine
+from fastddpm.networks.frozen.kinds.lucidrains.blueprint import ClassConditionalBlueprint, LucidrainsBlueprint
+from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
+from fastddpm.networks.frozen.program import Program
+from fastddpm.networks.frozen.time_table import TimeTable
+
+_SAME_TO = 1e-4  # of the largest magnitude: float32 rounds a U-Net's output to about 1e-6 of it
+BLUEPRINTS: tuple[type[Blueprint], ...] = (UNetBlueprint, LucidrainsBlueprint, ClassConditionalBlueprint)
+
+
+def blueprint_of(model: object) -> type[Blueprint] | None:
+    """The kind of U-Net that a model is of, by its class, or None."""
+    return next((kind for kind in BLUEPRINTS if kind.takes(model)), None)
+
+
+def why_not(model: object, device: torch.device | str | None = None) -> str | None:
+    """Why a model cannot be frozen, to run on `device` (None: where it is), or None."""
+    kind = blueprint_of(model)
+    if kind is None:
+        return f"it is a {type(model).__name__}, neither a fastddpm.UNet nor a Unet of denoising_diffusion_pytorch"
+    assert isinstance(model, nn.Module)
+    if reason := kind.why_not(model):
+        return reason
+    own = next(model.parameters()).device
+    for place in (own, torch.device(own if device is None else device)):
+        if place.type not in ("cpu", "cuda", "meta"):
+            return f"weights are folded in float64, which {place.type} may not have"
+    return None
+
+
+class FrozenUNet:
+    """The weights of a U-Net as sampling reads them; `bind` puts them to work on the buffers of a loop.
+
+    Several threads may bind and load programs of it.
+
+    Attributes:
+        unet: the U-Net; if its weights change, `refresh` (or a program's `load`) takes over the new ones.
+        blueprint: what is particular to U-Nets of its kind.
+        dtype, device: of the computation, under autocast too.
+        fused: whether the fused kernels run: on CUDA and ROCm, on a CPU with a C++ compiler in float32 and, where it
+            multiplies that, in bfloat16, and where they are named. Else plain torch.
+        static: whether activations have fixed places (CUDA, and native kernels).
+        backend: of the fused kernels.
+        timesteps: int64 [S], those of `freeze`, or None.
+        constants: the folded weights.
+        in_channels: of an input buffer: those of the U-Net, or more, filled up with zeros to a whole vector.
+    """
+
+    @torch.inference_mode(False)  # what is filled again later must not be an inference tensor
+    @torch.no_grad()
+    def __init__(
+        self,
+        unet: nn.Module,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        backend: str = "auto",
+        allow_tf32: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        """See `freeze`. `fused` overrides the choice that `backend` implies: a test runs fused plans in float64."""
+        if reason := why_not(unet, device):
+            raise ValueError(f"unet cannot be frozen: {reason}")
+        kind = blueprint_of(unet)
+        assert kind is not None
+        self.unet, self.blueprint = unet, kind(unet)
+        first = next(unet.parameters())
+        self.dtype = first.dtype if dtype is None else dtype
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}, must be a floating-point type")
+        self.device = first.device if device is None else torch.empty(0, device=device).device
+        gpu = self.device.type in ("cuda", "meta")  # meta stands for CUDA, to count kernels where there is none
+        self.backend = "triton" if self.device.type == "meta" else resolve(
+            "group_norm_silu_", backend, self.device.type, self.dtype
+        )
+        if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
+            self.backend = "eager"  # native products take channels in pairs
+        self.fused = self.backend in ("triton", "native") if fused is None else fused
+        if self.backend == "native" and not self.fused:
+            self.backend = "eager"
+        self.static = self.fused and (self.backend == "native" or (gpu and torch.version.hip is None))
+        self.allow_tf32 = allow_tf32
+        self.timesteps: Tensor | None = None
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.row_dtype = wide if self.fused else self.dtype
+        # Convolutions read whole vectors of channels; three are slow, or copied to eight by the library.
+        channels = self.blueprint.in_channels
+        self.in_channels = -(-channels // 8) * 8 if self.static and self.dtype.itemsize == 2 else channels
+        self.constants = Constants(self.dtype, self.device)
+        self._lock = threading.RLock()
+        self._version = 0
+        self._fingerprint = weights.fingerprint(unet)
+        self.embeddings = self.blueprint.embeddings().to(self.device)
+        weight, bias, self.columns = self.blueprint.time_projections()
+        self.time_weight, self.time_bias = weight.detach().to(self.device), bias.detach().to(self.device)
+
+    def _has_odd_widths(self) -> bool:
+        widths = {m.in_features for m in self.unet.modules() if isinstance(m, nn.Linear)}
+        widths |= {m.in_channels for m in self.unet.modules() if isinstance(m, nn.Conv2d)}
+        return any(width % 2 for width in widths - {self.blueprint.in_channels})  # the input's are filled up
+
+    def new_input(self, shape: Sequence[int]) -> Tensor:
+        """Zeros [N, C, H, W] for `bind`: channels-last, a slice of `in_channels` channels where those are more.
+
+        C is the U-Net's number of channels, or less by those that may be left out.
+        """
+        blueprint = self.blueprint
+        if len(shape) != 4:
+            raise ValueError(f"x has shape {tuple(shape)}, must have shape [N, {blueprint.in_channels}, H, W]")
+        n, channels, height, width = shape
+        first = blueprint.in_channels - channels
+        if first not in (0, blueprint.optional_channels):  # which `bind` refuses
+            return torch.zeros(n, channels, height, width, dtype=self.dtype, device=self.device)
+        buffer = torch.zeros(n, height, width, self.in_channels, dtype=self.dtype, device=self.device)
+        return buffer.permute(0, 3, 1, 2)[:, first : first + channels]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def bind(self, inputs: Tensor, timesteps: Tensor | None = None, labels: Tensor | None = None) -> Program:
+        """The instructions on buffers that stay where they are while their values change; its `load` takes new ones in.
+
+        Args:
+            inputs: [N, C, H, W] from `new_input`, or samples of one.
+            timesteps: int64 [S] on the device; None for those of `freeze`.
+            labels: int64 [N] (or of the kind that the U-Net's `class_embed_type` names), where it has classes. Their
+                range is not checked.
+
+        Raises:
+            ValueError: a wrong shape or dtype, or labels missing or not wanted.
+        """
+        blueprint, factor = self.blueprint, self.blueprint.factor
+        if inputs.ndim != 4 or blueprint.in_channels - inputs.shape[1] not in (0, blueprint.optional_channels):
+            shape = tuple(inputs.shape)
+            raise ValueError(f"inputs have shape {shape}, must have shape [N, {blueprint.in_channels}, H, W]")
+        if any(size % factor or not size for size in inputs.shape[2:]):
+            raise ValueError(
+                f"inputs are {inputs.shape[2]}x{inputs.shape[3]} pixels, both must be positive multiples of {factor}"
+            )
+        timesteps = self.timesteps if timesteps is None else timesteps
+        if timesteps is None:
+            raise ValueError("timesteps is None, must be given: the U-Net was frozen without")
+        if blueprint.has_labels != (labels is not None):
+            raise ValueError(
+                "class_labels are missing, but this U-Net is class-conditional"
+                if labels is None
+                else "class_labels are given, but this U-Net has no classes"
+            )
+        if labels is not None:
+            blueprint.check_labels(labels, len(inputs))
+        with self._lock:
+            return Program(self, inputs, timesteps, labels)
+
+    def whole_input(self, inputs: Tensor) -> Tensor:
+        """`inputs` from `new_input` with the channels that were left out or fill it up."""
+        n, channels, height, width = inputs.shape
+        first, whole = self.blueprint.in_channels - channels, inputs.stride(3)
+        if whole <= channels or whole != self.in_channels:
+            return inputs
+        return inputs.as_strided((n, whole, height, width), inputs.stride(), inputs.storage_offset() - first)
+
+    def time_table(self, machine: Machine, timesteps: Tensor, labels: Tensor | None, batch: int) -> TimeTable:
+        """The time table of a program."""
+        return TimeTable(
+            machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def differs(self) -> str | None:
+        """How far this is from the U-Net's own forward on one small sample, or None if no more than by rounding."""
+        shape = (self.blueprint.in_channels, 2 * self.blueprint.factor, 2 * self.blueprint.factor)
+        first = next(self.unet.parameters())
+        x = philox.normal(philox.sample_keys([0], [0]), shape, step=0, stream=philox.STREAM_INITIAL, backend="eager")
+        inputs, times = self.new_input((1, *shape)), torch.tensor([0, 500], device=self.device)
+        inputs.copy_(x)
+        program = self.bind(inputs, times, self.blueprint.some_labels(1, self.device))
+        given, optional = x.to(first), self.blueprint.optional_channels
+        labels = self.blueprint.some_labels(1, first.device)
+        training = [module for module in self.unet.modules() if module.training]
+        self.unet.eval()
+        try:
+            for row, t in enumerate(times.to(first.device)):
+                own = {"x_self_cond": given[:, :optional]} if optional else {}
+                theirs = self.blueprint.call(given[:, optional:], t[None], labels, **own).double().cpu()
+                ours = program(torch.tensor([row], device=self.device)).double().cpu()
+                error, largest = (theirs - ours).abs().max().item(), theirs.abs().max().item()
+                if not error <= max(_SAME_TO, 32 * torch.finfo(self.dtype).eps) * largest:  # also if not a number
+                    return f"frozen it differs from itself by {error:.3g} of {largest:.3g} at timestep {int(t)}"
+        finally:
+            for module in training:
+                module.training = True
+        return None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> int:
+        """Takes over the U-Net's weights if they have changed, into the same places. Returns how often it did.
+
+        Raises:
+            ValueError: the U-Net itself has changed, so that it could no longer be frozen.
+        """
+        with self._lock:
+            if reason := why_not(self.unet):
+                raise ValueError(f"unet has changed since it was frozen (make a new Sampler): {reason}")
+            now = weights.fingerprint(self.unet)
+            if now != self._fingerprint:
+                self._refill()
+                self._fingerprint = now  # not before: what has failed is tried again
+                self._version += 1
+            return self._version
+
+    def _refill(self) -> None:
+        self.embeddings.load_state_dict(self.blueprint.embeddings().state_dict())
+        weight, bias, _ = self.blueprint.time_projections()
+        self.time_weight.copy_(weight)
+        self.time_bias.copy_(bias)
+        machine = Machine(self.fused, self.static, self.backend)
+        row = torch.zeros(1, len(self.time_bias), dtype=self.row_dtype, device=self.device)
+        factor = self.blueprint.factor
+        self.constants.refilling = True
+        try:
+            self.blueprint.lower(self, machine, row, 1, (factor, factor), self.in_channels)
+        finally:
+            self.constants.refilling = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())

@@ -1,0 +1,1 @@
+"""The kinds of U-Net that can be frozen, one folder per library."""

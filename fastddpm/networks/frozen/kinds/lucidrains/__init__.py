@@ -1,0 +1,1 @@
+"""denoising_diffusion_pytorch's U-Nets, frozen."""

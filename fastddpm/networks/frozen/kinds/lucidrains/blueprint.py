@@ -1,0 +1,152 @@
+"""The `Unet`s of denoising_diffusion_pytorch (2.0 and later) as freezing sees them.
+
+Recognised by the names of their classes: the library itself is not imported.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastddpm.networks.frozen.blueprint import Blueprint, Embeddings, why_not_layers
+from fastddpm.networks.frozen.builder import Builder
+from fastddpm.networks.frozen.instructions import Machine
+from fastddpm.networks.frozen.kinds.lucidrains.lowering import LucidrainsLowering
+
+LIBRARY = "denoising_diffusion_pytorch"
+_SHARED = {"ResnetBlock", "Block", "RMSNorm", "LinearAttention", "Attention"}
+_SHARED |= {"SinusoidalPosEmb", "RandomOrLearnedSinusoidalPosEmb"}
+_OF_TORCH = {nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential}
+_OF_TORCH |= {nn.SiLU, nn.Upsample}
+
+
+class LucidrainsEmbeddings(Embeddings):
+    """See `Embeddings`. Where there are classes, time and class stand beside each other: the sum has both.
+
+    The sinusoids are those that the library computes, in torch's default dtype; learned or random frequencies are
+    multiplied in float64.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        sinusoids, *mlp = unet.time_mlp
+        self.sinusoids = copy.deepcopy(sinusoids)
+        if next(self.sinusoids.parameters(), None) is not None:
+            self.sinusoids.double()
+        self.time = copy.deepcopy(nn.Sequential(*mlp)).double()
+        self._time_width: int = mlp[-1].out_features
+        self.classes: nn.Embedding | None = None
+        if hasattr(unet, "classes_emb"):
+            known, none = unet.classes_emb.weight.detach(), unet.null_classes_emb.detach()
+            self.classes = nn.Embedding.from_pretrained(torch.cat([known, none[None]]).double())
+            self.classes_mlp: nn.Sequential = copy.deepcopy(unet.classes_mlp).double()
+            self._classes_width: int = unet.classes_mlp[-1].out_features
+            self.num_labels = len(self.classes.weight)
+
+    def of_time(self, t: Tensor) -> Tensor:
+        """int64 [S] -> [S, E]."""
+        embedding = self.time(self.sinusoids(t).double())
+        return embedding if self.classes is None else F.pad(embedding, (0, self._classes_width))
+
+    def of_labels(self, labels: Tensor) -> Tensor:
+        """int64 [N] -> [N, E]; the number of classes stands for none of them."""
+        assert self.classes is not None
+        return F.pad(self.classes_mlp(self.classes(labels)), (self._time_width, 0))
+
+
+class LucidrainsBlueprint(Blueprint):
+    """`denoising_diffusion_pytorch.Unet`."""
+
+    foreign = True
+    has_labels = False
+    _kind = (f"{LIBRARY}.{LIBRARY}", "Unet")
+    _attend = frozenset({(f"{LIBRARY}.attend", "Attend"), ("einops.layers.torch", "Rearrange")})
+    _wrappers: tuple[str, ...] = ()
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+        self.in_channels, self.out_channels = unet.init_conv.in_channels, unet.out_dim
+        self.optional_channels = unet.channels if getattr(unet, "self_condition", False) else 0
+        self.factor = 2 ** (len(unet.downs) - 1)
+
+    @classmethod
+    def takes(cls, model: object) -> bool:
+        return _name(type(model)) == cls._kind
+
+    @classmethod
+    def why_not(cls, model: Any) -> str | None:
+        own = {(cls._kind[0], name) for name in (*_SHARED, *cls._wrappers, "Unet")} | cls._attend
+        if reason := why_not_layers(model, lambda kind: kind in _OF_TORCH or _name(kind) in own):
+            return reason
+        for name, module in model.named_modules():
+            wrong = _unusual(module)
+            if wrong is not None:
+                return f"its layer {name} {wrong}"
+        attentions = ("Residual",) if cls._wrappers else ("LinearAttention", "Attention")
+        for name, levels in (("downs", model.downs), ("ups", model.ups)):
+            for index, level in enumerate(levels):
+                kinds = [type(part).__name__ for part in level]
+                usual = len(kinds) == 4 and kinds[:2] == 2 * ["ResnetBlock"] and kinds[2] in attentions
+                if not usual or kinds[3] not in ("Conv2d", "Sequential"):
+                    return f"its layer {name}.{index} is of {', '.join(kinds)}"
+        return None
+
+    def embeddings(self) -> Embeddings:
+        return LucidrainsEmbeddings(self.unet)
+
+    def time_projections(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
+        weights, biases, columns, start = [], [], {}, 0
+        for name, block in self.unet.named_modules():
+            if type(block).__name__ == "ResnetBlock":
+                linear = block.mlp[1]
+                weights.append(linear.weight.double())
+                biases.append(linear.bias.double())
+                columns[name] = slice(start, start + linear.out_features)
+                start += linear.out_features
+        return torch.cat(weights), torch.cat(biases), columns
+
+    def lower(
+        self, frozen: Any, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
+    ) -> tuple[Builder, int]:
+        lowering = LucidrainsLowering(frozen, machine, row, batch, size, in_channels)
+        return lowering, lowering.result
+
+
+class ClassConditionalBlueprint(LucidrainsBlueprint):
+    """`denoising_diffusion_pytorch.classifier_free_guidance.Unet`; the number of classes is the label of none.
+
+    No label is dropped, as if the U-Net were called with `cond_drop_prob` 0, which is not its default.
+    """
+
+    alone = False
+    has_labels = True
+    _kind = (f"{LIBRARY}.classifier_free_guidance", "Unet")
+    _attend = frozenset()
+    _wrappers = ("Residual", "PreNorm")
+
+    def call(self, x: Tensor, t: Tensor, labels: Tensor | None, **more: Tensor) -> Tensor:
+        return self.unet(x, t, labels, cond_drop_prob=0.0, **more)
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
+
+
+def _unusual(module: Any) -> str | None:
+    """What of a layer is not as the library makes it, and would be passed over."""
+    if isinstance(module, nn.Conv2d):
+        own = (module.groups, module.dilation, module.padding_mode)
+        return None if own == (1, (1, 1), "zeros") else f"has groups, dilation and padding_mode {own}"
+    if isinstance(module, nn.Upsample):
+        mode, factor = module.mode, module.scale_factor
+        return None if (mode, factor) == ("nearest", 2.0) else f"has mode {mode} and scale_factor {factor}"
+    name = type(module).__name__
+    if name == "ResnetBlock" and module.mlp is None:
+        return "has no projection of the time"
+    if name == "Attend" and module.scale is not None:
+        return f"has scale {module.scale}"
+    return None

@@ -1,0 +1,168 @@
+"""Instructions of denoising_diffusion_pytorch's U-Nets that no other has: RMS norm, linear attention, learned keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fastddpm_kernels.group_norm_silu import rms_norm_silu, rms_norm_silu_
+from torch import Tensor
+
+from fastddpm.networks.frozen.instructions import Machine
+
+
+class Projections(NamedTuple):
+    """What queries, keys and values of linear attention are made with.
+
+    Attributes:
+        query, key, value: [C, heads * head_dim].
+        memory_key, memory_value: [M, heads * head_dim], learned ones that stand before those of the pixels.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    memory_key: Tensor
+    memory_value: Tensor
+
+    def of(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes queries [N, P, I], keys and values [N, M + P, I] of pixels [N, P, C]."""
+        torch.mm(x.flatten(0, 1), self.query, out=queries.flatten(0, 1))
+        for out, memory, weight in ((keys, self.memory_key, self.key), (values, self.memory_value, self.value)):
+            if count := len(memory):
+                out[:, :count] = memory
+            torch.bmm(x, weight.expand(len(x), -1, -1), out=out[:, count:])
+
+
+class Scratch(NamedTuple):
+    """Slots for what linear attention makes on its way, [N, I, H, W] or, of keys and values, [N, I, M + P, 1].
+
+    `queries2` and `keys2` are for their softmax.
+    """
+
+    queries: int
+    keys: int
+    values: int
+    queries2: int
+    keys2: int
+
+
+def linear_attention(
+    m: Machine, source: int, target: int, projections: Projections, scratch: Scratch, heads: int, mask: Tensor | None,
+    weight: Tensor, bias: Tensor | None,
+) -> Callable[[], None]:  # fmt: skip
+    """Linear attention (Shen et al. 2018, arXiv:1812.01243) and the projection of its result.
+
+    softmax of the queries over their features, of the keys over the positions. Values and output projection meet
+    before the positions do: softmax(q) (softmax(k)^T v Wo) has no product with both heads and positions.
+
+    Args:
+        mask: [I, I], 1 where two features are of the same head: all samples at once, by products of whole width, of
+            which the mask keeps what is wanted. None: one sample after another, whose heads are then matrices in
+            place, and which stays in the processor's cache.
+        weight: [I, O], the output projection, scaled; `bias` [O] its bias, if it is added here.
+    """
+
+    def run() -> None:
+        x = m.slots[source]
+        pixels, (inner, width), count = _pixels(x), weight.shape, len(projections.memory_key)
+        total = pixels.shape[1] + count
+        q, q2 = (_pixels(m.place(slot, x, inner)) for slot in (scratch.queries, scratch.queries2))
+        k, k2, v = (_place(m, slot, x, total, inner) for slot in (scratch.keys, scratch.keys2, scratch.values))
+        y = _pixels(m.place(target, x, width))
+        at_once = 1 if mask is None else max(len(x), 1)
+        q, q2, k, k2, v = (part[:at_once] for part in (q, q2, k, k2, v))
+        for some, out in zip(pixels.split(at_once), y.split(at_once), strict=True):
+            projections.of(some, q, k, v)
+            torch.softmax(q.unflatten(2, (heads, -1)), 3, out=q2.unflatten(2, (heads, -1)))
+            torch.softmax(k, 1, out=k2)
+            if mask is None:
+                keys, values = (part[0].unflatten(1, (heads, -1)).transpose(0, 1) for part in (k2, v))
+                context = torch.bmm(keys.transpose(1, 2), values)
+                context = torch.bmm(context, weight.view(heads, -1, width)).view(1, inner, width)
+            else:
+                context = torch.matmul(torch.bmm(k2.transpose(1, 2), v).mul_(mask), weight)
+            if bias is None:
+                torch.bmm(q2, context, out=out)
+            else:
+                torch.baddbmm(bias, q2, context, out=out)
+
+    return run
+
+
+def attention(
+    m: Machine, source: int, target: int, scratch: int, weight: Tensor, memory: Tensor, heads: int
+) -> Callable[[], None]:
+    """softmax(q k / sqrt(head_dim)) v, before its projection.
+
+    Args:
+        scratch: slot of [N, 3 I, M + P, 1] for queries, keys and values, the learned ones before those of the pixels.
+        weight: [C, 3 I].
+        memory: [M, 2 I], learned keys and values.
+    """
+    count, inner = len(memory), memory.shape[1] // 2
+
+    def run() -> None:
+        x = m.slots[source]
+        pixels = _pixels(x)
+        rows = _place(m, scratch, x, pixels.shape[1] + count, 3 * inner)
+        if count:
+            rows[:, :count, inner:] = memory
+        torch.bmm(pixels, weight.expand(len(x), -1, -1), out=rows[:, count:])
+        q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in rows.split(inner, dim=2))
+        out = F.scaled_dot_product_attention(q[:, :, count:], k, v)
+        _pixels(m.place(target, x, inner)).unflatten(2, (heads, -1)).copy_(out.transpose(1, 2))
+
+    return run
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W], channels-last, as [N, H * W, C]."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _place(m: Machine, slot: int, like: Tensor, pixels: int, channels: int) -> Tensor:
+    """[N, pixels, channels] of a slot."""
+    if not m.static:
+        m.slots[slot] = like.new_empty(len(like), pixels, 1, channels).permute(0, 3, 1, 2)
+    return _pixels(m.slots[slot])
+
+
+def rms_norm(
+    m: Machine,
+    source: int,
+    target: int,
+    residual: int | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+) -> Callable[[], None]:
+    """RMS norm of source + bias, FiLM and SiLU, plus residual."""
+
+    def run() -> None:
+        x = m.slots[source]
+        added = None if residual is None else m.slots[residual]
+        if m.fused:
+            rms_norm_silu_(
+                m.place(target, x, len(weight)), x, weight, bias=bias, residual=added, scale=scale, shift=shift,
+                activation=activation, backend=m.backend,
+            )  # fmt: skip
+            return
+        y = rms_norm_silu(x, weight, scale=scale, shift=shift, activation=activation, backend=m.backend)
+        m.slots[target] = y if added is None else y.add_(added)
+
+    return run
+
+
+def concatenate(m: Machine, first: int, second: int, target: int) -> Callable[[], None]:
+    """concat(first, second) of their channels."""
+
+    def run() -> None:
+        x, y = m.slots[first], m.slots[second]
+        torch.cat([x, y], dim=1, out=m.place(target, x, x.shape[1] + y.shape[1]))
+
+    return run

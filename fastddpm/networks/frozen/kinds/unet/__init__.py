@@ -1,0 +1,1 @@
+"""fastddpm's own U-Net, frozen."""

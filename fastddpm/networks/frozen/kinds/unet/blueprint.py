@@ -1,0 +1,83 @@
+"""`fastddpm.UNet` as freezing sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.networks.frozen.blueprint import Blueprint, why_not_layers
+from fastddpm.networks.frozen.builder import Builder
+from fastddpm.networks.frozen.instructions import Machine
+from fastddpm.networks.frozen.kinds.unet import folding
+from fastddpm.networks.frozen.kinds.unet.lowering import Lowering
+from fastddpm.networks.unet import layers
+from fastddpm.networks.unet.model import UNet
+
+_LAYERS = (
+    UNet,
+    layers.Conv3x3,
+    layers.EmbeddingMLP,
+    layers.ResnetBlock,
+    layers.Attention,
+    layers.Downsample,
+    layers.Upsample,
+    layers.DownBlock,
+    layers.MidBlock,
+    layers.UpBlock,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.Embedding,
+    nn.GroupNorm,
+    nn.Linear,
+    nn.ModuleList,
+)
+
+
+class UNetBlueprint(Blueprint):
+    """A `fastddpm.UNet` of nothing but its own layers."""
+
+    unet: UNet
+
+    def __init__(self, unet: UNet) -> None:
+        config = unet.config
+        self.unet = unet
+        self.in_channels, self.out_channels = config.in_channels, config.out_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.has_labels = config.has_classes
+        size = config.sample_size or 32
+        self.sample_size = (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @staticmethod
+    def takes(model: object) -> bool:
+        return type(model) is UNet
+
+    @staticmethod
+    def why_not(model: UNet) -> str | None:
+        return why_not_layers(model, _LAYERS.__contains__)
+
+    def embeddings(self) -> folding.UNetEmbeddings:
+        return folding.UNetEmbeddings(self.unet)
+
+    def time_projections(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
+        return folding.time_projections(self.unet)
+
+    def lower(
+        self, frozen: Any, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
+    ) -> tuple[Builder, int]:
+        lowering = Lowering(frozen, machine, row, batch, size, in_channels)
+        return lowering, lowering.result
+
+    def check_labels(self, labels: Tensor, batch: int) -> None:
+        config = self.unet.config
+        shape = (batch, config.embedding_channels) if config.class_embed_type == "identity" else (batch,)
+        if tuple(labels.shape) != shape:
+            raise ValueError(f"class_labels have shape {tuple(labels.shape)}, must have {shape}")
+        if config.class_embed_type is None and labels.dtype != torch.int64:
+            raise ValueError(f"class_labels have dtype {labels.dtype}, must have torch.int64")
+
+    def some_labels(self, batch: int, device: torch.device | str) -> Tensor | None:
+        if self.unet.config.class_embed_type == "identity":
+            return torch.zeros(batch, self.unet.config.embedding_channels, device=device)
+        return super().some_labels(batch, device)

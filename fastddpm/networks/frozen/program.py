@@ -1,0 +1,142 @@
+"""A frozen U-Net on the buffers of one loop: its instructions, their memory, and the time table that they read."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastddpm.networks.frozen.builder import Builder
+from fastddpm.networks.frozen.instructions import Instruction, Machine
+
+if TYPE_CHECKING:
+    from fastddpm.networks.frozen.frozen_unet import FrozenUNet
+
+ALIGNMENT = 256  # bytes, as the allocator's own
+
+
+class Program:
+    """The instructions for one batch size, image size and number of steps. Call it with the step counter.
+
+    Attributes:
+        instructions: in order; the first ones look up the step's row of the time table.
+        arena: the block of memory that the activations share, uint8 (empty where they have no fixed places).
+        loads: how often the time table was filled.
+    """
+
+    def __init__(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> None:
+        """See `FrozenUNet.bind`."""
+        self._frozen, self._timesteps = frozen, timesteps
+        self._out_channels = frozen.blueprint.out_channels
+        self._machine = m = Machine(frozen.fused, frozen.static, frozen.backend, frozen.allow_tf32)
+        inputs = frozen.whole_input(inputs)
+        batch, channels, *size = inputs.shape
+        self._times = frozen.time_table(m, timesteps, labels, batch)
+        lowering, self._result = frozen.blueprint.lower(
+            frozen, m, self._times.row, batch, (size[0], size[1]), channels
+        )
+        self.instructions: list[Instruction] = self._times.instructions + lowering.instructions
+        m.slots = [None] * len(lowering.shapes)
+        m.slots[lowering.INPUT] = inputs
+        if lowering.workspace_numel:
+            m.workspace = torch.empty(lowering.workspace_numel, dtype=torch.float32, device=frozen.device)
+        self._clear: list[list[int]] = [[] for _ in self.instructions]
+        self._place(lowering, batch)
+        self._seen_timesteps: Tensor | None = None
+        self._seen_version = -1
+        self.loads = 0
+
+    @torch.no_grad()
+    def __call__(self, step: Tensor) -> Tensor:
+        """The prediction [N, out_channels, H, W] for the inputs at row `step` (int64 [1], on the device).
+
+        It may be overwritten by the next call.
+        """
+        if self.loads == 0:
+            self.load()
+        m = self._machine
+        m.step = step
+        with self._own_dtype():
+            for instruction, dead in zip(self.instructions, self._clear, strict=True):
+                instruction.run()
+                for slot in dead:
+                    m.slots[slot] = None
+        return m.slots[self._result][:, : self._out_channels]
+
+    def _own_dtype(self) -> AbstractContextManager[object]:
+        """Keeps autocast, where it is on, from choosing another dtype for some of the instructions."""
+        device = self._frozen.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load(self) -> None:
+        """Takes in what the timesteps and labels now are, and the U-Net's weights if they have changed."""
+        version = self._frozen.refresh()
+        seen = self._seen_timesteps
+        if version != self._seen_version or seen is None or not torch.equal(seen, self._timesteps):
+            self._times.load_timesteps()
+            self._seen_timesteps, self._seen_version = self._timesteps.clone(), version
+            self.loads += 1
+        self._times.load_labels()
+
+    def _place(self, lowering: Builder, batch: int) -> None:
+        """Gives slots their place in the arena (where static), and says after which instruction the others are dead."""
+        m, dtype, device = self._machine, self._frozen.dtype, self._frozen.device
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for index, instruction in enumerate(self.instructions):
+            for slot in instruction.writes:
+                first.setdefault(slot, index)
+            for slot in (*instruction.reads, *instruction.writes):
+                last[slot] = index
+        last[self._result] = len(self.instructions)
+
+        # A border is zeroed once, so what has one shares its memory with nothing.
+        bordered = set(lowering.bordered) if m.fused else set()
+        for slot in bordered:
+            channels, height, width = lowering.shapes[slot]
+            m.slots[slot] = torch.zeros(batch, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
+        placed = set(first) - bordered - lowering.loose if m.static else set()
+        sizes = {slot: batch * math.prod(lowering.shapes[slot]) * dtype.itemsize for slot in placed}
+        offsets, total = plan_memory(sizes, first, last)
+        self.arena = torch.empty(total, dtype=torch.uint8, device=device)
+        for slot, offset in offsets.items():
+            channels, height, width = lowering.shapes[slot]
+            block = self.arena[offset : offset + sizes[slot]].view(dtype)
+            m.slots[slot] = block.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        for slot in set(first) - bordered - placed - {self._result}:
+            self._clear[last[slot]].append(slot)
+
+
+def plan_memory(sizes: dict[int, int], first: dict[int, int], last: dict[int, int]) -> tuple[dict[int, int], int]:
+    """Places blocks so that those that live at the same time do not overlap: the largest first, each as low as it can.
+
+    Args:
+        sizes: bytes of every block.
+        first, last: the instructions between which a block is needed, both inclusive.
+
+    Returns:
+        The offset of every block, and the size of the whole.
+    """
+    offsets: dict[int, int] = {}
+    total = 0
+    for block in sorted(sizes, key=lambda b: (-sizes[b], first[b])):
+        taken = sorted(
+            (offsets[other], offsets[other] + sizes[other])
+            for other in offsets
+            if first[other] <= last[block] and first[block] <= last[other]
+        )
+        offset = 0
+        for start, end in taken:
+            if offset + sizes[block] <= start:
+                break
+            offset = max(offset, -(-end // ALIGNMENT) * ALIGNMENT)
+        offsets[block] = offset
+        total = max(total, offset + sizes[block])
+    return offsets, total

@@ -1,0 +1,291 @@
+"""Any model, called in one way: where and in which dtype it runs, what it takes, what it returns."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import logging
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.networks.frozen import FrozenUNet, blueprint_of, why_not
+from fastddpm.networks.unet.model import UNet
+
+_log = logging.getLogger(__name__)
+_EVALUATING_LOCK = threading.Lock()
+# By model: how many are evaluating it, whichever `Network` they use, and which of its modules were in training mode.
+_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = weakref.WeakKeyDictionary()
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Call:
+    """How a model of any library is called, found from the names of its parameters.
+
+    Attributes:
+        takes_self_condition: whether it has a parameter `x_self_cond`.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        names = _parameters(model)
+        self.takes_self_condition = "x_self_cond" in names
+        self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
+
+    def __call__(
+        self, model: Callable[..., Any], x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None
+    ) -> Tensor:
+        """What `model` returns, a tensor, for x [N, ...], t int64 [N], labels int64 [N] and x_self_cond, if any.
+
+        Raises:
+            TypeError: it returned something else.
+        """
+        named = {} if self_condition is None else {"x_self_cond": self_condition}
+        if labels is None:
+            out = model(x, t, **named)
+        elif self._labels_name is None:
+            out = model(x, t, labels, **named)
+        else:
+            out = model(x, t, **{self._labels_name: labels}, **named)
+        if isinstance(out, Tensor):
+            return out
+        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
+            return out[0]
+        if isinstance(sample := getattr(out, "sample", None), Tensor):
+            return sample
+        raise TypeError(f"model returned a {type(out).__name__}, must return a tensor, a tuple or have a .sample")
+
+
+class AroundUNet(nn.Module, ABC):
+    """A model that calls a U-Net and makes its prediction of what that returns.
+
+    Where the U-Net can be frozen, what `bind_frozen` returns runs in place of `forward`.
+    """
+
+    @abstractmethod
+    def to_freeze(self) -> nn.Module | None:
+        """The U-Net, or None if it is to be called as it is."""
+
+    @abstractmethod
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> Bound:
+        """As `Network.bind`, with the U-Net frozen."""
+
+
+class Network:
+    """A model in the place and dtype it runs in: itself if it is there already, else a copy.
+
+    Attributes:
+        model: the model that is called. Where it is frozen, the one that was given.
+        frozen: the U-Net as prepared for sampling, which `bind` runs in its place, or None.
+        config: its configuration, or None.
+        device, dtype: where and in which dtype it runs.
+        takes_self_condition: whether it has a parameter `x_self_cond`, which is not among the channels of its input.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        *,
+        allow_tf32: bool = False,
+        freeze: bool = False,
+    ) -> None:
+        """See `Sampler` for the arguments.
+
+        `freeze`: prepare the model for sampling if it is a U-Net that can be frozen, or `AroundUNet`. It is then run
+        through `bind` alone.
+
+        Raises:
+            TypeError: the model cannot be called.
+            ValueError: the dtype is none of `DTYPES`, or the device cannot be used.
+        """
+        if not callable(model):
+            raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or a callable model(x, t)")
+        self._call = Call(model)
+        self.device, self.dtype = _place(model, device, dtype)
+        self.frozen: FrozenUNet | None = None
+        if freeze and backend != "reference":
+            self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32)
+        self.model = model if self.frozen else _prepare(model, self.device, self.dtype, backend)
+        self.config = getattr(model, "config", None)
+        concatenated = self.frozen is not None and self.frozen.blueprint.optional_channels > 0
+        self.takes_self_condition = self._call.takes_self_condition and not concatenated
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None = None) -> Tensor:
+        """The prediction for x [N, ...] at t int64 [N], with labels int64 [N] and the x0 predicted before, if any."""
+        return self._call(self.model, x, t, labels, self_condition)
+
+    def new_input(self, shape: Sequence[int]) -> Tensor:
+        """Zeros [N, C, ...] for `bind`, in the dtype, place and memory format that the network reads best."""
+        if self.frozen is not None:
+            return self.frozen.new_input(shape)
+        return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
+
+    def bind(
+        self, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None = None
+    ) -> Bound:
+        """The network on buffers that stay where they are while their values change.
+
+        Args:
+            inputs: [N, C, ...] from `new_input`, or samples of one.
+            timesteps: int64 [S], of every row of the loop's table.
+            labels: int64 [N], or None.
+            self_condition: like `inputs`, or None.
+        """
+        if self.frozen is not None and isinstance(self.model, AroundUNet):
+            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels)
+        if self.frozen is not None:
+            return self.frozen.bind(inputs, timesteps, labels)
+        return _BoundModel(self, inputs, timesteps, labels, self_condition)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights are that a captured graph reads."""
+        if self.frozen is not None or not isinstance(self.model, nn.Module):
+            return ()
+        return tuple(tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers()))
+
+    def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
+        """(C, H, W) of a sample, as the model's config states them.
+
+        Raises:
+            ValueError: there is no config, or it does not say.
+        """
+        size, channels = (getattr(self.config, name, None) for name in ("sample_size", "out_channels"))
+        if channels is None:
+            channels = getattr(self.config, "in_channels", None)
+        elif learned_variance:
+            channels //= 2
+        if size is None or channels is None:
+            raise ValueError("shape is None, must be given: the model has no config with sample_size and in_channels")
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return (channels, height, width)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, every module of the model is in eval mode; of several threads until the last one leaves."""
+        if self.frozen is not None or not isinstance(self.model, nn.Module):
+            yield
+            return
+        model = self.model
+        with _EVALUATING_LOCK:
+            users, training = _EVALUATING.get(model, (0, []))
+            if users == 0:
+                training = [module for module in model.modules() if module.training]
+                model.eval()
+            _EVALUATING[model] = users + 1, training
+        try:
+            yield
+        finally:
+            with _EVALUATING_LOCK:
+                users, training = _EVALUATING.pop(model)
+                if users > 1:
+                    _EVALUATING[model] = users - 1, training
+                else:
+                    for module in training:
+                        module.training = True
+
+
+class Bound(Protocol):
+    """A network on its buffers: a function of the step alone."""
+
+    def load(self) -> None:
+        """To be called when the values in `timesteps` or `labels`, or the model's weights, may have changed."""
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The prediction for `inputs` at row `step` (int64 [1]); it may be overwritten by the next call."""
+        ...
+
+
+class _BoundModel:
+    """A model on its buffers, called as it is."""
+
+    def __init__(
+        self, network: Network, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None
+    ) -> None:
+        self._network, self._inputs, self._timesteps = network, inputs, timesteps
+        self._labels, self._self_condition = labels, self_condition
+
+    def load(self) -> None:
+        pass
+
+    def __call__(self, step: Tensor) -> Tensor:
+        t = self._timesteps.index_select(0, step).expand(len(self._inputs))
+        return self._network(self._inputs, t, self._labels, self._self_condition)
+
+
+def _frozen(
+    model: Callable[..., Any], dtype: torch.dtype, device: torch.device, backend: str, allow_tf32: bool
+) -> FrozenUNet | None:
+    """The model's U-Net as prepared for sampling, or None where there is none that could be."""
+    unet = model.to_freeze() if isinstance(model, AroundUNet) else model
+    kind = blueprint_of(unet)
+    if not isinstance(unet, UNet) and (kind is None or (unet is model and not kind.alone)):
+        return None
+    reason = why_not(unet, device)
+    if reason is None and isinstance(unet, nn.Module):
+        frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
+        reason = frozen.differs() if frozen.blueprint.foreign else None
+        if reason is None:
+            return frozen
+    _log.info("the network is not prepared for sampling: %s", reason)
+    return None
+
+
+def _place(
+    model: Callable[..., Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if dtype is None:
+        own = first.dtype if first is not None else torch.float32
+        dtype = own if own in DTYPES else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    if device is None:
+        return (first.device if first is not None else torch.device("cpu")), dtype
+    return usable_device(device), dtype
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """`device`, with its index.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    try:
+        device = torch.empty(0, device=device).device  # with its index: "cuda" is not equal to "cuda:0"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device is {str(device)!r}, which cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("device is 'meta', which cannot be used: it holds no values")
+    return device
+
+
+def _prepare(model: Callable[..., Any], device: torch.device, dtype: torch.dtype, backend: str) -> Callable[..., Any]:
+    if not isinstance(model, nn.Module):
+        return model
+    ours = isinstance(model, UNet) and model.backend != backend
+    moved = any(p.device != device or p.dtype != dtype for p in model.parameters())
+    if not (ours or moved):
+        return model
+    model = copy.deepcopy(model).to(device=device, dtype=dtype)
+    if isinstance(model, UNet):
+        model.backend = backend
+    return model
+
+
+def _parameters(model: Callable[..., Any]) -> set[str]:
+    """The names of the parameters that the model takes, as far as they can be known."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()

@@ -1,0 +1,1 @@
+"""The U-Net, with diffusers' parameter names and semantics."""

@@ -1,0 +1,290 @@
+"""What a U-Net is made of: the fields of diffusers' UNet2DModel and a few more, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from fastddpm.common.files import read_json
+
+CLASS_NAME = "UNet2DModel"
+
+# The values of a field that are supported, where diffusers knows more.
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_type": ("conv", "resnet", "pool"),
+    "upsample_type": ("conv", "resnet", "nearest"),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None, "timestep", "identity"),
+}
+_BLOCK_CHOICES = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+}
+# Fields of our own, with their defaults. But for `null_class`, which changes nothing that diffusers computes, they have
+# their plain names in a config.json, so that diffusers warns that it ignores them.
+_OWN: dict[str, Any] = {"null_class": None, "timestep_channels": None, "timestep_scale": 1.0}
+_POSITIVE = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+_POSITIVE_OR_NONE = (
+    "time_embedding_dim",
+    "attn_norm_num_groups",
+    "num_class_embeds",
+    "num_train_timesteps",
+    "timestep_channels",
+)
+# What diffusers' EMAModel adds when it saves a model.
+_OF_AVERAGING = (
+    *("decay", "min_decay", "optimization_step", "update_after_step"),
+    *("use_ema_warmup", "inv_gamma", "power"),
+)
+_Findings = Iterator[tuple[str, bool, str]]
+_FLAGS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The fields of diffusers' UNet2DModel with its defaults, and what other libraries' U-Nets need beyond them.
+
+    `block_out_channels` are the widths of the levels, each at half the resolution of the one before. What
+    None means: `time_embedding_dim`, 4 * block_out_channels[0]; `attention_head_dim`, one head of all
+    channels; `attn_norm_num_groups` (of the mid block's attention), `norm_num_groups`, or with "scale_shift"
+    no norm; `mid_block_type`, no mid block. `sample_size` (pixels) and `num_train_timesteps` do not change
+    the network. diffusers documents the other fields.
+
+    As in diffusers, blocks without attention choose by their type how they change the resolution, by a residual block
+    in "ResnetDownsampleBlock2D" and "ResnetUpsampleBlock2D" and by a convolution in "DownBlock2D" and "UpBlock2D";
+    those with attention by `downsample_type` and `upsample_type`, "resnet" or "conv".
+
+    Beyond diffusers:
+        downsample_type "pool", upsample_type "nearest": 2x2 means and repeated pixels, without a convolution, in
+            blocks with and without attention.
+        attention_head_dim: also a tuple of one for every down block, the mid block and every up block.
+        timestep_channels: how many sinusoids of the timestep there are; None for block_out_channels[0].
+        timestep_scale: the sinusoids are those of the timestep times it, in float32.
+        null_class: the label, one of `num_class_embeds`, that means "no class", for classifier-free guidance. In
+            config.json it is `_null_class`, since diffusers ignores names with an underscore.
+
+    Raises:
+        ValueError: values that are wrong, or that diffusers has and fastddpm does not; the message names each
+            field, its value and what is supported.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | tuple[int, ...] | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+    null_class: int | None = None
+    timestep_channels: int | None = None
+    timestep_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(value))
+        for check in (self._check_types, self._check_blocks, self._check_heads):
+            wrong: dict[str, str] = {}
+            for name, valid, what in check():
+                if not valid:
+                    wrong.setdefault(name, f"{name} is {getattr(self, name)!r}, must be {what}")
+            if wrong:  # all that can be known at once: who mends a file wants no second round
+                raise ValueError("; ".join(wrong.values()))
+
+    @property
+    def embedding_channels(self) -> int:
+        """Channels of the time (and class) embedding."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def sinusoid_channels(self) -> int:
+        """How many sinusoids of the timestep the time embedding reads."""
+        return self.timestep_channels or self.block_out_channels[0]
+
+    @property
+    def head_dims(self) -> tuple[int | None, ...]:
+        """Channels per head of attention in every down block, the mid block and every up block; None: all of them."""
+        dims = self.attention_head_dim
+        return dims if isinstance(dims, tuple) else (dims,) * (2 * len(self.block_out_channels) + 1)
+
+    @property
+    def not_in_diffusers(self) -> list[str]:
+        """The fields that say what diffusers' UNet2DModel cannot be."""
+        names = [name for name, default in _OWN.items() if name != "null_class" and getattr(self, name) != default]
+        names += [name for name in ("downsample_type", "upsample_type") if getattr(self, name) in ("pool", "nearest")]
+        return names + ["attention_head_dim"] * isinstance(self.attention_head_dim, tuple)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the U-Net takes class labels."""
+        return self.class_embed_type is not None or self.num_class_embeds is not None
+
+    @property
+    def mid_attention_groups(self) -> int | None:
+        """Groups of the norm of the mid block's attention; None: it has no norm."""
+        if self.attn_norm_num_groups is not None:
+            return self.attn_norm_num_groups
+        return self.norm_num_groups if self.resnet_time_scale_shift == "default" else None
+
+    def replace(self, **fields: Any) -> UNetConfig:
+        """A copy with other values of the named fields.
+
+        Raises:
+            ValueError: unknown fields or unsupported values; the message names all of them.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        unknown = [f"{name} ({value!r})" for name, value in fields.items() if name not in known]
+        problems: list[str] = []
+        try:
+            made = dataclasses.replace(self, **{name: value for name, value in fields.items() if name in known})
+        except ValueError as error:
+            problems.append(str(error))
+        if unknown:
+            are = "is no field" if len(unknown) == 1 else "are no fields"
+            problems.append(f"{', '.join(unknown)} {are} of a U-Net, which are: {', '.join(known)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return made
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> UNetConfig:
+        """From the content of a config.json that diffusers, or `to_dict`, wrote.
+
+        Raises:
+            ValueError: it is not a UNet2DModel's, or has unknown fields or unsupported values.
+        """
+        name = config.get("_class_name", CLASS_NAME)
+        if name != CLASS_NAME:
+            raise ValueError(f"_class_name is {name!r}, must be {CLASS_NAME!r}")
+        fields = {name: v for name, v in config.items() if not name.startswith("_") and name not in _OF_AVERAGING}
+        for kinds in _BLOCK_CHOICES:
+            if isinstance(fields.get(kinds), (list, tuple)):  # "UNetRes..." in the oldest files
+                fields[kinds] = tuple(str(kind).removeprefix("UNetRes") for kind in fields[kinds])
+        fields.setdefault("null_class", config.get("_null_class"))
+        return cls().replace(**fields)
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> UNetConfig:
+        """From a config.json.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: as `from_dict`, or not JSON; the message names the file.
+        """
+        content = read_json(path)
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: lists for tuples, `_class_name`, and fields of our own that are not the default.
+
+        The null class is `_null_class`.
+        """
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        for name, default in _OWN.items():
+            if fields[name] == default:
+                del fields[name]
+        if "null_class" in fields:
+            fields["_null_class"] = fields.pop("null_class")
+        return {"_class_name": CLASS_NAME, **fields}
+
+    # Each check yields (field, whether it is valid, what it may be), and may count on the checks before it.
+
+    def _check_types(self) -> _Findings:
+        for name, choices in _CHOICES.items():
+            yield name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices))
+        for name in _FLAGS:
+            yield name, isinstance(getattr(self, name), bool), "True or False"
+        for name in _POSITIVE:
+            yield name, _is_int(getattr(self, name), 1), "a positive integer"
+        for name in _POSITIVE_OR_NONE:
+            value = getattr(self, name)
+            yield name, value is None or _is_int(value, 1), "a positive integer or None"
+        size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
+        pair = len(size) == 2 and all(_is_int(n, 1) for n in size)
+        yield "sample_size", self.sample_size is None or pair, "a positive integer, a pair, or None"
+        padding, dropout, eps = self.downsample_padding, self.dropout, self.norm_eps
+        yield "downsample_padding", _is_int(padding, 0) and padding <= 1, "0 or 1"
+        yield "dropout", _is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1"
+        yield "norm_eps", _is_number(eps) and eps > 0, "a positive number"
+        scale = self.mid_block_scale_factor
+        yield "mid_block_scale_factor", _is_number(scale) and scale != 0, "a number other than 0"
+        scale = self.timestep_scale
+        yield "timestep_scale", _is_number(scale) and 0 < scale < math.inf, "a positive number"
+        valid = scale == 1 or self.class_embed_type != "timestep"
+        yield "timestep_scale", valid, "1 where class_embed_type is 'timestep': labels are not scaled"
+        widths = self.block_out_channels
+        valid = isinstance(widths, tuple) and len(widths) > 0 and all(_is_int(n, 1) for n in widths)
+        yield "block_out_channels", valid, "a non-empty sequence of positive integers"
+
+    def _check_blocks(self) -> _Findings:
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        yield "block_out_channels", all(n % groups == 0 for n in widths), f"multiples of norm_num_groups, {groups}"
+        for name, choices in _BLOCK_CHOICES.items():
+            kinds = getattr(self, name)
+            valid = isinstance(kinds, tuple) and len(kinds) == len(widths) and set(kinds) <= set(choices)
+            names = " or ".join(map(repr, choices))
+            yield name, valid, f"a sequence of {names}, as many as block_out_channels ({len(widths)})"
+        if self.mid_block_type is not None and self.add_attention:
+            valid = self.attn_norm_num_groups is None or widths[-1] % self.attn_norm_num_groups == 0
+            yield "attn_norm_num_groups", valid, f"None or a divisor of the last width, {widths[-1]}"
+        dims, count = self.head_dims, 2 * len(widths) + 1
+        valid = len(dims) == count and all(dim is None or _is_int(dim, 1) for dim in dims)
+        valid = valid and (self.attention_head_dim is None or None not in dims)
+        what = f"a positive integer, None, or {count} positive integers, of the down, mid and up blocks"
+        yield "attention_head_dim", valid, what
+        half = self.sinusoid_channels // 2
+        valid = _is_number(self.freq_shift) and self.freq_shift < half
+        yield "freq_shift", valid, f"a number below {half}, the number of frequencies"
+        if self.null_class is not None:
+            labels = self.num_class_embeds if self.class_embed_type is None else None
+            valid = labels is not None and _is_int(self.null_class, 0) and self.null_class < labels
+            yield "null_class", valid, f"None or a label below num_class_embeds ({labels})"
+
+    def _check_heads(self) -> _Findings:
+        """Heads must be no wider than where there is attention; diffusers lets them divide a width with a rest."""
+        widths, dims = self.block_out_channels, self.head_dims
+        mid = self.mid_block_type is not None and self.add_attention
+        attends = ["Attn" in kind for kind in self.down_block_types] + [mid]
+        attends += ["Attn" in kind for kind in self.up_block_types]
+        for dim, width, used in zip(dims, (*widths, widths[-1], *widths[::-1]), attends, strict=True):
+            valid = dim is None or not used or dim <= width
+            yield "attention_head_dim", valid, f"None or at most {width}, a width with attention"
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

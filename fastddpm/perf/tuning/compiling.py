@@ -1,0 +1,168 @@
+"""Compiles choices ahead in other processes: it takes longer than to time them, and says which spill.
+
+What is compiled stands in triton's cache on disk, where this process finds what it would make of the same arguments.
+The processes are plain ones that this module starts, not those of `multiprocessing`, which would run the script of
+whoever asked a sampler to tune once more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import fastddpm_kernels
+from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels.tuned import Choice, Key
+
+from fastddpm.perf.tuning.task import Task
+
+# Where an op's kernels are, unless in `<op>.triton`; None: there is nothing to compile.
+_MODULES = {
+    "group_norm_silu_": "group_norm_silu.triton",
+    "group_norm_silu_backward": "group_norm_silu.triton_backward",
+    "rms_norm_silu": "group_norm_silu.triton_rms",
+    "rms_norm_silu_backward": "group_norm_silu.triton_rms",
+    "upsample_conv": None,
+}
+AHEAD = 2  # tasks whose choices are compiled while another one is timed
+MOST = 14  # processes
+
+
+class Compiling:
+    """Compiles the choices of tasks, in their order, while it is entered.
+
+    Args:
+        tasks: those to come.
+        target: "sm_90", "gfx942", ...; None: there is nothing to compile.
+        workers: processes; None: as many as there are processors, but for two.
+    """
+
+    def __init__(self, tasks: Sequence[Task], target: str | None, workers: int | None = None) -> None:
+        self._tasks, self._target = list(tasks), target
+        self._workers = workers or max(1, min(MOST, (os.cpu_count() or 1) - 2))
+        self._found: dict[Key, list[tuple[Choice, Future[str | None]]]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._of_thread = threading.local()
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Compiling:
+        if self._target is not None:
+            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fastddpm-compile")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._processes):
+            process.kill()
+        self._pool.shutdown(wait=True)
+        for process in self._processes:
+            process.communicate()
+
+    def start(self, end: float) -> None:
+        """Begins with the first task, and waits for its first choice until `end`: the processes take seconds to be
+        there, which would be those of the first shape, the one that most time is spent on."""
+        if self._pool is not None:
+            self.why_not(self._tasks[0], self._tasks[0].candidates()[0], end)
+
+    def why_not(self, task: Task, choice: Choice, end: float) -> str | None:
+        """Why a choice is not to be run, or None; waits for its compilation until `end`, of `time.monotonic`."""
+        if self._pool is None:
+            return None
+        self._submit(task)
+        future = next(future for own, future in self._found[task.key] if own == choice)
+        try:
+            return future.result(max(end - time.monotonic(), 0.01))
+        except (TimeoutError, CancelledError):
+            return "it was not compiled in time"
+        except OSError as error:
+            return f"the process that compiled it has died: {error}"
+
+    def _submit(self, task: Task) -> None:
+        """Queues the choices of a task and of the next ones; those of tasks that are past are not wanted any more."""
+        assert self._pool is not None
+        index = self._tasks.index(task)
+        for other in self._tasks[:index]:
+            for _, future in self._found.pop(other.key, ()):
+                future.cancel()
+        for other in self._tasks[index : index + 1 + AHEAD]:
+            if other.key not in self._found:
+                self._found[other.key] = [
+                    (choice, self._pool.submit(self._ask, _tuned.record(other.key, choice)))
+                    for choice in other.candidates()
+                ]
+
+    def _ask(self, record: Mapping[str, Any]) -> str | None:
+        process = getattr(self._of_thread, "process", None)
+        if process is None or process.poll() is not None:
+            process = self._of_thread.process = self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([self._target, record]) + "\n")
+        process.stdin.flush()
+        if not (answer := process.stdout.readline()):
+            raise OSError(f"exit code {process.wait()}")
+        reason: str | None = json.loads(answer)
+        return reason
+
+    def _start(self) -> subprocess.Popen[str]:
+        roots = [str(Path(__file__).parents[3]), str(Path(fastddpm_kernels.__file__).parents[1])]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["OMP_NUM_THREADS"] = "1"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastddpm.perf.tuning.compiling"], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._processes.append(process)
+        return process
+
+
+def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
+    """Why the kernels of a choice are not to be used on a target ("sm_90", ...), or None.
+
+    Only in a process without `TRITON_INTERPRET`: the interpreter's stand-ins for kernels cannot be compiled.
+    """
+    from fastddpm_kernels.device.compile import compile_variant
+
+    name = _MODULES.get(key.op, f"{key.op}.triton")
+    if name is None:
+        return None
+    module = importlib.import_module(f"fastddpm_kernels.{name}")
+    try:
+        for variant in module.tuned_variants(key, choice):
+            usage = compile_variant(variant, target)
+            if usage.spills:
+                return f"{usage.spills} bytes spilled"
+    except Exception as error:  # whatever the compiler raises
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"{type(error).__name__}: {lines[-1]}"
+    return None
+
+
+def main() -> None:
+    """Answers lines of [target, entry] with a reason or null, until there are no more."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a compiler prints is no answer
+    for line in sys.stdin:
+        target, entry = json.loads(line)
+        key, choice = _tuned.entry(entry)
+        reason = None if choice is None else why_not_compiled(key, choice, target)
+        print(json.dumps(reason), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Finds the fastest right choice for every shape, within a budget of seconds.
+
+A choice is compiled (and refused if it spills), run, held against float64, and only then timed. The fastest of a short
+timing meet what the heuristics choose in a longer one, in turn, so that both see the same other work on the machine. A
+winner must be faster in nearly all rounds, and by more than a trifle; else the heuristics' choice stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels.testing import assert_close
+from fastddpm_kernels.tuned import Choice, Key
+
+from fastddpm.perf.profiling.timing import capture, first_lines, interleave, quantile, release, timed
+from fastddpm.perf.tuning.compiling import Compiling
+from fastddpm.perf.tuning.task import Operands, Task, make_task
+
+FINALISTS = 3
+ROUNDS = (7, 25)  # of the finals, least and most
+CERTAIN = 0.9  # of the rounds in which a winner is faster
+GAIN = 0.98  # the most of the heuristics' time that a winner may take, median of the rounds
+# For a shape, at least: less would not do to compile anything. So with little time the last shapes are not reached.
+LEAST_S = {"cuda": 2.0}
+START_S = 20.0  # at most, for the processes that compile to be there
+SHARES = (0.55, 0.75)  # of a shape's time: when no further choice is tried, and when the finals begin
+SETS = 16  # of operands at most; in turn, so that none is still in a cache
+GRAPH_CALLS = 20  # at least, between two events on a GPU
+CACHE = 32 * 2**20  # bytes, where it is not known
+
+Stopwatch = Callable[[Sequence[Callable[[], object]], torch.device], Callable[[], float]]
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What became of a shape.
+
+    Attributes:
+        key: op, dtype, shape.
+        title: the same in words.
+        calls: how often a step runs it.
+        heuristic: the heuristics' choice.
+        winner: what is faster beyond the noise, or None.
+        heuristic_us, winner_us: medians.
+        tried: choices that were timed.
+        refused: (choice, why) of those that were not.
+        status: "done", or why it is not.
+    """
+
+    key: Key
+    title: str
+    calls: int
+    heuristic: Choice | None = None
+    winner: Choice | None = None
+    heuristic_us: float = math.nan
+    winner_us: float = math.nan
+    tried: int = 0
+    refused: list[tuple[Choice, str]] = field(default_factory=list)
+    status: str = "out of time"
+
+    @property
+    def done(self) -> bool:
+        return self.status == "done"
+
+
+def stopwatch(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float]:
+    """A function that gives the seconds of one of `calls`, all of which it runs; on a GPU from a graph of them."""
+    run = capture(calls, device)
+    run()
+    return lambda: timed(run, device) / len(calls)
+
+
+def tune(
+    keys: dict[Key, int],
+    device: torch.device,
+    seconds: float,
+    *,
+    clock: Stopwatch = stopwatch,
+    done: Callable[[Outcome], object] = lambda outcome: None,
+) -> list[Outcome]:
+    """Searches the best choice for every key, those on which a step spends most first.
+
+    Args:
+        keys: how often a step runs each.
+        device: where.
+        seconds: in all; what is not reached by then is "out of time".
+        clock: times calls, as `stopwatch` does.
+        done: called with what became of each key, as soon as that is known.
+    """
+    end = time.monotonic() + seconds
+    tasks = [make_task(key, device) for key in keys]
+    tasks.sort(key=lambda task: -keys[task.key] * _weight(task))
+    outcomes = [Outcome(task.key, task.title(), keys[task.key]) for task in tasks]
+    target = _tuned.target(device) if device.type == "cuda" else None
+    with Compiling(tasks, target) as compiling:
+        if tasks:
+            compiling.start(time.monotonic() + min(START_S, seconds / 4))
+        for left, (task, outcome) in zip(range(len(tasks), 0, -1), zip(tasks, outcomes, strict=True), strict=True):
+            now = time.monotonic()
+            if now < end:
+                try:
+                    share = min(max((end - now) / left, LEAST_S.get(device.type, 0.0)), end - now)
+                    _search(task, outcome, now, share, compiling, clock)
+                except (RuntimeError, MemoryError) as error:  # a shape that does not fit ends nothing else
+                    _log.info("%s was not tuned: %s", outcome.title, error)
+                    outcome.status = first_lines(error, 1, 100)
+                release(device)
+            done(outcome)
+    return outcomes
+
+
+def _search(
+    task: Task, outcome: Outcome, begin: float, seconds: float, compiling: Compiling, clock: Stopwatch
+) -> None:
+    device = task.device
+    candidates = task.candidates()
+    outcome.heuristic = candidates[0]
+    operands = task.operands(0)
+    truth = task.truth(operands, task.samples())
+    right: list[Choice] = []
+    for choice in candidates:
+        if len(right) > 1 and time.monotonic() - begin > SHARES[0] * seconds:
+            break
+        reason = None
+        if right:  # the heuristics' choice is what runs if nothing is found: it is not waited for
+            reason = compiling.why_not(task, choice, begin + SHARES[0] * seconds)
+        reason = reason or why_wrong(task, choice, operands, truth)
+        if reason is None:
+            right.append(choice)
+            continue
+        _log.debug("%s: %s is refused: %s", outcome.title, choice, reason)
+        outcome.refused.append((choice, reason))
+        if choice == outcome.heuristic:
+            outcome.status = f"the heuristics' choice is refused: {reason}"
+            return
+    del truth
+    sets = _sets(task, operands)
+    times = max(-(-GRAPH_CALLS // len(sets)), 1) if device.type == "cuda" else 1
+
+    def arm(choice: Choice) -> Callable[[], float]:
+        return clock([task.call(choice, one) for one in sets] * times, device)
+
+    def rounds(choices: Sequence[Choice], until: float, least: int, most: int) -> list[list[float]]:
+        """For each choice its seconds in every round, as many as all of them have had."""
+        runs = {str(index): arm(choice) for index, choice in enumerate(choices)}
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        left = max(until - time.monotonic(), 1e-3)
+        for name, value in interleave(runs, seconds=left, least=least, most=most):
+            found[name].append(value)
+        whole = min(map(len, found.values()))
+        return [values[:whole] for values in found.values()]
+
+    short = [quantile(values, 0.5) for values in rounds(right, begin + SHARES[1] * seconds, 2, 5) if values]
+    outcome.tried = len(short)
+    if not short:
+        return
+    ranked = sorted(range(1, len(right)), key=lambda index: short[index])[:FINALISTS]
+    finals = [right[0], *(right[index] for index in ranked)]
+    own, *others = rounds(finals, begin + seconds, *ROUNDS)
+    if len(own) < ROUNDS[0]:
+        return
+    outcome.heuristic_us, outcome.status = quantile(own, 0.5) * 1e6, "done"
+    for choice, values in zip(finals[1:], others, strict=True):
+        ratios = [value / before for value, before in zip(values, own, strict=True)]
+        microseconds = quantile(values, 0.5) * 1e6
+        faster = quantile(ratios, CERTAIN) < 1 and quantile(ratios, 0.5) <= GAIN
+        if faster and not microseconds >= outcome.winner_us:
+            outcome.winner, outcome.winner_us = choice, microseconds
+
+
+def why_wrong(task: Task, choice: Choice, operands: Operands, truth: dict[str, Any]) -> str | None:
+    """Why a choice is not to be used (it does not run, leaves something unwritten, is not near the truth), or None."""
+    for result in task.results(operands).values():
+        result.fill_(math.nan)
+    try:
+        task.call(choice, operands)()
+        for name, result in task.results(operands).items():
+            exact, eager = truth[name]
+            if not bool(torch.isfinite(result).all()):
+                return f"{name} is not finite everywhere"
+            assert_close(result[task.samples()], exact, eager=eager, name=name, **task.tolerance(choice))
+    except AssertionError as error:
+        return first_lines(error, 1)
+    except Exception as error:  # of a compiler or a driver: of any type
+        if task.device.type == "cuda":
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(task.device)
+        return first_lines(error, 1)
+    return None
+
+
+def _sets(task: Task, operands: Operands) -> list[Operands]:
+    """Operands that are twice as much as a cache holds, so that what is timed comes from memory."""
+    size = task.cost()[0]
+    count = min(max(math.ceil(2 * cache_bytes(task.device) / max(size, 1)), 1), SETS)
+    return [operands, *(task.another(operands) for _ in range(count - 1))]
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    units = {"K": 2**10, "M": 2**20}
+    found = 0
+    for index in itertools.count():
+        try:
+            text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size").read_text(encoding="ascii").strip()
+            found = max(found, int(text[:-1]) * units[text[-1]])
+        except (OSError, ValueError, KeyError, IndexError):
+            return found or CACHE
+    raise AssertionError
+
+
+def _weight(task: Task) -> float:
+    """About how long a call takes, in bytes: what is worth the most comes first."""
+    size, operations = task.cost()
+    return size + operations / (200 if task.device.type == "cuda" else 5)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """In one line, what was found."""
+    done = [outcome for outcome in outcomes if outcome.done]
+    better = [outcome for outcome in done if outcome.winner is not None]
+    before = sum(outcome.calls * outcome.heuristic_us for outcome in done)
+    after = before - sum(outcome.calls * (outcome.heuristic_us - outcome.winner_us) for outcome in better)
+    text = f"{len(done)} of {len(outcomes)} shapes measured, {len(better)} faster than the heuristics' choice"
+    return text + (f"; of these ops' time in a step, {before:.0f} us are now {after:.0f}" if better else "")
+

@@ -1,0 +1,106 @@
+"""The shapes that a model runs: what its ops look up while they are bound to a batch, and in one evaluation; in a step
+of a sampler; and in a step of training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+import torch
+from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels.tuned import Key
+from torch import nn
+
+from fastddpm.networks.network import Network
+from fastddpm.perf.profiling.layers import Evaluation, evaluation
+from fastddpm.training.objective import GaussianDiffusion
+
+Bound = TypeVar("Bound")
+_WHEN_BOUND = ("conv", "upsample_conv")  # whose weights are made for a choice; the others are asked at every run
+
+
+def network_keys(
+    network: Network, shape: Sequence[int], ops: Collection[str], precision: str | None = None
+) -> dict[Key, int]:
+    """How often one evaluation of a network runs each shape of `ops`.
+
+    Args:
+        network: a sampler's.
+        shape: [N, C, ...] of the batch.
+        ops: of `_tuned.FIELDS`.
+        precision: the network's, by name, for what float32 products are rounded to.
+    """
+    frozen = network.frozen
+    labels = None if frozen is None else frozen.blueprint.some_labels(shape[0], network.device)
+
+    def run(ready: Evaluation) -> None:
+        with ready.running():
+            ready()
+
+    return recorded(lambda: evaluation(network, shape, torch.tensor([0]), labels, precision), run, ops)
+
+
+def sampler_keys(
+    sampler: Any, batch: int, ops: Collection[str], precision: str | None = None
+) -> dict[Key, int]:
+    """How often one step of a sampler runs each shape of `ops`: those of its network, and the step's own.
+
+    Args:
+        sampler: a `Sampler`, which stands above this package. If its reverse step has choices, it draws samples, so
+            it should be one of few steps.
+        batch: as the network sees it: twice the samples under guidance.
+        ops, precision: as in `network_keys`.
+    """
+    network = sampler.network
+    shape = network.sample_shape(sampler.settings.learned_variance)
+    keys = network_keys(network, (batch, *shape), ops, precision)
+    samples, more = divmod(batch, 1 if sampler.guidance_scale is None else 2)
+    if "reverse_step" in ops and samples and not more:
+        labels = None if network.frozen is None else network.frozen.blueprint.some_labels(samples, network.device)
+        with _tuned.recording() as seen:
+            sampler.sample(samples, class_labels=labels)
+        keys |= {key: 1 for key in seen if key.op == "reverse_step"}
+    return keys
+
+
+def training_keys(
+    diffusion: GaussianDiffusion, shape: Sequence[int], labels: torch.Tensor | None, device: torch.device,
+    ops: Collection[str], dtype: torch.dtype = torch.float32,
+) -> dict[Key, int]:  # fmt: skip
+    """How often one step of training, forward and backward, runs each shape of `ops`.
+
+    Args:
+        diffusion: what is trained; a copy of it runs, as a `Trainer` would run it.
+        shape: [N, C, H, W] of a batch.
+        labels: int64 [N], where the network has classes.
+        device: where it is to be trained.
+        ops: of `_tuned.FIELDS`.
+        dtype: float16 or bfloat16: under autocast to it.
+    """
+    half = dtype != torch.float32
+    diffusion = copy.deepcopy(diffusion).to(device, torch.float32).train().requires_grad_()
+    x0 = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).clamp(-1, 1).to(device)
+    if x0.ndim == 4 and (half or device.type == "cpu"):
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+        diffusion.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def step(diffusion: nn.Module) -> None:
+        with torch.enable_grad():
+            with torch.autocast(device.type, dtype, enabled=half):
+                loss = diffusion(x0, labels)
+            loss.backward()
+
+    return recorded(lambda: diffusion, step, ops)
+
+
+def recorded(bind: Callable[[], Bound], run: Callable[[Bound], object], ops: Collection[str]) -> dict[Key, int]:
+    """How often `run`, of what `bind` returns, runs each shape of `ops`."""
+    with _tuned.recording() as when_bound:
+        bound = bind()
+    with _tuned.recording() as when_run:
+        run(bound)
+    found = {key: count for key, count in when_bound.items() if key.op in _WHEN_BOUND}
+    for key, count in when_run.items():
+        found[key] = found.get(key, 0) + count
+    return {key: count for key, count in found.items() if key.op in ops}

@@ -1,0 +1,1 @@
+"""The diffusion process: schedules, timesteps, and the coefficient table of every sampler."""

@@ -1,0 +1,306 @@
+"""The coefficient table of every sampler: one row [A B C D E F S] per step.
+
+    x0   = clip(A x_t + B out)
+    next = C x0 + D x_t + E out + F x0_prev + S z,      z ~ N(0, I)
+
+`fastddpm_kernels.reverse_step` executes a row. A sampler is therefore a function from timesteps to rows; it is
+computed once, in float64, and stored in float32. `out` is the network's prediction, x0_prev the x0 of the step before.
+Here are DDPM, DDIM and its inversion; `fastddpm.process.solvers` has DPM-Solver++ and RePaint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastddpm.process.schedule import NoiseSchedule
+
+METHODS = ("ddpm", "ddim", "dpmsolver++")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
+CONVENTIONS = ("diffusers", "guided_diffusion", "denoising_diffusion_pytorch")
+
+Level = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """What a sampler does at each step.
+
+    Attributes:
+        timesteps: int64 [S], what the network is told.
+        rows: float64 [S, 7], the columns A B C D E F S.
+        log_variance: float64 [S, 2], the logarithms of the variance that v = -1 and v = 1 mean, where the network's
+            second half of channels, v, sets the variance; else None. S is then 1 or 0.
+        levels: float64 [S, 2], (signal, noise) of x after the step: sqrt(abar), sqrt(1 - abar).
+        needs_network: bool [S]; False where the row uses neither x0 nor the network's output.
+        start: (signal, noise) of x before the first step.
+        learned: how v is meant: "range" (between the two logarithms), "log" (v is the log-variance: the same formula
+            with bounds -1 and 1), "variance" (v is the variance: as "log" once its logarithm is taken), or None.
+        mean_std: float64 [S], by whose square a classifier's gradient moves the mean, where that is not S (a factor of
+            v's standard deviation, as S is); else None.
+    """
+
+    timesteps: Tensor
+    rows: Tensor
+    log_variance: Tensor | None
+    levels: Tensor
+    needs_network: Tensor
+    start: Level
+    learned: str | None = None
+    mean_std: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def multistep(self) -> bool:
+        """Whether some row uses the x0 of the step before."""
+        return bool((self.rows[:, 5] != 0).any())
+
+    def skip(self, index: int) -> StepTable:
+        """The table from row `index` on, to start from a partly noised x.
+
+        A first row that would need the x0 before it becomes the first-order one: F is taken by C.
+
+        Raises:
+            ValueError: `index` is not from 0 to S - 1.
+        """
+        if not 0 <= index < len(self):
+            raise ValueError(f"index is {index}, must be from 0 to {len(self) - 1}, the last row of the table")
+        if index == 0:
+            return self
+        rows = self.rows[index:].clone()
+        rows[0, 2] += rows[0, 5]
+        rows[0, 5] = 0
+        signal, noise = self.levels[index - 1].tolist()
+        return replace(
+            self,
+            timesteps=self.timesteps[index:],
+            rows=rows,
+            log_variance=None if self.log_variance is None else self.log_variance[index:],
+            levels=self.levels[index:],
+            needs_network=self.needs_network[index:],
+            start=(signal, noise),
+            mean_std=None if self.mean_std is None else self.mean_std[index:],
+        )
+
+
+def ddpm_table(
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int] | Tensor,
+    *,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    convention: str = "diffusers",
+) -> StepTable:
+    """Ancestral sampling, on all or on strided steps (Ho et al. 2020, eq. 7 and 11; Nichol & Dhariwal 2021, eq. 19).
+
+    For strided steps alpha_t is abar_t / abar_prev, with abar_prev = 1 after the last. beta_tilde is then 0, whose
+    logarithm the libraries avoid in their own ways, which `convention` names: "diffusers" and
+    "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step before. They also
+    differ in what gets noise: every timestep above 0 in the first two, every step but the last in guided-diffusion,
+    where a classifier's gradient moves the last one all the same, by the variance that the step has.
+
+    Args:
+        schedule: the forward process the network was trained on.
+        timesteps: [S], falling.
+        prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction" (Salimans & Ho 2022).
+        variance_type: "fixed_small" (beta_tilde), "fixed_small_log" (the same), "fixed_large" (beta), "learned_range"
+            (the second half of the network's channels interpolates their logarithms), or "learned" (it is the
+            variance in diffusers, the log-variance in the other two conventions).
+        convention: "diffusers", "guided_diffusion" or "denoising_diffusion_pytorch".
+
+    Raises:
+        ValueError: a type is not known, the timesteps do not fall or are out of range, or epsilon is predicted at a
+            timestep without signal.
+    """
+    if variance_type not in VARIANCE_TYPES:
+        raise ValueError(f"variance_type is {variance_type!r}, must be one of {', '.join(VARIANCE_TYPES)}")
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention is {convention!r}, must be one of {', '.join(CONVENTIONS)}")
+    timesteps, bar, bar_prev = walk(schedule, timesteps)
+    alpha = bar / bar_prev
+    beta = 1 - alpha
+    small = beta * (1 - bar_prev) / (1 - bar)
+    if convention == "guided_diffusion":
+        noisy = torch.arange(len(timesteps)) < len(timesteps) - 1
+        small = torch.cat([small[:-1], small[-2:-1] if len(small) > 1 else beta])
+    else:
+        noisy = timesteps > 0
+        small = small.clamp_min(1e-20)
+    learned, bounds = None, None
+    if variance_type == "learned_range":
+        learned, bounds = "range", torch.stack([small.log(), beta.log()], dim=1)
+    elif variance_type == "learned":
+        learned = "variance" if convention == "diffusers" else "log"
+        bounds = torch.tensor([[-1.0, 1.0]], dtype=torch.float64).repeat(len(timesteps), 1)
+    std = torch.ones_like(beta) if learned else (beta if variance_type == "fixed_large" else small).sqrt()
+    zero = torch.zeros_like(beta)
+    mean_std = None
+    if convention == "guided_diffusion":
+        # At the last step its fixed variances are the beta_tilde of the step before ("large") and beta_tilde itself, 0.
+        final = std[-1:] if learned else small[-1:].sqrt() if variance_type == "fixed_large" else zero[-1:]
+        mean_std = torch.cat([std[:-1], final])
+    return make_table(
+        timesteps,
+        (
+            *x0_from(prediction_type, bar, timesteps),
+            bar_prev.sqrt() * beta / (1 - bar),
+            alpha.sqrt() * (1 - bar_prev) / (1 - bar),
+            zero,
+            zero,
+            torch.where(noisy, std, zero),
+        ),
+        before=bar,
+        after=bar_prev,
+        log_variance=bounds,
+        learned=learned,
+        mean_std=mean_std,
+    )
+
+
+def ddim_table(
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int] | Tensor,
+    *,
+    prediction_type: str = "epsilon",
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    set_alpha_to_one: bool = True,
+) -> StepTable:
+    """DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has the variance of DDPM.
+
+    Args:
+        schedule, timesteps, prediction_type: as for `ddpm_table`.
+        eta: share of DDPM's standard deviation, at least 0.
+        use_clipped_model_output: derive epsilon again from the clipped x0 (as guided-diffusion and
+            denoising_diffusion_pytorch do), instead of using the network's own (as diffusers does).
+        set_alpha_to_one: end at x_0; if False, at the level of timestep 0.
+
+    Raises:
+        ValueError: as `ddpm_table`, or `eta` is negative or not finite.
+    """
+    if not 0 <= eta < float("inf"):
+        raise ValueError(f"eta is {eta}, must be a finite number of at least 0")
+    timesteps, bar, bar_prev = walk(schedule, timesteps, set_alpha_to_one=set_alpha_to_one)
+    std = eta * ((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev)).sqrt()
+    direction = (1 - bar_prev - std.square()).clamp_min(0).sqrt()
+    to_x0 = x0_from(prediction_type, bar, timesteps)
+    c, d, e = _ddim_mean(prediction_type, bar, bar_prev, direction, rederive=use_clipped_model_output)
+    return make_table(timesteps, (*to_x0, c, d, e, torch.zeros_like(bar), std), before=bar, after=bar_prev)
+
+
+def ddim_inversion_table(
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int] | Tensor,
+    *,
+    prediction_type: str = "epsilon",
+    use_clipped_model_output: bool = False,
+    set_alpha_to_one: bool = True,
+) -> StepTable:
+    """DDIM run backwards: encodes x_0 as the x_T that `ddim_table` with the same timesteps decodes (eta 0).
+
+    The ODE of Song et al. 2021 (section 4.3) from each level up to the next. As in diffusers' `DDIMInverseScheduler`
+    the network is told the timestep it goes to.
+
+    Args:
+        schedule, timesteps, prediction_type, use_clipped_model_output: as for `ddim_table`; the timesteps of the
+            sampler that will decode, falling. The table has them rising.
+        set_alpha_to_one: start from x_0 itself; if False, from x at the level of timestep 0.
+
+    Raises:
+        ValueError: as `ddim_table`; or "sample" is predicted with `set_alpha_to_one`: where there is no noise, x and
+            x_0 do not tell epsilon.
+    """
+    timesteps = schedule.check_timesteps(timesteps).flip(0)
+    levels = schedule.alphas_cumprod
+    bar_next = levels[timesteps]
+    bar = torch.cat([levels.new_ones(1) if set_alpha_to_one else levels[:1], bar_next[:-1]])
+    if prediction_type == "sample" or use_clipped_model_output:
+        setting = "prediction_type is 'sample'" if prediction_type == "sample" else "use_clipped_model_output is True"
+        if set_alpha_to_one:
+            raise ValueError(f"{setting} but set_alpha_to_one is True: a clean image and x_0 do not tell epsilon")
+    to_x0 = x0_from(prediction_type, bar, timesteps)
+    c, d, e = _ddim_mean(prediction_type, bar, bar_next, (1 - bar_next).sqrt(), rederive=use_clipped_model_output)
+    zero = torch.zeros_like(bar)
+    return make_table(timesteps, (*to_x0, c, d, e, zero, zero), before=bar, after=bar_next)
+
+
+def make_table(
+    timesteps: Tensor,
+    columns: Sequence[Tensor],
+    *,
+    before: Tensor,
+    after: Tensor,
+    log_variance: Tensor | None = None,
+    learned: str | None = None,
+    needs_network: Tensor | None = None,
+    mean_std: Tensor | None = None,
+) -> StepTable:
+    """A `StepTable` from its seven columns and abar before and after each step, all [S]."""
+    return StepTable(
+        timesteps,
+        torch.stack(list(columns), dim=1),
+        log_variance,
+        torch.stack([after.sqrt(), (1 - after).sqrt()], dim=1),
+        torch.ones_like(timesteps, dtype=torch.bool) if needs_network is None else needs_network,
+        (float(before[0].sqrt()), float((1 - before[0]).sqrt())),
+        learned,
+        mean_std,
+    )
+
+
+def walk(
+    schedule: NoiseSchedule, timesteps: Sequence[int] | Tensor, *, set_alpha_to_one: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The timesteps, checked; abar at each; and abar at the one visited next: after the last 1, or abar_0."""
+    timesteps = schedule.check_timesteps(timesteps)
+    levels = schedule.alphas_cumprod
+    bar = levels[timesteps]
+    return timesteps, bar, torch.cat([bar[1:], levels.new_ones(1) if set_alpha_to_one else levels[:1]])
+
+
+def x0_from(prediction_type: str, bar: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) in x0 = A x_t + B out.
+
+    Raises:
+        ValueError: `prediction_type` is not known, or is "epsilon" where abar is 0.
+    """
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type is {prediction_type!r}, must be one of {', '.join(PREDICTION_TYPES)}")
+    if prediction_type == "sample":
+        return torch.zeros_like(bar), torch.ones_like(bar)
+    if prediction_type == "v_prediction":
+        return bar.sqrt(), -(1 - bar).sqrt()
+    if bool((bar == 0).any()):
+        raise ValueError(
+            f"prediction_type is 'epsilon' but the schedule has zero terminal SNR (rescale_betas_zero_snr): x at "
+            f"timestep {int(timesteps[bar == 0][0])} is pure noise, predict 'v_prediction' or 'sample'"
+        )
+    return 1 / bar.sqrt(), -((1 - bar) / bar).sqrt()
+
+
+def _epsilon_from(prediction_type: str, bar: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, Q) in epsilon = P x_t + Q out."""
+    if prediction_type == "epsilon":
+        return torch.zeros_like(bar), torch.ones_like(bar)
+    if prediction_type == "sample":
+        return 1 / (1 - bar).sqrt(), -(bar / (1 - bar)).sqrt()
+    return (1 - bar).sqrt(), bar.sqrt()
+
+
+def _ddim_mean(
+    prediction_type: str, bar: Tensor, bar_next: Tensor, direction: Tensor, *, rederive: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(C, D, E) of sqrt(abar_next) x0 + direction epsilon."""
+    zero = torch.zeros_like(bar)
+    if rederive:  # epsilon = (x_t - sqrt(abar) x0) / sqrt(1 - abar), with the clipped x0
+        keep, eps_x, eps_out = -(bar / (1 - bar)).sqrt(), 1 / (1 - bar).sqrt(), zero
+    else:
+        keep = zero
+        eps_x, eps_out = _epsilon_from(prediction_type, bar)
+    return bar_next.sqrt() + direction * keep, direction * eps_x, direction * eps_out

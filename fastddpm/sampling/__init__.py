@@ -1,0 +1,1 @@
+"""Sampling: from settings and a model to images. `run.py` holds the loop."""

@@ -1,0 +1,183 @@
+"""What differs from sample to sample: keys, labels, guidance scales, conditions, known regions."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from fastddpm_kernels import philox
+from torch import Tensor
+
+from fastddpm.common import checks
+from fastddpm.networks.network import Network
+from fastddpm.sampling.settings import LoopSettings
+
+NoiseSource = Tensor | Callable[[int, tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What differs from sample to sample, all on one device. Tensors of one row stand for all samples.
+
+    Attributes:
+        keys: int64 [N, 2], Philox keys (seed, sample index).
+        class_labels: int64 [N]; float32 [N] or [N, E] where the network's `class_embed_type` takes such.
+        guidance_scale: float32 [1] or [N].
+        condition: [N, C', ...], channels that the network reads beside the state.
+        known, known_mask: float32, broadcastable to the state and of its rank.
+    """
+
+    keys: Tensor
+    class_labels: Tensor | None = None
+    guidance_scale: Tensor | None = None
+    condition: Tensor | None = None
+    known: Tensor | None = None
+    known_mask: Tensor | None = None
+
+    def samples(self, rows: slice) -> Batch:
+        """Some of the samples."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        count = len(self.keys)
+        return replace(self, **{name: v[rows] for name, v in values.items() if v is not None and len(v) == count})
+
+
+def make_batch(
+    network: Network,
+    settings: LoopSettings,
+    shape: tuple[int, ...],
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    first_sample: int = 0,
+    class_labels: int | Sequence[int] | Tensor | None = None,
+    guidance_scale: float | Sequence[float] | Tensor | None = None,
+    condition: Tensor | None = None,
+    known: Tensor | None = None,
+    known_mask: Tensor | None = None,
+) -> Batch:
+    """The arguments of `Sampler.sample`, for samples of `shape` [N, ...], checked and where the network runs.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
+    """
+    count = shape[0]
+    labels = _labels(class_labels, count, network, settings)
+    scales = _scales(guidance_scale, class_labels is not None, count, settings)
+    _check_condition(condition, shape, network, settings)
+    if (known is None) != (known_mask is None):
+        given, missing = ("known", "known_mask") if known_mask is None else ("known_mask", "known")
+        raise ValueError(f"{given} is given but {missing} is None, must be given along with it")
+    device = network.device
+    if known_mask is not None:
+        known_mask = checks.broadcastable(known_mask, shape, "known_mask", device)
+        if not bool(((known_mask >= 0) & (known_mask <= 1)).all()):
+            raise ValueError("known_mask has values outside [0, 1], must be 1 where samples are known and 0 where not")
+    return Batch(
+        keys=_keys(count, seed, seeds, first_sample).to(device),
+        class_labels=None if labels is None else labels.to(device),
+        guidance_scale=None if scales is None else scales.to(device),
+        condition=None if condition is None else condition.to(device, network.dtype),
+        known=None if known is None else checks.broadcastable(known, shape, "known", device),
+        known_mask=known_mask,
+    )
+
+
+def _keys(count: int, seed: int, seeds: Sequence[int] | None, first: int) -> Tensor:
+    if isinstance(first, bool) or not isinstance(first, numbers.Integral) or not 0 <= first <= 2**32 - count:
+        raise ValueError(f"first_sample is {first!r}, must be an integer from 0 to {2**32 - count}")
+    if seeds is None:
+        if isinstance(seed, numbers.Integral) and not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}, must be from 0 to 2**64 - 1")
+        return philox.sample_keys([seed] * count, range(first, first + count))
+    if first:
+        raise ValueError(f"first_sample is {first} but seeds are given, each of which draws its sample 0; must be 0")
+    if len(seeds) != count:
+        raise ValueError(f"seeds has {len(seeds)} entries, must have one per sample, {count}")
+    return philox.sample_keys(list(seeds), [0] * count)
+
+
+def _labels(
+    given: int | Sequence[int] | Tensor | None, count: int, network: Network, settings: LoopSettings
+) -> Tensor | None:
+    classes, kind = (getattr(network.config, name, None) for name in ("num_class_embeds", "class_embed_type"))
+    if kind in ("timestep", "identity"):
+        width = getattr(network.config, "embedding_channels", None) if kind == "identity" else 0
+        return checks.real_labels(given, count, width, kind)
+    if given is None:
+        if settings.classifier is not None:
+            raise ValueError("classifier_fn needs class_labels, and none were given")
+        if classes is None:
+            return None
+        if settings.null_class is None:
+            raise ValueError(f"class_labels is None, must be given: the model has {classes} classes")
+        given = settings.null_class
+    return checks.labels(given, count, classes)
+
+
+def _scales(
+    given: float | Sequence[float] | Tensor | None, labelled: bool, count: int, settings: LoopSettings
+) -> Tensor | None:
+    """Guidance scales float32 [1] or [count]; None where no unconditional half is needed."""
+    if given is None:
+        for name in ("guidance_rescale", "guidance_interval"):
+            if value := getattr(settings, name):
+                raise ValueError(f"{name} is {value} but guidance_scale is None, must be given with it")
+        return None
+    if not labelled:
+        raise ValueError("guidance_scale needs class_labels, and none were given")
+    scales = checks.scales(given, count)
+    if bool((scales == 1).all()):
+        return None
+    if settings.null_class is None:
+        raise ValueError("guidance_scale needs a null_class, and the model's config names none")
+    return scales
+
+
+def _check_condition(
+    condition: Tensor | None, shape: tuple[int, ...], network: Network, settings: LoopSettings
+) -> None:
+    if condition is not None:
+        checks.condition(condition, shape)
+    more = 0 if condition is None else condition.shape[1]
+    concatenated = settings.self_condition and not network.takes_self_condition
+    own = shape[1] * (2 if concatenated else 1)
+    reads = getattr(network.config, "in_channels", None)
+    if reads is not None and reads < own:
+        raise ValueError(f"samples have {own} channels but the model reads {reads}")
+    if reads is not None and reads != own + more:
+        raise ValueError(
+            f"condition has {more} channels but the model reads {reads}, of which the samples fill {own}: condition "
+            f"must have {reads - own}"
+        )
+
+
+def check_noise(
+    source: NoiseSource | None, shape: tuple[int, ...], batch_size: int | str | None, name: str
+) -> NoiseSource | None:
+    """`source` itself, of noise [S, N, ...] of `shape`.
+
+    Raises:
+        ValueError, TypeError: it is no such tensor, no function, or a function that would be asked for some samples
+            without knowing which.
+    """
+    if isinstance(source, Tensor):
+        checks.floating(source, shape, name)
+    elif source is not None and not callable(source):
+        raise TypeError(f"{name} is a {type(source).__name__}, must be a tensor or a function")
+    elif source is not None and isinstance(batch_size, int) and batch_size < shape[1]:
+        raise ValueError(
+            f"{name} is a function but batch_size is {batch_size} for {shape[1]} samples; it cannot know which of "
+            "them it draws for, so it must be a tensor"
+        )
+    return source
+
+
+def give_noise(buffer: Tensor | None, source: NoiseSource | None, index: int, rows: slice, name: str) -> None:
+    """Puts the noise that the user gives for the step of a row into `buffer` [n, ...], for the samples `rows`."""
+    if source is None or buffer is None:
+        return
+    shape = tuple(buffer.shape)
+    noise = source[index, rows] if isinstance(source, Tensor) else source(index, shape)
+    checks.floating(noise, shape, f"{name} of step {index}")
+    buffer.copy_(noise)

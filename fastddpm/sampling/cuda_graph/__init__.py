@@ -1,0 +1,10 @@
+"""CUDA graphs of a loop's body: the only part of the package that is about CUDA alone.
+
+`captured` records a body and runs it any number of times, `while_graph` makes one launch of all steps, and
+`capture_check` says why a body cannot be recorded. Importing this needs neither CUDA nor cuda-bindings.
+"""
+
+from fastddpm.sampling.cuda_graph.capture_check import CaptureError, explain
+from fastddpm.sampling.cuda_graph.captured import MODES, CapturedBody, tuned, why_not
+
+__all__ = ["MODES", "CaptureError", "CapturedBody", "explain", "tuned", "why_not"]

@@ -1,0 +1,391 @@
+"""Sampling: settings and a model become a coefficient table, a loop, and images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, overload
+
+import torch
+from fastddpm_kernels import philox
+from fastddpm_kernels.backend import resolve
+from torch import Tensor
+
+from fastddpm.common import checks
+from fastddpm.common.progress import Report
+from fastddpm.networks.network import Network
+from fastddpm.networks.overflow import choose_dtype
+from fastddpm.networks.precision import tf32
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.tables import StepTable
+from fastddpm.sampling.batch import NoiseSource, check_noise, make_batch
+from fastddpm.sampling.batching import Batching
+from fastddpm.sampling.guidance import ClassifierFn
+from fastddpm.sampling.run import Run, StepCallback
+from fastddpm.sampling.runner import Graphs
+from fastddpm.sampling.settings import (
+    LoopSettings,
+    build_table,
+    check_guidance,
+    check_null_class,
+    check_out_channels,
+    checked_table,
+    choose_classifier,
+    choose_timesteps,
+    clipping,
+)
+from fastddpm.sampling.trajectory import Recorder, Trajectory
+
+
+class Sampler:
+    """Draws samples from a diffusion model by running its reverse process.
+
+    Names and defaults are diffusers'.
+
+    Args:
+        model: an `nn.Module` or any callable `model(x, t)`, or `model(x, t, class_labels=labels)` if it is
+            conditional. x is [N, ...] in the network's dtype, t is int64 [N]. It returns a tensor of x's shape (twice
+            the channels for a learned variance), an object with such a `.sample`, or a tuple that begins with one.
+        schedule: the forward process the model was trained on.
+        method: "ddpm" (ancestral sampling), "ddim" or "dpmsolver++" (second-order multistep; for few steps).
+        num_inference_steps: from 1 to T; None for all T. For spacing "guided_diffusion" also a string of its.
+        timestep_spacing: "leading", "trailing", "linspace", "denoising_diffusion_pytorch" or "guided_diffusion".
+        prediction_type: what the model predicts: "epsilon", "sample" or "v_prediction".
+        variance_type: "fixed_small", "fixed_small_log", "fixed_large", "learned" or "learned_range", of method "ddpm".
+            For the other methods a learned variance says that the second half of the model's channels is not read.
+        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range] at every step.
+        eta: of method "ddim": 0 is deterministic, 1 has DDPM's variance.
+        guidance_scale: classifier-free guidance, out = uncond + scale * (cond - uncond); needs class labels and a
+            null class. None or 1: no guidance, one evaluation per step. `sample` may override it.
+        dtype: of the network, as a torch.dtype or by name: "float32", "float16", "bfloat16"; "tf32" for float32 whose
+            products CUDA rounds to TensorFloat-32; "auto" for float16 on CUDA, or bfloat16 where a `fastddpm.UNet`
+            would overflow in float16 (it is tried, and logged), and the model's own elsewhere; None for the model's
+            own. "float32" and "tf32" set torch's switches for TensorFloat-32 while sampling. The state is always
+            float32. A `fastddpm.UNet` is prepared for sampling: see `fastddpm.networks.frozen`.
+        device: where to sample; None for where the model is.
+        backend: "auto", "triton", "native", "eager" or "reference", for the sampling step (and for the layers of a
+            `fastddpm.UNet`).
+        cuda_graph: on a CUDA device, "auto" captures the loop's steps as CUDA graphs and runs those in the way that it
+            measures to be fastest (up to 192 steps one by one, which is not worth measuring); a model that cannot be
+            captured is run without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per
+            launch) or "step" (one): only that way. False: no graphs, for models whose Python code does not do the
+            same in every call. The operations are the same in all. `graph_report` says what was done.
+        autotune: before a run, measure the fastest kernels for those of its shapes that were not tuned before, for up
+            to 20 s; they are kept in the user's cache, as `fastddpm tune` does. False: only look there.
+        steps_offset: added to the timesteps of "leading" spacing.
+        clip_sample_range: see `clip_sample`.
+        null_class: the label that means "no class"; None for the one the model's config names.
+        timesteps: an explicit list of falling timesteps, in place of `num_inference_steps` and the spacing.
+        convention: of method "ddpm", where libraries differ in the last step: "diffusers", "guided_diffusion" or
+            "denoising_diffusion_pytorch"; see `coefficients.ddpm_table`.
+        use_clipped_model_output, set_alpha_to_one: of method "ddim"; see `coefficients.ddim_table`.
+        solver_order, lower_order_final, final_sigmas_type: of method "dpmsolver++"; see `solvers.dpmsolver_table`.
+        thresholding: dynamic thresholding (Saharia et al. 2022) in place of `clip_sample`: each sample's x0 is clipped
+            to its `dynamic_thresholding_ratio`-quantile of magnitude, at least 1 and at most `sample_max_value` (which
+            comes first, if it is less than 1), and divided by it.
+        guidance_interval: (lowest, highest) timestep between which guidance applies (Kynkäänniemi et al. 2024);
+            outside it only the conditional half is computed.
+        guidance_rescale: from 0 to 1, how far the guided prediction is brought back to the standard deviation of the
+            conditional one (Lin et al. 2024, section 3.4).
+        classifier_fn: classifier_fn(x, t, class_labels), the gradient of log p(class_labels | x_t) in x: x float32
+            [N, ...], t int64 [N]; it runs with gradients enabled. "ddpm" moves the mean of a step by the step's
+            variance times the gradient, the other methods move epsilon by -sqrt(1 - abar) times it (Dhariwal & Nichol
+            2021, algorithms 1 and 2); `guidance.Classifier` says what guided-diffusion does otherwise.
+        classifier_scale: factor of that gradient.
+        self_condition: give the model the x0 it predicted in the step before, zeros at first (Chen et al. 2022): as
+            `x_self_cond` if it has a parameter of that name, else as channels before those of x.
+
+    A model that has to be moved or converted is copied; the one passed in stays as it is. It is evaluated in eval
+    mode and without gradients. What a batch needs on the device is kept for the next one of the same shape and
+    options, and given back with the sampler. Several threads may use one sampler.
+
+    Raises:
+        ValueError, TypeError: a setting is not known, out of range, or two of them contradict each other.
+        BackendError: a backend was named that cannot run on the device.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        schedule: NoiseSchedule,
+        method: str = "ddpm",
+        num_inference_steps: int | str | None = None,
+        timestep_spacing: str = "leading",
+        prediction_type: str = "epsilon",
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        eta: float = 0.0,
+        guidance_scale: float | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        cuda_graph: str | bool = "auto",
+        *,
+        autotune: bool = False,
+        steps_offset: int = 0,
+        clip_sample_range: float = 1.0,
+        null_class: int | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        convention: str = "diffusers",
+        use_clipped_model_output: bool = False,
+        set_alpha_to_one: bool = True,
+        solver_order: int = 2,
+        lower_order_final: bool = True,
+        final_sigmas_type: str = "zero",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
+        guidance_rescale: float = 0.0,
+        classifier_fn: ClassifierFn | None = None,
+        classifier_scale: float = 1.0,
+        self_condition: bool = False,
+    ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule is a {type(schedule).__name__}, must be a NoiseSchedule")
+        chosen, self._tf32 = choose_dtype(
+            model,
+            schedule,
+            dtype,
+            device,
+            prediction_type=prediction_type,
+            clip_range=clip_sample_range if clip_sample else None,
+            learned_variance=variance_type in ("learned", "learned_range"),
+        )
+        self.network = Network(model, device, chosen, backend, allow_tf32=self._tf32 is True, freeze=True)
+        if self._tf32 is None and self.network.frozen is not None and self.network.dtype == torch.float32:
+            self._tf32 = False  # its convolutions do not follow torch's switches, so its products must not either
+        self.model, self.config = self.network.model, self.network.config
+        self.device, self.dtype = self.network.device, self.network.dtype
+        step = "eager" if backend == "native" else backend  # a step has no native kernel: it costs next to nothing
+        self.backend = resolve("reverse_step", step, self.device.type)
+        self._graphs = Graphs(cuda_graph, self.device)
+
+        self.schedule, self.method = schedule, method
+        self.prediction_type, self.variance_type = prediction_type, variance_type
+        self.timesteps = choose_timesteps(
+            schedule, method, num_inference_steps, timestep_spacing, steps_offset, timesteps
+        )
+        self.table = build_table(
+            schedule,
+            self.timesteps,
+            method,
+            prediction_type,
+            variance_type,
+            {
+                "eta": eta,
+                "convention": convention,
+                "use_clipped_model_output": use_clipped_model_output,
+                "set_alpha_to_one": set_alpha_to_one,
+                "solver_order": solver_order,
+                "lower_order_final": lower_order_final,
+                "final_sigmas_type": final_sigmas_type,
+            },
+        )
+        self.clip_range, threshold = clipping(
+            clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value
+        )
+        self.null_class = null_class if null_class is not None else getattr(self.config, "null_class", None)
+        self.guidance_scale = None if guidance_scale is None else checks.finite(guidance_scale, "guidance_scale")
+        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None), self.guidance_scale)
+        self.settings = LoopSettings(
+            backend=self.backend,
+            clip_range=self.clip_range,
+            threshold=threshold,
+            variance_type=variance_type,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=check_guidance(guidance_interval, guidance_rescale),
+            null_class=self.null_class,
+            classifier=choose_classifier(method, classifier_fn, classifier_scale, use_clipped_model_output),
+            self_condition=self_condition,
+        )
+        check_out_channels(self.settings, getattr(self.config, "out_channels", None))
+        self._autotune = autotune
+        self._checked_finite = False
+        self._batching = Batching(self.network, self.settings, self._graphs)
+
+    def graph_report(self) -> dict[str, Any]:
+        """What became of `cuda_graph`.
+
+        Returns:
+            "mode": how steps are run, "while", "unrolled" or "step", "plain" without graphs, None before the first
+            capture; "measured_us": microseconds per step of every mode that was tried; "captures": how many were made
+            so far; "why_not": why there are no graphs, or None.
+        """
+        return self._graphs.report()
+
+    @overload
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        shape: Sequence[int] | None = ...,
+        seed: int = ...,
+        seeds: Sequence[int] | None = ...,
+        first_sample: int = ...,
+        x_T: Tensor | None = ...,
+        start: int = ...,
+        table: StepTable | None = ...,
+        noise: NoiseSource | None = ...,
+        class_labels: int | Sequence[int] | Tensor | None = ...,
+        guidance_scale: float | Sequence[float] | Tensor | None = ...,
+        condition: Tensor | None = ...,
+        known: Tensor | None = ...,
+        known_mask: Tensor | None = ...,
+        known_noise: NoiseSource | None = ...,
+        batch_size: int | str | None = ...,
+        callback: StepCallback | None = ...,
+        progress: bool | Report = ...,
+        return_trajectory: None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def sample(self, num_samples: int, *, return_trajectory: int, **arguments: Any) -> Trajectory: ...
+
+    # What is kept for the next call must not be an inference tensor.
+    @torch.inference_mode(False)  # type: ignore[misc]  # mypy holds **Any to be more than all the keywords
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        shape: Sequence[int] | None = None,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        first_sample: int = 0,
+        x_T: Tensor | None = None,
+        start: int = 0,
+        table: StepTable | None = None,
+        noise: NoiseSource | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float | Sequence[float] | Tensor | None = None,
+        condition: Tensor | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        known_noise: NoiseSource | None = None,
+        batch_size: int | str | None = None,
+        callback: StepCallback | None = None,
+        progress: bool | Report = False,
+        return_trajectory: int | None = None,
+    ) -> Tensor | Trajectory:
+        """Draws `num_samples` samples.
+
+        Sample k of a seed is the same image (to the network's rounding) whatever the number of samples, the batch
+        size, the backend or the device: its noise depends on the seed, k, the step and the position only.
+
+        Args:
+            num_samples: N, at least 1.
+            shape: of one sample, such as (C, H, W), (C, L) or (P, 3); None for the one the model's config states.
+            seed: 0 <= seed < 2**64; sample k draws stream k of it.
+            seeds: one seed per sample in place of `seed`; each sample is then sample 0 of its seed.
+            first_sample: k: the samples are k to k + N - 1 of the seed, so that several calls can share one seed.
+            x_T: float [N, ...] to start from, in place of drawn noise.
+            start: the row of the table to start from; above 0 `x_T` must be given, at the level before that row
+                (`table.skip(start).start`). The steps from there on draw the noise that they draw in the whole loop;
+                a multistep method begins there at first order.
+            table: another `StepTable` than the sampler's own, such as a RePaint walk or an inversion.
+            noise: [S, N, ...], or a function of (row of the table, (n, ...)) that returns such a tensor for one step
+                of n samples, in place of drawn noise z. It is not called for steps that add none (the last one of
+                DDPM), and cannot be had with a `batch_size` below N.
+            class_labels: one label for all or one per sample; with class_embed_type "identity" float [N, E].
+            guidance_scale: one for all or one per sample, in place of the sampler's.
+            condition: float [N, C', ...] that the model reads as further channels after those of x, such as the
+                low-resolution image of super-resolution.
+            known: float, broadcastable to [N, ...]: after every step it replaces the samples where `known_mask` is 1,
+                noised to the level of that step (Lugmayr et al. 2022, eq. 8). The mask goes from 0 to 1, or is boolean.
+            known_noise: as `noise`, in place of what is drawn for `known`.
+            batch_size: samples per pass through the network; None for all at once; "auto" for as many as are fastest
+                and fit, which a long run measures first, and half as many wherever memory runs out. With noise
+                functions "auto" is all at once.
+            callback: called after every step as callback(row of the table, timestep, x); x [n, ...] is the float32
+                state, whose memory is used again: it must not be changed, and copied if it is to be kept. If it
+                returns True the loop stops there. With "auto" it may see the steps of a chunk that did not fit.
+            progress: True shows a progress bar; a function is called as progress(steps done, steps of all chunks), on
+                CUDA after several steps, so that one launch may run them.
+            return_trajectory: k: return a `Trajectory` of the states and predicted x0 every k steps.
+
+        Returns:
+            float32 [N, *shape], within [-1, 1] where x0 is clipped to it; or the trajectory asked for.
+
+        Raises:
+            ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
+            torch.OutOfMemoryError: so many samples at once do not fit.
+            CaptureError: the steps cannot be captured in the way that `cuda_graph` names.
+        """
+        count = checks.positive(num_samples, "num_samples")
+        batch_size = checks.batch_size(batch_size)
+        table = checked_table(self.table if table is None else table, start, x_T is not None, self.settings)
+        shape = (count, *self._sample_shape(shape, x_T))
+        batch = make_batch(
+            self.network,
+            self.settings,
+            shape,
+            seed=seed,
+            seeds=seeds,
+            first_sample=first_sample,
+            class_labels=class_labels,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            condition=condition,
+            known=known,
+            known_mask=known_mask,
+        )
+        if known_noise is not None and known is None:
+            raise ValueError("known_noise is given but known is None, must be given along with it")
+        if x_T is not None:
+            checks.floating(x_T, shape, "x_T")
+        recorder = None
+        if return_trajectory is not None:
+            every = checks.positive(return_trajectory, "return_trajectory")
+            recorder = Recorder(every, table.timesteps[start:], shape, self.device)
+        run = Run(
+            table=table,
+            start=start,
+            batch=batch,
+            initial=partial(self._initial, batch.keys, shape[1:], x_T),
+            images=torch.empty(shape, dtype=torch.float32, device=self.device),
+            settings=self.settings,
+            graphs=self._graphs,
+            noise=check_noise(noise, (len(table), *shape), batch_size, "noise"),
+            known_noise=check_noise(known_noise, (len(table), *shape), batch_size, "known_noise"),
+            callback=callback,
+            recorder=recorder,
+        )
+        with self.network.evaluating(), self._rounding():
+            if self._autotune:
+                from fastddpm.perf.tuning.automatic import tune_run
+
+                tune_run(self.network, self.settings, self._batching.sizes, run, batch_size)
+            self._batching.walk(run, batch_size, progress)
+        self._check_finite(run.images)
+        return run.images if recorder is None else recorder.trajectory()
+
+    def _initial(self, keys: Tensor, shape: tuple[int, ...], x_T: Tensor | None, rows: slice) -> Tensor:
+        """Some of the samples before the first step: given, or drawn."""
+        if x_T is not None:
+            return x_T[rows]
+        return philox.normal(keys[rows], shape, step=0, stream=philox.STREAM_INITIAL, backend=self.backend)
+
+    def _rounding(self) -> AbstractContextManager[None]:
+        """Sets how CUDA rounds the factors of float32 products, where that was asked for."""
+        return nullcontext() if self._tf32 is None or self.device.type != "cuda" else tf32(self._tf32)
+
+    def _check_finite(self, images: Tensor) -> None:
+        """Warns, once, of images that float16 has spoilt. Only the first call of `sample` waits for the device here."""
+        if self.dtype == torch.float16 and not self._checked_finite:
+            self._checked_finite = True
+            if not bool(images.isfinite().all()):
+                warnings.warn(
+                    "some samples are not finite: activations above 65504 overflow in float16. dtype='auto' tests for "
+                    "that and takes bfloat16",
+                    RuntimeWarning,
+                    stacklevel=5,  # past the decorators of `sample`
+                )
+
+    def _sample_shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
+        if shape is not None:
+            return checks.sample_shape(shape)
+        if isinstance(x_T, Tensor) and x_T.ndim > 1:
+            return tuple(x_T.shape[1:])
+        return self.network.sample_shape(self.settings.learned_variance)

@@ -1,0 +1,218 @@
+"""From a sampler's settings to its timesteps, its table, and what its loop does with predictions.
+
+A setting that the others leave without effect is an error that names both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import dpmsolver_table
+from fastddpm.process.tables import METHODS, VARIANCE_TYPES, StepTable, ddim_table, ddpm_table
+from fastddpm.sampling.guidance import Classifier, ClassifierFn, DynamicThreshold
+
+_BUILDERS: dict[str, Callable[..., StepTable]] = {
+    "ddpm": ddpm_table,
+    "ddim": ddim_table,
+    "dpmsolver++": dpmsolver_table,
+}
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs of a sampler's settings: what stays the same from batch to batch.
+
+    Attributes:
+        backend: of the kernels.
+        clip_range: the bound of x0, or None.
+        threshold: dynamic thresholding, in place of `clip_range`.
+        variance_type: tells whether the network's output has twice the channels. The second half is read where the
+            table has a learned variance.
+        guidance_rescale: from 0 to 1; see `guidance.rescale_guidance`.
+        guidance_interval: (lowest, highest) timestep at which guidance is computed; None for all.
+        null_class: the label of the unconditional half.
+        classifier: guidance by a gradient, or None.
+        self_condition: whether the network reads the x0 predicted before.
+    """
+
+    backend: str = "auto"
+    clip_range: float | None = None
+    threshold: DynamicThreshold | None = None
+    variance_type: str = "fixed_small"
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[int, int] | None = None
+    null_class: int | None = None
+    classifier: Classifier | None = None
+    self_condition: bool = False
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network's output has a second half of channels, about the variance."""
+        return self.variance_type in ("learned", "learned_range")
+
+
+def choose_timesteps(
+    schedule: NoiseSchedule,
+    method: str,
+    num_inference_steps: int | str | None,
+    timestep_spacing: str,
+    steps_offset: int,
+    timesteps: Sequence[int] | Tensor | None,
+) -> Tensor:
+    """The timesteps that a method visits: those listed, or those of a spacing. int64 [S], falling.
+
+    Raises:
+        ValueError: both are given, or as `NoiseSchedule.timesteps` and `check_timesteps`.
+    """
+    if timesteps is None:
+        multistep = method == "dpmsolver++"
+        return schedule.timesteps(num_inference_steps, timestep_spacing, steps_offset, multistep=multistep)
+    if num_inference_steps is not None:
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps} but timesteps are given; it must be one of them"
+        )
+    return schedule.check_timesteps(timesteps)
+
+
+def build_table(
+    schedule: NoiseSchedule,
+    timesteps: Tensor,
+    method: str,
+    prediction_type: str,
+    variance_type: str,
+    options: Mapping[str, Any],
+) -> StepTable:
+    """The table of a method. `options` are keyword arguments of all the builders; each method has its own.
+
+    Raises:
+        ValueError: a setting is not known, or one differs from its default that belongs to another method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, must be one of {', '.join(METHODS)}")
+    if variance_type not in VARIANCE_TYPES:
+        raise ValueError(f"variance_type is {variance_type!r}, must be one of {', '.join(VARIANCE_TYPES)}")
+    own: dict[str, Any] = {"prediction_type": prediction_type}
+    if method == "ddpm":
+        own["variance_type"] = variance_type
+    for name, value in options.items():
+        owner, default = next(
+            (owner, parameters[name].default)
+            for owner, builder in _BUILDERS.items()
+            if name in (parameters := inspect.signature(builder).parameters)
+        )
+        if owner == method:
+            own[name] = value
+        elif value != default:
+            raise ValueError(f"{name} is {value!r} but method is {method!r}; {name} is a setting of method {owner!r}")
+    return _BUILDERS[method](schedule, timesteps, **own)
+
+
+def checked_table(table: StepTable, start: int, given: bool, settings: LoopSettings) -> StepTable:
+    """`table`, where a run of these settings can start from its row `start`; `given`: from states that are given.
+
+    Raises:
+        TypeError, ValueError: it cannot; the message says why.
+    """
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table is a {type(table).__name__}, must be a StepTable")
+    if table.learned is not None and not settings.learned_variance:
+        raise ValueError(f"table has a learned variance but variance_type is {settings.variance_type!r}")
+    if isinstance(start, bool) or not isinstance(start, numbers.Integral) or not 0 <= start < len(table):
+        raise ValueError(f"start is {start!r}, must be from 0 to {len(table) - 1}, a row of the table")
+    if not given and start > 0:
+        raise ValueError(f"start is {start} but x_T is None, must be given: samples at the level of that row")
+    if not given and table.start[1] == 0:
+        raise ValueError("table starts from clean samples but x_T is None, must be given")
+    return table
+
+
+def clipping(
+    clip_sample: bool, clip_sample_range: float, thresholding: bool, ratio: float, maximum: float
+) -> tuple[float | None, DynamicThreshold | None]:
+    """(clip_range, threshold) of the loop, at most one of which is not None.
+
+    Raises:
+        ValueError: a number is out of range, or of thresholding without it.
+    """
+    if clip_sample and not 0 < clip_sample_range < math.inf:
+        raise ValueError(f"clip_sample_range is {clip_sample_range}, must be a positive number")
+    if not thresholding:
+        for name, value, default in (("dynamic_thresholding_ratio", ratio, 0.995), ("sample_max_value", maximum, 1.0)):
+            if value != default:
+                raise ValueError(f"{name} is {value} but thresholding is False; {name} is a setting of thresholding")
+        return (float(clip_sample_range) if clip_sample else None), None
+    if not 0 < ratio <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio is {ratio}, must be in (0, 1]")
+    if not 0 < maximum < math.inf:
+        raise ValueError(f"sample_max_value is {maximum}, must be a positive finite number")
+    return None, DynamicThreshold(float(ratio), float(maximum))
+
+
+def check_guidance(interval: Sequence[int] | None, rescale: float) -> tuple[int, int] | None:
+    """`guidance_interval` as a pair.
+
+    Raises:
+        ValueError: it is not (lowest, highest), or `rescale` is not in [0, 1].
+    """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale is {rescale}, must be from 0 to 1")
+    if interval is None:
+        return None
+    pair = tuple(interval)
+    if len(pair) != 2 or not all(isinstance(t, numbers.Real) for t in pair) or not pair[0] <= pair[1]:
+        raise ValueError(f"guidance_interval is {interval}, must be (lowest, highest) timestep")
+    return pair
+
+
+def check_null_class(null_class: object, num_classes: int | None, guidance_scale: float | None = None) -> None:
+    """Raises ValueError unless `null_class` is a label of the model, where it says how many it has, or not needed."""
+    if null_class is None:
+        if guidance_scale not in (None, 1.0):
+            raise ValueError("guidance_scale needs a null_class, and the model's config names none")
+        return
+    known = isinstance(null_class, numbers.Integral) and not isinstance(null_class, bool)
+    if not known or (num_classes is not None and not 0 <= null_class < num_classes):  # type: ignore[operator]
+        what = "an integer" if num_classes is None else f"a label from 0 to {num_classes - 1}"
+        raise ValueError(f"null_class is {null_class!r}, must be {what}")
+
+
+def check_out_channels(settings: LoopSettings, channels: int | None) -> None:
+    """Raises ValueError unless a network of so many output channels, if that is known, can have a learned variance."""
+    if settings.learned_variance and channels is not None and channels % 2:
+        raise ValueError(
+            f"variance_type is {settings.variance_type!r} but the model has out_channels {channels}, must have twice "
+            "those of a sample"
+        )
+
+
+def choose_classifier(
+    method: str, classifier_fn: ClassifierFn | None, classifier_scale: float, use_clipped_model_output: bool = False
+) -> Classifier | None:
+    """Classifier guidance as the method does it; `use_clipped_model_output` is DDIM's setting.
+
+    Raises:
+        ValueError: there is a scale but no function, or it is not finite.
+        TypeError: the function cannot be called.
+    """
+    if classifier_fn is None:
+        if classifier_scale != 1:
+            raise ValueError(f"classifier_scale is {classifier_scale} but classifier_fn is None, must be given with it")
+        return None
+    if not callable(classifier_fn):
+        raise TypeError(
+            f"classifier_fn is a {type(classifier_fn).__name__}, must be a function of (x, t, class_labels)"
+        )
+    if not math.isfinite(classifier_scale):
+        raise ValueError(f"classifier_scale is {classifier_scale}, must be a finite number")
+    if method == "ddpm":
+        return Classifier(classifier_fn, float(classifier_scale), "mean")
+    shifts: Literal["epsilon", "clipped epsilon"] = "clipped epsilon" if use_clipped_model_output else "epsilon"
+    return Classifier(classifier_fn, float(classifier_scale), shifts)

@@ -1,0 +1,137 @@
+"""Attention with gradients; on the CPU natively, as `attention` has it.
+
+    attention    softmax(q k^T / sqrt(head_dim)) v          for every head
+
+Scores are never kept: the gradient computes them anew from q, k and, of every query, the largest score and the sum of
+the exponentials (Dao et al. 2022, arXiv:2205.14135).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastddpm_kernels import backend as _backend
+from fastddpm_kernels import native as _native
+from fastddpm_kernels.native.training import why_not_native as _why_not_native
+
+BACKENDS = ("native", "eager", "reference")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: str = "auto") -> Tensor:
+    """Attention of every pixel to all, differentiable in every tensor.
+
+    Args:
+        q, k: `[N, P, heads * head_dim]`.
+        v: `[N, P, heads * value_dim]`, q's dtype.
+        heads: how many.
+        backend: `"native"`: float32, or bfloat16 with even `head_dim` and `value_dim`, on the CPU; it can be
+            differentiated once, not twice. `"eager"`: torch's `scaled_dot_product_attention`. `"reference"`: in
+            float64. `"auto"`: `native` where it can run and is not slower, else `eager`.
+
+    Returns:
+        `[N, P, heads * value_dim]` in q's dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: a shape that does not fit, or an unknown backend.
+        BackendError: `backend` is "native" and cannot run here.
+    """
+    _check(q, k, v, heads)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
+    if backend in ("auto", "native"):
+        reason = why_not_native(q, k, v, heads, slower=backend == "native")
+        if reason is None:
+            return _attention(q, k, v, heads)[0]
+        if backend == "native":
+            raise _backend.BackendError(f"attention: backend 'native' cannot run here: {reason}")
+    parts = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v)]
+    if backend == "reference":
+        wide = [part.double() for part in parts]
+        scores = wide[0] @ wide[1].transpose(2, 3) * wide[0].shape[3] ** -0.5
+        out = (torch.softmax(scores, dim=3) @ wide[2]).to(q.dtype)
+    else:
+        out = F.scaled_dot_product_attention(*parts)
+    return out.transpose(1, 2).flatten(2)
+
+
+def why_not_native(q: Tensor, k: Tensor, v: Tensor, heads: int, *, slower: bool = False) -> str | None:
+    """Why the native op cannot take these tensors (if not `slower`: is not faster than torch's), or None."""
+    odd = q.shape[2] // heads % 2 or v.shape[2] // heads % 2
+    if q.dtype == torch.bfloat16 and odd:
+        return "heads have an odd number of channels, must be even in bfloat16"
+    return _why_not_native(q, k, v, slower=slower)
+
+
+@torch.library.custom_op(
+    "fastddpm::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, int heads) -> (Tensor, Tensor)"
+)
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The result, and what its gradient needs of the scores [N, heads, 2, P]."""
+    y, statistics = _attention_fake(q, k, v, heads)
+    if y.numel():
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        _native.attention(y, q, k, v, heads, (q.shape[2] // heads) ** -0.5, statistics)
+    return y, statistics
+
+
+@_attention.register_fake
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), q.new_empty(q.shape[0], heads, 2, q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fastddpm::attention_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor statistics, int heads) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv."""
+    found = _attention_backward_fake(dy, q, k, v, statistics, heads)
+    if dy.numel():
+        dy, q, k, v = (each.contiguous() for each in (dy, q, k, v))
+        scale = (q.shape[2] // heads) ** -0.5
+        _native.attention_gradient(found[0], found[1], found[2], dy, q, k, v, statistics, heads, scale)
+    return found
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.heads = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, output[1])
+
+
+def _gradients(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(dy, *ctx.saved_tensors, ctx.heads), None
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, heads: int) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
+    if q.ndim != 3:
+        raise ValueError(f"q has shape {tuple(q.shape)}, must be [N, P, heads * head_dim]")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}, must be q's, {tuple(q.shape)}")
+    if v.ndim != 3 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v has shape {tuple(v.shape)}, must equal q's {tuple(q.shape)} but for the channels")
+    for name, channels in (("q", q.shape[2]), ("v", v.shape[2])):
+        if heads < 1 or channels < heads or channels % heads:
+            raise ValueError(f"heads is {heads}, must be at least 1 and divide the {channels} channels of {name}")

@@ -1,0 +1,164 @@
+"""What the native convolutions read: weights transformed and packed, and what an algorithm's transforms lose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastddpm_kernels import backend as _backend
+from fastddpm_kernels import native as _native
+
+ALGORITHMS = ("winograd4", "winograd2", "direct")
+TILE = {"winograd4": 4, "winograd2": 2}
+# The finite points at which the polynomials are evaluated, in the order of the kernel (`winograd.cpp`); then infinity.
+_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 1.0, -1.0, 0.625, -0.625)}
+_VANISHING = 2  # the point -1, of an upsampled image
+# What an output row of each parity sees of an upsampled image: the taps of a 3x3 kernel that fall on one input row.
+_PHASES = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as a native algorithm reads it.
+
+    Attributes:
+        values: of `packed_values`, in the dtype of the convolution; may be filled anew.
+        algorithm: one of `ALGORITHMS`.
+        in_channels, out_channels, kernel: of the weight [out_channels, in_channels, kernel, kernel].
+        upsample: whether it is to be applied to an image upsampled by two.
+        channels2: how many of `in_channels` are those of x2.
+    """
+
+    values: Tensor
+    algorithm: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    upsample: bool = False
+    channels2: int = 0
+
+
+def pack(
+    weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0
+) -> PackedWeight:
+    """A weight [O, C + C2, k, k] made ready for an algorithm. See `packed_values`."""
+    out_channels, in_channels, kernel, _ = weight.shape
+    values = packed_values(weight, algorithm, upsample, dtype=dtype, channels2=channels2)
+    return PackedWeight(values, algorithm, in_channels, out_channels, kernel, upsample, channels2)
+
+
+def why_not_packed(algorithm: str, channels: int, channels2: int, dtype: torch.dtype) -> str | None:
+    """Why a weight for so many channels of x and x2 is not to be packed, or None."""
+    if dtype == torch.bfloat16 and algorithm == "direct" and (channels % 2 or channels2 % 2):
+        return f"there are {channels} + {channels2} input channels, must be even numbers in bfloat16 for 'direct'"
+    if dtype == torch.bfloat16 and algorithm == "winograd4":
+        return "algorithm is 'winograd4', must be 'winograd2' or 'direct' in bfloat16"
+    return None
+
+
+@torch.no_grad()
+def packed_values(
+    weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0
+) -> Tensor:
+    """The values of a `PackedWeight`, one-dimensional, on the CPU.
+
+    Panels of neighbouring output channels, as many as the kernel's registers hold: [points or phases, panels, taps,
+    C, panel]. In bfloat16 two input channels are next to each other: [.., C / 2, panel, 2]; for winograd2 of every 32
+    those with even numbers come first, and x and x2 (the last `channels2`) are each filled up with zeros to as many.
+    Computed in float64 and rounded once.
+
+    Raises:
+        ValueError: the algorithm does not compute such a convolution.
+        BackendError: there is no native backend here, or none in `dtype`.
+    """
+    if reason := _backend.why_not("native", "cpu", "conv", dtype):
+        raise _backend.BackendError(f"conv: backend 'native' cannot run here: {reason}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm is {algorithm!r}, must be one of {', '.join(ALGORITHMS)}")
+    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, must be [O, C, k, k]")
+    if (algorithm != "direct" or upsample) and weight.shape[2] != 3:
+        raise ValueError(f"weight is {weight.shape[2]}x{weight.shape[3]}, must be 3x3 for {algorithm} or upsampling")
+    if reason := why_not_packed(algorithm, weight.shape[1] - channels2, channels2, dtype):
+        raise ValueError(reason)
+    if algorithm == "winograd2" and upsample and dtype == torch.float32:
+        raise ValueError("algorithm is 'winograd2', must be 'winograd4' or 'direct' where the image is upsampled")
+    w = weight.detach().cpu().double()
+    out_channels = len(w)
+    if algorithm == "direct" and not upsample:
+        products = w.permute(2, 3, 0, 1).flatten(0, 1)[None]
+    elif algorithm == "direct":
+        taps = torch.tensor(_PHASES, dtype=torch.float64)
+        products = torch.einsum("pak,qbl,oikl->pqaboi", taps, taps, w).flatten(2, 3).flatten(0, 1)
+    else:
+        _, g, _ = _transforms(TILE[algorithm])
+        if upsample:
+            g = g[[point for point in range(len(g)) if point != _VANISHING]]
+        products = torch.einsum("ak,bl,oikl->aboi", g, g, w).flatten(0, 1)[:, None]
+    # [phases or points, taps, O, C] -> [.., panels, taps, C, panel]
+    panel = _native.get().panel
+    panels = -(-out_channels // panel)
+    products = F.pad(products, (0, 0, 0, panels * panel - out_channels))
+    if dtype == torch.float32:
+        products = products.unflatten(2, (panels, panel)).permute(0, 2, 1, 4, 3)
+        return products.to(dtype).contiguous().flatten()
+    if algorithm != "direct":
+        products = F.pad(products, (0, 1))[..., _order(weight.shape[1] - channels2, channels2)]
+    products = products.unflatten(2, (panels, panel)).unflatten(4, (-1, 2)).permute(0, 2, 1, 4, 3, 5)
+    return products.to(dtype).contiguous().flatten()
+
+
+def _order(channels: int, channels2: int) -> list[int]:
+    """Where winograd2 in bfloat16 reads its channels; those that fill up are one beyond the last."""
+    found = []
+    for begin, end in ((0, channels), (channels, channels + channels2)):
+        for group in range(begin, end, 32):
+            within = [*range(group, group + 32, 2), *range(group + 1, group + 32, 2)]
+            found += [channel if channel < end else channels + channels2 for channel in within]
+    return found
+
+
+def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A^T [m, m + 2], G [m + 2, 3] and B^T [m + 2, m + 2] in float64: y = A^T ((G w) * (B^T x)) is the convolution.
+
+    At a point p, A^T holds its powers, G those divided by the product of its differences to the others, and B^T the
+    coefficients of the polynomial that has the other points for its zeros. At infinity, the highest powers.
+    """
+    points = _POINTS[m]
+    a, g = torch.zeros(m, m + 2, dtype=torch.float64), torch.zeros(m + 2, 3, dtype=torch.float64)
+    b = torch.zeros(m + 2, m + 2, dtype=torch.float64)
+    for j, point in enumerate(points):
+        others = [p for p in points if p != point]
+        a[:, j] = torch.tensor([point**i for i in range(m)])
+        g[j] = torch.tensor([point**k for k in range(3)], dtype=torch.float64) / math.prod(point - p for p in others)
+        b[j, : m + 1] = _coefficients(others)
+    a[-1, -1] = g[-1, -1] = 1
+    b[-1] = _coefficients(list(points))
+    return a, g, b
+
+
+def _coefficients(zeros: list[float]) -> Tensor:
+    """Of the polynomial with these zeros, the constant first, the highest 1."""
+    result = torch.ones(1, dtype=torch.float64)
+    for z in zeros:
+        result = F.pad(result, (1, 0)) - z * F.pad(result, (0, 1))
+    return result
+
+
+def error_factor(algorithm: str, *, worst: bool = False) -> float:
+    """How much more a result may differ from the exact one than that of the definition in the same precision.
+
+    Root mean square over the outputs of a tile, or of its `worst` output. For independent inputs and weights of
+    variance 1, the sum of products at point j has the size |G_j| |B_j|, by the norms of the rows, and is rounded in
+    proportion; A^T[i, j] of that error reaches output i, which itself has the size sqrt(3), the definition's taps.
+    Both dimensions have that factor, so it is squared. The points of `_POINTS` are near the least of mean and worst.
+    """
+    if algorithm == "direct":
+        return 1.0
+    a, g, b = _transforms(TILE[algorithm])
+    squares = (a * g.norm(dim=1) * b.norm(dim=1)).square().sum(1) / 3  # of the factor, for each output
+    return float(squares.max() if worst else squares.mean())

@@ -1,0 +1,237 @@
+// 3x3 convolutions of stride 1 and padding 1 by Winograd's minimal filtering (Lavin & Gray 2016, arXiv:1509.09308).
+//
+//     y = A^T [ (G w G^T) . (B^T x B) ] A          for every m x m tile of the output
+//
+// m = 2: 4 points, 16 products for 4 outputs, where the definition has 36. m = 4: 36 products for 16 outputs (144).
+// Products of one point are a matrix product over the channels. A block of tiles goes through all three steps before
+// the next one, so that what lies between them stays in the cache.
+//
+// Where the input is an image upsampled by two (nearest neighbour), rows 2i and 2i + 1 are equal, and point -1, whose
+// row of B^T takes their differences, gives zero: m = 4 needs only 25 of its 36 products.
+
+#include <type_traits>
+
+#include "native/gemm.h"
+#include "native/runtime.h"
+#include "winograd_transforms.h"
+
+namespace fastddpm {
+namespace {
+
+constexpr int kVanishing = 2;  // the index of -1
+
+template <class A>
+struct Conv {
+    using Element = typename A::Element;
+    Element* y;
+    const Element *x, *x2;
+    const float *weight, *bias;
+    const Element* residual;
+    long n, height, width, channels, channels2, out_channels;  // of y, in space
+    int threads;
+};
+
+template <class A, int M, bool kUpsample>
+class Winograd {
+    using Element = typename A::Element;
+    using Group = typename A::Group;
+    static constexpr int kParts = sizeof(Group) / sizeof(Vec), kGroup = kParts * kLanes;  // vectors, channels
+    static constexpr int kSize = Transform<M>::kSize;
+    static constexpr int kPoints = kUpsample ? (kSize - 1) * (kSize - 1) : kSize * kSize;
+
+    const Conv<A>& c;
+    const long rows_of_tiles, tiles_in_row, tiles, depth, stride, panels;  // depth and stride in words
+
+  public:
+    explicit Winograd(const Conv<A>& conv)
+        : c(conv),
+          rows_of_tiles(ceil_div(c.height, M)),
+          tiles_in_row(ceil_div(c.width, M)),
+          tiles(c.n * rows_of_tiles * tiles_in_row),
+          depth(A::words(c.channels) + A::words(c.channels2)),
+          stride(ceil_div(c.channels, kGroup) * kLanes + ceil_div(c.channels2, kGroup) * kLanes + kLanes),
+          panels(ceil_div(c.out_channels, kPanel)) {}
+
+    // Tiles of a block: few, so that the cache holds them, or, where it does not hold all weights, enough that one that
+    // is read from memory is used often.
+    static constexpr long kCache = 4 << 20;
+
+    void run() const {
+        const bool kept = kPoints * panels * kPanel * depth * static_cast<long>(sizeof(float)) <= kCache;
+        const long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
+        if (blocks >= 4 * c.threads || c.threads == 1) {  // every thread its own tiles, all of their channels
+            for_each(blocks, c.threads, [&](long i) {
+                const long first = tiles * i / blocks, count = tiles * (i + 1) / blocks - first;
+                float* input = scratch<float>(Slot::kInput, kPoints * count * stride);
+                transform_input(input, count, first, count);
+                for (long panel = 0; panel < panels; ++panel)
+                    multiply(input, count, 0, first, count, panel, panel + 1);
+            });
+            return;
+        }
+        // Few tiles: the input is transformed once for all, and every thread reads its own part of the weights.
+        float* input = scratch<float>(Slot::kShared, kPoints * tiles * stride);
+        const long parts = std::min<long>(tiles, 4 * c.threads);
+        for_each(parts, c.threads, [&](long i) {
+            const long first = tiles * i / parts, count = tiles * (i + 1) / parts - first;
+            transform_input(input + first * stride, tiles, first, count);
+        });
+        for_each(panels * blocks, c.threads, [&](long i) {
+            const long block = i % blocks, panel = i / blocks;
+            const long first = tiles * block / blocks, count = tiles * (block + 1) / blocks - first;
+            multiply(input, tiles, first, first, count, panel, panel + 1);
+        });
+    }
+
+  private:
+    struct Place {
+        long n, y, x;  // of the first output pixel
+    };
+    Place place(long tile) const {
+        const long in_image = tile % (rows_of_tiles * tiles_in_row);
+        return {tile / (rows_of_tiles * tiles_in_row), in_image / tiles_in_row * M, in_image % tiles_in_row * M};
+    }
+
+    // out[point][out_rows][stride]: B^T x B of `count` tiles from `first` on.
+    void transform_input(float* out, long out_rows, long first, long count) const {
+        for (long tile = 0; tile < count; ++tile) {
+            const Place at = place(first + tile);
+            transform_source(out + tile * stride, out_rows, at, c.x, c.channels);
+            if (c.channels2)
+                transform_source(out + tile * stride + A::words(c.channels), out_rows, at, c.x2, c.channels2);
+        }
+    }
+
+    void transform_source(float* out, long out_rows, const Place& at, const Element* x, long channels) const {
+        const long height = kUpsample ? c.height / 2 : c.height, width = kUpsample ? c.width / 2 : c.width;
+        const Element* pixels[kSize][kSize];  // null outside
+        for (int i = 0; i < kSize; ++i)
+            for (int j = 0; j < kSize; ++j) {
+                const long row = at.y + i - 1, column = at.x + j - 1;
+                const bool inside = row >= 0 && row < c.height && column >= 0 && column < c.width;
+                pixels[i][j] = inside ? x + ((at.n * height + (kUpsample ? row / 2 : row)) * width +
+                                             (kUpsample ? column / 2 : column)) * channels
+                                      : nullptr;
+            }
+        const long full = channels / kGroup * kGroup;
+        for (long channel = 0; channel < full; channel += kGroup, out += kLanes)
+            transform_group(out, out_rows, [&](int i, int j) {
+                return pixels[i][j] ? A::load_group(pixels[i][j] + channel, kGroup) : Group{};
+            });
+        if (full < channels)
+            transform_group(out, out_rows, [&](int i, int j) {
+                return pixels[i][j] ? A::load_group(pixels[i][j] + full, channels - full) : Group{};
+            });
+    }
+
+    template <class Pixel>
+    inline __attribute__((always_inline)) void transform_group(float* out, long out_rows, const Pixel& pixel) const {
+        Vec half[kParts][kSize][kSize];
+#pragma GCC unroll 6
+        for (int j = 0; j < kSize; ++j) {
+            Vec column[kParts][kSize];
+#pragma GCC unroll 6
+            for (int i = 0; i < kSize; ++i) {
+                const Group group = pixel(i, j);
+#pragma GCC unroll 2
+                for (int part = 0; part < kParts; ++part) column[part][i] = group.part[part];
+            }
+#pragma GCC unroll 2
+            for (int part = 0; part < kParts; ++part)
+                Transform<M>::input(column[part], 1, &half[part][0][j], kSize);
+        }
+        long point = 0;
+#pragma GCC unroll 6
+        for (int i = 0; i < kSize; ++i) {
+            if (kUpsample && i == kVanishing) continue;
+            Vec whole[kParts][kSize];
+#pragma GCC unroll 2
+            for (int part = 0; part < kParts; ++part) Transform<M>::input(half[part][i], 1, whole[part], 1);
+#pragma GCC unroll 6
+            for (int j = 0; j < kSize; ++j) {
+                if (kUpsample && j == kVanishing) continue;
+                Group group;
+#pragma GCC unroll 2
+                for (int part = 0; part < kParts; ++part) group.part[part] = whole[part][j];
+                A::store_group(out + point++ * out_rows * stride, group);
+            }
+        }
+    }
+
+    // Rows `row` .. `row + count` of `input`, which are the tiles from `first` on, times panels [begin, end), into y.
+    void multiply(
+        const float* input, long input_rows, long row, long first, long count, long begin, long end) const {
+        const long width = (end - begin) * kPanel + kLanes;
+        float* products = scratch<float>(Slot::kOutput, kPoints * count * width);
+        for (long point = 0; point < kPoints; ++point) {
+            const float* a = input + (point * input_rows + row) * stride;
+            float* out = products + point * count * width;
+            for (long panel = begin; panel < end; ++panel) {
+                const float* weights = c.weight + (point * panels + panel) * depth * kPanel;
+                for_row_tiles(count, [&](long r, auto rows) {
+                    multiply_tile<A, rows>(
+                        a + r * stride, stride, weights, depth, out + r * width + (panel - begin) * kPanel, width);
+                });
+            }
+        }
+        const long begin_channel = begin * kPanel, end_channel = std::min(end * kPanel, c.out_channels);
+        for (long tile = 0; tile < count; ++tile) {
+            const Place at = place(first + tile);
+            for (long channel = begin_channel; channel < end_channel; channel += kLanes)
+                transform_output(
+                    products + tile * width + channel - begin_channel, count * width, at, channel,
+                    std::min<long>(kLanes, end_channel - channel));
+        }
+    }
+
+    void transform_output(const float* products, long distance, const Place& at, long channel, long lanes) const {
+        Vec half[M][kSize], out[M];
+        long point = 0;
+        Vec points[kSize][kSize];
+#pragma GCC unroll 6
+        for (int i = 0; i < kSize; ++i)
+#pragma GCC unroll 6
+            for (int j = 0; j < kSize; ++j)
+                points[i][j] = kUpsample && (i == kVanishing || j == kVanishing)
+                                   ? zero()
+                                   : load(products + point++ * distance);
+#pragma GCC unroll 6
+        for (int j = 0; j < kSize; ++j) Transform<M>::output(&points[0][j], kSize, &half[0][j], kSize);
+        const Vec bias = c.bias ? load_some(c.bias + channel, lanes) : zero();
+        for (int i = 0; i < M && at.y + i < c.height; ++i) {
+            Transform<M>::output(half[i], 1, out, 1);
+            const long start = ((at.n * c.height + at.y + i) * c.width + at.x) * c.out_channels + channel;
+            for (int j = 0; j < M && at.x + j < c.width; ++j) {
+                const long offset = start + j * c.out_channels;
+                Vec value = out[j] + bias;
+                if (c.residual) value += load_some(c.residual + offset, lanes);
+                store_some(c.y + offset, value, lanes);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace fastddpm
+
+// y [N, H, W, O] = conv3x3(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] + residual [N, H, W, O]; H and W are
+// those of y, twice those of x where `upsample`. bias, residual and x2 (C2 = 0) may be null. weight is packed,
+// [points, ceil(O / panel), words of C and C2, panel], for tiles of m x m. All are floats; with `bfloat16` (m = 2), y, x,
+// x2 and residual are bfloat16.
+extern "C" void fastddpm_conv3x3_winograd(
+    void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
+    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int bfloat16,
+    int threads) {
+    using namespace fastddpm;
+    with_tile(bfloat16, m, [&](auto arithmetic, auto tile) {
+        using A = decltype(arithmetic);
+        using Element = typename A::Element;
+        const Conv<A> conv{
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias,
+            static_cast<const Element*>(residual), n, height, width, channels, channels2, out_channels, threads};
+        if (upsample)
+            Winograd<A, tile, true>(conv).run();
+        else
+            Winograd<A, tile, false>(conv).run();
+    });
+}

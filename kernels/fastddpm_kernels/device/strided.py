@@ -1,0 +1,120 @@
+"""What the element-wise kernels share: how they walk tensors of any memory format, and how they are launched.
+
+A sample [C, ...] is walked in its logical order, element = channel * P + pixel, 4 consecutive elements to a thread
+(one Philox counter). A tensor is given by its strides of sample, channel and pixel, so contiguous, channels-last,
+a slice of channels and a broadcast mask are the same kernel; LINEAR says at compile time that element is the
+offset, so that accesses are wide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+
+# Where no table has a choice.
+BLOCK = 512  # elements to a program
+NUM_WARPS = 4  # of 32 threads, so 4 elements to each: with more or fewer, accesses of 16 bytes need shared memory
+
+# Multiply-adds are written out where they are meant: the same bits wherever a compiler would have fused others.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+def aot(num_warps: int = NUM_WARPS) -> dict[str, Any]:
+    """What every launch passes, as fields of a Variant."""
+    return {"num_warps": num_warps, "num_warps_of_64": max(num_warps // 2, 1), "options": OPTIONS}
+
+
+AOT = aot()
+
+
+@triton.jit
+def offsets(n, element, sample_stride, channel_stride, pixel_stride, P, LINEAR: tl.constexpr):
+    """Where `element` of sample `n` (int64) lies."""
+    if LINEAR:
+        return n * sample_stride + element
+    channel = element // P
+    return n * sample_stride + (channel * channel_stride + (element - channel * P) * pixel_stride)
+
+
+class Strides(NamedTuple):
+    """How a tensor [N, C, ...] is walked."""
+
+    sample: int
+    channel: int
+    pixel: int
+    linear: bool
+
+
+def walk(tensor: Tensor) -> Strides | None:
+    """The strides of `tensor` [N, C, ...]; None where its pixels have no one stride, or lie further than 2^31 apart."""
+    size, stride = list(tensor.shape), list(tensor.stride())
+    pixels = [(n, s) for n, s in zip(size[2:], stride[2:], strict=True) if n != 1]
+    if any(s != n_next * s_next for (_, s), (n_next, s_next) in itertools.pairwise(pixels)):
+        return None
+    num_pixels, pixel_stride = math.prod(size[2:]), pixels[-1][1] if pixels else 1
+    channel_stride = stride[1] if size[1] != 1 else num_pixels * pixel_stride
+    if (size[1] - 1) * channel_stride + (num_pixels - 1) * pixel_stride >= 2**31:
+        return None
+    linear = pixel_stride == 1 and channel_stride == num_pixels
+    return Strides(stride[0] if size[0] != 1 else 0, channel_stride, pixel_stride, linear)
+
+
+def walkable(tensor: Tensor) -> tuple[Tensor, Strides]:
+    """`tensor` [N, C, ...] itself, or a contiguous copy where it has to be copied to be walked."""
+    if tensor.ndim == 1:
+        tensor = tensor[:, None]
+    strides = walk(tensor)
+    if strides is None:
+        tensor = tensor.contiguous()
+        strides = walk(tensor)
+        assert strides is not None
+    return tensor, strides
+
+
+def num_programs(batch: int, numel: int, block: int = BLOCK) -> int:
+    """Programs for `batch` samples of `numel` elements. One grid axis, since the others end at 65535.
+
+    Raises:
+        ValueError: more elements than the kernels can count.
+    """
+    if numel > 2**31 - BLOCK:
+        raise ValueError(f"a sample has {numel} elements, must have at most 2^31 - {BLOCK} on the triton backend")
+    return batch * triton.cdiv(numel, block)
+
+
+def block_and_warps(choice: _tuned.Choice | None, numel: int) -> tuple[int, int]:
+    """Elements to a program and warps, of 32 threads, of a choice; without one, or where its programs would count
+    beyond the largest integer, what is usual. Every element is computed by itself, so results are the same bits."""
+    if choice is None or numel > 2**31 - choice["block"]:
+        return BLOCK, NUM_WARPS
+    return choice["block"], choice["num_warps"]
+
+
+def launch_options(device: torch.device, num_warps: int = NUM_WARPS) -> dict[str, Any]:
+    """What every launch passes: `num_warps`, or what makes as many threads on a GPU of 64 to a warp."""
+    hip = device.type == "cuda" and torch.version.hip is not None
+    threads = torch.cuda.get_device_properties(device).warp_size if hip else 32
+    return {"num_warps": max(num_warps * 32 // threads, 1), **OPTIONS}
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be where the tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def run(launch: Launch, tensor: Tensor) -> None:
+    """Launches an element-wise kernel where `tensor` is."""
+    with on_device_of(tensor):
+        launch.kernel[(launch.programs,)](
+            **launch.args, **launch.constexprs, **launch_options(tensor.device, launch.num_warps)
+        )

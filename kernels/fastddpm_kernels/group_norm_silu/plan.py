@@ -1,0 +1,258 @@
+"""How a call of a normalisation is cut into programs: arithmetic on shapes, which needs no triton."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastddpm_kernels import tuned as _tuned
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a kernel may hold.
+
+    Attributes:
+        one_pass_elements: the largest slab that a program holds in registers.
+        tile_elements: of a tile where a program loops over several.
+        thread_elements: of a tile in each thread (of a warp of 32), which sets the number of warps.
+        max_splits: of the pixels, where a slab is larger; every program of the second pass reads what all splits
+            of the first have found.
+    """
+
+    one_pass_elements: int
+    tile_elements: int
+    thread_elements: int
+    max_splits: int
+
+    def num_warps(self, elements: int) -> int:
+        return min(max(elements // (32 * self.thread_elements), 1), 16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut into programs: slabs of whole groups, times splits of the pixels into tiles."""
+
+    one_pass: bool
+    slabs: int
+    slab_groups: int
+    block_c: int
+    block_p: int
+    splits: int
+    tiles: int  # per split
+    num_warps: int
+
+    def constexprs(self) -> dict[str, int]:
+        block_g = _power_of_2(self.slab_groups)
+        return {"SLAB_GROUPS": self.slab_groups, "BLOCK_P": self.block_p, "BLOCK_C": self.block_c, "BLOCK_G": block_g}
+
+
+def make_plan(x: Tensor, channels: int, groups: int, processors: int, limits: Limits) -> Plan:
+    """Chooses the tiles. Heuristics, in the order of what matters: read once; fill the chip; whole sectors.
+
+    Args:
+        x: gives batch, pixels, dtype and memory format.
+        channels, groups: of x and x2 together.
+        processors: to be filled.
+        limits: of the kernels.
+    """
+    pixels = math.prod(x.shape[2:])
+    return _make_plan(x.shape[0], pixels, x.itemsize, not x.is_contiguous(), channels, groups, processors, limits)
+
+
+@functools.lru_cache(maxsize=4096)
+def _make_plan(
+    batch: int,
+    pixels: int,
+    itemsize: int,
+    channels_last: bool,
+    channels: int,
+    groups: int,
+    processors: int,
+    limits: Limits,
+) -> Plan:
+    size, batch, pixels = channels // groups, max(batch, 1), max(pixels, 1)
+
+    def narrowest(row_bytes: int) -> int:
+        """The fewest groups whose channels make whole blocks of `row_bytes` where channels are adjacent."""
+        return min(math.lcm(size, max(row_bytes // itemsize, 1)) // size, groups) if channels_last else 1
+
+    def slabs(slab: int) -> int:
+        return -(-groups // slab)
+
+    def width(slab: int) -> int:
+        return _power_of_2(slab * size)
+
+    block_p = _power_of_2(pixels)
+    slab = narrowest(32)  # a sector
+    if batch * slabs(slab) < processors or block_p * width(slab) > limits.one_pass_elements:
+        # A thread's widest load: half a sector. The neighbour that wants the other half finds it in L2.
+        slab = narrowest(16)
+    elements, idle = block_p * width(slab), batch * slabs(slab) < processors // 4
+    one_pass = elements <= (limits.tile_elements if idle else limits.one_pass_elements)
+    tiles = splits = 1
+    if one_pass:
+        while (
+            slab * 2 <= groups
+            and block_p * width(slab * 2) <= limits.tile_elements
+            and batch * slabs(slab * 2) >= 2 * processors
+        ):
+            slab *= 2
+    else:
+        slab = narrowest(32)
+        while slab * 2 <= groups and width(slab * 2) <= (64 if channels_last else 8):
+            slab *= 2
+        block_p = max(limits.tile_elements // width(slab), 1)
+        all_tiles = -(-pixels // block_p)
+        # Many programs, with tiles enough to pay for reading the other splits' sums; but first a full chip.
+        programs = batch * slabs(slab)
+        splits = min(-(-8 * processors // programs), -(-all_tiles // 4))
+        splits = max(splits, min(-(-2 * processors // programs), all_tiles))
+        tiles = -(-all_tiles // min(splits, limits.max_splits))
+        splits = -(-all_tiles // tiles)
+    num_warps = limits.num_warps(block_p * width(slab))
+    return Plan(one_pass, slabs(slab), slab, width(slab), block_p, splits, tiles, num_warps)
+
+
+@functools.lru_cache(maxsize=64)
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units on AMD) to be filled."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    # An H100's for ahead-of-time compilation; few for the interpreter, which runs programs one by one.
+    return 132 if device.type == "meta" else 4
+
+
+# Of the forward kernels of `group_norm_silu`.
+LIMITS = Limits(one_pass_elements=32768, tile_elements=8192, thread_elements=32, max_splits=128)
+# Of its backward kernels: fewer elements, because two tiles are held; fewer splits, because the sums are per channel.
+# 8 elements to a thread: with 16, one of the kernels spills under triton 3.6.
+BACKWARD_LIMITS = Limits(one_pass_elements=8192, tile_elements=4096, thread_elements=8, max_splits=32)
+
+
+# A tile that no kernel could hold, whatever a table says.
+LARGEST_TILE = 2**17
+
+
+def forward_plan(x: Tensor, channels: int, groups: int) -> Plan:
+    """The plan of `group_norm_silu`, forward, on x's device: a tuned one, or what heuristics choose."""
+    plan = _tuned_plan("group_norm_silu", x, channels, groups)
+    return make_plan(x, channels, groups, num_processors(x.device), LIMITS) if plan is None else plan
+
+
+def in_place_plan(x: Tensor, channels: int, groups: int, workspace: int | None = None) -> Plan:
+    """The plan of `group_norm_silu_`, whether or not it has a residual.
+
+    `workspace`: its elements, where there is one already. A tuned plan is not taken if it needs more: what was bound
+    before a shape was tuned goes on as it was.
+    """
+    plan = _tuned_plan("group_norm_silu_", x, channels, groups)
+    if plan is not None and (workspace is None or forward_workspace(x, groups, plan) <= workspace):
+        return plan
+    processors = num_processors(x.device)
+    return _in_place_plan(x.shape, x.itemsize, not x.is_contiguous(), channels, groups, processors, LIMITS)
+
+
+def backward_plan(x: Tensor, channels: int, groups: int, limits: Limits = BACKWARD_LIMITS) -> Plan:
+    """The plan of the gradient of `group_norm_silu`."""
+    plan = _tuned_plan("group_norm_silu_backward", x, channels, groups)
+    return make_plan(x, channels, groups, num_processors(x.device), limits) if plan is None else plan
+
+
+def heuristic_plan(op: str, shape: tuple[int, ...], itemsize: int, processors: int) -> Plan:
+    """The plan of one of the `group_norm_silu` for a shape of `_tuned.FIELDS`, where no table has one."""
+    batch, pixels, channels, second, groups, last = shape
+    if op != "group_norm_silu_":
+        limits = LIMITS if op == "group_norm_silu" else BACKWARD_LIMITS
+        return _make_plan(batch, pixels, itemsize, bool(last), channels + second, groups, processors, limits)
+    size = torch.Size((batch, channels, pixels))
+    return _in_place_plan(size, itemsize, bool(last), channels + second, groups, processors, LIMITS)
+
+
+@functools.lru_cache(maxsize=4096)
+def derived_plan(
+    batch: int,
+    pixels: int,
+    channels: int,
+    groups: int,
+    one_pass: bool,
+    slab_groups: int,
+    num_warps: int,
+    block_p: int = 1,
+    splits: int = 1,
+    per_channel: bool = False,
+) -> Plan | None:
+    """The plan that a tuned choice stands for, right whatever the choice is; None where no kernel could hold it.
+
+    Args:
+        batch, pixels, channels, groups: of the call; the channels of x and x2 together.
+        one_pass, slab_groups, num_warps: as in `Plan`.
+        block_p, splits: as there, of two passes.
+        per_channel: whether the second pass reads sums of every channel, as the gradient's does.
+    """
+    pixels, slab = max(pixels, 1), min(slab_groups, groups)
+    width = _power_of_2(slab * (channels // groups))
+    tiles = 1
+    if one_pass:
+        block_p, splits = _power_of_2(pixels), 1
+    else:
+        all_tiles = -(-pixels // block_p)
+        tiles = -(-all_tiles // min(splits, all_tiles))
+        splits = -(-all_tiles // tiles)
+    if max(block_p, _power_of_2(splits) if per_channel else 1) * width > LARGEST_TILE:
+        return None
+    return Plan(one_pass, -(-groups // slab), slab, width, block_p, splits, tiles, num_warps)
+
+
+def choice_of(plan: Plan) -> _tuned.Choice:
+    """The choice that `derived_plan` makes `plan` of."""
+    choice = {"one_pass": plan.one_pass, "slab_groups": plan.slab_groups, "num_warps": plan.num_warps}
+    return choice if plan.one_pass else {**choice, "block_p": plan.block_p, "splits": plan.splits}
+
+
+def _tuned_plan(op: str, x: Tensor, channels: int, groups: int) -> Plan | None:
+    batch, own, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    shape = (batch, pixels, own, channels - own, groups, int(not x.is_contiguous()))
+    choice = _tuned.choice(op, x.device, x.dtype, shape)
+    if choice is None:
+        return None
+    return derived_plan(batch, pixels, channels, groups, **choice, per_channel=op == "group_norm_silu_backward")
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_place_plan(
+    shape: torch.Size,
+    itemsize: int,
+    channels_last: bool,
+    channels: int,
+    groups: int,
+    processors: int,
+    limits: Limits,
+) -> Plan:
+    pixels = math.prod(shape[2:])
+
+    def plan_within(limits: Limits) -> Plan:
+        return _make_plan(shape[0], pixels, itemsize, channels_last, channels, groups, processors, limits)
+
+    plan = plan_within(limits)
+    # A residual is a second tile on its way in. Of the largest slabs registers hold both where no pixel is masked
+    # and there are few second addresses; the rest (compiled for sm_90 and sm_100) would spill.
+    elements = plan.slab_groups * (channels // groups) * pixels
+    concat = channels > shape[1] and (itemsize == 4 or elements > limits.one_pass_elements * 3 // 4)
+    if plan.one_pass and (concat or pixels & (pixels - 1)):
+        plan = plan_within(replace(limits, one_pass_elements=limits.one_pass_elements // 2))
+    return plan
+
+
+def forward_workspace(x: Tensor, groups: int, plan: Plan) -> int:
+    """Elements, of float32, of what its two passes hand over: a mean and a sum of squares per split and group."""
+    return 0 if plan.one_pass else 2 * x.shape[0] * plan.splits * groups
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,310 @@
+"""Choices found by measuring: tables that `fastddpm tune` writes, in which ops look up how to run a shape.
+
+A choice changes how fast an op is. What it computes stays the same but for rounding: other tiles or splits sum in
+another order, and the vendor's matrix product rounds after each source. What is not in a table is chosen by heuristics.
+
+There are two tables for a device: `tuned_tables/<device>.json` of this package, and `tuned/<device>.json` in the
+user's cache (`cache_folder`), which comes first. Each begins with what it was measured with; where that has changed, it
+is ignored, and that is logged once. `FASTDDPM_TUNED=0` ignores all. Files are read when the first op asks; to tune a
+shape later on is seen after `forget`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddpm_kernels.choices import ALTERNATIVES as ALTERNATIVES
+from fastddpm_kernels.choices import DTYPES as DTYPES
+from fastddpm_kernels.choices import FIELDS as FIELDS
+from fastddpm_kernels.choices import Choice as Choice
+from fastddpm_kernels.choices import Key as Key
+from fastddpm_kernels.native.build import BuildError, cache_folder, library_name
+
+SCHEMA = "fastddpm.tuned/1"
+PACKAGE = Path(__file__).with_name("tuned_tables")
+# Of a table's header: what must be as it was. All others say where it comes from.
+_MUST_BE = ("schema", "device", "triton", "driver", "cuda", "kernels", "native")
+
+log = logging.getLogger("fastddpm.kernels")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file holds.
+
+    Attributes:
+        path: of the file.
+        ignored: why it is not used, or None.
+        header: all but the entries.
+        entries: a choice for each key, or None where the heuristics' is the best.
+        records: the entries as they were written.
+    """
+
+    path: Path
+    ignored: str | None
+    header: dict[str, Any]
+    entries: dict[Key, Choice | None]
+    records: dict[Key, dict[str, Any]]
+
+
+_loaded: dict[torch.device, dict[Key, Choice | None]] = {}
+_recorders: list[dict[Key, int]] = []
+
+
+def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Choice | None:
+    """What was found to be the best for a shape on a device; None: heuristics are to choose.
+
+    Args:
+        op: one of `FIELDS`.
+        device: where it runs. On meta, nothing is tuned.
+        dtype: of the input.
+        shape: the `FIELDS` of `op`.
+    """
+    key = Key(op, dtype, shape)
+    for seen in _recorders:
+        seen[key] = seen.get(key, 0) + 1
+    table = _loaded.get(device)
+    if table is None:
+        table = _loaded[device] = _load(device)
+    return table.get(key) if table else None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[Key, int]]:
+    """Inside, counts how often every key is looked up, in any thread."""
+    seen: dict[Key, int] = {}
+    _recorders.append(seen)
+    try:
+        yield seen
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not seen]
+
+
+@contextlib.contextmanager
+def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterator[None]:
+    """Inside, `choices` are all that there is for a device, in any thread: whatever tables it has."""
+    before = _loaded.get(device)
+    _loaded[device] = dict(choices)
+    try:
+        yield
+    finally:
+        _loaded.pop(device, None)
+        if before is not None:
+            _loaded[device] = before
+
+
+def known(device: torch.device) -> set[Key]:
+    """The keys for which there is an answer, be it that heuristics choose best."""
+    return set(_load(device))
+
+
+def forget() -> None:
+    """Reads the files again at the next look-up."""
+    _loaded.clear()
+
+
+def user_path(device: torch.device) -> Path:
+    """The user's own table for a device.
+
+    Raises:
+        RuntimeError: there is no home folder to keep it in.
+    """
+    return cache_folder() / "tuned" / f"{slug(device_name(device))}.json"
+
+
+def package_path(device: torch.device) -> Path:
+    """The table for a device that comes with the package."""
+    return PACKAGE / f"{slug(device_name(device))}.json"
+
+
+def tables(device: torch.device) -> list[Table]:
+    """The tables that there are for a device, the package's first."""
+    paths = [package_path(device)]
+    with contextlib.suppress(RuntimeError):
+        paths.append(user_path(device))
+    return [read(path, device) for path in paths if path.is_file()]
+
+
+def describe(device: torch.device) -> list[str]:
+    """A line on every table for a device, used or not."""
+    if not _enabled():
+        return ["tuned tables are ignored: FASTDDPM_TUNED is 0"]
+    lines = []
+    for table in tables(device):
+        better = sum(choice is not None for choice in table.entries.values())
+        what = f"{len(table.entries)} shapes, {better} with a choice of their own ({table.header.get('created')})"
+        lines.append(f"{table.path}: " + (what if table.ignored is None else f"ignored, {table.ignored}"))
+    return lines
+
+
+def read(path: Path, device: torch.device | None) -> Table:
+    """A table; `device` None: of whatever device it is.
+
+    What cannot be read is a table without entries that is ignored.
+    """
+    header: dict[str, Any] = {}
+    records: dict[Key, dict[str, Any]] = {}
+    entries: dict[Key, Choice | None] = {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise ValueError(f"it is no table of schema {SCHEMA}")
+        header = {name: value for name, value in content.items() if name != "entries"}
+        for record in content["entries"]:
+            key, found = entry(record)
+            entries[key], records[key] = found, record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        return Table(path, f"it cannot be used: {type(error).__name__}: {reason}", header, {}, {})
+    return Table(path, None if device is None else _stale(header, device), header, entries, records)
+
+
+def record(key: Key, found: Choice | None, **measured: Any) -> dict[str, Any]:
+    """An entry of a table, as it is written."""
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == key.dtype)
+    return {"op": key.op, "dtype": dtype, "shape": key.named(), "choice": found, **measured}
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """What a table begins with, but for the time: what it holds for."""
+    now: dict[str, Any] = {"schema": SCHEMA, "device": device_name(device), "torch": torch.__version__}
+    if device.type == "cuda":
+        now |= {"triton": _version("triton"), "driver": _driver(), "cuda": torch.version.cuda or torch.version.hip}
+        return now | {"kernels": _kernels(), "target": target(device)}
+    return now | {"native": _native()}
+
+
+def target(device: torch.device) -> str:
+    """What kernels are compiled for on a GPU: "sm_90", "gfx942"."""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def packaged(op: str) -> list[tuple[str, Key, Choice]]:
+    """(target, key, choice) of every entry of an op in the package's tables that are of its present kernels."""
+    found = []
+    for path in sorted(PACKAGE.glob("*.json")):
+        table = read(path, None)
+        if table.ignored is None and table.header.get("kernels") == _kernels():
+            about = str(table.header["target"])
+            found += [(about, key, best) for key, best in table.entries.items() if key.op == op and best is not None]
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's after the device's type."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    return f"{device.type} {processor}"
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def _enabled() -> bool:
+    return os.environ.get("FASTDDPM_TUNED", "1").lower() not in ("0", "false", "off")
+
+
+def _load(device: torch.device) -> dict[Key, Choice | None]:
+    if device.type not in ("cuda", "cpu") or not _enabled():
+        return {}
+    found: dict[Key, Choice | None] = {}
+    for table in tables(device):
+        if table.ignored is None:
+            found |= table.entries
+        else:
+            log.warning("the tuned table %s is ignored: %s", table.path, table.ignored)
+    return found
+
+
+def entry(record: Mapping[str, Any]) -> tuple[Key, Choice | None]:
+    """The key and choice of an entry as `record` writes it.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    op, dtype = record["op"], record["dtype"]
+    if op not in FIELDS or dtype not in DTYPES:
+        raise ValueError(f"an entry is of {op!r}, {dtype!r}")
+    shape = record["shape"]
+    if set(shape) != set(FIELDS[op]) or not all(type(value) is int and value >= 0 for value in shape.values()):
+        raise ValueError(f"an entry of {op} has the shape {shape}")
+    key = Key(op, DTYPES[dtype], tuple(shape[name] for name in FIELDS[op]))
+    found = record["choice"]
+    if found is not None and not any(
+        set(found) == set(allowed) and all(type(found[n]) in (int, bool, str) and found[n] in allowed[n] for n in found)
+        for allowed in ALTERNATIVES[op]
+    ):
+        raise ValueError(f"an entry of {op} has the choice {found}")
+    return key, found
+
+
+def _stale(before: Mapping[str, Any], device: torch.device) -> str | None:
+    now = header(device)
+    for name in _MUST_BE:
+        if before.get(name) != now.get(name):
+            if name in ("kernels", "native"):
+                return "it was measured with other kernels"
+            return f"it was measured with {name} {before.get(name)}, this is {now.get(name)}"
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _kernels() -> str:
+    """A digest of the sources that choose and run Triton kernels."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*root.glob("*/triton*.py"), *root.glob("device/*.py"), root / "group_norm_silu" / "plan.py"]):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> str | None:
+    """The version of the GPU's driver, as its module tells it, else the version of CUDA that it can do."""
+    versions = (("/proc/driver/nvidia/version", r"\s(\d+\.\d+[.\d]*)\s"), ("/sys/module/amdgpu/version", r"(\S+)"))
+    for path, pattern in versions:
+        try:
+            if match := re.search(pattern, Path(path).read_text(encoding="utf-8", errors="replace")):
+                return match[1]
+        except OSError:
+            continue
+    read = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return None if read is None else str(read())
+
+
+def _native() -> str | None:
+    """What tells one build of the native library from another."""
+    try:
+        return library_name()
+    except BuildError:
+        return None

@@ -1,0 +1,218 @@
+"""`fastddpm profile` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastddpm import NoiseSchedule, Sampler, UNet
+from fastddpm.cli import main
+from fastddpm.interop.pretrained import load_pretrained, save_pretrained
+from fastddpm.perf.profiling import ceilings, compare, kernels, model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    unet = UNet(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, num_class_embeds=3,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    save_pretrained(path, unet, NoiseSchedule.linear(5))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_ceilings() -> Any:
+    """Ceilings from small products and copies: what they are worth is of no interest here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ceilings.MATMUL_SIZES, "cpu", (64, 128))
+        patch.setitem(ceilings.LARGE_COPY, "cpu", 2**22)
+        yield
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, small_ceilings: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one profile wrote: p.json, p.png and t.json."""
+    out = tmp_path_factory.mktemp("out")
+    files = ["--json", str(out / "p.json"), "--plot", str(out / "p.png"), "--trace", str(out / "t.json")]
+    quick = ["--quick", "--budget", "300", "--device", "cpu", "--batch", "2", "1"]
+    assert main(["profile", str(folder), *quick, *files]) == 0
+    return out
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_profile_says_all_that_it_should(written: Path) -> None:
+    content = read(written / "p.json")
+    assert content["schema"] == model.SCHEMA
+    assert (content["precision"], content["steps"]) == ("float32", 5)
+    assert content["network"]["frozen"] is True
+    assert content["device"]["kind"] == "cpu"
+    assert content["ceilings"]["matmul_tflops"]["fp32"]["best"] > 0
+    assert any("hardware counters" in entry["counter"] for entry in content["unreadable"])
+    assert [record["batch"] for record in content["batches"]] == [1, 2]
+    for record in content["batches"]:
+        assert record["status"] == "ok", record
+        us = record["us_per_step"]
+        assert 0 < us["min"] <= us["p20"] <= us["median"] <= us["p80"]
+        assert record["images_per_s"] == pytest.approx(record["batch"] / (us["median"] / 1e6 * 5))
+        assert record["prepare_s"] > 0
+        assert record["first_run_s"] > 0
+        layers, floor = record["layers"], record["floor"]
+        assert len(layers) > 20
+        assert {"conv", "norm", "attention", "time"} <= {layer["kind"] for layer in layers}
+        assert floor["layers_us"] == pytest.approx(sum(layer["floor_us"] for layer in layers))
+        assert floor["share_of_layers"] == pytest.approx(floor["layers_us"] / us["median"])
+        assert len(record["causes"]) >= 3
+        costs = [cause["us"] for cause in record["causes"]]
+        assert costs == sorted(costs, reverse=True)
+        assert "idle_share" not in record["kernels"]  # there is no GPU to be idle
+        assert record["kernels"]["top"]
+    first, second = ({layer["name"]: layer for layer in r["layers"]} for r in content["batches"])
+    assert first.keys() == second.keys()
+    convs = [name for name in first if first[name]["kind"] == "conv"]
+    assert all(second[name]["flops"] == 2 * first[name]["flops"] for name in convs)
+
+
+def test_pictures_and_traces(written: Path) -> None:
+    assert (written / "p.png").read_bytes().startswith(b"\x89PNG")
+    names = {event.get("name") for event in read(written / "t.json")["traceEvents"]}
+    assert any(str(name).startswith("layer 0: time") for name in names)
+
+
+def test_two_profiles_are_compared(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = read(written / "p.json")
+    other = written / "faster.json"
+    for record in content["batches"]:
+        record["us_per_step"] = {k: v / 10 if k != "samples" else 9 for k, v in record["us_per_step"].items()}
+    other.write_text(json.dumps(content))
+    assert main(["profile", "--compare", str(written / "p.json"), str(other)]) == 0
+    out = capsys.readouterr().out
+    assert "| batch 1: step |" in out
+    assert "| batch 2: conv layers |" in out
+    assert len(compare.figures(content)) == out.count("\n| ") - 1  # the head
+
+
+@pytest.mark.usefixtures("small_ceilings")
+def test_what_does_not_fit_the_budget_is_not_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model.Plan, "left", lambda plan: 0.5)
+    for _ in range(2):
+        assert main(["profile", str(folder), "--quick", "--device", "cpu", "--batch", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "batch 1: not run: out of time (0 s left, needs about 1)" in out
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 2  # the second did not replace the first
+    assert all(name.startswith("profile-cpu") for name in files)
+    assert read(tmp_path / files[0])["batches"][0]["status"] == "not run"
+
+
+def test_a_batch_size_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def measure(plan: model.Plan, batch: int, seconds: float) -> dict[str, Any]:
+        measured.append(batch)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "_measure", measure)
+    plan = model.Plan(make=lambda graph: None, shape=(1, 8, 8), precision="float32", batches=[1, 8])  # type: ignore
+    records = [model._guarded(plan, batch, 1, []) for batch in plan.batches]
+    assert measured == [1, 8]
+    assert {record["status"] for record in records} == {"failed"}
+    assert "out of memory" in records[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "'0' must be an integer of at least 1"),
+        (["--budget", "0"], "'0' must be a positive number of seconds"),
+        (["--json", "a.txt"], "--json is a.txt, its suffix must be .json"),
+        (["--trace", "a.txt"], "--trace is a.txt, its suffix must be .json"),
+        (["--json", "a.json", "--trace", "a.json"], "they must be different files"),
+        (["--plot", "a.jpg"], "--plot is a.jpg, its suffix must be one of .png, .svg"),
+        (["--compare", "missing.json"], "missing.json is missing"),
+        (["--compare", "a", "b", "c"], "--compare has 3 files, must have one or two"),
+        (["--device", "nonsense"], "--device is 'nonsense'"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["profile", *arguments])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    err = capsys.readouterr().err
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_files_that_are_no_profiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    schemas = ('"fastddpm.profile/1"', '"fastddpm.gpu_check/1", "sections": {}', "null")
+    for schema in schemas:
+        path.write_text(f'{{"schema": {schema}}}')
+        assert main(["profile", "--compare", str(path)]) == 2
+        assert f"--compare is {path}" in capsys.readouterr().err
+    assert main(["profile", "--batch", "1", "--compare", str(path), str(path)]) == 2
+
+
+def test_on_a_gpu_layers_get_the_times_of_their_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a trace of a GPU would be read: kernels by who launched them, and gaps from a traced loop."""
+    pretrained = load_pretrained(folder)
+    plan = model.Plan(
+        make=lambda graph: pretrained.sampler(backend="eager"), shape=(1, 8, 8), precision="float32", batches=[2],
+        labels=lambda count: [0] * count,
+    )  # fmt: skip
+    instructions = model.ready_for(plan, plan.make(None), 2).instructions
+    layers = [{"name": i.name, "kind": i.kind} for i in instructions]
+    record: dict[str, Any] = {"batch": 2, "layers": layers, "steps_per_run": 4, "us_per_step": {"median": 100.0}}
+    events: list[dict[str, Any]] = []
+    for k in range(len(instructions)):
+        events += [
+            {"cat": "user_annotation", "name": f"layer {k}: conv name", "ts": 10 * k, "dur": 9},
+            {"cat": "cuda_runtime", "name": "launch", "ts": 10 * k + 1, "args": {"correlation": k}},
+            {"cat": "kernel", "name": "k", "ts": 500, "dur": k + 1.0, "args": {"correlation": k}},
+        ]
+    for event in events:
+        event |= {"ph": "X", "tid": 1}
+    monkeypatch.setattr(kernels, "record", lambda *_, **__: {"traceEvents": events})
+    step = [kernels.Event("conv", 0, 5), kernels.Event("_reverse_step", 8, 1)]
+    traced = [kernels.Event(n, 9 * i + s, us) for i in range(4) for n, s, us in step]
+    monkeypatch.setattr(kernels, "trace", lambda run, device: (run(), traced)[1])
+    found = model._trace(plan, record, torch.device("cuda"), None)
+    assert [layer["traced_us"] for layer in layers] == [k + 1.0 for k in range(len(layers))]
+    assert layers[0]["kernel_names"] == ["k"]
+    assert found["traced"] == "step"
+    assert found["idle_share"] == pytest.approx(1 / 3)  # of 9 us 6 are busy
+    assert found["busy_share_untraced"] == pytest.approx(0.06)
+    del events[2]  # a layer without kernels: the trace is not whole
+    record["layers"] = [{"name": i.name} for i in instructions]
+    model._trace(plan, record, torch.device("cuda"), None)
+    assert not any("traced_us" in layer for layer in record["layers"])
+
+
+def test_self_conditioning_is_part_of_the_network() -> None:
+    torch.manual_seed(0)
+    unet = UNet(
+        sample_size=8, in_channels=2, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    sampler = Sampler(unet.eval(), NoiseSchedule.linear(4), self_condition=True)
+    plan = model.Plan(make=lambda graph: sampler, shape=(1, 8, 8), precision="float32", batches=[3])
+    ready = model.ready_for(plan, sampler, 3)
+    with ready.running():
+        assert ready().shape == (3, 1, 8, 8)
+    assert ready.inputs.shape[1] == 2

@@ -1,0 +1,382 @@
+"""Guidance and conditioning: against diffusers, restated papers and libraries, and closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from guided_models import LINEAR, NULL, Labelled, doubled, gradient, label, toy
+from torch import Tensor
+
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.tables import ddpm_table
+from fastddpm.sampling.guidance import DynamicThreshold, learned_std
+from fastddpm.sampling.sampler import Sampler
+
+# -- classifier-free guidance -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, [1.0, 1.0], torch.ones(2)], ids=["number", "list", "tensor"])
+def test_scale_one_costs_no_second_half(scale: Any) -> None:
+    model = Labelled()
+    sampler = Sampler(model, LINEAR, num_inference_steps=3, null_class=NULL)
+    one = sampler.sample(2, shape=(2, 4), class_labels=[0, 2], guidance_scale=scale)
+    assert model.seen == [[0, 2]] * 3
+    assert torch.equal(one, sampler.sample(2, shape=(2, 4), class_labels=[0, 2]))
+    # A null class is not needed either.
+    Sampler(model, LINEAR, num_inference_steps=1, guidance_scale=1.0).sample(1, shape=(2, 4), class_labels=0)
+
+
+def test_scales_per_sample() -> None:
+    sampler = Sampler(Labelled(), LINEAR, num_inference_steps=4, null_class=NULL, guidance_scale=9.0)
+    scales = [0.0, 1.0, 2.5]
+    together = sampler.sample(3, shape=(2, 4), class_labels=[0, 1, 2], guidance_scale=scales, batch_size=2)
+    for index, scale in enumerate(scales):
+        alone = sampler.sample(3, shape=(2, 4), class_labels=[0, 1, 2], guidance_scale=scale)
+        torch.testing.assert_close(together[index], alone[index], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_interval(backend: str, device: torch.device) -> None:
+    """Outside the interval only the conditional half is computed, and the result is guidance with scale 1 there."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    model = Labelled()
+    # Without graphs, since the models note on the host what they see.
+    settings: dict[str, Any] = {"num_inference_steps": 5, "backend": backend, "device": device, "cuda_graph": False}
+    sampler = Sampler(model, LINEAR, guidance_scale=4.0, guidance_interval=(400, 600), null_class=NULL, **settings)
+    labels = torch.tensor([0, 2])
+    images = sampler.sample(2, shape=(2, 4), class_labels=labels, seed=1)
+    assert model.times == [800, 600, 400, 200, 0]
+    assert [len(batch) for batch in model.seen] == [2, 4, 4, 2, 2]
+    plain = Labelled()
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        conditional = plain(x, t, labels.to(x.device))
+        null = plain(x, t, label(x, NULL).to(x.device))
+        return null + 4 * (conditional - null) if 400 <= int(t[0]) <= 600 else conditional
+
+    expected = Sampler(guided, LINEAR, **settings).sample(2, shape=(2, 4), seed=1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-6)
+
+
+def test_rescaled_guidance_is_that_of_the_paper() -> None:
+    """Lin et al. 2024, section 3.4, around diffusers' scheduler."""
+    model, labels = Labelled(), torch.tensor([0, 2, 1])
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    scheduler.set_timesteps(8)
+    x = x_T = torch.randn(3, 2, 6, 6)
+    for t in scheduler.timesteps:
+        conditional, null = model(x, t.expand(3), labels), model(x, t.expand(3), label(x, NULL))
+        out = null + 6 * (conditional - null)
+        rescaled = out * conditional.std((1, 2, 3), keepdim=True) / out.std((1, 2, 3), keepdim=True)
+        out = 0.7 * rescaled + 0.3 * out
+        x = scheduler.step(out, t, x).prev_sample
+    sampler = Sampler(
+        model,
+        LINEAR,
+        "ddim",
+        8,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        guidance_scale=6.0,
+        guidance_rescale=0.7,
+        null_class=NULL,
+    )
+    torch.testing.assert_close(sampler.sample(3, x_T=x_T, class_labels=labels), x, rtol=0, atol=2e-5)
+
+
+def test_rescaled_guidance_leaves_the_learned_variance() -> None:
+    """With rescale 1 every prediction has the standard deviation of the conditional one, and v is as it was."""
+    model = Labelled(channels=4)
+    settings: dict[str, Any] = {"variance_type": "learned_range", "num_inference_steps": 4, "clip_sample": False}
+    labels = torch.tensor([0, 2])
+    sampler = Sampler(model, LINEAR, guidance_scale=5.0, guidance_rescale=1.0, null_class=NULL, **settings)
+    images = sampler.sample(2, shape=(2, 6), class_labels=labels, seed=4)
+
+    def rescaled(x: Tensor, t: Tensor) -> Tensor:
+        conditional, null = model(x, t, labels), model(x, t, label(x, NULL))
+        guided = null[:, :2] + 5 * (conditional - null)[:, :2]
+        ratio = conditional[:, :2].std((1, 2), keepdim=True) / guided.std((1, 2), keepdim=True)
+        return torch.cat([guided * ratio, conditional[:, 2:]], 1)
+
+    expected = Sampler(rescaled, LINEAR, **settings).sample(2, shape=(2, 6), seed=4)
+    torch.testing.assert_close(images, expected, rtol=5e-6, atol=2e-6)
+
+
+# -- dynamic thresholding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 0.995, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 7, 999])
+def test_threshold_is_the_quantile(ratio: float, size: int) -> None:
+    x0 = 3 * torch.randn(4, size, 1)
+    expected = torch.quantile(x0.flatten(1).double().abs(), ratio, dim=1).clamp(1, 4)
+    torch.testing.assert_close(DynamicThreshold(ratio, 4.0)(x0).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++"])
+def test_dynamic_thresholding_is_that_of_diffusers(method: str) -> None:
+    thresholds: dict[str, Any] = {
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.8,
+        "sample_max_value": 3.0,
+    }
+    kinds: dict[str, Any] = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+    scheduler = kinds[method](1000, 1e-4, 0.02, "linear", **thresholds)
+    scheduler.set_timesteps(12)
+    x = x_T = 2 * torch.randn(3, 2, 6, 6)
+    noise = []
+    for index, t in enumerate(scheduler.timesteps):
+        more = {"generator": torch.Generator().manual_seed(index)} if method == "ddpm" else {}
+        noise.append(torch.randn(x.shape, generator=torch.Generator().manual_seed(index)))
+        x = scheduler.step(toy(x, t.expand(3)), t, x, **more).prev_sample
+    sampler = Sampler(toy, LINEAR, method, timesteps=scheduler.timesteps.tolist(), **thresholds)
+    images = sampler.sample(3, x_T=x_T, noise=torch.stack(noise))
+    torch.testing.assert_close(images, x, rtol=1e-4, atol=1e-4)
+
+
+def test_thresholding_under_guidance() -> None:
+    """The threshold is that of the guided prediction."""
+    model, labels = Labelled(), torch.tensor([0, 2])
+    settings: dict[str, Any] = {"method": "ddim", "num_inference_steps": 4, "thresholding": True, "sample_max_value": 9}
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        conditional, null = model(x, t, labels), model(x, t, label(x, NULL))
+        return null + 5 * (conditional - null)
+
+    sampler = Sampler(model, LINEAR, guidance_scale=5.0, null_class=NULL, **settings)
+    images = sampler.sample(2, shape=(2, 9), class_labels=labels)
+    expected = Sampler(guided, LINEAR, **settings).sample(2, shape=(2, 9))
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-5)
+
+
+# -- conditions -------------------------------------------------------------------------------------------------------
+
+
+def self_conditioned(x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+    x_self_cond = torch.zeros_like(x) if x_self_cond is None else x_self_cond
+    return torch.tanh(x + 0.7 * x_self_cond) + 0.1 * t.view(-1, *[1] * (x.ndim - 1)).to(x) / 1000
+
+
+def test_self_conditioning_is_that_of_denoising_diffusion_pytorch() -> None:
+    """Its `p_sample_loop` (2.3.4), restated in float64: the clipped x_start goes into the next prediction."""
+    steps = 15
+    schedule = NoiseSchedule.cosine(steps)
+    betas, bar = schedule.betas, schedule.alphas_cumprod
+    bar_prev = torch.cat([torch.ones(1).double(), bar[:-1]])
+    x_T, noise = torch.randn(2, 1, 8, 8), torch.randn(steps, 2, 1, 8, 8)
+    img, x_start = x_T.double(), None
+    for index, t in enumerate(reversed(range(steps))):
+        pred_noise = self_conditioned(img, torch.full((2,), t), x_start)
+        x_start = ((1 / bar[t]).sqrt() * img - (1 / bar[t] - 1).sqrt() * pred_noise).clamp(-1, 1)
+        mean = betas[t] * bar_prev[t].sqrt() / (1 - bar[t]) * x_start
+        mean = mean + (1 - bar_prev[t]) * (1 - betas[t]).sqrt() / (1 - bar[t]) * img
+        log_variance = (betas[t] * (1 - bar_prev[t]) / (1 - bar[t])).clamp(min=1e-20).log()
+        img = mean + (0.5 * log_variance).exp() * noise[index] if t > 0 else mean
+    sampler = Sampler(self_conditioned, schedule, self_condition=True, convention="denoising_diffusion_pytorch")
+    images = sampler.sample(2, x_T=x_T, noise=noise)
+    torch.testing.assert_close(images.double(), img, rtol=0, atol=2e-5)
+    without = Sampler(self_conditioned, schedule).sample(2, x_T=x_T, noise=noise)
+    assert float((images - without).abs().max()) > 1e-2
+
+    def concatenated(x: Tensor, t: Tensor) -> Tensor:
+        return self_conditioned(x[:, 1:], t, x[:, :1])
+
+    same = Sampler(concatenated, schedule, self_condition=True).sample(2, x_T=x_T, noise=noise)
+    torch.testing.assert_close(same, images, rtol=0, atol=1e-5)
+
+
+def test_self_condition_goes_to_both_halves() -> None:
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, class_labels: Tensor, x_self_cond: Tensor) -> Tensor:
+        seen.append(x_self_cond.clone())
+        return torch.tanh(x + x_self_cond) + class_labels.view(-1, 1, 1)
+
+    sampler = Sampler(model, LINEAR, num_inference_steps=3, guidance_scale=2.0, null_class=NULL, self_condition=True)
+    trajectory = sampler.sample(2, shape=(2, 4), class_labels=[0, 1], return_trajectory=1)
+    for index, given in enumerate(seen):
+        expected = torch.zeros(2, 2, 4) if index == 0 else trajectory.x0[index - 1]
+        assert torch.equal(given, torch.cat([expected, expected]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_condition_stands_beside_the_state(backend: str, device: torch.device) -> None:
+    """In every chunk and both halves the model sees [x, condition], and the state's channels are the loop's."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    condition = torch.randn(3, 1, 4, device=device)
+    labels = torch.tensor([0, 1, 2])
+    # Without graphs, since the model notes on the host what it sees.
+    settings: dict[str, Any] = {"num_inference_steps": 3, "backend": backend, "device": device, "cuda_graph": False}
+    seen: list[int] = []
+
+    def reads(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        assert x.shape[1:] == (3, 4)
+        seen.append(len(x))
+        return torch.tanh(x[:, :2] * x[:, 2:]) + class_labels.view(-1, 1, 1)
+
+    sampler = Sampler(reads, LINEAR, guidance_scale=3.0, null_class=NULL, **settings)
+    images = sampler.sample(3, shape=(2, 4), class_labels=labels, condition=condition, batch_size=2, seed=6)
+    assert seen == [4] * 3 + [2] * 3
+
+    def knows(x: Tensor, t: Tensor) -> Tensor:
+        conditional, null = (torch.tanh(x * condition) + value for value in (labels.to(device).view(-1, 1, 1), NULL))
+        return null + 3 * (conditional - null)
+
+    expected = Sampler(knows, LINEAR, **settings).sample(3, shape=(2, 4), seed=6)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+# -- learned variances ------------------------------------------------------------------------------------------------
+
+
+def test_learned_variance_itself_and_its_logarithm_are_the_same() -> None:
+    """diffusers reads the variance from the network, guided-diffusion its logarithm."""
+
+    def variance(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([toy(x, t), 0.01 + x.square()], 1)
+
+    def logarithm(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([toy(x, t), (0.01 + x.square()).log()], 1)
+
+    settings: dict[str, Any] = {"num_inference_steps": 5, "variance_type": "learned"}
+    one = Sampler(variance, LINEAR, **settings).sample(2, shape=(2, 4), seed=1)
+    other = Sampler(logarithm, LINEAR, convention="guided_diffusion", **settings).sample(2, shape=(2, 4), seed=1)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_learned_variance_is_that_of_diffusers() -> None:
+    def variance(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([toy(x, t), 0.01 + x.square()], 1)
+
+    scheduler = DDPMScheduler(variance_type="learned")
+    scheduler.set_timesteps(6)
+    x = x_T = torch.randn(2, 2, 4)
+    noise = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    for index, t in enumerate(scheduler.timesteps):
+        generator = torch.Generator().manual_seed(index)
+        x = scheduler.step(variance(x, t.expand(2)), int(t), x, generator=generator).prev_sample
+    images = Sampler(variance, LINEAR, num_inference_steps=6, variance_type="learned").sample(
+        2, x_T=x_T, noise=torch.stack(noise)
+    )
+    torch.testing.assert_close(images, x, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["ddim", "dpmsolver++"])
+def test_other_methods_do_not_read_the_learned_variance(method: str) -> None:
+    one = Sampler(doubled, LINEAR, method, 5, variance_type="learned_range").sample(2, shape=(2, 4))
+    assert torch.equal(one, Sampler(toy, LINEAR, method, 5).sample(2, shape=(2, 4)))
+
+
+def test_learned_std_reads_the_conditional_half() -> None:
+    out = torch.cat([torch.full((2, 4, 3), 9.0), torch.full((2, 4, 3), 0.5)])
+    std = learned_std(out[-2:], 2, torch.tensor([[-4.0, -2.0]]))
+    torch.testing.assert_close(std, torch.full((2, 2, 3), math.exp(-2.5 / 2)))
+
+
+# -- contradictions ---------------------------------------------------------------------------------------------------
+
+
+def build(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
+    model = settings.pop("model", toy)
+    Sampler(model, LINEAR, **{"num_inference_steps": 2, **settings}).sample(
+        **{"num_samples": 2, "shape": (2, 4), **arguments}
+    )
+
+
+def configured(**config: int) -> Callable[..., Tensor]:
+    def model(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return toy(x[:, :2], t)
+
+    model.config = type("Config", (), config)  # type: ignore[attr-defined]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        (
+            {"variance_type": "learned_range"},
+            {},
+            "variance_type is 'learned_range' but the model returned 2 channels for samples of 2",
+        ),
+        ({"model": doubled}, {}, "variance_type is 'fixed_small' but the model returned 4 channels for samples of 2"),
+        ({"model": lambda x, t: x[:, :1]}, {}, r"model returned shape \[2, 1, 4\], must return \[2, 2, 4\]"),
+        (
+            {"variance_type": "learned_range", "model": configured(out_channels=3)},
+            {},
+            "variance_type is 'learned_range' but the model has out_channels 3",
+        ),
+        ({"guidance_scale": 2.0, "null_class": 0}, {}, "guidance_scale needs class_labels"),
+        ({}, {"guidance_scale": 2.0, "class_labels": 0}, "guidance_scale needs a null_class"),
+        ({"guidance_interval": (0, 5)}, {}, r"guidance_interval is \(0, 5\) but guidance_scale is None"),
+        ({"guidance_rescale": 0.7}, {}, "guidance_rescale is 0.7 but guidance_scale is None"),
+        ({"guidance_interval": (5, 0)}, {}, r"guidance_interval is \(5, 0\), must be \(lowest, highest\)"),
+        ({"guidance_rescale": 1.5}, {}, "guidance_rescale is 1.5, must be from 0 to 1"),
+        ({"null_class": 0}, {"guidance_scale": [1.0, 2.0, 3.0], "class_labels": 0}, r"guidance_scale has shape \[3\]"),
+        ({"classifier_fn": gradient}, {}, "classifier_fn needs class_labels"),
+        ({"classifier_scale": 2.0}, {}, "classifier_scale is 2.0 but classifier_fn is None"),
+        (
+            {"classifier_fn": lambda x, t, y: x[:1]},
+            {"class_labels": 0},
+            r"classifier_fn returned \[1, 2, 4\], must return a gradient of x's shape",
+        ),
+        ({"method": "dpmsolver++", "eta": 0.5}, {}, "eta is 0.5 but method is 'dpmsolver\\+\\+'"),
+        ({"method": "ddim", "solver_order": 1}, {}, "solver_order is 1 but method is 'ddim'"),
+        ({"use_clipped_model_output": True}, {}, "use_clipped_model_output is True but method is 'ddpm'"),
+        ({"method": "ddim", "convention": "guided_diffusion"}, {}, "convention is 'guided_diffusion' but method is"),
+        ({"sample_max_value": 2.0}, {}, "sample_max_value is 2.0 but thresholding is False"),
+        ({"thresholding": True, "sample_max_value": 0.0}, {}, "sample_max_value is 0.0, must be"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 0.0}, {}, "dynamic_thresholding_ratio is 0.0, must be"),
+        ({"timesteps": [5, 0]}, {}, "num_inference_steps is 2 but timesteps are given"),
+        (
+            {"model": configured(in_channels=3)},
+            {},
+            "condition has 0 channels but the model reads 3, of which the samples fill 2: condition must have 1",
+        ),
+        (
+            {"model": configured(in_channels=2)},
+            {"condition": torch.zeros(2, 1, 4)},
+            "condition has 1 channels but the model reads 2, of which the samples fill 2: condition must have 0",
+        ),
+        ({}, {"condition": torch.zeros(2, 1, 5)}, r"condition has shape \[2, 1, 5\] but the samples have \[2, 2, 4\]"),
+        ({}, {"known": torch.zeros(2, 4)}, "known is given but known_mask is None"),
+        ({}, {"known_mask": torch.zeros(2, 4)}, "known_mask is given but known is None"),
+        ({}, {"known_noise": torch.zeros(2, 2, 2, 4)}, "known_noise is given but known is None"),
+        (
+            {},
+            {"known": torch.zeros(2, 4), "known_mask": torch.zeros(2, 5)},
+            r"known_mask has shape \[2, 5\] but the samples have \[2, 2, 4\]",
+        ),
+        ({}, {"start": 1}, "start is 1 but x_T is None"),
+        ({}, {"start": 2, "x_T": torch.zeros(2, 2, 4)}, "start is 2, must be from 0 to 1"),
+        (
+            {},
+            {"table": ddpm_table(LINEAR, [5, 0], variance_type="learned_range")},
+            "table has a learned variance but variance_type is 'fixed_small'",
+        ),
+        ({}, {"return_trajectory": 0}, "return_trajectory is 0"),
+    ],
+)
+def test_contradictions_name_both_settings(settings: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(dict(settings), arguments)
+
+
+def test_wrong_types_are_named() -> None:
+    for settings, arguments, message in (
+        ({"classifier_fn": 3}, {}, "classifier_fn is a int"),
+        ({"guidance_scale": "2"}, {}, "guidance_scale is '2', must be a number"),
+        ({"null_class": 0}, {"guidance_scale": "high", "class_labels": 0}, "guidance_scale is 'high', must be"),
+        ({}, {"condition": torch.zeros(2, 1, 4).long()}, "condition is of torch.int64"),
+        ({}, {"known": [0.0], "known_mask": torch.zeros(4)}, "known is of list"),
+        ({}, {"table": LINEAR}, "table is a NoiseSchedule"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            build(dict(settings), dict(arguments))

@@ -1,0 +1,600 @@
+"""The reverse loop against diffusers' pipelines, closed forms, and its own promises."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from fastddpm_kernels import philox
+from torch import Tensor, nn
+
+from fastddpm.networks.network import Network
+from fastddpm.networks.unet.model import UNet
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import repaint_table
+from fastddpm.process.tables import ddim_inversion_table
+from fastddpm.sampling.sampler import Sampler
+
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+    "attention_head_dim": None,
+}
+
+
+def small_unet(**changes: Any) -> UNet:
+    torch.manual_seed(0)
+    return UNet(**{**SMALL, **changes}).eval()
+
+
+def toy(x: Tensor, t: Tensor) -> Tensor:
+    """A cheap nonlinear network that depends on position, time and sample."""
+    scale = t.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) / 1000
+    return torch.tanh(x * (0.5 + scale)) + 0.1 * scale
+
+
+class Recorder:
+    """Stands in for diffusers' randn_tensor: draws in its order and keeps what it drew."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Tensor] = []
+
+    def __call__(self, shape: tuple[int, ...], *_: object, **__: object) -> Tensor:
+        self.drawn.append(torch.randn(shape))
+        return self.drawn[-1]
+
+
+EPSILON_LARGE = {"variance_type": "fixed_large", "prediction_type": "epsilon", "clip_sample": True}
+EPSILON_SMALL = {"variance_type": "fixed_small", "prediction_type": "epsilon", "clip_sample": True}
+V_UNCLIPPED = {"variance_type": "fixed_small", "prediction_type": "v_prediction", "clip_sample": False}
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        pytest.param(1000, EPSILON_LARGE, id="google/ddpm-cifar10-32's settings"),
+        pytest.param(10, EPSILON_SMALL, id="fixed_small"),
+        pytest.param(10, V_UNCLIPPED, id="v_prediction, no clipping"),
+    ],
+)
+def test_equals_ddpm_pipeline_at_equal_noise(
+    steps: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = small_unet()
+    theirs = UNet2DModel(**SMALL).eval()
+    theirs.load_state_dict(ours.state_dict())
+    pipeline = DDPMPipeline(theirs, DDPMScheduler(**settings))
+    pipeline.set_progress_bar_config(disable=True)
+    recorder = Recorder()
+    for module in ("diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.schedulers.scheduling_ddpm"):
+        monkeypatch.setattr(f"{module}.randn_tensor", recorder)
+    expected = pipeline(batch_size=2, num_inference_steps=steps, output_type="pt").images
+    sampler = Sampler(ours, NoiseSchedule.linear(), num_inference_steps=steps, **settings)
+    x_T, *noise = recorder.drawn
+    images = sampler.sample(2, x_T=x_T, noise=lambda index, shape: noise[index])
+    assert len(noise) == steps - 1  # diffusers draws none at t = 0
+    # The pipeline ends with a clip to [0, 1]. Both compute in float32, with different but equivalent formulas, and
+    # the loop of an untrained network is chaotic without clipping: the bound grows with the steps.
+    difference = ((images / 2 + 0.5).clamp(0, 1) - expected).abs().max()
+    assert float(difference) < 2e-4
+
+
+def test_noise_tensor_and_callable_are_the_same() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=7)
+    noise, x_T = torch.randn(7, 3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    one = sampler.sample(3, x_T=x_T, noise=noise)
+    calls: list[int] = []
+
+    def draw(index: int, shape: tuple[int, ...]) -> Tensor:
+        assert shape == (3, 2, 4, 4)
+        calls.append(index)
+        return noise[index]
+
+    assert torch.equal(one, sampler.sample(3, x_T=x_T, noise=draw))
+    assert calls == list(range(6))  # the last step adds no noise
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "theirs", "ours"),
+    [
+        ("ddim", DDIMScheduler, {}, {}),
+        ("ddim", DDIMScheduler, {"set_alpha_to_one": False, "steps_offset": 1}, {}),
+        ("ddim", DDIMScheduler, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}, {}),
+        ("dpmsolver++", DPMSolverMultistepScheduler, {}, {"timestep_spacing": "linspace", "clip_sample": False}),
+        (
+            "dpmsolver++",
+            DPMSolverMultistepScheduler,
+            {"solver_order": 1, "timestep_spacing": "trailing"},
+            {"clip_sample": False},
+        ),
+        (
+            "dpmsolver++",
+            DPMSolverMultistepScheduler,
+            {"timestep_spacing": "leading", "final_sigmas_type": "sigma_min", "lower_order_final": False},
+            {"clip_sample": False},
+        ),
+    ],
+)
+def test_equals_diffusers_schedulers(method: str, kind: Any, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    scheduler = kind(1000, 1e-4, 0.02, "linear", **theirs)
+    scheduler.set_timesteps(20)
+    x = x_T = torch.randn(2, 3, 8, 8)
+    for t in scheduler.timesteps:
+        x = scheduler.step(toy(x, t.expand(2)), t, x).prev_sample
+    sampler = Sampler(toy, NoiseSchedule.linear(), method, 20, **{**theirs, **ours})
+    assert sampler.timesteps.tolist() == scheduler.timesteps.tolist()
+    torch.testing.assert_close(sampler.sample(2, x_T=x_T), x, rtol=5e-6, atol=5e-5)
+
+
+@pytest.mark.parametrize("use_clipped_model_output", [False, True])
+def test_equals_stochastic_ddim(use_clipped_model_output: bool) -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(15)
+    noise = torch.randn(15, 2, 3, 8, 8)
+    x = x_T = torch.randn(2, 3, 8, 8)
+    for t, z in zip(scheduler.timesteps, noise, strict=True):
+        out = toy(x, t.expand(2))
+        step = scheduler.step(out, t, x, 0.7, use_clipped_model_output, variance_noise=z)
+        x = step.prev_sample
+    sampler = Sampler(
+        toy, NoiseSchedule.linear(), "ddim", 15, eta=0.7, use_clipped_model_output=use_clipped_model_output
+    )
+    torch.testing.assert_close(sampler.sample(2, x_T=x_T, noise=noise), x, rtol=0, atol=5e-5)
+
+
+def test_explicit_timesteps() -> None:
+    schedule = NoiseSchedule.linear()
+    listed = Sampler(toy, schedule, timesteps=[800, 600, 400, 200, 0])
+    assert torch.equal(
+        listed.sample(2, shape=(2, 3)), Sampler(toy, schedule, num_inference_steps=5).sample(2, shape=(2, 3))
+    )
+    assert Sampler(toy, schedule, timesteps=torch.tensor([999, 3])).timesteps.tolist() == [999, 3]
+
+
+# -- parts of a loop, other tables ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_a_loop_continues_where_it_was(method: str) -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), method, 6)
+    states: list[Tensor] = []
+    images = sampler.sample(3, shape=(2, 4), seed=8, callback=lambda i, t, x: states.append(x.clone()))
+    for start in range(1, 6):
+        assert torch.equal(images, sampler.sample(3, x_T=states[start - 1], start=start, seed=8))
+
+
+def test_a_multistep_loop_starts_with_a_first_order_step() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), "dpmsolver++", 8)
+    x = torch.randn(2, 3, 4)
+    one = sampler.sample(2, x_T=x, start=3)
+    assert torch.equal(one, sampler.sample(2, x_T=x, table=sampler.table.skip(3)))
+    first = Sampler(toy, NoiseSchedule.linear(), "dpmsolver++", 8, solver_order=1)
+    states: list[list[Tensor]] = [[], []]
+    for kept, which in zip(states, (sampler, first), strict=True):
+        which.sample(2, x_T=x, start=3, callback=lambda i, t, x, kept=kept: kept.append(x.clone()))
+    torch.testing.assert_close(states[0][0], states[1][0], rtol=0, atol=1e-6)
+    assert not torch.allclose(states[0][1], states[1][1], atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("drawn", [True, False])
+def test_known_regions(backend: str, drawn: bool, device: torch.device) -> None:
+    """RePaint's eq. 8 restated: after every step the known part is the image at that step's level."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    schedule = NoiseSchedule.linear()
+
+    def mixing(x: Tensor, t: Tensor) -> Tensor:
+        return toy(x + x.mean((1, 2, 3), keepdim=True), t)
+
+    known, mask = torch.rand(3, 2, 4, 5), torch.rand(4, 5).round()
+    noise, z2 = torch.randn(6, 3, 2, 4, 5), torch.randn(6, 3, 2, 4, 5)
+    sampler = Sampler(mixing, schedule, num_inference_steps=6, backend=backend, device=device)
+    x_T = torch.randn(3, 2, 4, 5)
+    if drawn:
+        images = sampler.sample(3, x_T=x_T, known=known, known_mask=mask > 0, seed=4, batch_size=2)
+        keys = philox.sample_keys([4] * 3, range(3))
+        for index in range(6):
+            noise[index] = philox.normal(keys, (2, 4, 5), step=index, stream=philox.STREAM_STEP)
+            z2[index] = philox.normal(keys, (2, 4, 5), step=index, stream=philox.STREAM_KNOWN)
+    else:
+        given = {"noise": noise, "known_noise": z2}
+        images = sampler.sample(3, x_T=x_T, known=known, known_mask=mask, batch_size=2, **given)
+    plain = Sampler(mixing, schedule, num_inference_steps=6)
+    x = x_T
+    for index, (signal, sigma) in enumerate(plain.table.levels.tolist()):
+        x = plain.sample(3, x_T=x, start=index, noise=noise, callback=lambda i, t, x: True)  # this one step
+        x = mask * (signal * known + sigma * z2[index]) + (1 - mask) * x
+    torch.testing.assert_close(images.cpu(), x, rtol=0, atol=1e-5)
+    assert torch.equal(images.cpu() * mask, known * mask)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_steps_back_up_ask_the_network_nothing(backend: str, device: torch.device) -> None:
+    """A RePaint walk, restated with the plain sampler's steps down and the forward process up; with guidance too."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    schedule = NoiseSchedule.linear()
+    # Without graphs, since the model notes on the host what it sees.
+    settings: dict[str, Any] = {"num_inference_steps": 6, "backend": backend, "device": device, "cuda_graph": False}
+    sampler = Sampler(Conditional(), schedule, guidance_scale=2.0, variance_type="fixed_large", **settings)
+    table = repaint_table(schedule, sampler.timesteps, jump_length=2, jump_n_sample=3, variance_type="fixed_large")
+    noise = torch.randn(len(table), 2, 1, 4, 4)
+    x_T = torch.randn(2, 1, 4, 4)
+    images = sampler.sample(2, x_T=x_T, table=table, noise=noise, class_labels=[0, 2])
+    down = int(table.needs_network.sum())
+    assert down < len(table)
+    assert len(sampler.model.seen) == down  # type: ignore[attr-defined]
+    x, row = x_T, 0
+    for index, needed in enumerate(table.needs_network.tolist()):
+        if needed:
+            z = noise[index].expand(6, *x.shape)
+            x = sampler.sample(2, x_T=x, start=row, noise=z, class_labels=[0, 2], callback=lambda i, t, x: True).cpu()
+            row += 1
+        else:
+            row -= 1
+            levels = schedule.alphas_cumprod[sampler.timesteps[row]], sampler.table.levels[row, 0] ** 2
+            alpha = float(levels[0] / levels[1])
+            x = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise[index]
+    torch.testing.assert_close(images.cpu(), x, rtol=0, atol=2e-5)
+
+
+def test_repaint_with_a_learned_variance() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([toy(x, t), -torch.ones_like(x)], dim=1)  # v = -1: the small variance
+
+    schedule = NoiseSchedule.linear()
+    images = []
+    for network, variance_type in ((model, "learned_range"), (toy, "fixed_small")):
+        sampler = Sampler(network, schedule, num_inference_steps=6, variance_type=variance_type)
+        table = repaint_table(schedule, sampler.timesteps, jump_length=2, jump_n_sample=2, variance_type=variance_type)
+        images.append(sampler.sample(2, shape=(2, 5), table=table, seed=3))
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
+
+
+def test_encoding_and_decoding() -> None:
+    schedule = NoiseSchedule.linear()
+    sampler = Sampler(lambda x, t: 0.2 * toy(x, t), schedule, "ddim", 500, clip_sample=False)
+    images = torch.rand(2, 3, 4) - 0.5
+    table = ddim_inversion_table(schedule, sampler.timesteps)
+    latents = sampler.sample(2, x_T=images, table=table)
+    torch.testing.assert_close(sampler.sample(2, x_T=latents), images, rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match="table starts from clean samples but x_T is None"):
+        sampler.sample(2, shape=(3, 4), table=table)
+
+
+def test_sample_k_of_a_seed_does_not_depend_on_the_batch() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=5)
+    ten = sampler.sample(10, shape=(3, 5, 7), seed=42)
+    assert torch.equal(ten, sampler.sample(10, shape=(3, 5, 7), seed=42, batch_size=3))
+    assert torch.equal(ten[:4], sampler.sample(4, shape=(3, 5, 7), seed=42))
+    assert not torch.equal(ten, sampler.sample(10, shape=(3, 5, 7), seed=43))
+    assert len({tuple(image.flatten()[:4].tolist()) for image in ten}) == 10
+
+
+def test_seeds_give_one_image_each() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=5)
+    images = sampler.sample(3, shape=(1, 4, 4), seeds=[7, 2**63 + 5, 7])
+    assert torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[0], sampler.sample(1, shape=(1, 4, 4), seed=7)[0])
+
+
+SHAPES = {"vector": (5,), "signal": (2, 19), "points": (16, 3), "image": (3, 4, 5), "video": (2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_any_shape_of_data(shape: tuple[int, ...]) -> None:
+    images = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=4).sample(3, shape=shape)
+    assert images.shape == (3, *shape)
+    assert images.dtype == torch.float32
+    assert float(images.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("method", ["ddpm", "dpmsolver++"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_any_shape_with_everything(
+    shape: tuple[int, ...], method: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Every option at once, on the fused kernel and in plain torch: the same samples."""
+    pytest.importorskip("triton")
+    channels = shape[0]
+
+    def model(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        assert x.dtype == dtype
+        before, state, condition = x.split([channels, channels, 1], dim=1)
+        out = torch.tanh(state + 0.3 * before + condition) + 0.1 * class_labels.view(-1, *[1] * len(shape))
+        return torch.cat([out, 0.5 * out], dim=1).to(dtype)
+
+    arguments: dict[str, Any] = {
+        "x_T": torch.randn(3, *shape),
+        "class_labels": [0, 1, 2],
+        "guidance_scale": [1.0, 3.0, 2.0],
+        "condition": torch.randn(3, 1, *shape[1:]),
+        "known": torch.rand(shape),
+        "known_mask": torch.rand(shape[1:]).round(),
+        "return_trajectory": 2,
+        "batch_size": 2,
+    }
+    one, other = (
+        Sampler(
+            model,
+            NoiseSchedule.linear(),
+            method,
+            5,
+            variance_type="learned_range",
+            thresholding=True,
+            sample_max_value=2.0,
+            guidance_interval=(100, 700),
+            guidance_rescale=0.5,
+            classifier_fn=lambda x, t, y: -x,
+            self_condition=True,
+            null_class=3,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+        ).sample(3, **arguments)
+        for backend in ("triton", "eager")
+    )
+    assert one.x.shape == one.x0.shape == (3, 3, *shape)
+    # float16: what the two round differently may fall to the other side in the network's input
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(one.x, other.x, rtol=0, atol=tolerance)
+    torch.testing.assert_close(one.x0, other.x0, rtol=0, atol=tolerance)
+
+
+def test_backends_agree() -> None:
+    one, other = (
+        Sampler(small_unet(), NoiseSchedule.linear(), num_inference_steps=4, backend=backend).sample(2, seed=1)
+        for backend in ("eager", "reference")
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_triton_backend_runs_the_same_loop(device: torch.device) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    for settings in ({}, {"method": "ddim"}):
+        sampler = [
+            Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3, device=device, backend=name, **settings)
+            for name in ("triton", "eager")
+        ]
+        one, other = (s.sample(2, shape=(3, 4, 5), seed=9) for s in sampler)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+class Conditional(nn.Module):
+    """Predicts from its label alone; with a config as UNet has."""
+
+    class config:  # stands for an attribute
+        sample_size, in_channels, num_class_embeds, null_class = 4, 1, 4, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("gain", nn.Parameter(torch.ones(1)))
+        self.seen: list[list[int]] = []
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        self.seen.append(class_labels.tolist())
+        return self.gain * class_labels.view(-1, 1, 1, 1).to(x) / 4 + 0.1 * x
+
+
+def test_guidance_is_one_doubled_batch() -> None:
+    model = Conditional()
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=3, guidance_scale=2.5)
+    images = sampler.sample(2, class_labels=[0, 2], seed=5)
+    assert model.seen == [[3, 3, 0, 2]] * 3
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        labels = torch.tensor([0, 2])
+        null, cond = (label.view(-1, 1, 1, 1).to(x) / 4 + 0.1 * x for label in (torch.full_like(labels, 3), labels))
+        return null + 2.5 * (cond - null)
+
+    expected = Sampler(guided, NoiseSchedule.linear(), num_inference_steps=3).sample(2, shape=(1, 4, 4), seed=5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_labels_go_to_their_images_in_every_chunk() -> None:
+    model = Conditional()
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=1)
+    sampler.sample(5, class_labels=torch.tensor([0, 1, 2, 1, 0]), batch_size=2)
+    assert model.seen == [[0, 1], [2, 1], [0]]
+    model.seen.clear()
+    sampler.sample(2, class_labels=1)
+    sampler.sample(1)
+    assert model.seen == [[1, 1], [3]]  # without labels: the null class
+
+
+def test_learned_range_reads_the_second_half_of_the_channels() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([toy(x, t), torch.ones_like(x)], dim=1)  # v = 1: the large variance
+
+    schedule = NoiseSchedule.linear()
+    learned = Sampler(model, schedule, num_inference_steps=6, variance_type="learned_range")
+    large = Sampler(toy, schedule, num_inference_steps=6, variance_type="fixed_large")
+    one, other = (s.sample(2, shape=(3, 4, 4), seed=1) for s in (learned, large))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda out: (out,), lambda out: type("Output", (), {"sample": out})()])
+def test_outputs_of_other_libraries_are_unwrapped(wrap: Callable[[Tensor], Any]) -> None:
+    schedule = NoiseSchedule.linear()
+    plain = Sampler(toy, schedule, num_inference_steps=2).sample(1, shape=(1, 2, 2))
+    wrapped = Sampler(lambda x, t: wrap(toy(x, t)), schedule, num_inference_steps=2).sample(1, shape=(1, 2, 2))
+    assert torch.equal(plain, wrapped)
+
+
+def test_the_users_model_stays_as_it_is() -> None:
+    model = small_unet(dropout=0.5).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=2)
+    assert torch.equal(sampler.sample(1), sampler.sample(1))  # no dropout while sampling
+    assert model.training
+    Sampler(model, NoiseSchedule.linear(), num_inference_steps=1, dtype=torch.bfloat16).sample(1)
+    assert model.conv_in.weight.dtype == torch.float32
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not sampler.sample(1).requires_grad
+
+
+def test_callback_sees_every_step_and_can_stop() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(index: int, timestep: int, x: Tensor) -> bool:
+        seen.append((index, timestep))
+        return index == 2
+
+    Sampler(toy, NoiseSchedule.linear(), num_inference_steps=10).sample(1, shape=(1, 2, 2), callback=watch)
+    assert seen == [(0, 900), (1, 800), (2, 700)]
+
+
+def test_progress_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3).sample(2, shape=(1, 2, 2), batch_size=1, progress=True)
+    captured = capsys.readouterr()
+    assert "6/6" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"method": "euler"}, ValueError, "method is 'euler', must be one of ddpm, ddim"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps is 0"),
+        ({"num_inference_steps": 1001}, ValueError, "from 1 to 1000"),
+        ({"prediction_type": "score"}, ValueError, "prediction_type is 'score'"),
+        ({"variance_type": "none"}, ValueError, "variance_type is 'none'"),
+        ({"eta": 0.5}, ValueError, "eta is 0.5 but method is 'ddpm'"),
+        ({"method": "ddim", "variance_type": "none"}, ValueError, "variance_type is 'none'"),
+        ({"guidance_scale": 2.0}, ValueError, "guidance_scale needs a null_class"),
+        ({"guidance_scale": float("nan"), "null_class": 0}, ValueError, "guidance_scale is nan"),
+        ({"null_class": 0.5}, ValueError, "null_class is 0.5, must be an integer"),
+        ({"clip_sample_range": 0.0}, ValueError, "clip_sample_range is 0.0"),
+        ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
+        ({"device": "nowhere"}, ValueError, "device is 'nowhere'"),
+        ({"backend": "fast"}, ValueError, "backend is 'fast'"),
+        ({"cuda_graph": "sometimes"}, ValueError, "cuda_graph is 'sometimes'"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Sampler(toy, NoiseSchedule.linear(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples is 0, must be a positive integer"),
+        ({"num_samples": 1.5}, ValueError, "num_samples is 1.5"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"shape": None}, ValueError, "shape is None, must be given"),
+        ({"shape": (1, -2)}, ValueError, "every size of shape is -2"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"seed": 2**64}, ValueError, "seed"),
+        ({"seeds": [1]}, ValueError, "seeds has 1 entries, must have one per sample, 2"),
+        ({"x_T": torch.zeros(2, 3, 3)}, ValueError, r"x_T has shape \[2, 3, 3\], must have \[2, 4\]"),
+        ({"x_T": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, "x_T is of torch.int64"),
+        ({"noise": torch.zeros(2, 2, 4)}, ValueError, r"noise has shape \[2, 2, 4\], must have \[3, 2, 4\]"),
+        ({"noise": lambda index, shape: torch.zeros(1)}, ValueError, "noise of step 0 has shape"),
+        ({"class_labels": [0.5, 1.5]}, TypeError, "class_labels has dtype"),
+        ({"class_labels": [1, 2, 3]}, ValueError, "class_labels has shape"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3)
+    with pytest.raises(error, match=message):
+        sampler.sample(**{"num_samples": 2, "shape": (4,), **arguments})
+
+
+def test_bad_labels_and_models_are_named() -> None:
+    conditional = Sampler(Conditional(), NoiseSchedule.linear(), num_inference_steps=1)
+    for label in (-1, 4):
+        with pytest.raises(ValueError, match=f"class_labels has {label}, every label must be from 0 to 3"):
+            conditional.sample(1, class_labels=[label])
+    with pytest.raises(ValueError, match="guidance_scale needs class_labels"):
+        Sampler(Conditional(), NoiseSchedule.linear(), guidance_scale=2.0).sample(1)
+    with pytest.raises(TypeError, match="model is a str"):
+        Sampler("model", NoiseSchedule.linear())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule is a Tensor"):
+        Sampler(toy, torch.linspace(0, 1, 10))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model returned a NoneType"):
+        Sampler(lambda x, t: None, NoiseSchedule.linear()).sample(1, shape=(1, 2, 2))
+
+
+def test_noise_functions_are_refused_where_they_cannot_know_the_samples() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2)
+    with pytest.raises(ValueError, match="noise is a function but batch_size is 1 for 2 samples"):
+        sampler.sample(2, shape=(1, 2, 2), noise=lambda index, shape: torch.zeros(shape), batch_size=1)
+    with pytest.raises(TypeError, match="noise is a int, must be a tensor or a function"):
+        sampler.sample(2, shape=(1, 2, 2), noise=3)  # type: ignore[arg-type]
+
+
+def test_more_bad_arguments_are_named() -> None:
+    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2)
+    mask = torch.full((1, 2, 2), 5.0)
+    with pytest.raises(ValueError, match="known_mask has values outside"):
+        sampler.sample(1, shape=(1, 2, 2), known=torch.zeros(1, 2, 2), known_mask=mask)
+    for shape in ((), 5):
+        with pytest.raises(ValueError, match="must be the sizes of one sample"):
+            sampler.sample(1, shape=shape)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device is 'meta'"):
+        Sampler(toy, NoiseSchedule.linear(), device="meta")
+    with pytest.raises(ValueError, match="steps_offset is 1.5, must be an integer"):
+        Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2, steps_offset=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_model_in_its_place_is_not_copied() -> None:
+    model = small_unet().to("cuda")
+    assert Sampler(model, NoiseSchedule.linear(), device="cuda").model is model
+
+
+def test_a_null_class_that_is_no_class_is_named() -> None:
+    """In a table of time and class it would be read as another step's row."""
+    unet = small_unet(num_class_embeds=5)
+    for wrong in (5, -1, True):
+        with pytest.raises(ValueError, match=f"null_class is {wrong}, must be a label from 0 to 4"):
+            Sampler(unet, NoiseSchedule.linear(), null_class=wrong)
+    Sampler(unet, NoiseSchedule.linear(), null_class=4)
+
+
+def test_seeds_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match="seed is 18446744073709551616, must be from 0 to"):
+        Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2).sample(1, shape=(1, 2, 2), seed=2**64)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_inference_mode_of_one_call_does_not_spoil_the_next(frozen: bool) -> None:
+    model: Any = small_unet() if frozen else toy
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=2)
+    with torch.inference_mode():
+        first = sampler.sample(1, shape=(3, 8, 8))
+        assert not first.is_inference()
+    assert torch.equal(sampler.sample(1, shape=(3, 8, 8)), first)
+
+
+def test_the_warning_of_float16_points_at_the_caller() -> None:
+    sampler = Sampler(lambda x, t: x / 0, NoiseSchedule.linear(), num_inference_steps=2, dtype="float16")
+    with pytest.warns(RuntimeWarning, match="some samples are not finite") as caught:
+        sampler.sample(1, shape=(1, 2, 2))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_samplers_of_one_model_share_its_eval_mode() -> None:
+    """Where one is done while another still runs, its dropout stays off."""
+    model = nn.Sequential(nn.Dropout())
+    first, second = Network(model), Network(model)
+    with contextlib.ExitStack() as outer:
+        with first.evaluating():
+            outer.enter_context(second.evaluating())
+        assert not model[0].training
+    assert model[0].training
+    assert model.training
