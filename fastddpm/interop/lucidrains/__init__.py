@@ -61,8 +61,8 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
             noise: "philox" (the default) or "torch"; freeze: whether the library's two-dimensional U-Nets are
             prepared for sampling (`fastddpm.networks.frozen`); None for wherever they can be, after one comparison
             with the network itself. For networks that are not: fuse_norms: replace the library's norms by fused
-            kernels, in a copy that shares their parameters and is compared with the network first; None for wherever it runs on
-            CUDA; channels_last: run the network of images in that memory format, in a copy.
+            kernels, in a copy that shares their parameters and is compared with the network first; None for wherever
+            it runs on CUDA; channels_last: run the network of images in that memory format, in a copy.
 
     Raises:
         TypeError: `obj` is none of these, or an option is not known.
