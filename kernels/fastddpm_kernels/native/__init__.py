@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
-import shutil
 import sys
 import threading
 
@@ -33,6 +33,7 @@ _ARGUMENTS = {
     "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
 }
 _lock = threading.Lock()
+log = logging.getLogger("fastddpm.kernels")
 
 
 class _Library:
@@ -50,22 +51,36 @@ class _Library:
         runtime = ctypes.CDLL(torch._C.__file__)
         if not hasattr(runtime, "GOMP_parallel"):
             raise BuildError("torch's threads are not those of an OpenMP runtime")
-        path, temporary = library()
         try:
-            functions = ctypes.CDLL(str(path))
+            functions = self._open(anew=False)
         except OSError as error:
-            raise BuildError(f"the library does not load: {error}") from None
-        finally:
-            if temporary:
-                shutil.rmtree(path.parent, ignore_errors=True)
-        for name, types in _ARGUMENTS.items():
-            function = getattr(functions, name)
-            function.argtypes, function.restype = types, None
+            log.info("the native library does not load and is built anew: %s", error)
+            try:
+                functions = self._open(anew=True)
+            except OSError as second:
+                raise BuildError(f"the library does not load: {second}") from None
         functions.fastddpm_start.argtypes, functions.fastddpm_start.restype = [_P], _I
         self.panel: int = functions.fastddpm_start(ctypes.cast(runtime.GOMP_parallel, _P))
         functions.fastddpm_bfloat16.argtypes, functions.fastddpm_bfloat16.restype = [], _I
         self.bfloat16: int = functions.fastddpm_bfloat16()
         self.functions = functions
+
+    @staticmethod
+    def _open(*, anew: bool) -> ctypes.CDLL:
+        """Load the library and say what its functions take.
+
+        Raises:
+            OSError: it does not load, or a function is not in it.
+        """
+        with library(anew=anew) as path:
+            functions = ctypes.CDLL(str(path))
+        try:
+            for name, types in _ARGUMENTS.items():
+                function = getattr(functions, name)
+                function.argtypes, function.restype = types, None
+        except AttributeError as error:
+            raise OSError(str(error)) from None
+        return functions
 
 
 @functools.lru_cache(maxsize=1)
