@@ -47,10 +47,6 @@ class _Library:
     def __init__(self) -> None:
         if sys.platform != "linux":
             raise BuildError(f"it is made for Linux, this is {sys.platform}")
-        # Symbols of what torch's own extension depends on: the runtime whose threads torch uses.
-        runtime = ctypes.CDLL(torch._C.__file__)
-        if not hasattr(runtime, "GOMP_parallel"):
-            raise BuildError("torch's threads are not those of an OpenMP runtime")
         try:
             functions = self._open(anew=False)
         except OSError as error:
@@ -59,9 +55,7 @@ class _Library:
                 functions = self._open(anew=True)
             except OSError as second:
                 raise BuildError(f"the library does not load: {second}") from None
-        functions.fastddpm_start.argtypes, functions.fastddpm_start.restype = [_P], _I
-        self.panel: int = functions.fastddpm_start(ctypes.cast(runtime.GOMP_parallel, _P))
-        functions.fastddpm_bfloat16.argtypes, functions.fastddpm_bfloat16.restype = [], _I
+        self.panel: int = functions.fastddpm_panel()
         self.bfloat16: int = functions.fastddpm_bfloat16()
         self.functions = functions
 
