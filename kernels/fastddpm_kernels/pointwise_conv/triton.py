@@ -23,7 +23,7 @@ from torch import Tensor
 from fastddpm_kernels import tuned
 from fastddpm_kernels.device.variant import Variant, packaged_variants
 from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels.device.variant import Launch
 from fastddpm_kernels.layout import rows
 from fastddpm_kernels.pointwise_conv.formula import by_matmul
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import AOT, NUM_WARPS, aot, run
-from fastddpm_kernels.device.variant import Variant, packaged_variants
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 
 MAX_DIMS = 4
 THREAD_BYTES = 16  # of each tensor
