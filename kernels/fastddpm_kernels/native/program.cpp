@@ -52,17 +52,3 @@ extern "C" void fastddpm_program_advance(
             if (taken) taken[i] += seconds() - start;
         }
 }
-
-// The number that a loop's instructions find their row by.
-extern "C" void fastddpm_increment(int64_t* number) { ++*number; }
-FASTDDPM_INSTRUCTION(fastddpm_increment)
-
-// out [n, width] = rows of a table of floats: that of the step, or of every label at the step.
-extern "C" void fastddpm_look_up(
-    float* out, const float* table, const int64_t* step, const int64_t* labels, long n, long width, long classes) {
-    for (long i = 0; i < n; ++i) {
-        const long row = labels ? labels[i] + *step * classes : *step;
-        std::memcpy(out + i * width, table + row * width, width * sizeof(float));
-    }
-}
-FASTDDPM_INSTRUCTION(fastddpm_look_up)

@@ -18,7 +18,6 @@ from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import (
     AOT,
     BLOCK,
-    Strides,
     aot,
     block_and_warps,
     num_programs,
