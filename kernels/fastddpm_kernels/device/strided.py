@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastddpm_kernels import tuned
 from fastddpm_kernels.device.variant import Launch
+from fastddpm_kernels.layout import Strides, walk
 
 # Where no table has a choice.
 BLOCK = 512  # elements to a program

@@ -1,14 +1,16 @@
-"""Steps of a loop as one call of the native library, the CPU's answer to a CUDA graph.
+"""Steps of a loop as calls of the native library without Python, checks or allocation: the CPU's CUDA graph.
 
-A body is run once and recorded: what it calls of the library becomes an instruction, and so do torch's operations that
-move a row, a number or an image from one fixed place to another. A body that does anything else is refused, by the name
-of the operation. Replayed, the same functions of the library run on the same memory in the same order: the same bits.
+A body is run once and recorded. What it calls of the library becomes an instruction, and so do torch's operations that
+move a row, a number or an image from one fixed place to another. Whatever else torch does is called again by torch, in
+between, on the same memory: a body without such operations is one call of the library for any number of steps. Replayed,
+the same functions run in the same order on the same memory: the same bits.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,10 +31,10 @@ class RecordError(RuntimeError):
 
 
 class Program:
-    """Instructions of the native library. `advance` runs them without Python, allocation or checks.
+    """Instructions of the native library, and between them operations of torch.
 
     Attributes:
-        names: of the functions, in order.
+        names: of what it does, in order: functions of the library and torch's operations.
     """
 
     def __init__(self) -> None:
@@ -42,8 +44,15 @@ class Program:
         self._handle = self._functions.fastddpm_program_new()
         if not self._handle:
             raise MemoryError("there is no memory for a native program")
-        self._kept: list[list[Tensor]] = []
         weakref.finalize(self, self._functions.fastddpm_program_delete, self._handle)
+        self._kept: list[Any] = []
+        self._count = 0
+        self._parts: list[tuple[int, int] | Callable[[], object]] = []  # instructions from .. to, or a call
+
+    @property
+    def is_native(self) -> bool:
+        """Whether torch has nothing to do, so that any number of steps is one call of the library."""
+        return len(self._parts) == 1 and isinstance(self._parts[0], tuple)
 
     def append(self, name: str, arguments: list[Any], threads_at: int, kept: list[Tensor]) -> None:
         """Add an instruction.
@@ -67,27 +76,58 @@ class Program:
         )
         self.names.append(name)
         self._kept.append(kept)
+        last = self._parts[-1] if self._parts else None
+        if isinstance(last, tuple):
+            self._parts[-1] = (last[0], self._count + 1)
+        else:
+            self._parts.append((self._count, self._count + 1))
+        self._count += 1
+
+    def append_call(self, name: str, call: Callable[[], object]) -> None:
+        """Add an operation of torch."""
+        self.names.append(name)
+        self._parts.append(call)
 
     def advance(self, times: int) -> None:
-        """Run all instructions, `times` times, on as many threads as torch has."""
-        self._functions.fastddpm_program_advance(
-            self._handle, 0, len(self.names), times, torch.get_num_threads(), None
-        )
+        """Do everything `times` times, on as many threads as torch has."""
+        if self.is_native:
+            self._run(0, self._count, times)
+            return
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for _ in range(times):
+                for part in self._parts:
+                    if isinstance(part, tuple):
+                        self._run(*part, 1)
+                    else:
+                        part()
 
     def seconds(self, times: int) -> list[float]:
-        """Run as `advance`, and return the seconds that each instruction took in all."""
-        taken = (ctypes.c_double * len(self.names))()
-        self._functions.fastddpm_program_advance(
-            self._handle, 0, len(self.names), times, torch.get_num_threads(), taken
-        )
-        return list(taken)
+        """Do everything `times` times, and return the seconds that each of `names` took in all."""
+        taken = (ctypes.c_double * self._count)()
+        found = [0.0] * len(self._parts)
+        for _ in range(times):
+            for index, part in enumerate(self._parts):
+                start = time.perf_counter()
+                if isinstance(part, tuple):
+                    self._run(*part, 1, taken)
+                else:
+                    part()
+                found[index] += time.perf_counter() - start
+        result: list[float] = []
+        for part, seconds in zip(self._parts, found, strict=True):
+            result += taken[part[0] : part[1]] if isinstance(part, tuple) else [seconds]
+        return result
+
+    def _run(self, begin: int, end: int, times: int, taken: Any = None) -> None:
+        self._functions.fastddpm_program_advance(self._handle, begin, end, times, torch.get_num_threads(), taken)
 
 
 def record(body: Callable[[], object]) -> Program:
-    """Return the program of what `body` does, which is not done meanwhile.
+    """Return the program of what `body` does. What it writes is afterwards in part written, in part as before.
 
     Raises:
-        RecordError: the body does something that is no instruction.
+        RecordError: the body does what cannot be repeated: it reads a value of a tensor, or calls a function of the
+            library that is no instruction.
         BuildError: there is no native library.
     """
     program = Program()
@@ -95,7 +135,7 @@ def record(body: Callable[[], object]) -> Program:
         raise RecordError("another body is being recorded")
     recording.program = program
     try:
-        with _Translation():
+        with _Translation(program):
             body()
     finally:
         recording.program = None
@@ -103,26 +143,41 @@ def record(body: Callable[[], object]) -> Program:
 
 
 class _Translation(TorchDispatchMode):
-    """Makes instructions of torch's operations: views do nothing, some move data, others are refused."""
+    """Makes instructions of torch's operations where it can; views are no operations."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._program = program
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if _is_view(func):
             return func(*args, **kwargs)
-        translate = _TRANSLATED.get(func)
-        run = None if translate is None else translate(*args, **kwargs)
-        if run is None:
-            raise RecordError(f"{func} of {_described(args, kwargs)} is no instruction of a native program")
-        call, result = run
-        call()
+        if (translate := _TRANSLATED.get(func)) and (found := translate(*args, **kwargs)) is not None:
+            call, result = found
+            call()
+            return result
+        result = func(*args, **kwargs)
+        results = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, (tuple, list)) else []
+        if not results or not all(isinstance(one, Tensor) for one in results):
+            raise RecordError(f"{func} gives a {type(result).__name__}, which may be another one in every step")
+        if func._schema.is_mutable:  # what it writes stays where it is
+            self._program.append_call(str(func), lambda: func(*args, **kwargs))
+            return result
+
+        def again() -> None:
+            new = func(*args, **kwargs)
+            for place, value in zip(results, [new] if isinstance(new, Tensor) else new, strict=True):
+                place.copy_(value)
+
+        self._program.append_call(str(func), again)
         return result
 
 
 def _is_view(func: Any) -> bool:
-    schema = func._schema
-    returns = [value.alias_info for value in schema.returns]
+    returns = [value.alias_info for value in func._schema.returns]
     return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
 
 
@@ -197,11 +252,6 @@ _TRANSLATED: dict[Any, Callable[..., _Translated]] = {
     _aten.add.out: _add,
     _aten.copy_.default: _copy,
 }
-
-
-def _described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    shapes = [f"{list(t.shape)} {t.dtype}" for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    return ", ".join(shapes) or "no tensor"
 
 
 def _word(value: Any) -> int:

@@ -144,7 +144,8 @@ def reverse_step_(
         net_in: overwritten with x_next in its own dtype: the network's next input. [N, C, ...], or with guidance
             [2N, C, ...], of which both halves are written; contiguous, channels-last or a slice of channels.
         multistep: whether `x0` is read as x0_prev.
-        backend: "auto", "triton", "native" (`out` and `net_in` float32 or bfloat16, all else float32), "eager" or "reference".
+        backend: "auto", "triton", "native" (`out` and `net_in` in float32 or bfloat16, all else in float32), "eager"
+            or "reference".
         others: as in `reverse_step`.
 
     Raises:
