@@ -410,7 +410,7 @@ def bind_rms_norm_silu(
         wide = torch.float64 if backend == "reference" else x.dtype
         forward = rms_norm_reference if backend == "reference" else rms_norm_eager
         h, h2 = rms_norm_input(x.to(wide), None if x2 is None else x2.to(wide), bias)
-        value = in_format_of(h, forward(h, weight, eps, h2, scale, shift, silu))
+        value = forward(h, weight, eps, h2, scale, shift, silu)
         if residual is None:
             y.copy_(value)
         else:
