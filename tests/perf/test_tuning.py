@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from fastddpm.perf.tuning.convolutions import ConvTask
+from fastddpm.perf.tuning.norms import GroupNormTask
+from fastddpm.perf.tuning.task import make_task, nearest_first, tuned_ops
 from fastddpm_kernels import tuned as _tuned
 from fastddpm_kernels.backend import why_not
 from fastddpm_kernels.conv import choose_algorithm, likely_algorithm
@@ -20,12 +23,9 @@ from fastddpm import NoiseSchedule, Sampler, UNet
 from fastddpm.networks.network import Network
 from fastddpm.perf.tuning import automatic
 from fastddpm.perf.tuning.compiling import Compiling
-from fastddpm.perf.tuning.convolutions import ConvTask
-from fastddpm.perf.tuning.norms import GroupNormTask
 from fastddpm.perf.tuning.search import LEAST_S, Outcome, cache_bytes, summary, tune, why_wrong
 from fastddpm.perf.tuning.shapes import network_keys
 from fastddpm.perf.tuning.store import save
-from fastddpm.perf.tuning.task import make_task, nearest_first, tuned_ops
 
 CPU = torch.device("cpu")
 CONV = Key("conv", torch.float32, (2, 9, 6, 5, 18, 0, 1))

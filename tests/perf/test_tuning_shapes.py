@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastddpm.perf.tuning.task import make_task
 from fastddpm_kernels import tuned as _tuned
 from fastddpm_kernels.tuned import Key
 from torch import Tensor
@@ -17,7 +18,6 @@ from fastddpm.networks.frozen import instructions
 from fastddpm.networks.frozen.frozen_unet import FrozenUNet
 from fastddpm.networks.network import Network
 from fastddpm.perf.tuning.shapes import network_keys, sampler_keys, training_keys
-from fastddpm.perf.tuning.task import make_task
 
 CPU = torch.device("cpu")
 ALL = tuple(_tuned.FIELDS)

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels.attention import attention_by_torch, bind_attention
 from fastddpm_kernels.conv import PackedWeight, bind_conv
+from fastddpm_kernels.conv.upsampling import cudnn_conv, cudnn_conv_transpose, double_
 from fastddpm_kernels.group_norm_silu import bind_group_norm_silu, group_norm_silu
 from fastddpm_kernels.pointwise_conv import bind_pointwise_conv
 from fastddpm_kernels.residual_add import bind_residual_add
 from torch import Tensor
-
-# Of cuDNN: measure the algorithms for a shape when it first occurs; leave out those that add up in any order.
-_BENCHMARK = _DETERMINISTIC = True
 
 
 @dataclass
@@ -145,7 +144,7 @@ def native_conv(
 
 
 def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
-    """Upsampling by two and a 3x3 convolution, as a transposed convolution (`folding.upsample_conv`).
+    """Upsampling by two and a 3x3 convolution, as a transposed convolution (`transposed_weight`).
 
     Where a table holds `double` and the convolution as it is written to be faster, the builder takes those.
     """
@@ -163,28 +162,7 @@ def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor 
 def double(m: Machine, source: int, target: int) -> Callable[[], object]:
     """Nearest-neighbour upsampling by two, in one copy."""
 
-    def run() -> None:
-        x, y = (m.slots[slot].permute(0, 2, 3, 1) for slot in (source, target))
-        if x.shape[3] * x.itemsize % 8 == 0 and x.itemsize < 8:  # several channels at once: they stay adjacent
-            x, y = x.view(torch.int64), y.view(torch.int64)
-        n, h, w, c = x.shape
-        y.view(n, h, 2, w, 2, c).copy_(x[:, :, None, :, None].expand(n, h, 2, w, 2, c))
-
-    return run
-
-
-def cudnn_conv(x: Tensor, weight: Tensor, stride: int, padding: int, allow_tf32: bool, out: Tensor) -> None:
-    """`F.conv2d` into a given place, with the fastest algorithm that gives the same bits every time."""
-    torch.ops.aten.cudnn_convolution.out(
-        x, weight, [padding] * 2, [stride] * 2, [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32, out=out
-    )
-
-
-def cudnn_conv_transpose(x: Tensor, weight: Tensor, allow_tf32: bool) -> Tensor:
-    """`F.conv_transpose2d` of stride 2 and padding 1, as `cudnn_conv`. Torch has no form of it with a given place."""
-    return torch.ops.aten.cudnn_convolution_transpose.default(
-        x, weight, [1, 1], [0, 0], [2, 2], [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32
-    )
+    return bound_once(m, (source, target), lambda: partial(double_, m.slots[target], m.slots[source]))
 
 
 def norm(

@@ -108,7 +108,7 @@ def bind_conv(
     padding: int = 1,
     upsample: bool = False,
     backend: str = "auto",
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Return what runs `conv_` on these tensors, checked once; their values may change, their memory may not.
 
     Args and raises: as `conv_`. A weight that is not packed is packed once, for its present values.

@@ -185,7 +185,7 @@ def bind_group_norm_silu(
     activation: str | None = "silu",
     workspace: Tensor | None = None,
     backend: str = "auto",
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Return what runs `group_norm_silu_` on these tensors, checked once; values may change, their memory may not.
 
     Args and raises: as `group_norm_silu_`.
@@ -223,8 +223,8 @@ def bind_group_norm_silu(
         if residual is not None and total is None:
             between = y if x2 is None else torch.empty_like(x)
         return bind_with_floats(
-            lambda weight, bias, *rows: bind_group_norm(
-                y, x, weight, bias, num_groups, eps, x2, residual, between, *rows, silu
+            lambda weight, bias, time_bias, scale, shift: bind_group_norm(
+                y, x, weight, bias, num_groups, eps, x2, residual, between, time_bias, scale, shift, silu
             ),
             weight, bias, time_bias, scale, shift,
         )  # fmt: skip
@@ -365,7 +365,7 @@ def bind_rms_norm_silu(
     shift: Tensor | None = None,
     activation: str | None = "silu",
     backend: str = "auto",
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Return what runs `rms_norm_silu_` on these tensors, checked once; their values may change, their memory may not.
 
     Args and raises: as `rms_norm_silu_`.
@@ -397,7 +397,7 @@ def bind_rms_norm_silu(
         return lambda: run_launches(launches, x)
     if backend == "native":
 
-        def bind(x: Tensor, x2: Tensor | None) -> Callable[[], None]:
+        def bind(x: Tensor, x2: Tensor | None) -> Callable[[], object]:
             return bind_with_floats(
                 lambda weight, scale, shift: bind_rms_norm(y, x, weight, eps, x2, residual, scale, shift, silu),
                 weight, scale, shift,

@@ -76,7 +76,7 @@ def bind_pointwise_conv(
     residual: Tensor | None = None,
     allow_tf32: bool = False,
     backend: str = "auto",
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Return what runs `pointwise_conv_` on these tensors, checked once; values may change, their memory may not.
 
     Args and raises: as `pointwise_conv_`.

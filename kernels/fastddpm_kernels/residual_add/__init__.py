@@ -62,7 +62,7 @@ def bind_residual_add(
     bias: Tensor | None = None,
     total: Tensor | None = None,
     backend: str = "auto",
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Return what runs `residual_add_` on these tensors, checked once; their values may change, their memory may not.
 
     Args and raises: as `residual_add_`.
