@@ -67,7 +67,7 @@ class Task(ABC):
         return {name: t.clone() if isinstance(t, Tensor) else t for name, t in operands.items()}
 
     def tolerance(self, choice: Choice) -> dict[str, Any]:
-        """Return arguments of `testing.assert_close`, for a choice that may lose over twice what idiomatic torch does."""
+        """Return arguments of `testing.assert_close` for a choice that may lose over twice what torch does."""
         return {}
 
     def samples(self) -> Tensor:

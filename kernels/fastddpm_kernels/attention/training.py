@@ -46,8 +46,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: str = "au
     backend = resolve_attention(q, k, v, heads, backend)
     if backend == "native":
         return _attention(q, k, v, heads)[0]
-    dtype = torch.float64 if backend == "reference" else q.dtype
-    q_, k_, v_ = (part.to(dtype).unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+    wide = (q.double(), k.double(), v.double()) if backend == "reference" else (q, k, v)
+    q_, k_, v_ = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in wide)
     return softmax_attention(q_, k_, v_, backend).to(q.dtype).transpose(1, 2).flatten(2)
 
 
