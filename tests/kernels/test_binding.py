@@ -9,25 +9,19 @@ import pytest
 import torch
 from fastddpm_kernels import native as native_library
 from fastddpm_kernels import tuned
-from fastddpm_kernels.attention import attention_, bind_attention
+from fastddpm_kernels.attention import attention_
 from fastddpm_kernels.backend import why_not
-from fastddpm_kernels.conv import bind_conv, conv_, pack
-from fastddpm_kernels.group_norm_silu import (
-    bind_group_norm_silu,
-    bind_rms_norm_silu,
-    group_norm_silu_,
-    rms_norm_silu_,
-)
-from fastddpm_kernels.pointwise_conv import bind_pointwise_conv, pointwise_conv_
-from fastddpm_kernels.residual_add import bind_residual_add, residual_add_
+from fastddpm_kernels.conv import conv_, pack
+from fastddpm_kernels.group_norm_silu import group_norm_silu_, rms_norm_silu_
+from fastddpm_kernels.inplace import InPlace
+from fastddpm_kernels.pointwise_conv import pointwise_conv_
+from fastddpm_kernels.residual_add import residual_add_
 from torch import Tensor
 
 
 class Case(NamedTuple):
-    op: Callable[..., None]
-    bind: Callable[..., Callable[[], object]]
+    op: InPlace[...]
     backends: tuple[str, ...]
-    y_channels: int
     arguments: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]]  # after y
 
 
@@ -58,19 +52,13 @@ def of_pointwise(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 CASES = {
-    "conv": Case(conv_, bind_conv, ("native", "eager", "reference"), 8, of_conv),
-    "attention": Case(
-        attention_, bind_attention, ("native", "eager", "reference"), 8, lambda dtype: ((image(24, dtype), 2, 4), {})
-    ),
-    "group_norm_silu": Case(
-        group_norm_silu_, bind_group_norm_silu, ("triton", "native", "eager", "reference"), 8, of_group_norm
-    ),
-    "rms_norm_silu": Case(
-        rms_norm_silu_, bind_rms_norm_silu, ("triton", "native", "eager", "reference"), 8, of_rms_norm
-    ),
-    "pointwise_conv": Case(pointwise_conv_, bind_pointwise_conv, ("triton", "eager", "reference"), 8, of_pointwise),
+    "conv": Case(conv_, ("native", "eager", "reference"), of_conv),
+    "attention": Case(attention_, ("native", "eager", "reference"), lambda dtype: ((image(24, dtype), 2, 4), {})),
+    "group_norm_silu": Case(group_norm_silu_, ("triton", "native", "eager", "reference"), of_group_norm),
+    "rms_norm_silu": Case(rms_norm_silu_, ("triton", "native", "eager", "reference"), of_rms_norm),
+    "pointwise_conv": Case(pointwise_conv_, ("triton", "eager", "reference"), of_pointwise),
     "residual_add": Case(
-        residual_add_, bind_residual_add, ("triton", "eager", "reference"), 8,
+        residual_add_, ("triton", "eager", "reference"),
         lambda dtype: ((image(8, dtype),), {"residual": image(8, dtype), "bias": torch.randn(8)}),
     ),
 }  # fmt: skip
@@ -88,10 +76,10 @@ def test_a_bound_op_is_the_op_of_what_its_tensors_hold(name: str, backend: str, 
     torch.manual_seed(0)
     case = CASES[name]
     arguments, more = case.arguments(dtype)
-    y, expected = image(case.y_channels, dtype), image(case.y_channels, dtype)
+    y, expected = image(8, dtype), image(8, dtype)
     if name == "conv" and backend == "native":  # packed, as a frozen network has it; its values may change too
         arguments = (arguments[0], pack(arguments[1], "winograd2", dtype=dtype, channels2=4))
-    run = case.bind(y, *arguments, **more, backend=backend)
+    run = case.op.bind(y, *arguments, **more, backend=backend)
     for _ in range(2):
         case.op(expected, *arguments, **more, backend=backend)
         y.fill_(float("nan"))
@@ -103,7 +91,7 @@ def test_a_bound_op_is_the_op_of_what_its_tensors_hold(name: str, backend: str, 
         if name == "conv" and backend == "native":
             arguments[1].values.mul_(0.75)
     with pytest.raises((TypeError, ValueError)):
-        case.bind(y[:1], *arguments, **more, backend=backend)  # what is bound was checked
+        case.op.bind(y[:1], *arguments, **more, backend=backend)  # what is bound was checked
 
 
 def test_a_bound_op_runs_on_the_threads_that_torch_then_has(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +107,7 @@ def test_a_bound_op_runs_on_the_threads_that_torch_then_has(native: str, monkeyp
 
     spies = type("Spies", (), {"__getattr__": lambda _, name: Spy(name)})
     monkeypatch.setattr(native_library.get(), "functions", spies())
-    run = bind_attention(image(8), image(24), 2, 4, backend=native)
+    run = attention_.bind(image(8), image(24), 2, 4, backend=native)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 1):
@@ -135,7 +123,7 @@ def test_a_tuned_choice_is_looked_up_when_an_op_is_bound() -> None:
         pytest.skip(reason)
     arguments, more = of_pointwise(torch.float32)
     with tuned.recording() as seen:
-        run = bind_pointwise_conv(image(8), *arguments, **more, backend="triton")
+        run = pointwise_conv_.bind(image(8), *arguments, **more, backend="triton")
         assert sum(seen.values()) == 1
         run()
         run()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fastddpm_kernels.attention import attention_
+from fastddpm_kernels.conv import conv_
+from fastddpm_kernels.group_norm_silu import group_norm_silu_
+from fastddpm_kernels.pointwise_conv import pointwise_conv_
 
 from fastddpm import UNet
-from fastddpm.networks.frozen import instructions
 from fastddpm.networks.frozen.frozen_unet import FrozenUNet
 
 
@@ -21,17 +23,17 @@ def test_ops_are_checked_once_where_slots_stay(
         request.getfixturevalue("native")
     counts: dict[str, int] = {}
 
-    def counted(name: str) -> Callable[..., Any]:
-        bind = getattr(instructions, name)
+    def count(op: Any) -> None:
+        bind = op.bind
 
-        def count(*arguments: Any, **options: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
+        def counted(*arguments: Any, **options: Any) -> Any:
+            counts[op.__name__] = counts.get(op.__name__, 0) + 1
             return bind(*arguments, **options)
 
-        return count
+        monkeypatch.setattr(op, "bind", counted)
 
-    for name in ("bind_conv", "bind_group_norm_silu", "bind_attention", "bind_pointwise_conv"):
-        monkeypatch.setattr(instructions, name, counted(name))
+    for op in (conv_, group_norm_silu_, attention_, pointwise_conv_):
+        count(op)
     torch.manual_seed(0)
     unet = UNet(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.attention import attention_by_torch, bind_attention
-from fastddpm_kernels.conv import PackedWeight, bind_conv
+from fastddpm_kernels.attention import attention_, attention_by_torch
+from fastddpm_kernels.conv import PackedWeight, conv_
 from fastddpm_kernels.conv.upsampling import cudnn_conv, cudnn_conv_transpose, double_
-from fastddpm_kernels.group_norm_silu import bind_group_norm_silu, group_norm_silu
-from fastddpm_kernels.pointwise_conv import bind_pointwise_conv
-from fastddpm_kernels.residual_add import bind_residual_add
+from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
+from fastddpm_kernels.pointwise_conv import pointwise_conv_
+from fastddpm_kernels.residual_add import residual_add_
 from torch import Tensor
 
 
@@ -134,7 +134,7 @@ def native_conv(
     """A convolution of concat(source, second), plus residual, which may be the target, by the native backend."""
 
     def bind() -> Callable[[], object]:
-        return bind_conv(
+        return conv_.bind(
             m.slots[target], m.slots[source], weight, x2=None if second is None else m.slots[second], bias=bias,
             residual=None if residual is None else m.slots[residual], stride=stride, padding=padding,
             upsample=weight.upsample, backend="native",
@@ -186,7 +186,7 @@ def norm(
     def bind() -> Callable[[], object]:
         x = m.slots[source]
         added = None if residual is None else m.slots[residual]
-        return bind_group_norm_silu(
+        return group_norm_silu_.bind(
             m.place(target, x, len(weight)), x, weight, bias, groups, eps=eps,
             x2=None if second is None else m.slots[second], residual=added, total=None if added is None else x, **rows,
             activation=activation, backend=m.backend, workspace=m.workspace,
@@ -218,7 +218,7 @@ def pointwise(
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
-        return bind_pointwise_conv(
+        return pointwise_conv_.bind(
             m.slots[target] if residual == target else m.place(target, x, len(weight)), x, weight,
             x2=None if second is None else m.slots[second], weight2=weight2, bias=bias,
             residual=None if residual is None else m.slots[residual], allow_tf32=m.allow_tf32, backend=m.backend,
@@ -242,7 +242,7 @@ def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -
     """softmax(q k / sqrt(head_dim)) v of [q, k, v] in the channels of `source`."""
 
     def bind() -> Callable[[], object]:
-        return bind_attention(m.slots[target], m.slots[source], heads, head_dim)
+        return attention_.bind(m.slots[target], m.slots[source], heads, head_dim)
 
     def run() -> None:
         m.slots[target] = attention_by_torch(m.slots[source], heads, head_dim)
@@ -257,7 +257,7 @@ def residual_add(
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
-        return bind_residual_add(
+        return residual_add_.bind(
             x if padded is None else m.slots[padded], x, residual=None if residual is None else m.slots[residual],
             bias=bias, total=None if padded is None else x, backend="eager" if m.native else m.backend,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.group_norm_silu import bind_rms_norm_silu, rms_norm_silu
+from fastddpm_kernels.group_norm_silu import rms_norm_silu, rms_norm_silu_
 from torch import Tensor
 
 from fastddpm.networks.frozen.instructions import Machine, bound_once
@@ -145,7 +145,7 @@ def rms_norm(
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
-        return bind_rms_norm_silu(
+        return rms_norm_silu_.bind(
             m.place(target, x, len(weight)), x, weight, bias=bias,
             residual=None if residual is None else m.slots[residual], scale=scale, shift=shift, activation=activation,
             backend=m.backend,
