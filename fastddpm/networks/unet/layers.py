@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.attention.training import attention, resolve_attention
+from fastddpm_kernels.attention import training as attention_training
 from fastddpm_kernels.backend import why_not
 from fastddpm_kernels.conv.training import conv3x3, resolve_conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
@@ -183,8 +183,8 @@ class Attention(nn.Module):
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         backend = "native" if self.backend == "native" else "eager"
         if self.backend == "auto" and self.training:
-            backend = resolve_attention(q, k, v, self.heads)
-        h = attention(q, k, v, self.heads, backend=backend)
+            backend = attention_training.resolve_attention(q, k, v, self.heads)
+        h = attention_training.attention(q, k, v, self.heads, backend=backend)
         h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
         y = x + h
         return y if self.output_scale == 1 else y / self.output_scale

@@ -46,10 +46,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: str = "au
     backend = resolve_attention(q, k, v, heads, backend)
     if backend == "native":
         return _attention(q, k, v, heads)[0]
-    parts = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v)]
-    if backend == "reference":
-        parts = [part.double() for part in parts]
-    return softmax_attention(*parts, backend).to(q.dtype).transpose(1, 2).flatten(2)
+    wide = (q.double(), k.double(), v.double()) if backend == "reference" else (q, k, v)
+    q_, k_, v_ = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in wide)
+    return softmax_attention(q_, k_, v_, backend).to(q.dtype).transpose(1, 2).flatten(2)
 
 
 def resolve_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, backend: str = "auto") -> str:

@@ -117,11 +117,11 @@ def _input_gradient_fake(dy: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op(
     "fastddpm::conv3x3_weight_gradient",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? x2, bool channels_last) -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor? x2, bool last) -> (Tensor, Tensor)",
 )
-def _weight_gradient(dy: Tensor, x: Tensor, x2: Tensor | None, channels_last: bool) -> tuple[Tensor, Tensor]:
+def _weight_gradient(dy: Tensor, x: Tensor, x2: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
     """Return dw [O, C + C2, 3, 3] and db [O]."""
-    dweight, dbias = _weight_gradient_fake(dy, x, x2, channels_last)
+    dweight, dbias = _weight_gradient_fake(dy, x, x2, last)
     if not x.numel():
         return dweight.zero_(), dbias.zero_()
     second = None if x2 is None else channels_last(x2)
@@ -130,11 +130,11 @@ def _weight_gradient(dy: Tensor, x: Tensor, x2: Tensor | None, channels_last: bo
 
 
 @_weight_gradient.register_fake
-def _weight_gradient_fake(dy: Tensor, x: Tensor, x2: Tensor | None, channels_last: bool) -> tuple[Tensor, Tensor]:
+def _weight_gradient_fake(dy: Tensor, x: Tensor, x2: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if last else torch.contiguous_format
     dweight = torch.empty(dy.shape[1], channels, 3, 3, dtype=torch.float32, device=dy.device, memory_format=layout)
-    return dweight, dy.newempty_channels_last(dy.shape[1], dtype=torch.float32)
+    return dweight, dy.new_empty(dy.shape[1], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -160,7 +160,7 @@ _conv3x3.register_autograd(_gradients, setup_context=_save)
 
 
 def _tile(x: Tensor, weight: Tensor) -> int:
-    """Return the output pixels of a tile's side: 2 for few pixels, where packing and reading the weights is the cost."""
+    """Return the output pixels of a tile's side: 2 for few pixels, where packing the weights is the cost."""
     if x.dtype == torch.bfloat16:
         return 2
     algorithm = choose_algorithm(x.shape[0], x.shape[2], x.shape[3], weight.shape[1], weight.shape[0])

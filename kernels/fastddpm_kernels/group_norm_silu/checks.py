@@ -40,11 +40,11 @@ def check_groups(channels: int, num_groups: int) -> None:
 
 
 def check_like(x: Tensor, shapes: dict[str, tuple[int, ...]], values: dict[str, Tensor | None]) -> None:
-    """Check that `values` ("y" must be given) have x's dtype, device and memory format, and their `shapes`."""
+    """Check that `values`, if given, have x's dtype, device and memory format, and their `shapes`."""
     last = is_channels_last(x)
     if not last and not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}, must be contiguous or channels-last")
-    check_operands(x, {"y": values["y"]}, values)
+    check_operands(x, {}, values)
     for name, value in values.items():
         if value is None:
             continue

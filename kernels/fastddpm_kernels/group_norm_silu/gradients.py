@@ -16,6 +16,7 @@ from fastddpm_kernels.device.variant import run_launches
 from fastddpm_kernels.group_norm_silu.native import bind_group_norm, group_norm_gradient
 from fastddpm_kernels.layout import channels_last, empty_channels_last, empty_like, in_format_of
 
+
 def _empty_gradients(dy: Tensor, x: Tensor, x2: Tensor | None, sums: int) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dx2 and `sums` sums over the pixels; dx2 has no elements if there is no x2: an op cannot return None."""
     dx2 = x.new_empty(0) if x2 is None else empty_like(x, x2.shape[1])

@@ -21,9 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
-from fastddpm_kernels.device.variant import Variant, packaged_variants
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.group_norm_silu.plan import Plan, derived_plan, forward_plan, forward_workspace, in_place_plan
-from fastddpm_kernels.device.variant import Launch
 from fastddpm_kernels.group_norm_silu.triton_tile import (
     affine,
     membership,

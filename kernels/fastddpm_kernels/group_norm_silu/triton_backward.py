@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
-from fastddpm_kernels.device.variant import Variant
+from fastddpm_kernels.device.variant import Launch, Variant
 from fastddpm_kernels.group_norm_silu.plan import BACKWARD_LIMITS, Plan, backward_plan, derived_plan
-from fastddpm_kernels.device.variant import Launch
 from fastddpm_kernels.group_norm_silu.triton_tile import (
     affine,
     membership,

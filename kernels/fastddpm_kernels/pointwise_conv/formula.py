@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastddpm_kernels.layout import rows
 from fastddpm_kernels.checks import same_memory
+from fastddpm_kernels.layout import rows
 
 
 def reference(

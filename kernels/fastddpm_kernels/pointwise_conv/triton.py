@@ -21,9 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
-from fastddpm_kernels.device.variant import Variant, packaged_variants
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
-from fastddpm_kernels.device.variant import Launch
 from fastddpm_kernels.layout import rows
 from fastddpm_kernels.pointwise_conv.formula import by_matmul
 
@@ -219,7 +218,7 @@ def _row_stride(x: Tensor | None) -> int:
 def bind(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, allow_tf32: bool,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], object]:  # fmt: skip
     """Return what writes y. All images can be seen as rows of adjacent channels (`rows`), and y has elements."""
     (columns, channels), second = weight.shape, 0 if weight2 is None else weight2.shape[1]
     shape = (y.numel() // columns, columns, channels, second, int(residual is not None), int(allow_tf32))
@@ -230,7 +229,7 @@ def bind(
 def bind_choice(
     choice: tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, allow_tf32: bool,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], object]:  # fmt: skip
     """As `bind`, in the way of a choice; None for the heuristics'."""
     if choice == MATMUL and x.itemsize == 2:  # torch's own switch, not `allow_tf32`, would decide for float32
         return torch.no_grad()(lambda: by_matmul(y, x, weight, x2, weight2, bias, residual))

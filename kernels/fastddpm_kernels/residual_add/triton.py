@@ -145,7 +145,7 @@ def heuristic_choice(itemsize: int) -> tuned.Choice:
 
 def bind(
     y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Return what writes y, of x's shape, and total. `bias` is broadcastable to x; there are elements."""
     return partial(run, make_launch(y, x, residual, bias, total), x)
 
