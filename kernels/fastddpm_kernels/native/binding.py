@@ -59,9 +59,7 @@ def row_stride(row: Tensor | None) -> int:
     return 0 if row is None else row.stride(0)
 
 
-def bind_with_floats(
-    make: Callable[..., Callable[[], None]], *vectors: Tensor | None
-) -> Callable[[], None]:
+def bind_with_floats(make: Callable[..., Callable[[], None]], *vectors: Tensor | None) -> Callable[[], None]:
     """Return `make(*vectors)`, where native kernels read the vectors as float32.
 
     Vectors of another dtype are converted at every run, since their values may change between runs.

@@ -2,8 +2,8 @@
 
 A body is run once and recorded. What it calls of the library becomes an instruction, and so do torch's operations that
 move a row, a number or an image from one fixed place to another. Whatever else torch does is called again by torch, in
-between, on the same memory: a body without such operations is one call of the library for any number of steps. Replayed,
-the same functions run in the same order on the same memory: the same bits.
+between, on the same memory. A body without such operations is one call of the library for any number of steps.
+Replayed, the same functions run in the same order on the same memory: the same bits.
 """
 
 from __future__ import annotations
@@ -231,9 +231,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> _Transl
 
 
 def _alike(*tensors: Tensor) -> bool:
-    return all(
-        t.dtype == tensors[0].dtype and t.device.type == "cpu" and t.ndim <= _DIMENSIONS for t in tensors
-    )
+    return all(t.dtype == tensors[0].dtype and t.device.type == "cpu" and t.ndim <= _DIMENSIONS for t in tensors)
 
 
 def _walk(*tensors: Tensor) -> list[int]:
