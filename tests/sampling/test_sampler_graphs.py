@@ -20,7 +20,8 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import repaint_table
 from fastddpm.sampling.cuda_graph import MODES, CapturedBody, CaptureError, why_not
 from fastddpm.sampling.loop import ROWS, Body
-from fastddpm.sampling.runner import PlainRunner, Segment, segments
+from fastddpm.sampling.run import Segment, segments
+from fastddpm.sampling.runner import Runner
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.trajectory import Trajectory
 
@@ -64,21 +65,18 @@ def test_segments(start: int, periods: list[int], expected: list[tuple[Body, int
     assert list(segments(bodies, start, periods)) == [Segment(*segment) for segment in expected]
 
 
-class Watched(PlainRunner):
-    """Notes what it is asked for, and that the loop is at the row for which it is."""
-
-    asked: list[tuple[int, Body, int]]
-
-    def advance(self, kind: Body, count: int) -> None:
-        self.asked.append((int(self._loop.step), kind, count))
-        super().advance(kind, count)
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Body, int]]:
-    monkeypatch.setattr(Watched, "asked", [], raising=False)
-    monkeypatch.setattr("fastddpm.sampling.runner.PlainRunner", Watched)
-    return Watched.asked
+    """What is asked of runners: the row that the loop is at, the kind of step, how many."""
+    asked: list[tuple[int, Body, int]] = []
+    advance = Runner.advance
+
+    def noted(self: Runner, kind: Body, steps: int) -> None:
+        asked.append((int(self.loop.step), kind, steps))
+        advance(self, kind, steps)
+
+    monkeypatch.setattr(Runner, "advance", noted)
+    return asked
 
 
 def test_bodies_run_in_the_order_of_the_table(asked: list[tuple[int, Body, int]]) -> None:
@@ -203,7 +201,7 @@ def test_captured_is_plain_bit_for_bit(case: str, fakes: list[Fake]) -> None:
         assert same(drawn(captured, arguments(captured), seed), drawn(plain, arguments(plain), seed))
     assert fakes
     assert {id(fake.step) for fake in fakes} == {
-        id(slot.loop.step) for slot in captured._batching.pool._idle
+        id(runner.loop.step) for runner in captured._pool.idle
     } or case == "auto batch size"
     assert captured.graph_report()["captures"] == 2 * len(fakes)
 
