@@ -45,10 +45,10 @@ class BatchSizes:
     def choose(self, run: Run, count: int) -> int:
         """Return the samples at once for the `count` samples of a run, so that its chunks are of almost equal size.
 
-        What a few samples allocate says how many fit. Sizes below that are timed as long as their steps cost at most 5 %
+        What a few samples allocate says how many fit. Smaller sizes are timed, as long as their steps cost at most 5 %
         of the run's; set-up does not count. A run too short for that takes as many as fit, and one so short that four
         sample-steps are more than 5 % of it takes all. On CUDA, where a larger batch is faster as a rule, as many as
-        fit is also the answer when the 5 % end before the gain does.
+        fit is also the answer if the 5 % end before the gain does.
 
         Raises:
             torch.OutOfMemoryError: not even one sample fits.
@@ -198,7 +198,7 @@ def choose_chunk(
 
 
 def even_chunk(count: int, most: int) -> int:
-    """Return the chunk size that splits `count` into as few chunks of at most `most` as can be, of almost equal size."""
+    """Return the size of chunks that splits `count` into as few of at most `most` as can be, almost equal ones."""
     return -(-count // -(-count // most))
 
 

@@ -33,8 +33,7 @@ from fastddpm.sampling.settings import LoopSettings
 ROWS = 64  # tables get room for a multiple of this: similar lengths share a loop, and graphs are tried out in it
 AHEAD_STEPS, AHEAD_NUMBERS = 32, 2**16  # of noise that is made in one go on the CPU, at most
 
-Shapes = dict[str, tuple[int, ...]]
-_INTEGERS = ("step", "timesteps", "keys", "labels")
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Body(NamedTuple):
@@ -64,7 +63,7 @@ def buffer_shapes(
     noise: bool = False,
     known_noise: bool = False,
 ) -> Shapes:
-    """Return the names and shapes of a loop's buffers. Batches of equal ones may share a loop.
+    """Return the shapes and dtypes of a loop's buffers by name. Batches for which they are equal may share a loop.
 
     Args:
         table: the table to walk.
@@ -79,14 +78,17 @@ def buffer_shapes(
     beside = 0 if batch.condition is None else batch.condition.shape[1]
     if settings.self_condition and not network.takes_self_condition:
         beside += channels
-    classifier, labels = settings.classifier, batch.class_labels
-    shifts = None if classifier is None else classifier.shifts
-    shapes: dict[str, tuple[int, ...] | None] = {
+    labels, shifts = batch.class_labels, None if settings.classifier is None else settings.classifier.shifts
+    integers: Shapes = {
+        "step": ((1,), torch.int64),
+        "timesteps": ((rows,), table.timesteps.dtype),
+        "keys": ((n, 2), torch.int64),
+    }
+    if labels is not None:
+        integers["labels"] = ((halves * n, *labels.shape[1:]), labels.dtype)
+    floats: dict[str, tuple[int, ...] | None] = {
         "x": shape,
-        "step": (1,),
-        "timesteps": (rows,),
-        "rows": (rows, 7),
-        "keys": (n, 2),
+        "rows": (rows, table.rows.shape[1]),
         "inputs": (halves * n, channels + beside, *size),
         "self_condition": (halves * n, *shape[1:]) if settings.self_condition else None,
         "x0": shape if table.multistep or settings.self_condition or keep_x0 else None,
@@ -100,9 +102,7 @@ def buffer_shapes(
         "known_table": None if batch.known is None else (rows, 2),
         "known_noise": shape if known_noise else None,
     }
-    if labels is not None:
-        shapes["real_labels" if labels.is_floating_point() else "labels"] = (halves * n, *labels.shape[1:])
-    return {name: tuple(each) for name, each in shapes.items() if each is not None}
+    return integers | {name: (tuple(each), torch.float32) for name, each in floats.items() if each is not None}
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
@@ -125,22 +125,22 @@ class Loop:
         self.network, self.shapes, self.settings = network, shapes, settings
         self.bodies: list[Body] = []
         self.buffers = b = {
-            name: torch.zeros(shape, dtype=torch.int64 if name in _INTEGERS else torch.float32, device=network.device)
-            for name, shape in shapes.items()
+            name: torch.zeros(shape, dtype=dtype, device=network.device)
+            for name, (shape, dtype) in shapes.items()
             if name not in ("inputs", "self_condition")
         }
         self.x, self.step = b["x"], b["step"]
-        n, channels = self.x.shape[:2]
-        b["inputs"] = network.new_input(shapes["inputs"])
+        channels = self.x.shape[1]
+        b["inputs"] = network.new_input(shapes["inputs"][0])
         concatenates = "self_condition" in shapes and not network.takes_self_condition
         first = channels if concatenates else 0
         # The network's input is [x0 predicted before, x, condition]: the kernel writes the part that is x.
         self._net_in = b["inputs"][:, first : first + channels]
         self._condition = b["inputs"][:, first + channels :]
         if "self_condition" in shapes:
-            own = None if concatenates else network.new_input(shapes["self_condition"])
+            own = None if concatenates else network.new_input(shapes["self_condition"][0])
             b["self_condition"] = b["inputs"][:, :channels] if own is None else own
-        self._labels = b.get("labels", b.get("real_labels"))
+        self._labels = b.get("labels")
         self._ahead = _NoiseAhead(self) if network.device.type == "cpu" and settings.backend == "eager" else None
 
         # A classifier may guide a U-Net without classes: then the labels are the classifier's alone.
@@ -161,25 +161,23 @@ class Loop:
 
         Given noise is zero until the host puts it into its buffer.
         """
-        b, n = self.buffers, len(self.x)
-        values = {
-            "timesteps": table.timesteps,
-            "rows": _first_order_at(start, table.rows),
-            "log_variance": table.log_variance,
-            "known_table": table.levels,
-            "score_shift": score_shift(table) if "score_shift" in b else None,
-            "keys": batch.keys,
-            "guidance_scale": batch.guidance_scale,
-            "known": batch.known,
-            "known_mask": batch.known_mask,
-            "x": x,
+        b, n, rest, rows = self.buffers, len(self.x), table.skip(start), slice(start, len(table))
+        tables = {
+            "timesteps": rest.timesteps,
+            "rows": rest.rows,
+            "log_variance": rest.log_variance,
+            "known_table": rest.levels,
+            "score_shift": score_shift(rest) if "score_shift" in b else None,
+            "adds_noise": rest.rows[:, 6] != 0,
         }
-        for name, value in values.items():
+        for name, value in tables.items():
             if value is not None and name in b:
-                b[name][: len(value)].copy_(value)
-        if "adds_noise" in b and table.mean_std is not None:  # S is the shift's, and z is 0 where S was 0
-            b["rows"][: len(table), 6].copy_(table.mean_std)
-            b["adds_noise"][: len(table)].copy_(table.rows[:, 6] != 0)
+                b[name][rows].copy_(value)
+        if "adds_noise" in b and rest.mean_std is not None:  # S is the shift's, and z is 0 where S was 0
+            b["rows"][rows, 6].copy_(rest.mean_std)
+        for name, value in {"x": x, **vars(batch)}.items():
+            if value is not None and name in b:
+                b[name].copy_(value)
         if self._labels is not None and batch.class_labels is not None:
             self._labels[:-n].fill_(self.settings.null_class or 0)
             self._labels[-n:].copy_(batch.class_labels)
@@ -196,10 +194,10 @@ class Loop:
             self._ahead.load(table)
 
         low, high = self.settings.guidance_interval or (-math.inf, math.inf)
-        guidable, history, variance = "guidance_scale" in b, table.multistep, table.learned == "variance"
-        self.bodies = [
-            Body(True, guidable and low <= t <= high, history, variance) if needed else Body(False, False)
-            for needed, t in zip(table.needs_network.tolist(), table.timesteps.tolist(), strict=True)
+        guidable, multistep, variance = "guidance_scale" in b, rest.multistep, rest.learned == "variance"
+        self.bodies = [Body(False, False)] * start + [
+            Body(True, guidable and low <= t <= high, multistep, variance) if needed else Body(False, False)
+            for needed, t in zip(rest.needs_network.tolist(), rest.timesteps.tolist(), strict=True)
         ]
         for bound in self._bound.values():
             bound.load()
@@ -358,13 +356,3 @@ class _NoiseAhead:
             made = torch_normal(keys, self._shape[1:], rows[:, None], philox.STREAM_STEP, torch.float32)
             self._first, self._made = row, made.view(-1, *self._shape)
         return self._made[row - self._first]
-
-
-def _first_order_at(start: int, rows: Tensor) -> Tensor:
-    """Return `rows` with that of `start` as if the x0 before it were its own: it has none before it."""
-    if float(rows[start, 5]) == 0:
-        return rows
-    rows = rows.clone()
-    rows[start, 2] += rows[start, 5]
-    rows[start, 5] = 0
-    return rows

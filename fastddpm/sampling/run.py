@@ -170,7 +170,7 @@ class Run:
 
     def key(self) -> object:
         """Return what is equal for runs whose loops differ in their numbers of samples and rows alone."""
-        return frozenset((name, shape[1:]) for name, shape in self.shapes(slice(0, 1)).items())
+        return frozenset((name, shape[1:], dtype) for name, (shape, dtype) in self.shapes(slice(0, 1)).items())
 
     def one_step(self, runner: Runner) -> Body:
         """Run one step of the most frequent kind, for as many samples as the loop has, and return that kind."""
