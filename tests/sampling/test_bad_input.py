@@ -64,7 +64,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"prediction_type": "score"}, "prediction_type is 'score'"),
     ({"variance_type": "none"}, "variance_type is 'none'"),
     ({"method": "ddim", "variance_type": "none"}, "variance_type is 'none'"),
-    ({"eta": 0.5}, "eta is 0.5 but method is 'ddpm', which has no such setting; 'ddim' has it"),
+    ({"eta": 0.5}, "eta is 0.5 but method is 'ddpm'; eta is a setting of method 'ddim'"),
     ({"method": "dpmsolver++", "eta": 0.5}, "eta is 0.5 but method is 'dpmsolver++'"),
     ({"method": "ddim", "solver_order": 1}, "solver_order is 1 but method is 'ddim'"),
     ({"use_clipped_model_output": True}, "use_clipped_model_output is True but method is 'ddpm'"),
