@@ -30,7 +30,7 @@ class Options(NamedTuple):
 def torch_step(
     x: Tensor, out: Tensor, table: Tensor, step: Tensor, o: Options, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return (x_next, x0), computed in `dtype`, returned in `x`'s."""
+    """(x_next, x0), computed in `dtype`, returned in `x`'s."""
     given_dtype = x.dtype
     x = x.to(dtype)
     a, b, c, d, e, f, s = table_row(table, step, dtype)
@@ -61,12 +61,12 @@ def torch_step(
 
 
 def table_row(table: Tensor, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return the entries of `table[step]`, each [1], which broadcasts against any shape."""
+    """The entries of `table[step]`, each [1], so that they broadcast against any shape."""
     return table.index_select(0, step).to(dtype).unbind(1)
 
 
 def split_out(x: Tensor, out: Tensor, guided: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the unconditional prediction (None if not guided), the (conditional) prediction and v, in `x`'s dtype.
+    """The unconditional prediction (None if not guided), the (conditional) prediction and v, in `x`'s dtype.
 
     v, the second half of the channels, has none where no variance is learned.
     """
@@ -80,26 +80,26 @@ def split_out(x: Tensor, out: Tensor, guided: bool) -> tuple[Tensor | None, Tens
 
 
 def guide(unconditional: Tensor | None, conditional: Tensor, scale: Tensor | None) -> Tensor:
-    """Apply classifier-free guidance; return `conditional` itself if there is no scale."""
+    """Classifier-free guidance; `conditional` itself where there is no scale."""
     if unconditional is None or scale is None:
         return conditional
     return unconditional + per_sample(scale, conditional) * (conditional - unconditional)
 
 
 def per_sample(scale: Tensor, like: Tensor) -> Tensor:
-    """Return a scale [1] or [N] as [., 1, ...], to multiply a tensor [N, C, ...]."""
+    """A scale [1] or [N] as [., 1, ...], to multiply a tensor [N, C, ...]."""
     return scale.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def learned_std(v: Tensor, log_variance: Tensor, step: Tensor) -> Tensor:
-    """Return the standard deviation that v in [-1, 1] places between those of `log_variance[step]`."""
+    """The standard deviation that v in [-1, 1] places between those of `log_variance[step]`."""
     log_min, log_max = table_row(log_variance, step, v.dtype)
     fraction = (v + 1) / 2
     return (0.5 * (fraction * log_max + (1 - fraction) * log_min)).exp()
 
 
 def given_or_made(noise: Tensor | None, keys: Tensor | None, x: Tensor, step: Tensor, stream: int) -> Tensor:
-    """Return `noise`, or if it is None the noise of `keys`, in `x`'s dtype."""
+    """`noise`, or if it is None the noise of `keys`, in `x`'s dtype."""
     if noise is not None:
         return noise.to(x.dtype)
     assert keys is not None
