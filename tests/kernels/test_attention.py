@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastddpm_kernels import native as _native
 from fastddpm_kernels.attention import attention_
-from fastddpm_kernels.attention.training import attention, why_not_native
+from fastddpm_kernels.attention.training import attention, resolve_attention
 from fastddpm_kernels.backend import BackendError
 from fastddpm_kernels.testing import (
     FLOORS,
@@ -185,7 +185,7 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [given[name].unflatten(2, (2, -1)).transpose(1, 2) for name in "qkv"]
     assert torch.equal(eager, F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
     assert attention(*(given[name].double() for name in "qkv"), 2).dtype == torch.float64
-    monkeypatch.setattr("fastddpm_kernels.native.training._why_no_library", lambda: "there is no C++ compiler")
+    monkeypatch.setattr("fastddpm_kernels.native.why_not", lambda: "there is no C++ compiler")
     assert torch.equal(attention(**given), eager)
     check_refuses(attention, BackendError, "no C.. compiler", **given, backend="native")
 
@@ -193,15 +193,18 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("native")
 def test_what_native_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 4, 6)
-    assert why_not_native(q, q, q, 2) is None
-    assert "float16" in str(why_not_native(*[q.half()] * 3, 2))
+    assert resolve_attention(q, q, q, 2) == "native"
+    with pytest.raises(BackendError, match="native kernels compute in"):
+        resolve_attention(*[q.half()] * 3, 2, "native")
     monkeypatch.setattr(_native.get(), "bfloat16", 1)
     half = q.bfloat16()
-    assert why_not_native(half, half, half, 1) is None
-    assert "even" in str(why_not_native(half, half, half, 2))
-    monkeypatch.setattr(_native.get(), "bfloat16", 2)
-    assert "AMX" in str(why_not_native(half, half, half, 1))
-    assert why_not_native(half, half, half, 1, slower=True) is None
+    assert resolve_attention(half, half, half, 1) == "native"
+    assert resolve_attention(half, half, half, 2) == "eager"
+    with pytest.raises(BackendError, match="an odd number of channels, must be even in bfloat16"):
+        resolve_attention(half, half, half, 2, "native")
+    monkeypatch.setattr(_native.get(), "bfloat16", 2)  # torch's own is faster
+    assert resolve_attention(half, half, half, 1) == "eager"
+    assert resolve_attention(half, half, half, 1, "native") == "native"
 
 
 Y, QKV, Q = torch.ones(1, 4, 3, 3), torch.ones(1, 12, 3, 3), torch.ones(1, 4, 6)

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from fastddpm_kernels import native as _native
 from fastddpm_kernels.backend import BackendError
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, conv_, error_factor, pack, packed_values
-from fastddpm_kernels.conv.training import conv3x3
+from fastddpm_kernels.conv.training import conv3x3, resolve_conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
-from fastddpm_kernels.native.training import why_not_native
 from fastddpm_kernels.testing import (
     FLOORS,
     Guarded,
@@ -378,7 +377,7 @@ def test_nothing_in_nothing_out() -> None:
 def test_compiles_without_graph_breaks() -> None:
     def both(x: Tensor, weight: Tensor, bias: Tensor, x2: Tensor) -> Tensor:
         h = conv3x3(x, weight, bias, x2)
-        return group_norm_silu(h, bias, bias, 3, backend="native" if why_not_native(h) is None else "eager")
+        return group_norm_silu(h, bias, bias, 3, backend=resolve_conv3x3(x, weight, bias, x2))
 
     check_compiles(
         both, *(value.requires_grad_() for value in make(TRAINING["two_sources"]).values() if value is not None)
@@ -399,12 +398,15 @@ def test_custom_op(dtype: torch.dtype) -> None:
 def test_where_torch_is_faster_in_bfloat16_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = torch.ones(2, 3, 2, 3), torch.ones(5, 3, 3, 3), torch.ones(5)
     half = x.bfloat16()
-    for kind, reason in ((2, "AMX"), (0, "AVX512-BF16")):
+    for kind, reason in ((2, ""), (0, "AVX512-BF16")):
         monkeypatch.setattr(_native.get(), "bfloat16", kind)
-        assert reason in str(why_not_native(half, float32=(weight, bias)))
-        assert why_not_native(x, float32=(weight, bias)) is None
-        slower = why_not_native(half, float32=(weight, bias), slower=True)
-        assert slower is None if kind == 2 else reason in str(slower)
+        assert resolve_conv3x3(half, weight, bias) == "eager"
+        assert resolve_conv3x3(x, weight, bias) == "native"
+        if kind == 2:
+            assert resolve_conv3x3(half, weight, bias, backend="native") == "native"
+        else:
+            with pytest.raises(BackendError, match=reason):
+                resolve_conv3x3(half, weight, bias, backend="native")
 
 
 def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +421,7 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     check_refuses(conv3x3, BackendError, "bfloat16", **mixed, backend="native")
     fp16 = given | {name: given[name].half() for name in ("x", "x2")}
     check_refuses(conv3x3, BackendError, "float16", **fp16, backend="native")
-    monkeypatch.setattr("fastddpm_kernels.native.training._why_no_library", lambda: "there is no C++ compiler")
+    monkeypatch.setattr("fastddpm_kernels.native.why_not", lambda: "there is no C++ compiler")
     assert torch.equal(conv3x3(**given), expected)
     check_refuses(conv3x3, BackendError, "no C.. compiler", **given, backend="native")
 

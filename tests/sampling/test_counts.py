@@ -156,7 +156,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return None if (backend, device_type) == ("triton", "meta") else why_not(backend, device_type, *more)
 
     def note(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__.strip('_')}"] += 1
+        launched[f"{kernel.fn.__module__.split('.')[1]}.{kernel.fn.__name__.strip('_')}"] += 1
 
     monkeypatch.setattr(_backend, "why_not", none)
     for kind in (InterpretedFunction, JITFunction):  # without a GPU, and with one
