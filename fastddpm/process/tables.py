@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastddpm.process.schedule import NoiseSchedule
 
-METHODS = ("ddpm", "ddim", "dpmsolver++")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 CONVENTIONS = ("diffusers", "guided_diffusion", "denoising_diffusion_pytorch")
 
 Level = tuple[float, float]
+Shifts = Literal["mean", "epsilon", "clipped epsilon"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class StepTable:
             with bounds -1 and 1), "variance" (v is the variance: as "log" once its logarithm is taken), or None.
         mean_std: float64 [S], by whose square a classifier's gradient moves the mean, where that is not S (a factor of
             v's standard deviation, as S is); else None.
+        shifts: what a classifier's gradient moves, see `guidance.Classifier`.
     """
 
     timesteps: Tensor
@@ -52,6 +54,7 @@ class StepTable:
     start: Level
     learned: str | None = None
     mean_std: Tensor | None = None
+    shifts: Shifts = "epsilon"
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -62,7 +65,7 @@ class StepTable:
         return bool((self.rows[:, 5] != 0).any())
 
     def skip(self, index: int) -> StepTable:
-        """The table from row `index` on, to start from a partly noised x.
+        """Return the table from row `index` on, to start from a partly noised x.
 
         A first row that would need the x0 before it becomes the first-order one: F is taken by C.
 
@@ -97,13 +100,13 @@ def ddpm_table(
     variance_type: str = "fixed_small",
     convention: str = "diffusers",
 ) -> StepTable:
-    """Ancestral sampling, on all or on strided steps (Ho et al. 2020, eq. 7 and 11; Nichol & Dhariwal 2021, eq. 19).
+    """Return the table of ancestral sampling, on all or on strided steps (Ho et al. 2020, eq. 7 and 11).
 
-    For strided steps alpha_t is abar_t / abar_prev, with abar_prev = 1 after the last. beta_tilde is then 0, whose
-    logarithm the libraries avoid in their own ways, which `convention` names: "diffusers" and
-    "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step before. They also
-    differ in what gets noise: every timestep above 0 in the first two, every step but the last in guided-diffusion,
-    where a classifier's gradient moves the last one all the same, by the variance that the step has.
+    For strided steps alpha_t is abar_t / abar_prev (Nichol & Dhariwal 2021, eq. 19), with abar_prev = 1 after the last.
+    There beta_tilde is 0, and the libraries avoid its logarithm in their own ways, named by `convention`: "diffusers"
+    and "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step before. They also
+    differ in what gets noise: every timestep above 0 in the first two; every step but the last in guided-diffusion,
+    where a classifier's gradient still moves the last one, by the variance of that step.
 
     Args:
         schedule: the forward process the network was trained on.
@@ -160,6 +163,7 @@ def ddpm_table(
         log_variance=bounds,
         learned=learned,
         mean_std=mean_std,
+        shifts="mean",
     )
 
 
@@ -172,7 +176,7 @@ def ddim_table(
     use_clipped_model_output: bool = False,
     set_alpha_to_one: bool = True,
 ) -> StepTable:
-    """DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has the variance of DDPM.
+    """Return the table of DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has DDPM's variance.
 
     Args:
         schedule, timesteps, prediction_type: as for `ddpm_table`.
@@ -191,7 +195,9 @@ def ddim_table(
     direction = (1 - bar_prev - std.square()).clamp_min(0).sqrt()
     to_x0 = x0_from(prediction_type, bar, timesteps)
     c, d, e = _ddim_mean(prediction_type, bar, bar_prev, direction, rederive=use_clipped_model_output)
-    return make_table(timesteps, (*to_x0, c, d, e, torch.zeros_like(bar), std), before=bar, after=bar_prev)
+    shifts: Shifts = "clipped epsilon" if use_clipped_model_output else "epsilon"
+    columns = (*to_x0, c, d, e, torch.zeros_like(bar), std)
+    return make_table(timesteps, columns, before=bar, after=bar_prev, shifts=shifts)
 
 
 def ddim_inversion_table(
@@ -202,7 +208,7 @@ def ddim_inversion_table(
     use_clipped_model_output: bool = False,
     set_alpha_to_one: bool = True,
 ) -> StepTable:
-    """DDIM run backwards: encodes x_0 as the x_T that `ddim_table` with the same timesteps decodes (eta 0).
+    """Return DDIM backwards: it encodes x_0 as the x_T that `ddim_table` with the same timesteps decodes (eta 0).
 
     The ODE of Song et al. 2021 (section 4.3) from each level up to the next. As in diffusers' `DDIMInverseScheduler`
     the network is told the timestep it goes to.
@@ -240,8 +246,9 @@ def make_table(
     learned: str | None = None,
     needs_network: Tensor | None = None,
     mean_std: Tensor | None = None,
+    shifts: Shifts = "epsilon",
 ) -> StepTable:
-    """A `StepTable` from its seven columns and abar before and after each step, all [S]."""
+    """Return a `StepTable` of its seven columns and abar before and after each step, all [S]."""
     return StepTable(
         timesteps,
         torch.stack(list(columns), dim=1),
@@ -251,13 +258,14 @@ def make_table(
         (float(before[0].sqrt()), float((1 - before[0]).sqrt())),
         learned,
         mean_std,
+        shifts,
     )
 
 
 def walk(
     schedule: NoiseSchedule, timesteps: Sequence[int] | Tensor, *, set_alpha_to_one: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The timesteps, checked; abar at each; and abar at the one visited next: after the last 1, or abar_0."""
+    """Return the timesteps, checked; abar at each; and abar at the one visited next (after the last 1, or abar_0)."""
     timesteps = schedule.check_timesteps(timesteps)
     levels = schedule.alphas_cumprod
     bar = levels[timesteps]
@@ -265,7 +273,7 @@ def walk(
 
 
 def x0_from(prediction_type: str, bar: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) in x0 = A x_t + B out.
+    """Return (A, B) in x0 = A x_t + B out.
 
     Raises:
         ValueError: `prediction_type` is not known, or is "epsilon" where abar is 0.
@@ -285,7 +293,7 @@ def x0_from(prediction_type: str, bar: Tensor, timesteps: Tensor) -> tuple[Tenso
 
 
 def _epsilon_from(prediction_type: str, bar: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, Q) in epsilon = P x_t + Q out."""
+    """Return (P, Q) in epsilon = P x_t + Q out."""
     if prediction_type == "epsilon":
         return torch.zeros_like(bar), torch.ones_like(bar)
     if prediction_type == "sample":
@@ -296,7 +304,7 @@ def _epsilon_from(prediction_type: str, bar: Tensor) -> tuple[Tensor, Tensor]:
 def _ddim_mean(
     prediction_type: str, bar: Tensor, bar_next: Tensor, direction: Tensor, *, rederive: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(C, D, E) of sqrt(abar_next) x0 + direction epsilon."""
+    """Return (C, D, E) of sqrt(abar_next) x0 + direction epsilon."""
     zero = torch.zeros_like(bar)
     if rederive:  # epsilon = (x_t - sqrt(abar) x0) / sqrt(1 - abar), with the clipped x0
         keep, eps_x, eps_out = -(bar / (1 - bar)).sqrt(), 1 / (1 - bar).sqrt(), zero
