@@ -49,5 +49,5 @@ def bind_rms_norm(
 
 
 def _sizes(x: Tensor, x2: Tensor | None) -> tuple[int, int, int, int]:
-    """Samples, pixels, and channels of x and of x2."""
+    """Return samples, pixels, and channels of x and of x2."""
     return x.shape[0], math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1]
