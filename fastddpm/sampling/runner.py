@@ -1,7 +1,7 @@
 """How the steps of a loop are run: one by one, as CUDA graphs, or as native programs on the CPU.
 
-All give the same numbers, bit for bit. Graphs and programs hold where a loop's buffers are, not what is in them, so that
-one serves every batch that is loaded later. `make_runner` is the one place that chooses.
+All give the same numbers, bit for bit. Graphs and programs hold where a loop's buffers are, not what is in them, so
+that one serves every batch that is loaded later. `make_runner` is the one place that chooses.
 """
 
 from __future__ import annotations
