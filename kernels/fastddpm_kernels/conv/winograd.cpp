@@ -169,9 +169,11 @@ class Winograd {
             float* out = products + point * count * width;
             for (long panel = begin; panel < end; ++panel) {
                 const float* weights = c.weight + (point * panels + panel) * depth * kPanel;
-                for_row_tiles(count, [&](long r, auto rows) {
-                    multiply_tile<A, rows>(
-                        a + r * stride, stride, weights, depth, out + r * width + (panel - begin) * kPanel, width);
+                with_columns(c.out_channels - panel * kPanel, [&](auto columns) {
+                    for_row_tiles(count, [&](long r, auto rows) {
+                        multiply_tile<A, rows, columns>(
+                            a + r * stride, stride, weights, depth, out + r * width + (panel - begin) * kPanel, width);
+                    });
                 });
             }
         }
