@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,75 +296,82 @@ def test_threads_may_run_native_ops_at_the_same_time() -> None:
     assert all(torch.equal(each, alone.x) for each in results)
 
 
-# The child of a fork has no threads but one: native ops make theirs anew. (torch's own pool does not.)
+# A program with work for many threads.
+PROGRAM = """
+import os, time, torch
+from fastddpm_kernels.conv import conv_
+from fastddpm_kernels.native.program import record
+x = torch.randn(1, 32, 32, 16).permute(0, 3, 1, 2)  # so small that torch itself takes one thread
+y = torch.empty_like(x)
+program = record(conv_.bind(y, x, torch.randn(16, 16, 3, 3), backend="native"))
+before = {int(task) for task in os.listdir("/proc/self/task")}
+def helpers():
+    return [int(task) for task in os.listdir("/proc/self/task") if int(task) not in before]
+"""
+# The child of a fork has no threads but one: programs make theirs anew. (torch's own pool does not.)
 FORK = """
-import os, torch
 torch.set_num_threads(2)
-from fastddpm_kernels import native
-big = torch.arange(4_000_000)
-expected = native.checksums([big])
+program.advance(1)
+expected = y.clone()
 child = os.fork()
 if child == 0:
-    os._exit(0 if native.checksums([big]) == expected and len(os.listdir("/proc/self/task")) == 2 else 1)
+    y.zero_()
+    program.advance(1)
+    os._exit(0 if torch.equal(y, expected) and len(os.listdir("/proc/self/task")) == 2 else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert native.checksums([big]) == expected
+program.advance(1)
+assert torch.equal(y, expected)
 """
 # Helpers run where the caller may run, also if that changes, and there are no more of them than asked for.
 AFFINITY = """
-import os, torch
-from fastddpm_kernels import native
-def helpers():
-    return [int(task) for task in os.listdir("/proc/self/task") if int(task) not in before]
-native.why_not()
-before = [int(task) for task in os.listdir("/proc/self/task")]
-big = torch.arange(4_000_000)
 torch.set_num_threads(1)
-native.checksums([big])
+program.advance(1)
 assert len(helpers()) == 0
 torch.set_num_threads(3)
-native.checksums([big])
+program.advance(1)
 assert len(helpers()) == 2, helpers()
 whole = os.sched_getaffinity(0)
 for allowed in ({min(whole)}, whole):
     os.sched_setaffinity(0, allowed)
-    native.checksums([big])
+    program.advance(1)
     assert all(os.sched_getaffinity(task) == allowed for task in helpers())
 torch.set_num_threads(2)
-native.checksums([big])
+program.advance(1)
 assert len(helpers()) == 2
 """
-
-
-@pytest.mark.parametrize("script", [FORK, AFFINITY], ids=["fork", "affinity"])
-def test_the_team_of_threads(script: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment)
-
-
-# A process that has a core to itself half of the time must not wait for the other half at every join.
+# Two threads on one core: a join that spins until the other comes takes a time slice.
 CROWDED = """
-import os, time, torch
-from fastddpm_kernels import native
-big, threads = torch.arange(1_000_000), 2
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 def seconds(threads):
     torch.set_num_threads(threads)
-    native.checksums([big])
+    program.advance(1)
     start = time.perf_counter()
-    for _ in range(200): native.checksums([big])
+    program.advance(1000)
     return time.perf_counter() - start
 ratios = sorted(seconds(2) / seconds(1) for _ in range(5))
 assert ratios[2] < 3, ratios
 """
 
 
-def test_more_threads_than_cores_are_not_slow() -> None:
-    """Two threads on one core: a join that spins until the other comes takes a time slice."""
-    subprocess.run([sys.executable, "-c", CROWDED], check=True, timeout=120)
+@pytest.mark.parametrize("script", [FORK, AFFINITY, CROWDED], ids=["fork", "affinity", "crowded"])
+def test_the_team_of_threads(script: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", PROGRAM + script], check=True, timeout=120, env=environment)
 
 
-def test_a_cache_of_the_library_says_which_functions_are_instructions() -> None:
-    functions = _native.get().functions
-    for name in ("conv_direct", "conv3x3_winograd", "attention", "group_norm", "rms_norm", "reverse_step", "copy"):
-        assert hasattr(functions, f"fastddpm_{name}_words")
-    assert Path(functions._name).suffix == ".so"
+def test_programs_alone_run_on_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between operations of torch they run on its own, which wait for the next one and would be in the way."""
+    step, said = Step(), []
+    advance = _native.get().functions.fastddpm_program_advance
+
+    def listen(*arguments: Any) -> None:
+        said.append(arguments[5])
+        advance(*arguments)
+
+    alone = record(step.body)
+    mixed = record(lambda: (step.body(), step.x.mul_(0.9)))
+    monkeypatch.setattr(_native.get().functions, "fastddpm_program_advance", listen)
+    for program, expected in ((alone, True), (mixed, False)):
+        program.advance(1)
+        assert said == [expected]
+        said.clear()

@@ -1,7 +1,8 @@
 """The native backend: C++ for the CPU. The only place that builds and loads the library, and knows its functions.
 
-The library knows neither Python nor torch: it takes addresses and sizes, checked by the ops, and has its own threads,
-as many as torch. Python's global lock is not held while it runs.
+The library knows neither Python nor torch: it takes addresses and sizes, checked by the ops. An op runs on the threads
+of the OpenMP runtime that torch has loaded, a program on the library's own, as many. Python's global lock is not held
+meanwhile.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _ARGUMENTS = {
     "fastddpm_add_int64": [_P] * 3 + [_L] * 3,
     "fastddpm_program_delete": [_P],
     "fastddpm_program_append": [_P] * 3 + [_L] * 2,
-    "fastddpm_program_advance": [_P] + [_L] * 3 + [_I, _P],
+    "fastddpm_program_advance": [_P] + [_L] * 3 + [_I] * 2 + [_P],
 }
 _lock = threading.Lock()
 log = logging.getLogger("fastddpm.kernels")
@@ -63,7 +64,10 @@ class _Library:
                 functions = self._open(anew=True)
             except OSError as second:
                 raise BuildError(f"the library does not load: {second}") from None
-        self.panel: int = functions.fastddpm_panel()
+        # Symbols of what torch's own extension depends on: the runtime whose threads torch uses.
+        parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+        functions.fastddpm_start.argtypes = [_P]
+        self.panel: int = functions.fastddpm_start(None if parallel is None else ctypes.cast(parallel, _P))
         self.bfloat16: int = functions.fastddpm_bfloat16()
         self.functions = functions
 

@@ -37,14 +37,14 @@ extern "C" void fastddpm_program_append(
     static_cast<fastddpm::Program*>(program)->push_back({run, {words, words + count}, threads_at});
 }
 
-// Runs the instructions from `begin` to `end` `times` times. Adds the seconds that each takes to `taken`, if not null.
+// Runs the instructions from `begin` to `end` `times` times, with `alone` on threads of the library's own. Adds the seconds that each takes to `taken`, if not null.
 extern "C" void fastddpm_program_advance(
-    void* program, long begin, long end, long times, int threads, double* taken) {
+    void* program, long begin, long end, long times, int threads, int alone, double* taken) {
     using namespace fastddpm;
     Program& instructions = *static_cast<Program*>(program);
     for (long i = begin; i < end; ++i)
         if (instructions[i].threads_at >= 0) instructions[i].words[instructions[i].threads_at] = threads;
-    const Engagement engagement(threads);
+    const Engagement engagement(alone ? threads : 1);
     for (long time = 0; time < times; ++time)
         for (long i = begin; i < end; ++i) {
             const double start = taken ? seconds() : 0;

@@ -119,7 +119,9 @@ class Program:
         return result
 
     def _run(self, begin: int, end: int, times: int, taken: Any = None) -> None:
-        self._functions.fastddpm_program_advance(self._handle, begin, end, times, torch.get_num_threads(), taken)
+        # Where torch has its turn in between, its own threads wait for it and would be in the way of others.
+        threads, alone = torch.get_num_threads(), self.is_native
+        self._functions.fastddpm_program_advance(self._handle, begin, end, times, threads, alone, taken)
 
 
 def record(body: Callable[[], object]) -> Program:

@@ -2,8 +2,11 @@
 
 #include "native/simd.h"
 
-// Returns the width of a panel of packed weights.
-extern "C" int fastddpm_panel() { return fastddpm::kPanel; }
+// `parallel` is GOMP_parallel of the OpenMP runtime that torch uses, or null. Returns the width of a panel.
+extern "C" int fastddpm_start(fastddpm::ParallelEntry parallel) {
+    fastddpm::torchs_threads = parallel;
+    return fastddpm::kPanel;
+}
 
 // How products of bfloat16 are to be had: 0 not here, 1 by this library, 2 here too, but the CPU has matrix units, which
 // oneDNN uses and this library does not.

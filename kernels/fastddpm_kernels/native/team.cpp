@@ -4,6 +4,8 @@
 // the system does not run, since another process has its core, holds up nothing but the item that it is at.
 //
 // Who waits spins for some microseconds and then sleeps: other processes, and a helper that waits for a core, need it.
+//
+// torch's own pool has none of this, but it is what torch's operations wait for: see `torchs_threads`.
 
 #include "native/team.h"
 
@@ -226,8 +228,26 @@ void put_back(Team* team) {
 
 }  // namespace
 
+ParallelEntry torchs_threads = nullptr;
+
 void share(long count, int threads, Item item, const void* body) {
     if (engaged != nullptr) return engaged->run(count, threads, item, body);
+    if (torchs_threads != nullptr) {
+        struct Work {
+            std::atomic<long> next;
+            long count;
+            Item item;
+            const void* body;
+        } work{{0}, count, item, body};
+        torchs_threads(
+            [](void* data) {
+                Work& work = *static_cast<Work*>(data);
+                for (long i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;)
+                    work.item(work.body, i);
+            },
+            &work, static_cast<unsigned>(std::min<long>(threads, count)), 0);
+        return;
+    }
     Team* team = get_team(threads);
     team->run(count, threads, item, body);
     put_back(team);
