@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Lets `write(temporary)` make a file beside `path`, then renames it to `path`.
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Let `write(temporary)` make a file beside `path`, then rename it to `path`.
 
     The file at `path` is the old one or the whole new one, never a part, also when `write` fails or the process is
     killed. The temporary name keeps `path`'s suffix, since libraries choose the format by it. Parent folders are
@@ -39,14 +39,14 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` in UTF-8, atomically."""
+    atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Writes `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    atomic_write(path, write)
+    """Write `content` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,7 +61,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # also text that is not UTF-8, and numbers of too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, holds a {type(content).__name__}")
