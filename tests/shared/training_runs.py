@@ -41,8 +41,8 @@ def train(folder: Path, dropout: float, last: int = 0) -> None:
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False, dropout=dropout,
     )  # fmt: skip
     run = Trainer(
-        GaussianDiffusion(unet, NoiseSchedule.cosine(8), timestep_sampling="importance"), Noisy(), results_folder=folder,
-        train_num_steps=20, train_batch_size=4, gradient_accumulate_every=2, train_lr=1e-2,
+        GaussianDiffusion(unet, NoiseSchedule.cosine(8), timestep_sampling="importance"), Noisy(),
+        results_folder=folder, train_num_steps=20, train_batch_size=4, gradient_accumulate_every=2, train_lr=1e-2,
         augment_horizontal_flip=True, ema_decay=(0.9, 0.99), log_every=3, save_every=4, sample_every=100,
         num_inference_steps=2, num_workers=0, tensorboard=False, progress=False, resume=True,
         device="cpu" if torch.accelerator.is_available() else None,
@@ -68,7 +68,7 @@ def launch(function: Any, *arguments: Any, processes: int = 1) -> list[int | Non
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     children = []
     for rank in range(processes):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
