@@ -1,7 +1,8 @@
-"""Files are written whole or not at all, and nothing in those that are read is executed."""
+"""Write files whole or not at all; read files without executing anything in them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -49,8 +50,17 @@ def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -71,7 +81,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Any:
-    """What a safetensors file (by its suffix), or one that torch saved, holds: tensors in plain containers, on the CPU.
+    """Read a safetensors file (by its suffix) or one of torch's: tensors in plain containers, on the CPU.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -90,7 +100,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Any:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """As `read_tensors`, of a file that holds tensors by name and nothing else.
+    """Read a file that holds tensors by name and nothing else, as `read_tensors`.
 
     Raises:
         FileNotFoundError, ValueError: as there, or it holds other things.

@@ -1,4 +1,4 @@
-"""A run as a TOML file: what is trained, on what, how.
+"""Read and write a run as a TOML file: what is trained, on what, how.
 
     [data]       folder
     [model]      fields of `fastddpm.UNetConfig`
@@ -69,7 +69,7 @@ Tables = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What `fastddpm train` is told.
+    """The settings of `fastddpm train`.
 
     Attributes:
         folder: of pictures, or an `.npz`.
@@ -87,7 +87,7 @@ class RunConfig:
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Mapping[str, Any]], where: str = "config") -> RunConfig:
-        """From sections and their keys.
+        """Build a config from sections and their keys.
 
         Raises:
             ValueError: a section or key is not known, or a value is wrong; the message names it.
@@ -105,7 +105,7 @@ class RunConfig:
         return cls(sections["data"].get("folder"), model, sections["diffusion"], trainer, metric)
 
     def build(self) -> GaussianDiffusion:
-        """The diffusion with a U-Net that is initialised from `trainer.seed`.
+        """Return the diffusion, with a U-Net initialised from `trainer.seed`.
 
         Raises:
             ValueError, TypeError: a setting is wrong, or two contradict each other.
@@ -118,7 +118,7 @@ class RunConfig:
         return GaussianDiffusion(unet, schedule, **objective)
 
     def to_tables(self) -> Tables:
-        """All sections with all their keys."""
+        """Return all sections with all their keys."""
         diffusion = {**_SCHEDULE, **_OBJECTIVE, **self.diffusion}
         if (betas := diffusion["trained_betas"]) is not None:
             diffusion["num_train_timesteps"] = len(betas)
@@ -131,7 +131,7 @@ class RunConfig:
 
 
 def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
-    """The schedule that keys of [diffusion] name; ValueError where one is wrong, or says what the schedule has not."""
+    """Return the schedule that keys of [diffusion] name; raise ValueError where one is wrong or has no effect."""
     told = {name: given.get(name, default) for name, default in _SCHEDULE.items()}
     betas, rescale = told.pop("trained_betas"), told.pop("rescale_betas_zero_snr")
     if not isinstance(rescale, bool):
@@ -157,7 +157,7 @@ def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def read_tables(path: str | os.PathLike[str]) -> Tables:
-    """The sections of a TOML file.
+    """Read the sections of a TOML file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -179,7 +179,7 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
 
 
 def parse_assignment(text: str) -> tuple[str, str, Any]:
-    """(section, key, value) of `section.key=value`, the value as TOML writes it; a bare word is a string.
+    """Split `section.key=value`, the value as TOML writes it (a bare word is a string), into the three.
 
     Raises:
         ValueError: it is not of this form, or there is no such key.
@@ -197,7 +197,7 @@ def parse_assignment(text: str) -> tuple[str, str, Any]:
 
 
 def check_keys(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
-    """Raises ValueError where a section or a key is not known."""
+    """Raise ValueError where a section or a key is not known."""
     for section, keys in tables.items():
         if section not in KEYS:
             raise ValueError(f"{where}: there is no section [{section}], only {_sections()}")
@@ -215,7 +215,7 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]], comment: str = "") -> str:
 
 
 def write_run_config(path: Path, trainer: Trainer) -> None:
-    """Writes what a trainer was told, as far as a file can say it: all of it for pictures and a `fastddpm.UNet`."""
+    """Write a trainer's settings, as far as a file can name them: all, for pictures and a `fastddpm.UNet`."""
     diffusion = trainer.diffusion
     tables: Tables = {"data": {"folder": trainer.data_folder}}
     comments = [f"fastddpm {__version__}, torch {torch.__version__}"]

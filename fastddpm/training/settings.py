@@ -1,4 +1,4 @@
-"""What a training run can be told, checked."""
+"""The settings of a training run, and their checks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _number(least: float = -math.inf, below: float = math.inf, *, closed: bool =
         isinstance(value, numbers.Real)
         and not isinstance(value, bool)
         and math.isfinite(value)
-        and (least <= value if closed else least < value)
-        and value < below
+        and (least <= float(value) if closed else least < float(value))
+        and float(value) < below
     )
 
 
@@ -76,7 +76,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The settings of a `Trainer`, most of them called as in denoising_diffusion_pytorch's and diffusers' trainers.
+    """The settings of a `Trainer`, most of them named as in denoising_diffusion_pytorch's and diffusers' trainers.
 
     A step is one update of the weights, from `train_batch_size * gradient_accumulate_every` images.
 
@@ -93,7 +93,7 @@ class TrainerSettings:
         lr_final: the rate at the end, as a share of the peak.
         adam_betas, adam_weight_decay, adam_epsilon: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; None for no clipping.
-        mixed_precision: "no", "bf16" or "fp16" (CUDA only); None for what `accelerate launch` was told, else "no".
+        mixed_precision: "no", "bf16" or "fp16" (CUDA only); None for that of `accelerate launch`, else "no".
         ema_decay: of the averaged weights, one or several; a half-life of h steps is 0.5 ** (1 / h). The first is the
             model that is sampled and saved.
         ema_warmup: the decay of step n is at most (1 + n) / (10 + n), so that the average forgets the start.
@@ -167,16 +167,16 @@ class TrainerSettings:
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
-        """`ema_decay` as a tuple."""
+        """Return `ema_decay` as a tuple."""
         return tuple(_several(self.ema_decay))
 
     @property
     def images_per_step(self) -> int:
-        """Images of one update of the weights."""
+        """Return the images of one update of the weights."""
         return self.train_batch_size * self.gradient_accumulate_every
 
     def replace(self, **fields: Any) -> TrainerSettings:
-        """A copy with other values of the named settings.
+        """Return a copy with other values of the named settings.
 
         Raises:
             TypeError: there is no such setting.
@@ -189,7 +189,7 @@ class TrainerSettings:
         return dataclasses.replace(self, **fields)
 
     def learning_rate(self, step: int) -> float:
-        """The share of `train_lr` at step number `step`, from 0."""
+        """Return the share of `train_lr` at step number `step`, from 0."""
         warmup = self.lr_warmup_steps
         if warmup is None:
             warmup = min(500, self.train_num_steps // 10)
