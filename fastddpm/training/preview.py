@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from fastddpm.common.images import grid
 from fastddpm.interop.pretrained import save_pretrained
 from fastddpm.networks.unet.model import UNet
 from fastddpm.sampling.sampler import Sampler
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def sample_labels(diffusion: GaussianDiffusion, classes: int, count: int) -> list[int] | None:
-    """Return `count` labels of all classes in equal numbers, sorted; None for a network without classes."""
+def sample_labels(diffusion: GaussianDiffusion, labels: Sequence[int], count: int) -> list[int] | None:
+    """Return `count` labels in equal numbers, sorted, of those that occur; None for a network without classes.
+
+    `labels`: those that occur in the data; empty if that is not known, for all that the network has.
+    """
     if not takes_labels(diffusion.unet):
         return None
     embeds = getattr(getattr(diffusion.unet, "config", None), "num_class_embeds", None)
-    labels = [label for label in range(classes or embeds or 1) if label != diffusion.null_class]
-    return [labels[i * len(labels) // count] for i in range(count)]
+    known = labels or range(embeds or 1)
+    drawn = [label for label in known if label != diffusion.null_class] or list(known)
+    return [drawn[i * len(drawn) // count] for i in range(count)]
 
 
 def sampler_settings(settings: TrainerSettings, timesteps: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,14 +103,12 @@ def export_averages(folder: Path, diffusion: GaussianDiffusion, averages: Sequen
 
 
 def draw_grid(
-    sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], classes: int
+    sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], labels: Sequence[int]
 ) -> Image.Image:
-    """Draw a picture of `count` samples of seed 0, of all classes in equal numbers."""
-    from fastddpm.common.images import grid
-
-    labels = sample_labels(diffusion, classes, count)
-    images = sampler.sample(count, shape=shape, seed=0, class_labels=labels).cpu()
-    return grid(images, labels, columns=max(1, round(count**0.5)))
+    """Draw a picture of `count` samples of seed 0, of all `labels` that occur in equal numbers."""
+    chosen = sample_labels(diffusion, labels, count)
+    images = sampler.sample(count, shape=shape, seed=0, class_labels=chosen).cpu()
+    return grid(images, chosen, columns=max(1, round(count**0.5)))
 
 
 def metric_values(result: float | Mapping[str, float]) -> dict[str, float]:

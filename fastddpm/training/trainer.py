@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastddpm.common.images import CHANNELS, save_picture
 from fastddpm.common.progress import Bar, progress_bar
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
@@ -140,6 +141,7 @@ class Trainer:
                 progress=self._progress,
             )
         self.shape = fitting.check_source(self.source, self.diffusion)
+        self._checked = fitting.BatchCheck(self.shape, len(self.source))
         self.batches = Batches(
             len(self.source),
             settings.seed,
@@ -148,6 +150,11 @@ class Trainer:
             self.accelerator.process_index,
             processes,
         )
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Return the labels that occur in the data, as far as they are known: of a Dataset those that were read."""
+        return self.source.labels or tuple(sorted(self._checked.labels))
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -215,6 +222,7 @@ class Trainer:
         )
         with closing(loaded) as batches:
             for images, labels in batches:
+                self._checked(images, labels)
                 if self._labelled:
                     fitting.check_labels(labels, self.diffusion.unet)
                 yield images, labels if self._labelled else None
@@ -317,12 +325,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self, log: RunLog | None) -> None:
-        from fastddpm.common.images import MODES, save_picture
-
-        if len(self.shape) != 3 or self.shape[0] not in MODES:
+        if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
         picture = preview.draw_grid(
-            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, len(self.source.classes)
+            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
         )
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
