@@ -56,11 +56,12 @@ def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any
         "clip_sample": diffusion.clip_sample,
         "self_condition": diffusion.self_condition,
         "null_class": diffusion.null_class,
+        "timestep_spacing": "trailing" if diffusion.schedule.zero_terminal_snr else "leading",
     }
     return Sampler(unet, diffusion.schedule, **{**settings, **overrides})
 
 
-def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
+def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module, label_names: Mapping[int, str]) -> None:
     """Write a model: a pipeline folder of diffusers for a `fastddpm.UNet`, the weights alone of other networks.
 
     Raises:
@@ -76,6 +77,9 @@ def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
                 prediction_type=diffusion.prediction_type,
                 variance_type=diffusion.variance_type,
                 clip_sample=diffusion.clip_sample,
+                self_condition=diffusion.self_condition,
+                null_class=diffusion.null_class if takes_labels(unet) else None,
+                label_names=label_names,
             )
         else:
             state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in unet.state_dict().items()}
@@ -92,14 +96,20 @@ def remove_leftovers(folder: Path) -> None:
     checkpoint.remove_leftovers(folder, r"model(?:-best|-ema-[0-9.e-]+)?")
 
 
-def export_averages(folder: Path, diffusion: GaussianDiffusion, averages: Sequence[ExponentialAverage]) -> None:
+def export_averages(
+    folder: Path,
+    diffusion: GaussianDiffusion,
+    averages: Sequence[ExponentialAverage],
+    label_names: Mapping[int, str],
+) -> None:
     """Write the first average to `folder`/model, and others to `folder`/model-ema-D with their decay D.
 
     Raises:
         OSError: one cannot be written; what was there is as it was.
     """
     for place, average in enumerate(averages):
-        export(folder / ("model" if place == 0 else f"model-ema-{average.decay}"), diffusion, average.module)
+        name = "model" if place == 0 else f"model-ema-{average.decay}"
+        export(folder / name, diffusion, average.module, label_names)
 
 
 def draw_grid(
