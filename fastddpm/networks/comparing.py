@@ -7,9 +7,9 @@ which costs no evaluation; weights may change at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastddpm_kernels import philox
@@ -23,9 +23,16 @@ _OF_NO_EFFECT = {"training", "backend", "_backend", "p", "inplace", "gradient_ch
 _OF_TORCH = vars(nn.Module()).keys()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None), torch.dtype)
+_GONE = object()
 _METHODS: dict[type, frozenset[str]] = {}
 
 Settings = dict[tuple[str, str], Any]
+
+
+class _Object(NamedTuple):
+    """An attribute that is only known again by its identity."""
+
+    id: int
 
 
 def settings_of(model: nn.Module) -> Settings:
@@ -38,21 +45,23 @@ def settings_of(model: nn.Module) -> Settings:
         found[name, "class"] = type(layer)
         for key, value in vars(layer).items():
             if key not in _OF_TORCH and key not in _OF_NO_EFFECT and not isinstance(value, Tensor):
-                found[name, key] = value if isinstance(value, _PLAIN) else id(value)
+                found[name, key] = value if isinstance(value, _PLAIN) else _Object(id(value))
     return found
 
 
-def changed(before: Mapping[tuple[str, str], Any], now: Mapping[tuple[str, str], Any]) -> str | None:
-    """Return the first setting of `before` that is another one now, in words, or None. New settings do not count."""
+def changed(before: Settings, now: Settings, *, of_another: bool = False) -> str | None:
+    """Return the first setting of `before` that is another one now, in words, or None. New settings do not count.
+
+    `of_another`: both are of different models; their objects, which are never the same ones, do not count.
+    """
     for (layer, name), value in before.items():
-        if (layer, name) not in now:
-            return f"its {_path(layer, name)} is gone"
-        if (given := now[layer, name]) == value:
+        given = now.get((layer, name), _GONE)
+        if given == value or (of_another and isinstance(value, _Object)):
             continue
-        if isinstance(value, type):
+        if isinstance(value, type) and isinstance(given, type):
             return f"its layer {layer} is a {given.__name__}, must be a {value.__name__}"
-        same = isinstance(value, _PLAIN)
-        return f"its {_path(layer, name)} " + (f"is {given!r}, must be {value!r}" if same else "has been replaced")
+        known = given is not _GONE and not isinstance(value, _Object) and not isinstance(given, _Object)
+        return f"its {_path(layer, name)} " + (f"is {given!r}, must be {value!r}" if known else "has been replaced")
     return None
 
 
@@ -90,17 +99,18 @@ def some_noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return philox.normal(keys, shape, step=0, stream=philox.STREAM_INITIAL, backend="eager").to(like)
 
 
-def difference(theirs: Tensor, ours: Tensor, dtype: torch.dtype) -> str | None:
+def difference(theirs: Tensor, ours: Tensor, dtype: torch.dtype, *, floor: float = _FLOOR) -> str | None:
     """Return how far two results of one computation are apart, or None where rounding explains it.
 
     Args:
         theirs, ours: of one shape.
         dtype: the least precise one that either was computed in.
+        floor: how far apart they may be in any dtype, relative to their rms.
     """
     if theirs.shape != ours.shape:
         return f"has shape {tuple(ours.shape)} in place of {tuple(theirs.shape)}"
     error, size = (_rms(value) for value in (ours.double().cpu() - theirs.double().cpu(), theirs.double().cpu()))
-    if error <= max(_FLOOR, _ULPS * torch.finfo(dtype).eps) * size:  # not so if it is not a number
+    if error <= max(floor, _ULPS * torch.finfo(dtype).eps) * size:  # not so if it is not a number
         return None
     return f"differs by {error:.3g} of {size:.3g}"
 

@@ -61,7 +61,7 @@ class UNetBlueprint(Blueprint):
 
     @staticmethod
     def edited(model: UNet) -> str | None:
-        return changed(_settings(model.config), settings_of(model))
+        return changed(_settings(model.config), settings_of(model), of_another=True)
 
     def embeddings(self) -> folding.UNetEmbeddings:
         return folding.UNetEmbeddings(self.unet)
@@ -87,6 +87,4 @@ class UNetBlueprint(Blueprint):
 def _settings(config: UNetConfig) -> Settings:
     """Return the settings of the layers of a U-Net as it is made."""
     with torch.device("meta"):
-        settings = settings_of(UNet(config))
-    del settings["", "config"]
-    return settings
+        return settings_of(UNet(config))
