@@ -1,10 +1,10 @@
-"""Models on disk and on the hub: loaded from what other libraries save, saved as diffusers' pipeline folder.
+"""Load models from folders, files and the hub, as other libraries save them; save them as diffusers' pipeline folder.
 
     model_index.json
     unet/config.json, unet/diffusion_pytorch_model.safetensors
     scheduler/scheduler_config.json
 
-What is saved here, `diffusers.DDPMPipeline.from_pretrained` loads, and the reverse.
+`diffusers.DDPMPipeline.from_pretrained` loads what is saved here, and the reverse.
 """
 
 from __future__ import annotations
@@ -24,20 +24,12 @@ from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
 from fastddpm.networks.unet.model import UNet, weights_files
+from fastddpm.process.methods import own_settings
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
 
-# Settings that one method alone has, which are left out when another is asked for.
-_OF_ONE_METHOD = {
-    "convention": "ddpm",
-    "set_alpha_to_one": "ddim",
-    "use_clipped_model_output": "ddim",
-    "solver_order": "dpmsolver++",
-    "lower_order_final": "dpmsolver++",
-    "final_sigmas_type": "dpmsolver++",
-}
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 _LABELS = "_labels"  # of model_index.json: names of the labels that occur in the training data; diffusers ignores it
 _DECODERS = ("VQModel", "AutoencoderKL")
@@ -45,13 +37,13 @@ _DECODERS = ("VQModel", "AutoencoderKL")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model and how it is meant to be sampled.
+    """A model and the settings to sample it with.
 
     Attributes:
         unet: the network: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch with a `config`.
-        schedule: the forward process it was trained on.
+        schedule: the forward process that it was trained on.
         settings: keyword arguments of `Sampler` (prediction_type, clip_sample, ...).
-        decoder: where samples are latents, the autoencoder of diffusers that makes images of them.
+        decoder: where samples are latents, diffusers' autoencoder that turns them into images.
         label_names: the labels that occur in the training data, with their names; empty if the model does not say.
     """
 
@@ -69,16 +61,16 @@ class Pretrained:
         return [label for label in known if label < (count or 0) and label != getattr(config, "null_class", None)]
 
     def sampler(self, **overrides: Any) -> Sampler:
-        """A `Sampler` with the model's settings, save for those in `overrides`."""
+        """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
-        own = {name: v for name, v in self.settings.items() if _OF_ONE_METHOD.get(name, method) == method}
+        own = own_settings(method, self.settings)
         if overrides.get("timesteps") is not None:
             own.pop("num_inference_steps", None)
         return Sampler(self.unet, self.schedule, **{**own, **overrides})
 
     @torch.no_grad()
     def decode(self, samples: Tensor, batch_size: int = 8) -> Tensor:
-        """Images [N, C, H, W], in [-1, 1], of what the sampler draws: itself, or latents, `batch_size` at once."""
+        """Return images [N, C, H, W] in [-1, 1] of a sampler's samples; latents are decoded `batch_size` at once."""
         if self.decoder is None:
             return samples
         decoder: Any = self.decoder.to(samples.device)
@@ -95,35 +87,35 @@ def load_pretrained(
     variant: str | None = None,
     **unsaid: Any,
 ) -> Pretrained:
-    """Loads a model; without an argument the bundled model of handwritten digits.
+    """Load a model; without an argument the bundled model of handwritten digits.
 
-    Nothing in its files is executed: configurations are JSON, weights safetensors or tensors alone.
+    Nothing in its files is executed: configurations are JSON; weights are safetensors, or pickles of tensors only.
 
     Args:
         model: one of
 
-            - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all their files in
-              itself; one of latents (LDMPipeline) needs diffusers for its `vqvae/`. In a `checkpoint-N` of diffusers'
-              training example, the scheduler is that of the folder above.
-            - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, where there is no local one
-              of that name. It is kept in the hub's local cache, which is used without a connection.
+            - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all files in one place;
+              one of latents (LDMPipeline) needs diffusers for its `vqvae/`. A `checkpoint-N` of diffusers' training
+              example takes the scheduler of the folder above.
+            - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, unless a local folder has
+              that name. It is kept in the hub's local cache, which is used without a connection.
             - a file `model-N.pt` of a denoising_diffusion_pytorch `Trainer`, whose `Unet` is built by that library.
-            - a file of guided-diffusion or improved-diffusion: a bare state dict, which its flags say how to read.
-        dtype: of the network, float32 as in diffusers; None for the one it is stored in.
+            - a file of guided-diffusion or improved-diffusion: a bare state dict, whose network its flags describe.
+        dtype: of the network, float32 as in diffusers; None for the stored one.
         device: where to put the network.
         ema: take the moving average of the weights where there are both: `unet_ema/` beside `unet/`, as diffusers'
             training example writes them, or "ema" beside "model" in a trainer's file. (The `unet/` of the finished
             pipeline of that example is already the average.)
         variant: of the weights, as for diffusers: "ema" reads `diffusion_pytorch_model.ema.safetensors`.
-        **unsaid: of a file what it does not say itself. Of a Trainer's: image_size, which must be given, objective and
-            sinusoidal_pos_emb_theta, see `network_of_checkpoint`. Of the others: the published flags, as text or not,
+        **unsaid: what a file does not say itself. For a Trainer's: image_size, which must be given, objective and
+            sinusoidal_pos_emb_theta, see `network_of_checkpoint`. For the others: the published flags, as text or not,
             see `interop.guided_diffusion.load_unet`, and `library`.
 
     Raises:
         FileNotFoundError: there is no such model, or one of its files is missing.
         ModuleNotFoundError: a library is needed that is not installed; the message names it.
         ValueError: a file is corrupt or states something that is not supported; the message names file and field.
-        TypeError: what was given beside is of another kind of model.
+        TypeError: an argument belongs to another kind of model.
     """
     path = Path(model)
     if path.is_file():
@@ -163,12 +155,12 @@ def _label_names(path: Path) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Where the parts of a pipeline folder are.
+    """The places of a pipeline folder's parts.
 
     Attributes:
         unet: the folder of the U-Net.
         scheduler: the file of the scheduler.
-        decoder: (folder, class) of what decodes latents, or None.
+        decoder: (folder, class) of the autoencoder that decodes latents, or None.
     """
 
     unet: Path
@@ -177,11 +169,11 @@ class _Parts:
 
     @classmethod
     def of(cls, folder: Path, ema: bool) -> _Parts:
-        """Finds them.
+        """Find the parts of `folder`.
 
         Raises:
-            FileNotFoundError: it is no such folder.
-            ValueError: it is one of a pipeline that is not supported.
+            FileNotFoundError: it is no pipeline folder.
+            ValueError: its pipeline is not supported.
         """
         index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
         unet = _component(index, "unet")
@@ -213,13 +205,13 @@ class _Parts:
 
 
 def _component(index: Mapping[str, Any], name: str) -> str | None:
-    """The class of a part that a model_index.json states, or None."""
+    """Return the class that a model_index.json states for a part, or None."""
     value = index.get(name)
     return value[1] if isinstance(value, list) and len(value) == 2 else None
 
 
 def _fetch(name: str, ema: bool, variant: str | None) -> Path:
-    """What of a model on the hub is needed, brought here: first what says where the weights are, then these."""
+    """Fetch the needed files of a model on the hub: first those that say where the weights are, then the weights."""
     folders = ["", "unet/", *["unet_ema/"] * ema]
     configs = [_INDEX, _SCHEDULER, f"scheduler/{_SCHEDULER}", *(f"{part}{_CONFIG}" for part in folders)]
     folder = hub.snapshot(name, configs)
@@ -247,7 +239,7 @@ def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: to
         raise FileNotFoundError(f"{folder} is missing, which decodes the latents of this pipeline")
     try:
         decoder: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto")
-    except Exception as error:  # of many kinds
+    except Exception as error:  # diffusers raises many kinds
         raise ValueError(f"{folder} cannot be loaded as a {kind}: {str(error).partition(chr(10))[0]}") from None
     return decoder.to(device).eval()
 
@@ -291,10 +283,10 @@ def save_pretrained(
     null_class: int | None = None,
     label_names: Mapping[int, str] | None = None,
 ) -> None:
-    """Writes a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
+    """Write a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
 
     Args:
-        folder: made if it does not exist; files of the same names are replaced.
+        folder: created if it does not exist; files of the same names are replaced.
         unet, schedule: the model; weights are stored in the network's dtype.
         prediction_type, variance_type, clip_sample, clip_sample_range, self_condition: how it is sampled, as for
             `Sampler`.
@@ -316,7 +308,7 @@ def save_pretrained(
         "clip_sample_range": clip_sample_range,
         "timestep_spacing": timestep_spacing,
     }
-    Sampler(unet, schedule, self_condition=self_condition, **settings)  # raises what loading would raise
+    Sampler(unet, schedule, self_condition=self_condition, **settings)  # checks the settings
     folder = Path(folder)
     unet.save_pretrained(folder / "unet")
     if null_class is not None and null_class != unet.config.null_class:

@@ -159,9 +159,9 @@ def more_parameters() -> UNet2DModel:
         (lambda: (newer(), DDPMScheduler()), r"act_fn is 'gelu'.*; gate \(2\) is no field of a U-Net"),
         (lambda: (skipping(), DDPMScheduler()), "down_block_types is .*SkipDownBlock2D.*, must be a sequence of"),
         (lambda: (offloaded(), DDPMScheduler()), "unet is offloaded, must be on its device"),
-        (lambda: (hooked(), DDPMScheduler()), "unet.mid_block has hooks"),
-        (lambda: (replaced(), DDPMScheduler()), "unet.conv_out is a Other of elsewhere"),
-        (lambda: (processed(), DDPMScheduler()), "processor is a Processor, must be one of AttnProcessor"),
+        (lambda: (hooked(), DDPMScheduler()), "its layer mid_block has hooks"),
+        (lambda: (replaced(), DDPMScheduler()), "its layer conv_out is a Other of elsewhere"),
+        (lambda: (processed(), DDPMScheduler()), "processor is a Processor of .*, must be one of AttnProcessor"),
         (lambda: (more_parameters(), DDPMScheduler()), r"unet has, unexpectedly, conv_out.extra \(1 of"),
     ],
 )

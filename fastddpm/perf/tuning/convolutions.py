@@ -17,7 +17,7 @@ from fastddpm_kernels.tuned import Choice
 from torch import Tensor
 
 from fastddpm.networks.frozen import instructions
-from fastddpm.networks.frozen.kinds.unet import folding
+from fastddpm.networks.frozen.folding import upsample_conv
 from fastddpm.perf.tuning.task import Operands, Task, nearest_first
 
 STAGES = (2, 3, 4, 5)
@@ -120,7 +120,7 @@ class UpsampleTask(Task):
     def operands(self, seed: int) -> Operands:
         n, height, width, channels, out, _ = self.key.shape
         weight = self.random(seed + 1, out, channels, 3, 3) / math.sqrt(9 * channels)
-        transposed = folding.upsample_conv(weight).to(weight.dtype)
+        transposed = upsample_conv(weight).to(weight.dtype)
         return {
             "x": self.random(seed, n, height, width, channels).movedim(-1, 1),
             "doubled": self.empty(n, 2 * height, 2 * width, channels).movedim(-1, 1),
