@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fastddpm.common.images import check_drawable, grid
+    from fastddpm.common.images import check_drawable, check_memory, grid
 
     kind = shared.check_outputs(options)
     model = open_model(options, latents=True)
@@ -46,8 +47,10 @@ def _sample(options: argparse.Namespace) -> None:
         name = "output" if kind == ".gif" else "trajectory"
         raise ValueError(f"--{name} is {getattr(options, name)}, which shows states, but those of MODEL are latents")
     sampler = shared.make_sampler(options, model)
+    shape = sampler.network.sample_shape(sampler.settings.learned_variance)
+    check_memory(4 * (options.num_samples or 1) * math.prod(shape), f"{options.num_samples} samples")
     if model.decoder is None and (kind != ".npz" or options.trajectory is not None):
-        check_drawable(sampler.network.sample_shape(sampler.settings.learned_variance)[0])
+        check_drawable(shape[0])
     labels = _choose_labels(options, model)
     count = options.num_samples or (len(labels) if labels else 16)
     steps = len(sampler.timesteps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 
@@ -90,13 +90,22 @@ def read_tensors(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a broken pickle may end in any
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file of any name; the library itself takes only names in UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return load(Path(path).read_bytes())
+    return load_file(path)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

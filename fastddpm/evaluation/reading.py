@@ -53,8 +53,8 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
 
     Args:
         source: an `ImageSet`; a float tensor [N, C, H, W] in [-1, 1]; a uint8 array or tensor [N, H, W, C] (channels
-            last, as in files) or [N, H, W]; a list of PIL images, or of arrays uint8 [H, W, C]; the path of a `.npz`,
-            of a `.npy` or of a folder of pictures, which may have subfolders; or "digits".
+            last, as in files) or [N, H, W]; a list of PIL images, of arrays uint8 [H, W, C] or of tensors; the path of
+            a `.npz`, of a `.npy` or of a folder of pictures, which may have subfolders; or "digits".
         shape: (C, H, W) that pictures are to be compared with: they are cut to the middle part of that aspect ratio
             and resized by Lanczos' kernel where their size is another, and keep their opacity if C is 4. None for the
             size of the first one, which all others must have too. Pictures are grey if all of them are.
@@ -74,12 +74,14 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
     if isinstance(source, Sequence) and not isinstance(source, str) and len(source):
         if all(isinstance(item, Image.Image) for item in source):
             return _of_pictures(source, shape, name)
+        if all(isinstance(item, Tensor) and item.shape == source[0].shape for item in source):
+            return open_images(torch.stack(list(source)), name=name)
         if all(isinstance(item, np.ndarray) and item.shape == source[0].shape for item in source):
             return of_array(np.stack(source), name)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
-            f"{name} is a {type(source).__name__}, must be images (a tensor, an array, a list of PIL images) or the "
-            "path of a .npz or a folder"
+            f"{name} is a {type(source).__name__}, must be images (a tensor, an array, a list of either or of PIL "
+            "images) or the path of a .npz or a folder"
         )
     if source == DIGITS:
         images, labels = real_digits()

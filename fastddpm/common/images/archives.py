@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import zipfile
@@ -45,7 +46,7 @@ def read_npz(path: str | os.PathLike[str], names: Collection[str] = ("arr_0", "a
                 for name, info in members.items()
             }
     except OSError as error:
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):  # of a place in the file that a damaged one states
             raise
         reason = str(error)
     except Exception as error:  # a damaged file ends in errors of every kind

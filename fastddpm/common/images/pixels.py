@@ -42,6 +42,11 @@ def check_size(needed: int, held: int, name: str) -> None:
             f"{name} would take {needed / 1e9:.3g} GB, expanded from {held / 1e6:.3g} MB; images may be expanded at "
             f"most {MOST_EXPANSION} times"
         )
+    check_memory(needed, name)
+
+
+def check_memory(needed: int, name: str) -> None:
+    """Raise ValueError if `needed` bytes are more than the memory of this machine."""
     memory = _memory()
     if memory is not None and needed > memory:
         raise ValueError(f"{name} would take {needed / 1e9:.3g} GB, of {memory / 1e9:.3g} GB of memory")
