@@ -29,8 +29,10 @@ OBJECTIVE = {
 MEANING = ("prediction_type", "variance_type", "self_condition", "null_class", "schedule", "network")
 # Settings of a Trainer that change neither what is learnt nor what is drawn, and those of the order of the data,
 # which are compared by themselves.
-WITHOUT_EFFECT = ("results_folder", "num_workers", "cache_bytes", "log_every", "save_every", "keep_last")
-WITHOUT_EFFECT += ("max_bad_steps", "stop_on_save_error", "compile", "channels_last", "device", "tensorboard")
+WITHOUT_EFFECT = (
+    *("results_folder", "num_workers", "cache_bytes", "log_every", "save_every", "keep_last"),
+    *("max_bad_steps", "stop_on_save_error", "compile", "channels_last", "device", "tensorboard"),
+)
 OF_THE_ORDER = ("seed", "train_batch_size", "gradient_accumulate_every")
 
 

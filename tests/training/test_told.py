@@ -65,7 +65,7 @@ def test_a_run_comes_back_from_its_config(tmp_path: Path) -> None:
         made = diffusion(schedule, **settings)
         data = torch.utils.data.TensorDataset(torch.zeros(4, 1, 8, 8) - 1, torch.zeros(4, dtype=torch.int64))
         fields = {**OTHER_RUN, "results_folder": str(tmp_path), "compile": False, "gradient_accumulate_every": 1}
-        run = trainer(tmp_path, made, data, **{**fields, "immiscible": None} if False else fields)
+        run = trainer(tmp_path, made, data, **fields)
         write_run_config(tmp_path / "config.toml", run)
         config = RunConfig.from_tables(read_tables(tmp_path / "config.toml"))
         again = config.build()
@@ -254,7 +254,7 @@ class Changes(Patterns):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: (x + 1) * 127.5, r"values from .* to 255, must be in \[-1, 1\]"),
+        (lambda x: (x + 1) * 127.5, r"values from .*, must be in \[-1, 1\]"),
         (lambda x: x[:, :4], r"images of \[1, 8, 8\] and of \[1, 4, 8\]"),
         (lambda x: x.expand(3, 8, 8), r"images of \[1, 8, 8\] and of \[3, 8, 8\]"),
     ],

@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -77,7 +77,8 @@ def _read(file: IO[bytes], size: int, held: int, name: str) -> np.ndarray:
         raise ValueError(f"it says that it has {dtype} {list(shape)[:8]}, but holds {size - file.tell()} bytes")
     check_size(count * dtype.itemsize, held, name)
     array = np.empty(count, dtype)
-    view, done = memoryview(array.view(np.uint8)) if count and dtype.itemsize else memoryview(b""), 0
+    view: Any = memoryview(array.view(np.uint8).data) if count and dtype.itemsize else b""
+    done = 0
     while done < len(view):
         block = file.read(min(len(view) - done, 1 << 24))
         if not block:
