@@ -182,9 +182,7 @@ class Attention(nn.Module):
         h = h.flatten(2).transpose(1, 2)  # [N, pixels, C], a view where x is channels-last
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         native = self.backend == "native" or (
-            self.backend == "auto"
-            and self.training
-            and attention_training.why_not_native(q, k, v, self.heads) is None
+            self.backend == "auto" and self.training and attention_training.why_not_native(q, k, v, self.heads) is None
         )
         h = attention_training.attention(q, k, v, self.heads, backend="native" if native else "eager")
         h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
