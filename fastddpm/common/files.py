@@ -184,7 +184,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     state = read_tensors(path)
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, must hold a dictionary of tensors")
+        raise ValueError(f"{path} does not hold a dictionary of tensors, but a {type(state).__name__}")
     check_weights(state, str(path))
     return state
 

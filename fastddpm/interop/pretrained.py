@@ -235,7 +235,7 @@ def _fetch(name: str, ema: bool, variant: str | None) -> Path:
 def _fetch_weights(name: str, part: str, variant: str | None) -> None:
     """Fetch a part's weights: safetensors before old files, each whole or in shards."""
     for file, index in zip(weights_files(variant), index_files(variant), strict=True):
-        found = hub.snapshot(name, [(Path(part) / each).as_posix() for each in (file, index)]) / part
+        found = hub.snapshot(name, [(Path(part) / each).as_posix() for each in (index, file)]) / part
         if (found / file).is_file():
             return
         if (found / index).is_file():
