@@ -1,8 +1,8 @@
 """The command `fastddpm`.
 
 `sample` draws images from a model; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `train` makes a
-model from images; `evaluate` measures what a model's samples are worth; `profile` measures a machine and a model on it;
-`tune` finds the fastest kernels for a model's shapes; `info` tells what would run here and why. Bad input ends in one
+model from images; `evaluate` measures how good a model's samples are; `profile` measures a machine and a model on it;
+`tune` finds the fastest kernels for a model's shapes; `info` says what would run here and why. Bad input ends in one
 line on standard error and exit code 2, before anything is computed or written.
 """
 
@@ -16,7 +16,7 @@ from fastddpm.cli.options import Parser, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for bad input, 130 when interrupted."""
+    """Run the command line and return the exit code: 0, 2 for bad input, 130 when interrupted."""
     from fastddpm.common.version import __version__
 
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
@@ -32,14 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, TypeError, OSError, ModuleNotFoundError, BackendError, torch.OutOfMemoryError) as error:
-        print(f"fastddpm {options.command}: error: {one_line(error, options)}", file=sys.stderr)
-        return 2
+        message = one_line(error, options)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
-        print(f"fastddpm {options.command}: error: not enough memory; try a smaller --batch-size", file=sys.stderr)
-        return 2
+        message = "not enough memory; try a smaller --batch-size"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    else:
+        return 0
+    print(f"fastddpm {options.command}: error: {message}", file=sys.stderr)
+    return 2

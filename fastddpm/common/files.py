@@ -1,7 +1,8 @@
-"""Files are written whole or not at all, and nothing in those that are read is executed."""
+"""Write files whole or not at all; read files without executing anything in them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Lets `write(temporary)` make a file beside `path`, then renames it to `path`.
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Let `write(temporary)` make a file beside `path`, then rename it to `path`.
 
     The file at `path` is the old one or the whole new one, never a part, also when `write` fails or the process is
     killed. The temporary name keeps `path`'s suffix, since libraries choose the format by it. Parent folders are
@@ -39,18 +40,27 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` in UTF-8, atomically."""
+    atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Writes `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    """Write `content` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
 
-    atomic_write(path, write)
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -61,7 +71,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # also text that is not UTF-8, and numbers of too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, holds a {type(content).__name__}")
@@ -69,7 +81,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Any:
-    """What a safetensors file (by its suffix), or one that torch saved, holds: tensors in plain containers, on the CPU.
+    """Read a safetensors file (by its suffix) or one of torch's: tensors in plain containers, on the CPU.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -88,7 +100,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Any:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """As `read_tensors`, of a file that holds tensors by name and nothing else.
+    """Read a file that holds tensors by name and nothing else, as `read_tensors`.
 
     Raises:
         FileNotFoundError, ValueError: as there, or it holds other things.

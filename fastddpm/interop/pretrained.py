@@ -1,10 +1,10 @@
-"""Models on disk and on the hub: loaded from what other libraries save, saved as diffusers' pipeline folder.
+"""Load models from folders, files and the hub, as other libraries save them; save them as diffusers' pipeline folder.
 
     model_index.json
     unet/config.json, unet/diffusion_pytorch_model.safetensors
     scheduler/scheduler_config.json
 
-What is saved here, `diffusers.DDPMPipeline.from_pretrained` loads, and the reverse.
+`diffusers.DDPMPipeline.from_pretrained` loads what is saved here, and the reverse.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _DECODERS = ("VQModel", "AutoencoderKL")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model and how it is meant to be sampled.
+    """A model and the settings to sample it with.
 
     Attributes:
         unet: the network: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch with a `config`.
-        schedule: the forward process it was trained on.
+        schedule: the forward process that it was trained on.
         settings: keyword arguments of `Sampler` (prediction_type, clip_sample, ...).
-        decoder: where samples are latents, the autoencoder of diffusers that makes images of them.
+        decoder: where samples are latents, diffusers' autoencoder that turns them into images.
     """
 
     unet: Any
@@ -51,7 +51,7 @@ class Pretrained:
     decoder: nn.Module | None = None
 
     def sampler(self, **overrides: Any) -> Sampler:
-        """A `Sampler` with the model's settings, save for those in `overrides`."""
+        """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
         own = own_settings(method, self.settings)
         if overrides.get("timesteps") is not None:
@@ -60,7 +60,7 @@ class Pretrained:
 
     @torch.no_grad()
     def decode(self, samples: Tensor, batch_size: int = 8) -> Tensor:
-        """Images [N, C, H, W], in [-1, 1], of what the sampler draws: itself, or latents, `batch_size` at once."""
+        """Return images [N, C, H, W] in [-1, 1] of a sampler's samples; latents are decoded `batch_size` at once."""
         if self.decoder is None:
             return samples
         decoder: Any = self.decoder.to(samples.device)
@@ -77,35 +77,35 @@ def load_pretrained(
     variant: str | None = None,
     **unsaid: Any,
 ) -> Pretrained:
-    """Loads a model; without an argument the bundled model of handwritten digits.
+    """Load a model; without an argument the bundled model of handwritten digits.
 
-    Nothing in its files is executed: configurations are JSON, weights safetensors or tensors alone.
+    Nothing in its files is executed: configurations are JSON; weights are safetensors, or pickles of tensors only.
 
     Args:
         model: one of
 
-            - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all their files in
-              itself; one of latents (LDMPipeline) needs diffusers for its `vqvae/`. In a `checkpoint-N` of diffusers'
-              training example, the scheduler is that of the folder above.
-            - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, where there is no local one
-              of that name. It is kept in the hub's local cache, which is used without a connection.
+            - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all files in one place;
+              one of latents (LDMPipeline) needs diffusers for its `vqvae/`. A `checkpoint-N` of diffusers' training
+              example takes the scheduler of the folder above.
+            - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, unless a local folder has
+              that name. It is kept in the hub's local cache, which is used without a connection.
             - a file `model-N.pt` of a denoising_diffusion_pytorch `Trainer`, whose `Unet` is built by that library.
-            - a file of guided-diffusion or improved-diffusion: a bare state dict, which its flags say how to read.
-        dtype: of the network, float32 as in diffusers; None for the one it is stored in.
+            - a file of guided-diffusion or improved-diffusion: a bare state dict, whose network its flags describe.
+        dtype: of the network, float32 as in diffusers; None for the stored one.
         device: where to put the network.
         ema: take the moving average of the weights where there are both: `unet_ema/` beside `unet/`, as diffusers'
             training example writes them, or "ema" beside "model" in a trainer's file. (The `unet/` of the finished
             pipeline of that example is already the average.)
         variant: of the weights, as for diffusers: "ema" reads `diffusion_pytorch_model.ema.safetensors`.
-        **unsaid: of a file what it does not say itself. Of a Trainer's: image_size, which must be given, objective and
-            sinusoidal_pos_emb_theta, see `network_of_checkpoint`. Of the others: the published flags, as text or not,
+        **unsaid: what a file does not say itself. For a Trainer's: image_size, which must be given, objective and
+            sinusoidal_pos_emb_theta, see `network_of_checkpoint`. For the others: the published flags, as text or not,
             see `interop.guided_diffusion.load_unet`, and `library`.
 
     Raises:
         FileNotFoundError: there is no such model, or one of its files is missing.
         ModuleNotFoundError: a library is needed that is not installed; the message names it.
         ValueError: a file is corrupt or states something that is not supported; the message names file and field.
-        TypeError: what was given beside is of another kind of model.
+        TypeError: an argument belongs to another kind of model.
     """
     path = Path(model)
     if path.is_file():
@@ -130,12 +130,12 @@ def load_pretrained(
 
 @dataclass(frozen=True)
 class _Parts:
-    """Where the parts of a pipeline folder are.
+    """The places of a pipeline folder's parts.
 
     Attributes:
         unet: the folder of the U-Net.
         scheduler: the file of the scheduler.
-        decoder: (folder, class) of what decodes latents, or None.
+        decoder: (folder, class) of the autoencoder that decodes latents, or None.
     """
 
     unet: Path
@@ -144,11 +144,11 @@ class _Parts:
 
     @classmethod
     def of(cls, folder: Path, ema: bool) -> _Parts:
-        """Finds them.
+        """Find the parts of `folder`.
 
         Raises:
-            FileNotFoundError: it is no such folder.
-            ValueError: it is one of a pipeline that is not supported.
+            FileNotFoundError: it is no pipeline folder.
+            ValueError: its pipeline is not supported.
         """
         index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
         unet = _component(index, "unet")
@@ -180,13 +180,13 @@ class _Parts:
 
 
 def _component(index: Mapping[str, Any], name: str) -> str | None:
-    """The class of a part that a model_index.json states, or None."""
+    """Return the class that a model_index.json states for a part, or None."""
     value = index.get(name)
     return value[1] if isinstance(value, list) and len(value) == 2 else None
 
 
 def _fetch(name: str, ema: bool, variant: str | None) -> Path:
-    """What of a model on the hub is needed, brought here: first what says where the weights are, then these."""
+    """Fetch the needed files of a model on the hub: first those that say where the weights are, then the weights."""
     folders = ["", "unet/", *["unet_ema/"] * ema]
     configs = [_INDEX, _SCHEDULER, f"scheduler/{_SCHEDULER}", *(f"{part}{_CONFIG}" for part in folders)]
     folder = hub.snapshot(name, configs)
@@ -214,7 +214,7 @@ def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: to
         raise FileNotFoundError(f"{folder} is missing, which decodes the latents of this pipeline")
     try:
         decoder: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto")
-    except Exception as error:  # of many kinds
+    except Exception as error:  # diffusers raises many kinds
         raise ValueError(f"{folder} cannot be loaded as a {kind}: {str(error).partition(chr(10))[0]}") from None
     return decoder.to(device).eval()
 
@@ -255,13 +255,12 @@ def save_pretrained(
     clip_sample_range: float = 1.0,
     timestep_spacing: str = "leading",
 ) -> None:
-    """Writes a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
+    """Write a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
 
     Args:
-        folder: made if it does not exist; files of the same names are replaced.
+        folder: created if it does not exist; files of the same names are replaced.
         unet, schedule: the model; weights are stored in the network's dtype.
-        prediction_type, variance_type, clip_sample, clip_sample_range, timestep_spacing: how it is sampled, as for
-            `Sampler`.
+        prediction_type, variance_type, clip_sample, clip_sample_range, timestep_spacing: settings of `Sampler`.
 
     Raises:
         ValueError: a setting is not known.
@@ -274,7 +273,7 @@ def save_pretrained(
         "clip_sample_range": clip_sample_range,
         "timestep_spacing": timestep_spacing,
     }
-    Sampler(unet, schedule, **settings)  # raises what loading would raise
+    Sampler(unet, schedule, **settings)  # checks the settings
     folder = Path(folder)
     unet.save_pretrained(folder / "unet")
     config: dict[str, Any] = {

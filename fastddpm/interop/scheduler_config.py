@@ -1,4 +1,4 @@
-"""Configurations of diffusers' schedulers, read: the schedule, and the settings of `Sampler` that they state."""
+"""Read configurations of diffusers' schedulers: the noise schedule, and the settings of `Sampler` that they state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastddpm.process.schedule import NoiseSchedule
 
 _COMMON = ("prediction_type", "timestep_spacing", "steps_offset", "thresholding")
 _CLIPPING = ("clip_sample", "clip_sample_range")
-# Of each of diffusers' schedulers: the method it stands for, and the settings that are also `Sampler`'s.
+# For each of diffusers' schedulers: its method, and the settings that `Sampler` shares.
 _SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DDPMScheduler": ("ddpm", (*_COMMON, *_CLIPPING, "variance_type")),
     "DDIMScheduler": ("ddim", (*_COMMON, *_CLIPPING, "set_alpha_to_one")),
@@ -21,11 +21,11 @@ _SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
         (*_COMMON, "variance_type", "solver_order", "lower_order_final", "final_sigmas_type"),
     ),
 }
-# Defaults of diffusers that are not `Sampler`'s.
+# Defaults of diffusers that differ from `Sampler`'s.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
 }
-# Settings that have one supported value.
+# Settings with one supported value.
 _REQUIRED: dict[str, Any] = {
     "algorithm_type": "dpmsolver++",
     "solver_type": "midpoint",
@@ -40,7 +40,7 @@ _REQUIRED: dict[str, Any] = {
 
 
 def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """Reads diffusers' `scheduler_config.json`: the schedule and the settings of `Sampler` that it states.
+    """Read diffusers' `scheduler_config.json`: the schedule and the settings of `Sampler` that it states.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -50,7 +50,7 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
 
 
 def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """As `load_scheduler`, of a configuration at hand; errors begin with `where`."""
+    """Do the same for a configuration that is already read; errors begin with `where`."""
     kind = config.get("_class_name", "DDPMScheduler")
     if kind not in _SETTINGS:
         raise ValueError(f"{where}: _class_name is {kind!r}, must be one of {', '.join(_SETTINGS)}")
@@ -76,7 +76,7 @@ def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSche
     for name in ("clip_sample", "thresholding"):
         if not isinstance(settings.get(name, False), bool):
             raise ValueError(f"{where}: {name} is {settings[name]!r}, must be true or false")
-    if settings.get("thresholding"):  # without it they say nothing
+    if settings.get("thresholding"):  # without it they have no meaning
         names = ("dynamic_thresholding_ratio", "sample_max_value")
         settings |= {name: config[name] for name in names if name in config}
     return schedule, {**settings, "method": method}

@@ -1,4 +1,4 @@
-"""A result of `model.profile` as tables for a terminal."""
+"""Print a result of `model.profile` as tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastddpm.cli.options import plain
 from fastddpm.perf.profiling import causes
 from fastddpm.perf.profiling.causes import duration
 from fastddpm.perf.profiling.ceilings import SHORT
@@ -19,12 +20,12 @@ Record = dict[str, Any]
 
 
 def show(content: Record, console: Console) -> None:
-    """Prints ceilings, a line per batch size, layers and kernels of the largest, causes, and what could not be read."""
+    """Print ceilings, a line per batch size, layers and kernels of the largest, causes, and unreadable counters."""
     device, network = content["device"], content["network"]
     kind = "frozen for sampling" if network["frozen"] else "as it is, not frozen"
     threads = f", {device['threads']} threads" if "threads" in device else ""
-    _print(console, f"{content.get('model') or network['class']} on {device['name']}{threads}")
-    _print(
+    plain(console, f"{content.get('model') or network['class']} on {device['name']}{threads}")
+    plain(
         console,
         f"{network['class']}, {kind}, {network['parameters'] / 1e6:.3g} M parameters; {content['precision']}, backend "
         f"{content['backend']}, {content['steps']} steps an image",
@@ -39,7 +40,7 @@ def show(content: Record, console: Console) -> None:
         _kernels(measured[-1], console)
     for record in measured:
         _causes(record, console)
-    _print(console, "not read: " + "; ".join(f"{entry['counter']} ({entry['why']})" for entry in content["unreadable"]))
+    plain(console, "not read: " + "; ".join(f"{entry['counter']} ({entry['why']})" for entry in content["unreadable"]))
 
 
 def _ceilings(content: Record, console: Console) -> None:
@@ -50,11 +51,11 @@ def _ceilings(content: Record, console: Console) -> None:
     for name, value in roofs["latency"].items():
         if name.endswith("_us"):
             parts.append(f"{name.removesuffix('_us').replace('_', ' ')} {value:.2f} us")
-    _print(console, "ceilings: " + ", ".join(parts))
+    plain(console, "ceilings: " + ", ".join(parts))
     after = content.get("state", {}).get("after", {})
     load, processors = after.get("load_average"), content["device"].get("processors")
     if load is not None and processors and load > processors:
-        _print(console, f"this machine was busy: load {load} on {processors} processors; times are of a shared machine")
+        plain(console, f"this machine was busy: load {load} on {processors} processors; times are of a shared machine")
 
 
 def _batches(content: Record, console: Console) -> None:
@@ -63,35 +64,30 @@ def _batches(content: Record, console: Console) -> None:
     names = ["batch", "images/s", "ms/step", "20 % to 80 %", "layers' floor", "network's floor", "peak memory"]
     for name in [*names, "prepare", "first run"] + ["GPU idle"] * gpu:
         table.add_column(name, justify="right")
-    for record in content["batches"]:
-        if record["status"] != "ok":
-            continue
+    measured = [record for record in content["batches"] if record["status"] == "ok"]
+    for record in measured:
         us, floor = record["us_per_step"], record.get("floor") or {}
         idle, memory = record["kernels"].get("idle_share"), record["peak_memory"]["bytes"]
         table.add_row(
-            str(record["batch"]),
-            f"{record['images_per_s']:.3g}",
-            f"{us['median'] / 1e3:.3g}",
-            f"{us['p20'] / 1e3:.3g} to {us['p80'] / 1e3:.3g}",
-            _percent(floor.get("share_of_layers")),
-            _percent(floor.get("share_of_network")),
-            "-" if memory is None else f"{memory / 1e6:.0f} MB",
-            f"{record['prepare_s']:.2f} s",
-            f"{record['first_run_s']:.2f} s",
-            *([_percent(idle)] * gpu),
-        )
-    if table.row_count:
+            str(record["batch"]), f"{record['images_per_s']:.3g}", f"{us['median'] / 1e3:.3g}",
+            f"{us['p20'] / 1e3:.3g} to {us['p80'] / 1e3:.3g}", _percent(floor.get("share_of_layers")),
+            _percent(floor.get("share_of_network")), "-" if memory is None else f"{memory / 1e6:.0f} MB",
+            f"{record['prepare_s']:.2f} s", f"{record['first_run_s']:.2f} s", *([_percent(idle)] * gpu),
+        )  # fmt: skip
+    if measured:
         console.print(table)
     for record in content["batches"]:
         if record["status"] != "ok":
             failed = "failed: " * (record["status"] == "failed")
-            _print(console, f"batch {record['batch']}: {failed}{_why(record)}")
-    if first := next((r for r in content["batches"] if r["status"] == "ok"), None):
+            why = str(record.get("error") or record.get("reason") or "").partition("\n")[0]
+            plain(console, f"batch {record['batch']}: {failed}{why}")
+    if measured:
+        first = measured[0]
         steps = f"runs of {first['steps_per_run']} steps, fewer at larger batches"
         mode, reason = first["graph"]["mode"], first["graph"]["why_not"]
         loop = f"loop {mode}" + (f" ({reason})" if reason else "")
         memory = f"memory: {first['peak_memory']['what']}"
-        _print(console, f"{steps}; {loop}; the first run compiles, tunes and captures; {memory}")
+        plain(console, f"{steps}; {loop}; the first run compiles, tunes and captures; {memory}")
 
 
 def _groups(record: Record, console: Console, *, judged: bool) -> None:
@@ -109,10 +105,10 @@ def _groups(record: Record, console: Console, *, judged: bool) -> None:
             *_rates(group, group["us"]), _percent(group["floor_us"] / group["us"]), ", ".join(bounds),
         )  # fmt: skip
     console.print(table)
-    _print(console, f"timed: {record['layers_timed']}")
+    plain(console, f"timed: {record['layers_timed']}")
     if any(layer["share"] > 1 for layer in record["layers"]):
         why = "operands came from a cache, or fewer operations were needed than are counted (Winograd)"
-        _print(console, f"above 100 %: {why}")
+        plain(console, f"above 100 %: {why}")
 
 
 def _layers(record: Record, console: Console) -> None:
@@ -135,7 +131,7 @@ def _layers(record: Record, console: Console) -> None:
 def _kernels(record: Record, console: Console) -> None:
     found = record["kernels"]
     if "error" in found:
-        _print(console, f"kernels were not traced: {found['error']}")
+        plain(console, f"kernels were not traced: {found['error']}")
         return
     if "kernels_per_step" in found:
         title = f"kernels, batch {record['batch']}: {found['kernels_per_step']:.0f} a step"
@@ -155,16 +151,16 @@ def _kernels(record: Record, console: Console) -> None:
 def _causes(record: Record, console: Console) -> None:
     us, floor = record["us_per_step"]["median"], record["floor"]
     if floor is None:
-        _print(console, f"batch {record['batch']}: {duration(us)} a step; no floor, for want of layers or ceilings")
+        plain(console, f"batch {record['batch']}: {duration(us)} a step; no floor without layers and ceilings")
         return
-    _print(
+    plain(
         console,
         f"batch {record['batch']}: {duration(us)} a step; at the ceilings its layers take "
         f"{duration(floor['layers_us'])}, the network in one piece {duration(floor['network_us'])}. Costliest:",
     )
     for cause in record["causes"][:CAUSES]:
         share = f"({100 * cause['share']:.0f} % of the step)"
-        _print(console, f"  {duration(cause['us']):>8} above the floor {share}: {cause['what']}")
+        plain(console, f"  {duration(cause['us']):>8} above the floor {share}: {cause['what']}")
 
 
 def _rates(entry: Record, us: float) -> Sequence[str]:
@@ -184,11 +180,3 @@ def _size(entry: Record) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
-
-
-def _why(record: Record) -> str:
-    return str(record.get("error") or record.get("reason") or "").partition("\n")[0]
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
