@@ -8,7 +8,6 @@ quick:  ## what takes under a minute on two cores
 
 lint:  ## style, types, the order of the rooms
 	ruff check .
-	ruff format --check .
 	mypy
 	lint-imports
 
