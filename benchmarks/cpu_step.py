@@ -15,8 +15,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from importlib import metadata
@@ -27,15 +27,15 @@ import torch
 from fastddpm_kernels import backend as _backend
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.testing import FLOORS
-from gpu.arms import Missing, Unavailable
-from gpu.baselines import matches, plain_unet, predict
-from gpu.networks import Problem
-from measuring import peer, ratio
+from measuring import Missing, Unavailable, matches, peer
+from networks import Problem, plain_unet, predict
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import freeze
 from fastddpm.perf.profiling.timing import first_lines, interleave, quantiles, release
 
+# OpenVINO reports its import and use over the network, but not where the environment says that this is CI.
+os.environ.setdefault("CI", "true")
 T = 500
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -127,30 +127,15 @@ def compiled(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     return Ready(runs[best], given, tried[best]["compile_s"], tried)
 
 
-@contextmanager
-def _untold() -> Iterator[None]:
-    """OpenVINO reports its import and use over the network, but not where the environment says that this is CI."""
-    before = os.environ.get("CI")
-    os.environ["CI"] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CI"]
-        else:
-            os.environ["CI"] = before
-
-
 def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     """The module converted and compiled by OpenVINO, which reads and writes memory that stays where it is."""
     peer("diffusers")
     peer("openvino")
-    with _untold():
-        import openvino as ov
+    import openvino as ov
 
     unet, t = _Output(plain_unet(problem, torch.float32, channels_last=False, fused=True)), _timesteps(x)
     start = time.perf_counter()
-    with _untold(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, of checks of shapes
         model = ov.convert_model(unet, example_input=(x, t), input=[tuple(x.shape), tuple(t.shape)])
     hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
@@ -210,9 +195,8 @@ def measure(
     problem: Problem,
     batch: int,
     rounds: int,
-    dtypes: Sequence[str] = tuple(DTYPES),
-    arms: dict[str, Build] | None = None,
-    say: Callable[[str], None] = print,
+    dtypes: Sequence[str],
+    arms: dict[str, Build],
 ) -> list[dict[str, Any]]:
     """A record for every arm and dtype: its status ("ok", "missing", "unavailable", "wrong" or "failed") and figures.
 
@@ -229,11 +213,11 @@ def measure(
     for dtype in dtypes:
         own = x.to(DTYPES[dtype], memory_format=torch.channels_last)
         eager = predict(plain_unet(problem, DTYPES[dtype], channels_last=True), own, _timesteps(x)).clone()
-        for arm, build in (ARMS if arms is None else arms).items():
+        for arm, build in arms.items():
             record: dict[str, Any] = {"network": problem.name, "batch": batch, "arm": arm, "dtype": dtype}
             records.append(record)
             run = _prepare(build, record, problem, x, (truth, eager))
-            say(f"{problem.name}, batch {batch}: {arm} {dtype} " + (record.get("reason") or "is ready"))
+            print(f"{problem.name}, batch {batch}: {arm} {dtype} " + (record.get("reason") or "is ready"), flush=True)
             if run is not None:
                 ready[arm, dtype] = run
     samples: dict[str, list[float]] = {" ".join(key): [] for key in ready}
@@ -245,7 +229,8 @@ def measure(
         if record["status"] == "ok":
             own_samples = samples[f"{record['arm']} {record['dtype']}"]
             record["seconds"] = quantiles(own_samples)
-            record["times_as_fast"] = None if against is None else ratio(own_samples, against)
+            rounds = None if against is None else zip(own_samples, against, strict=True)
+            record["times_as_fast"] = None if rounds is None else quantiles([b / a for a, b in rounds])
     ready.clear()
     runs.clear()
     if "torch._dynamo" in sys.modules:  # importing it takes seconds

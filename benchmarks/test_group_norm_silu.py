@@ -22,9 +22,7 @@ from fastddpm_kernels.group_norm_silu import (
     rms_norm_silu_,
 )
 from fastddpm_kernels.testing import assert_close
-from gpu.arms import Unavailable
-from gpu.op_cases import image
-from measuring import ARMS, Candidate, Session, compiled, fused_backend, peer
+from measuring import ARMS, Candidate, Session, Unavailable, compiled, fused_backend, image, peer
 from torch import Tensor
 
 GROUPS = 32

@@ -14,8 +14,17 @@ import torch
 from fastddpm_kernels.philox import STREAM_STEP, normal, sample_keys
 from fastddpm_kernels.reverse_step import reverse_step_
 from fastddpm_kernels.testing import assert_close
-from gpu.arms import Unavailable
-from measuring import ARMS, PEERS, Candidate, Session, assert_same_as_peer, compiled, fused_backend, peer
+from measuring import (
+    ARMS,
+    PEERS,
+    Candidate,
+    Session,
+    Unavailable,
+    assert_same_as_peer,
+    compiled,
+    fused_backend,
+    peer,
+)
 from torch import Tensor, nn
 
 from fastddpm.process.schedule import NoiseSchedule

@@ -12,10 +12,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from gpu.arms import Unavailable
-from gpu.baselines import plain_unet, unet_name
-from gpu.networks import Problem, flops_of, make_problem
-from measuring import ARMS, PEERS, Candidate, Session, assert_network_close, compiled_network, peer
+from measuring import (
+    ARMS,
+    PEERS,
+    PRECISIONS,
+    Candidate,
+    Session,
+    Unavailable,
+    assert_network_close,
+    compiled_network,
+    peer,
+)
+from networks import Problem, flops_of, make_problem, plain_unet, unet_name
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import freeze
@@ -40,13 +48,13 @@ EXAMPLES = {
     },
     "full": {
         "cifar10 fp16 batch 1": Example("cifar10", torch.float16, 1, compile=False),
+        "cifar10 fp16 batch 8": Example("cifar10", torch.float16, 8, compile=False),
         "cifar10 fp16 batch 64": Example("cifar10", torch.float16, 64),
         "cifar10 fp16 batch 256": Example("cifar10", torch.float16, 256, compile=False),
         "celeba256 fp16 batch 8": Example("celeba256", torch.float16, 8, compile=False),
         "lucidrains dim 64 fp16 batch 64": Example("lucidrains", torch.float16, 64, compile=False),
     },
 }
-PRECISIONS = {torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Network(NamedTuple):
