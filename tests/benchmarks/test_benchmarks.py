@@ -61,7 +61,7 @@ def test_timing_from_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gpu_check(tmp_path: Path) -> None:
-    """One section of each kind runs on the CPU, an interrupted run goes on where it ended, and others of its results are kept."""
+    """A section of each kind runs on the CPU; an interrupted run goes on where it ended and keeps what it had."""
     out = tmp_path / "gpu.json"
     command = ["benchmarks/gpu_check.py", "--device", "cpu", "--small", "--out", out, "--commit", "abc"]
     python(*command, "--section", "machine", "cifar10", "profile", "tune", "--budget", "500")
