@@ -48,7 +48,7 @@ NETWORKS = ("cifar10", "lucidrains", "step")
 
 
 def _random(model: nn.Module) -> nn.Module:
-    """Seeded weights; norms' weights and biases differ from 1 and 0, and no output is zero."""
+    """Give a model seeded weights: those of norms differ from 1 and 0, and no output is zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
@@ -111,7 +111,7 @@ def lucidrains(base: str, batch: int, steps: int, dtypes: list[str]) -> dict[str
 
 
 def differences(images: np.ndarray, original: np.ndarray) -> dict[str, float | int]:
-    """How far images in [0, 1] are from each other, as floats and as the 8-bit pixels that are saved."""
+    """Return how far images in [0, 1] are from each other, as floats and as the 8-bit pixels that are saved."""
     a, b = ((x * 255).round().astype(np.int32) for x in (images, original))
     return {
         "largest": float(np.abs(images.astype(np.float64) - original).max()),
@@ -123,7 +123,7 @@ def differences(images: np.ndarray, original: np.ndarray) -> dict[str, float | i
 
 
 def compare(arms: dict[str, Arm], rounds: int) -> list[dict[str, Any]]:
-    """Times the arms in turn; the first is what the others are compared with."""
+    """Time the arms in turn; the first is what the others are compared with."""
     images = {name: run() for name, run in arms.items()}  # builds what is built once
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     runs = {name: partial(timed, run, torch.device("cpu")) for name, run in arms.items()}
@@ -155,7 +155,7 @@ def _counts(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 1 where something was not measured, as for want of a library."""
+    """Run the command; return its exit code: 1 where something was not measured, as for want of a library."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     parser.add_argument("--networks", default=",".join(NETWORKS), help="what is measured (default: %(default)s)")

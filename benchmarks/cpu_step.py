@@ -85,7 +85,7 @@ def _timesteps(x: Tensor) -> Tensor:
 
 
 def diffusers(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """The library's own module."""
+    """Return the library's own module."""
     peer("diffusers")
     t, best = _timesteps(x), dtype != torch.float32
     unet = plain_unet(problem, dtype, channels_last=best, fused=best)
@@ -95,7 +95,7 @@ def diffusers(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
 
 
 def compiled(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """That under torch.compile, with the fastest of `COMPILE_OPTIONS`."""
+    """Return it under torch.compile, with the fastest of `COMPILE_OPTIONS`."""
     peer("diffusers")
     if not any(map(shutil.which, ("g++", "clang++"))):
         raise Unavailable("torch.compile finds no C++ compiler")
@@ -128,7 +128,7 @@ def compiled(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
 
 
 def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """The module converted and compiled by OpenVINO, which reads and writes memory that stays where it is."""
+    """Return the module converted and compiled by OpenVINO, which reads and writes memory that stays in place."""
     peer("diffusers")
     peer("openvino")
     import openvino as ov
@@ -158,7 +158,7 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
 
 
 def fastddpm(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """The frozen U-Net, as the sampling loop runs it."""
+    """Return the frozen U-Net, as the sampling loop runs it."""
     _backend.why_not("native", "cpu")  # builds the library, once for all, if it never was
     start = time.perf_counter()
     frozen = freeze(problem.unet, [T], dtype, CPU)
@@ -173,7 +173,7 @@ ARMS: dict[str, Build] = {"diffusers": diffusers, "torch.compile": compiled, "op
 
 
 def versions() -> dict[str, str]:
-    """Those of the libraries that are there."""
+    """Return the versions of the libraries that are installed."""
     found = {}
     for name in ("torch", "diffusers", "openvino"):
         with suppress(metadata.PackageNotFoundError):
@@ -182,7 +182,7 @@ def versions() -> dict[str, str]:
 
 
 def _seconds(call: Callable[[], object], calls: int = 1) -> float:
-    """Of a call. The first is not counted: threads of another library's runtime may still be spinning."""
+    """Return the seconds of a call, but the first: threads of another library's runtime may still be spinning."""
     call()
     start = time.perf_counter()
     for _ in range(calls):
@@ -198,7 +198,7 @@ def measure(
     dtypes: Sequence[str],
     arms: dict[str, Build],
 ) -> list[dict[str, Any]]:
-    """A record for every arm and dtype: its status ("ok", "missing", "unavailable", "wrong" or "failed") and figures.
+    """Return a record for every arm and dtype: "ok", "missing", "unavailable", "wrong" or "failed", and its figures.
 
     `seconds` (of an evaluation) and `times_as_fast` (as `BASELINE`, by rounds) are quantiles, `error` the relative one
     against float64 with its bounds, `reason` why there are none.
@@ -242,7 +242,7 @@ def measure(
 def _prepare(
     build: Build, record: dict[str, Any], problem: Problem, x: Tensor, results: tuple[Tensor, Tensor]
 ) -> Callable[[], float] | None:
-    """Builds an arm, checks it against (float64, eager torch), completes its record; returns what takes a sample."""
+    """Build an arm, check it against (float64, eager torch), complete its record; return what takes a sample."""
     dtype = DTYPES[record["dtype"]]
     try:
         ready = build(problem, x, dtype)

@@ -1,4 +1,4 @@
-"""Tests, measures, profiles and tunes fastddpm on this machine's GPU, beside its peers, in at most nine minutes.
+"""Test, measure, profile and tune fastddpm on this machine's GPU, beside its peers, in at most nine minutes.
 
     python benchmarks/gpu_check.py                            # all sections; results in benchmarks/results/<gpu>.json
     python benchmarks/gpu_check.py --section ops profile      # some of them

@@ -105,7 +105,7 @@ class Session:
         return float(ceilings.copy_rate(self.device, size, seconds=2.0)["best"])
 
     def matmul_tflops(self, precision: str) -> float:
-        """The ceiling of products in a precision, measured once."""
+        """Return the ceiling of products in a precision, measured once."""
         if precision not in self._tflops:
             sizes = ceilings.MATMUL_SIZES.get(self.device.type, ceilings.MATMUL_SIZES["cpu"])[:2]
             self._tflops[precision] = float(ceilings.matmul_rate(self.device, precision, sizes, seconds=2.0)["best"])
@@ -125,7 +125,7 @@ class Session:
         return functools.partial(_in_turn, candidate.calls)
 
     def figures(self, candidate: Candidate, seconds: Sequence[float]) -> dict[str, Any]:
-        """Return what follows from the `seconds` of all calls together: times of a step, rates, shares of a roof."""
+        """Return the times of a step, rates and shares of a roof that follow from the `seconds` of all calls."""
         steps = len(candidate.calls) * candidate.steps
         times = quantiles([value / steps for value in seconds])
         info: dict[str, Any] = {

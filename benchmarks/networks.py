@@ -75,7 +75,7 @@ class Problem:
         self.parameters = sum(p.numel() for p in self.unet.parameters())
 
     def describe(self) -> dict[str, Any]:
-        """What a reader wants to know of the network."""
+        """Return what a reader wants to know of the network."""
         return {
             "architecture": self.name,
             "weights": "random, seed 0",
@@ -86,7 +86,7 @@ class Problem:
 
 
 def make_problem(name: str, device: torch.device) -> Problem:
-    """The named configuration with weights of seed 0, on `device`."""
+    """Return the named configuration with weights of seed 0, on `device`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet(**CONFIGS[name])

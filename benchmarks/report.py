@@ -43,7 +43,7 @@ PLOTTED = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes, checks or compares; returns the exit status: 0, 1 if a check fails, 2 for files that do not fit."""
+    """Write, check or compare; return the exit status: 0, 1 if a check fails, 2 for files that do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="takes the short table")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "speed.md", help="takes all tables")
@@ -85,7 +85,7 @@ def _render(readme: Path, page: Path, folder: Path, check: bool) -> int:
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The results in a folder that were measured at full size: of `gpu_check.py` on GPUs, then of `cpu_check.py`."""
+    """Return the results in a folder that were measured at full size: of GPUs, then of CPUs."""
     found = [read_json(path) for path in sorted(folder.glob("*.json"))]
     gpus = [c for c in found if c.get("schema") == GPU_SCHEMA and c["device"]["kind"] == "cuda" and not c["small"]]
     cpus = [c for c in found if c.get("schema") == CPU_SCHEMA and c["rounds"] >= compare.LEAST_SAMPLES]
@@ -93,7 +93,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def replaced(text: str, between: str) -> str:
-    """`text` with what stands between the two markers replaced.
+    """Return `text` with what stands between the two markers replaced.
 
     Raises:
         ValueError: the markers are not there once each, in order.
@@ -127,7 +127,7 @@ def table(results: list[dict[str, Any]], folder: Path = Path(), base: Path = Pat
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:
-    """Draws images per second against the batch size, for each network that was measured on one GPU."""
+    """Draw images per second against the batch size, for each network that was measured on one GPU."""
     series = _series(content)
     figure = plots.new_figure(len(series), 5.5)
     for axes, (network, arms) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
@@ -138,7 +138,7 @@ def draw(path: Path, content: dict[str, Any]) -> None:
 
 
 def _loops(content: dict[str, Any], network: str, arm: str) -> list[dict[str, Any]]:
-    """The records of an arm of the loops of a network, by batch size."""
+    """Return the records of an arm of the loops of a network, by batch size."""
     found = [
         r for r in records(content, network, arm=arm, status="ok") if r["group"].startswith(f"loop {network} fp16")
     ]
@@ -146,7 +146,7 @@ def _loops(content: dict[str, Any], network: str, arm: str) -> list[dict[str, An
 
 
 def _series(content: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, dict[str, Any]]]]]:
-    """{network: {arm: [(batch, microseconds per step)]}} of what was measured at two batch sizes or more."""
+    """Return {network: {arm: [(batch, microseconds per step)]}} of what was measured at two batch sizes or more."""
     found: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     for section, network in NETWORKS.items():
         for arm, name in PLOTTED.items():
@@ -157,7 +157,7 @@ def _series(content: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, dict
 
 
 def _gpu(content: dict[str, Any], short: bool) -> str:
-    """One GPU; "" if its file holds no time of a loop."""
+    """Return the table of one GPU; "" if its file holds no time of a loop."""
     rows = []
     for section, network in NETWORKS.items():
         for record in _loops(content, section, MAIN):
@@ -190,7 +190,7 @@ def _gpu(content: dict[str, Any], short: bool) -> str:
 
 
 def _cpu(content: dict[str, Any], short: bool) -> str:
-    """One CPU's whole calls: the libraries' own samplers against accelerated ones; "" if its file holds no ratio."""
+    """Return the table of one CPU's whole calls, originals against accelerated ones; "" if its file has none."""
     originals = {(r["network"], r["batch"]): r["median_s"] for r in content["records"] if r["arm"] == "original"}
     rows = []
     for record in content["records"]:
@@ -229,7 +229,7 @@ def _cpu_name(content: dict[str, Any]) -> str:
 
 
 def _cpu_step(content: dict[str, Any]) -> str:
-    """One CPU's evaluations of a network, with what each library was given; "" if its file holds none."""
+    """Return the table of one CPU's evaluations of a network, and what each library was given; "" if there are none."""
     step = content.get("step", {})
     if step.get("rounds", 0) < compare.LEAST_SAMPLES:
         return ""
@@ -273,7 +273,7 @@ def _cpu_step(content: dict[str, Any]) -> str:
 
 
 def _given(texts: dict[str, list[tuple[str, int]]]) -> str:
-    """What an arm was given, said once where it is the same for all precisions and batch sizes."""
+    """Say what an arm was given, once where it is the same for all precisions and batch sizes."""
     every: dict[str, int] = {}
     for dtype, _ in (case for cases in texts.values() for case in cases):
         every[dtype] = every.get(dtype, 0) + 1

@@ -34,7 +34,7 @@ def test_table_of_1000_steps(name: str, benchmark: Any) -> None:
 
 
 def test_table_of_repaint(benchmark: Any) -> None:
-    """The paper's walk: 250 steps, jumps of 10, each stretch 10 times, 4570 rows."""
+    """Time the paper's walk: 250 steps, jumps of 10, each stretch 10 times, 4570 rows."""
     schedule = NoiseSchedule.linear()
     table = benchmark.pedantic(
         repaint_table, (schedule, schedule.timesteps(250)), {"order": "repaint"}, warmup_rounds=3, rounds=30
@@ -44,7 +44,7 @@ def test_table_of_repaint(benchmark: Any) -> None:
 
 
 def check(table: StepTable) -> None:
-    """With the true x0 and epsilon every row leads from its level exactly to the next, whatever the sampler."""
+    """Assert that with the true x0 and epsilon every row leads from its level exactly to the next."""
     before = torch.cat([torch.tensor([table.start], dtype=torch.float64), table.levels[:-1]])
     _, _, c, d, e, f, s = table.rows.unbind(1)
     torch.testing.assert_close(c + f + d * before[:, 0], table.levels[:, 0], rtol=1e-9, atol=1e-12)

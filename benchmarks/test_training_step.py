@@ -84,7 +84,7 @@ def _lucidrains(model: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor], Loss
 
 
 def _arm(session: Session, name: str, model: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor], Losses, dict]:
-    """A module, its loss at noise of its own and at given noise, and the settings of an arm.
+    """Return a module, its loss at noise of its own and at given noise, and the settings of an arm.
 
     Raises:
         Missing, Unavailable: there is no such arm here.

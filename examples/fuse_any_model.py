@@ -1,4 +1,4 @@
-"""Fuses the norms of a network that this project does not own, shows what was fused, and samples from it.
+"""Fuse the norms of a network that this project does not own, shows what was fused, and samples from it.
 
 python examples/fuse_any_model.py     (a latent text-to-image U-Net in small, with random weights; needs diffusers)
 """

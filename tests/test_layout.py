@@ -57,7 +57,7 @@ NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}  #
 
 
 def private_names(source: str) -> set[str]:
-    """Private names of `fastddpm_kernels` that a module imports, or reads from a module of it."""
+    """Return the private names of `fastddpm_kernels` that a module imports, or reads from a module of it."""
     tree, found, bound = ast.parse(source), set[str](), set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fastddpm_kernels":

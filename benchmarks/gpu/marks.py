@@ -105,7 +105,7 @@ def _idle(content: dict[str, Any], batch: int) -> tuple[float | None, str]:
 
 
 def _worst_op(content: dict[str, Any], op: str) -> tuple[float | None, str]:
-    """The least share among the large shapes of an op; a wrong result is worth nothing."""
+    """Return the least share among the large shapes of an op; a wrong result is worth nothing."""
     name = {"group_norm_silu": "forward"}.get(op, op)
     found = [r for r in records(content, "ops", arm=MAIN) if r["group"].startswith(name + " ")]
     if wrong := [r for r in found if r["status"] == "failed"]:

@@ -75,7 +75,7 @@ def _arms(content: dict[str, Any], section: str, console: Console) -> None:
 
 
 def _tune(content: dict[str, Any], console: Console) -> None:
-    """What tuning found, in all and where a step gains most."""
+    """Print what tuning found, in all and where a step gains most."""
     rows = records(content, "tune", status="ok")
     if not rows:
         return
