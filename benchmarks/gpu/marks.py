@@ -28,7 +28,7 @@ class Mark(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "PASS", by how much it was missed, or "not measured"."""
+        """Say "PASS", by how much it was missed, or "not measured"."""
         if self.found is None:
             return "not measured"
         short = self.found - self.wanted if self.most else self.wanted - self.found
