@@ -219,9 +219,9 @@ def _show(device: torch.device, console: Console) -> None:
     none = f"There is no tuned table for {tuned.device_name(device)}; heuristics choose."
     for line in tuned.describe(device) or [none]:
         print(line)
-    for tuned in found:
+    for each in found:
         table = Table("op", "dtype", "shape", "choice", "us", "heuristic us")
-        for key, record in tuned.records.items():
+        for key, record in each.records.items():
             shape = " ".join(f"{name}={value}" for name, value in key.named().items())
             choice = "the heuristics'" if record["choice"] is None else _words(record["choice"])
             times = (str(record.get(name, "")) for name in ("tuned_us", "heuristic_us"))

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from denoising_diffusion_pytorch import Unet, Unet1D
 from denoising_diffusion_pytorch import classifier_free_guidance as cfg
 from fastddpm_kernels.backend import why_not as why_not_backend
+from fastddpm_kernels.conv.upsampling import transposed_weight as upsample_conv
 from torch import Tensor, nn
 
 from fastddpm import NoiseSchedule, Sampler
 from fastddpm.networks.frozen import FrozenUNet, cuda_instructions, freeze, instructions, why_not
-from fastddpm.networks.frozen.folding import upsample_conv
 from fastddpm.networks.frozen.kinds.unet import folding
 from fastddpm.networks.frozen.program import plan_memory
 from fastddpm.networks.frozen.time_table import TimeTable
