@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from fastddpm.common.version import __version__
 
+    for stream in (sys.stdout, sys.stderr):  # names of files may be what a terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)

@@ -158,7 +158,7 @@ def _precision(
 
     report = compare_samplers(
         model.unet, make, precisions, device=device, backend=options.backend, num_samples=count, seed=options.seed,
-        class_labels=labels_in_turn(model.unet.config, count), batch_size=options.batch_size, judge=judge,
+        class_labels=labels_in_turn(model, count), batch_size=options.batch_size, judge=judge,
         progress=True,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastddpm.interop.pretrained import Pretrained
 
 DIGIT_SAMPLES, SAMPLES = 500, 10_000
+FEATURES = 2048  # of Inception v3, kept of every sample
 
 
 def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
@@ -52,7 +53,7 @@ def measure_fidelity(
     """
     import torch
 
-    from fastddpm.common.images import save_npz
+    from fastddpm.common.images import check_memory, save_npz
     from fastddpm.evaluation import Evaluator
     from fastddpm.evaluation.image_sets import of_sampler
     from fastddpm.evaluation.reading import open_images
@@ -65,7 +66,8 @@ def measure_fidelity(
     else:
         sampler = make_sampler(options, model)
         count = options.num_samples or (DIGIT_SAMPLES if is_bundled else SAMPLES)
-        labels = labels_in_turn(model.unet.config, count)
+        check_memory(4 * FEATURES * count, f"--num-samples {count}: features")
+        labels = labels_in_turn(model, count)
         samples = of_sampler(
             sampler, count, seed=options.seed, class_labels=labels,
             decode=lambda x: _finite(model.decode(x)),

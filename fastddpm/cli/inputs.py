@@ -103,7 +103,7 @@ def _read_inputs(
     from fastddpm.common.images import load_image
 
     shape = _input_shape(model.unet.config, sampler, reduced)
-    classes = classes_of(source.unet.config)
+    classes = source.labels()
     names = options.inputs or [str(label) for label in classes]
     if not names:
         raise ValueError("INPUT is missing: the model has no classes to draw one of each, name picture files")

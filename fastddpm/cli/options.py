@@ -163,9 +163,9 @@ def classes_of(config: Any) -> list[int]:
     return [label for label in range(config.num_class_embeds) if label != config.null_class]
 
 
-def labels_in_turn(config: Any, count: int) -> list[int] | None:
-    """Return `count` labels that repeat all classes in turn; None where a model has no classes."""
-    classes = classes_of(config)
+def labels_in_turn(model: Pretrained, count: int) -> list[int] | None:
+    """Return `count` labels that repeat those that were trained on in turn; None where a model has no classes."""
+    classes = model.labels()
     return [classes[i % len(classes)] for i in range(count)] if classes else None
 
 

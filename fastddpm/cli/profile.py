@@ -127,7 +127,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         shape=first.network.sample_shape(first.settings.learned_variance),
         precision=options.dtype,
         batches=sorted(set(batches)),
-        labels=partial(labels_in_turn, model.unet.config),
+        labels=partial(labels_in_turn, model),
         seconds=options.budget or (QUICK_S if options.quick else BUDGET_S),
         quick=options.quick,
         trace=options.trace,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import options as shared
 from fastddpm.cli import outputs
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import check_labels, classes_of, integer, integers
+from fastddpm.cli.options import check_labels, integer, integers
+
+if TYPE_CHECKING:
+    from fastddpm.interop.pretrained import Pretrained
 
 
 def add_commands(commands: Any) -> None:
@@ -36,7 +40,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fastddpm.common.images import grid
+    from fastddpm.common.images import check_drawable, check_memory, grid
 
     kind = outputs.check_outputs(options)
     model = open_model(options, latents=True)
@@ -44,7 +48,11 @@ def _sample(options: argparse.Namespace) -> None:
         name = "output" if kind == ".gif" else "trajectory"
         raise ValueError(f"--{name} is {getattr(options, name)}, which shows states, but those of MODEL are latents")
     sampler = shared.make_sampler(options, model)
-    labels = _choose_labels(options, model.unet.config)
+    shape = sampler.network.sample_shape(sampler.settings.learned_variance)
+    check_memory(4 * (options.num_samples or 1) * math.prod(shape), f"{options.num_samples} samples")
+    if model.decoder is None and (kind != ".npz" or options.trajectory is not None):
+        check_drawable(shape[0])
+    labels = _choose_labels(options, model)
     count = options.num_samples or (len(labels) if labels else 16)
     steps = len(sampler.timesteps)
     start = time.perf_counter()
@@ -68,11 +76,11 @@ def _sample(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def _choose_labels(options: argparse.Namespace, config: Any) -> list[int] | None:
-    """Return the label of every sample: those asked for in turn, else every class in equal numbers, sorted."""
+def _choose_labels(options: argparse.Namespace, model: Pretrained) -> list[int] | None:
+    """Return the label of every sample: those asked for in turn, else those trained on in equal numbers, sorted."""
     given, count = options.class_labels, options.num_samples
-    check_labels(given, config)
-    classes = classes_of(config)
+    check_labels(given, model.unet.config)
+    classes = model.labels()
     if not classes:
         return None
     if given is None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 MOST_PICKLE = 2**26  # bytes of the part of a checkpoint that is no tensor
@@ -130,7 +130,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Any:
         begin = file.read(8)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_safetensors(path)
         if not begin.startswith((b"PK", b"\x80")):  # a zip or a pickle
             raise ValueError(f"it begins with {begin!r}, must be a file that torch saved, or .safetensors")
         _check_pickles(path)
@@ -174,6 +174,15 @@ def _check_pickle(content: bytes) -> None:
                 raise ValueError("it holds a bytearray, must hold tensors and plain values")
     except (IndexError, struct.error, UnicodeDecodeError, OverflowError) as error:
         raise ValueError(f"its pickle is damaged: {error}") from None
+
+
+def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file of any name; the library itself takes only names in UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return load(Path(path).read_bytes())
+    return load_file(path)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from fastddpm.common.files import read_json, read_tensors, read_weights, write_j
 from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
-from fastddpm.interop.scheduler_config import load_scheduler
+from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
 from fastddpm.networks.unet.model import UNet, index_files, shards, weights_files
 from fastddpm.process.methods import own_settings
 from fastddpm.process.schedule import NoiseSchedule
@@ -31,6 +31,7 @@ from fastddpm.sampling.sampler import Sampler
 BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
 
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+_LABELS = "_labels"  # of model_index.json: names of the labels that occur in the training data; diffusers ignores it
 _DECODERS = ("VQModel", "AutoencoderKL")
 _RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # of a training run, and of its checkpoints
 
@@ -44,12 +45,21 @@ class Pretrained:
         schedule: the forward process that it was trained on.
         settings: keyword arguments of `Sampler` (prediction_type, clip_sample, ...).
         decoder: where samples are latents, diffusers' autoencoder that turns them into images.
+        label_names: the labels that occur in the training data, with their names; empty if the model does not say.
     """
 
     unet: Any
     schedule: NoiseSchedule
     settings: dict[str, Any] = field(default_factory=dict)
     decoder: nn.Module | None = None
+    label_names: dict[int, str] = field(default_factory=dict)
+
+    def labels(self) -> list[int]:
+        """Return the labels to draw in turn: those trained on, or all but the null class; [] without classes."""
+        config = getattr(self.unet, "config", None)
+        count = getattr(config, "num_class_embeds", None)
+        known = sorted(self.label_names) or range(count or 0)
+        return [label for label in known if label < (count or 0) and label != getattr(config, "null_class", None)]
 
     def sampler(self, **overrides: Any) -> Sampler:
         """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
@@ -130,7 +140,22 @@ def load_pretrained(
     schedule, settings = load_scheduler(parts.scheduler)
     unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
     decoder = None if parts.decoder is None else _load_decoder(*parts.decoder, dtype, device)
-    return Pretrained(unet, schedule, settings, decoder)
+    return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX))
+
+
+def _label_names(path: Path) -> dict[int, str]:
+    """Return the names by label of a model_index.json that states them.
+
+    Raises:
+        ValueError: they are no names by label; the message names the file.
+    """
+    names = read_json(path).get(_LABELS, {}) if path.is_file() else {}
+    if not isinstance(names, dict) or not all(
+        label.isdecimal() and label.isascii() and len(label) < 10 and isinstance(name, str)
+        for label, name in names.items()
+    ):
+        raise ValueError(f"{path}: {_LABELS} is {str(names)[:60]}, must be names by label, such as {{'0': 'cat'}}")
+    return {int(label): name for label, name in names.items()}
 
 
 def run_of(path: str | os.PathLike[str]) -> Path | None:
@@ -156,7 +181,7 @@ def _load_run(
     average, prefix = path / "ema-0.safetensors", "unet."
     file = average if ema and average.is_file() else path / _RUN_WEIGHTS
     state = {
-        name.removeprefix(prefix): v for name, v in read_weights(file).items() if file == average or prefix in name
+        name.removeprefix(prefix): v for name, v in read_weights(file).items() if file == average or name.startswith(prefix)
     }
     model.unet.load_weights(state, str(file))
     return model
@@ -295,19 +320,29 @@ def save_pretrained(
     variance_type: str = "fixed_small",
     clip_sample: bool = True,
     clip_sample_range: float = 1.0,
-    timestep_spacing: str = "leading",
+    timestep_spacing: str | None = None,
+    self_condition: bool = False,
+    null_class: int | None = None,
+    label_names: Mapping[int, str] | None = None,
 ) -> None:
     """Write a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
 
     Args:
         folder: created if it does not exist; files of the same names are replaced.
         unet, schedule: the model; weights are stored in the network's dtype.
-        prediction_type, variance_type, clip_sample, clip_sample_range, timestep_spacing: settings of `Sampler`.
+        prediction_type, variance_type, clip_sample, clip_sample_range, self_condition: how it is sampled, as for
+            `Sampler`.
+        timestep_spacing: likewise; None for "trailing" where the schedule has zero terminal SNR, whose last timestep
+            the others leave out, else "leading".
+        null_class: the label that means "no class"; None for that of the U-Net's config.
+        label_names: the labels that occur in the training data, with their names.
 
     Raises:
         ValueError: a setting is not known.
         OSError: a file cannot be written.
     """
+    if timestep_spacing is None:
+        timestep_spacing = "trailing" if schedule.zero_terminal_snr else "leading"
     settings: dict[str, Any] = {
         "prediction_type": prediction_type,
         "variance_type": variance_type,
@@ -315,9 +350,11 @@ def save_pretrained(
         "clip_sample_range": clip_sample_range,
         "timestep_spacing": timestep_spacing,
     }
-    Sampler(unet, schedule, **settings)  # checks the settings
+    Sampler(unet, schedule, self_condition=self_condition, **settings)  # checks the settings
     folder = Path(folder)
     unet.save_pretrained(folder / "unet")
+    if null_class is not None and null_class != unet.config.null_class:
+        write_json(folder / "unet" / _CONFIG, unet.config.replace(null_class=null_class).to_dict())
     config: dict[str, Any] = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.30.0",
@@ -328,6 +365,8 @@ def save_pretrained(
         "rescale_betas_zero_snr": False,
         "trained_betas": None,
     }
+    if self_condition:
+        config[SELF_CONDITION] = True
     if schedule.beta_schedule == "trained_betas":
         config["trained_betas"] = schedule.betas.tolist()
     else:
@@ -342,5 +381,6 @@ def save_pretrained(
             "_diffusers_version": "0.30.0",
             "scheduler": ["diffusers", "DDPMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
+            **({_LABELS: {str(label): name for label, name in sorted(label_names.items())}} if label_names else {}),
         },
     )

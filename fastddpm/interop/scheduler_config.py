@@ -10,6 +10,9 @@ from typing import Any
 from fastddpm.common.files import read_json
 from fastddpm.process.schedule import NoiseSchedule
 
+# What diffusers has no word for; it ignores names with an underscore.
+SELF_CONDITION = "_self_condition"
+
 _COMMON = ("prediction_type", "timestep_spacing", "steps_offset", "thresholding")
 _CLIPPING = ("clip_sample", "clip_sample_range")
 # For each of diffusers' schedulers: its method, and the settings that `Sampler` shares.
@@ -76,6 +79,10 @@ def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSche
     for name in ("clip_sample", "thresholding"):
         if not isinstance(settings.get(name, False), bool):
             raise ValueError(f"{where}: {name} is {settings[name]!r}, must be true or false")
+    if not isinstance(own := config.get(SELF_CONDITION, False), bool):
+        raise ValueError(f"{where}: {SELF_CONDITION} is {own!r}, must be true or false")
+    if own:
+        settings["self_condition"] = True
     if settings.get("thresholding"):  # without it they have no meaning
         names = ("dynamic_thresholding_ratio", "sample_max_value")
         settings |= {name: config[name] for name in names if name in config}
