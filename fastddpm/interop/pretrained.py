@@ -180,9 +180,8 @@ def _load_run(
         return model
     average, prefix = path / "ema-0.safetensors", "unet."
     file = average if ema and average.is_file() else path / _RUN_WEIGHTS
-    state = {
-        name.removeprefix(prefix): v for name, v in read_weights(file).items() if file == average or name.startswith(prefix)
-    }
+    weights = read_weights(file).items()
+    state = {name.removeprefix(prefix): v for name, v in weights if file == average or name.startswith(prefix)}
     model.unet.load_weights(state, str(file))
     return model
 

@@ -48,10 +48,8 @@ odd = st.recursive(
     _odd, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner), max_leaves=6
 )
 # Bytes: (what is done, where as a share of the length, with which bytes), one after the other.
-edits = st.lists(
-    st.tuples(st.sampled_from(["cut", "set", "insert", "remove", "repeat"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)),
-    min_size=1, max_size=5,
-)  # fmt: skip
+_ways = st.sampled_from(["cut", "set", "insert", "remove", "repeat"])
+edits = st.lists(st.tuples(_ways, st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=5)
 
 
 def edited(content: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
@@ -288,8 +286,10 @@ def profile(folder: Path, change: Any) -> object:
     return command("profile", "--compare", str(path), str(path))
 
 
-OPTIONS = ("--steps", "-n", "--class-labels", "--seed", "--batch-size", "--timesteps", "--eta", "--guidance-scale", "-o",
-           "--trajectory", "--device", "--method", "--dtype", "--flags", "--image-size", "--variant", "--spacing")  # fmt: skip
+OPTIONS = (
+    *("--steps", "-n", "--class-labels", "--seed", "--batch-size", "--timesteps", "--eta", "--guidance-scale", "-o"),
+    *("--trajectory", "--device", "--method", "--dtype", "--flags", "--image-size", "--variant", "--spacing"),
+)
 
 
 def arguments(folder: Path, given: list[tuple[str, str]]) -> object:
@@ -297,27 +297,46 @@ def arguments(folder: Path, given: list[tuple[str, str]]) -> object:
 
 
 _state = st.dictionaries(_names, _tensor | st.integers() | st.text(max_size=3), max_size=6)
+_fields = CONFIG | dict.fromkeys(("time_embedding_dim", "freq_shift", "num_class_embeds", "attention_head_dim"))
+_settings = (
+    *("_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "clip_sample"),
+    *("clip_sample_range", "prediction_type", "variance_type", "timestep_spacing", "steps_offset", "thresholding"),
+    "rescale_betas_zero_snr",
+)
+_given = st.text(st.characters(blacklist_characters="\0"), max_size=6) | st.integers().map(str) | st.floats().map(str)
+
+
+def kinds(*names: str) -> st.SearchStrategy[Any]:
+    """Edits of one of several files."""
+    return st.tuples(st.sampled_from(names), edits)
+
+
 LOADERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Path, Any], object]]] = {
-    "unet config": (changed(CONFIG | {"time_embedding_dim": 0, "freq_shift": 0, "num_class_embeds": 0, "attention_head_dim": 0}),
-                    pipeline("unet/config.json")),
-    "model index": (changed(["unet", "scheduler", "vqvae", "_class_name"]), pipeline("model_index.json")),
+    "unet config": (changed(_fields), pipeline("unet/config.json")),
+    "model index": (changed(["unet", "scheduler", "vqvae", "_class_name", "_labels"]), pipeline("model_index.json")),
     "safetensors": (edits, pipeline(f"{WEIGHTS}.safetensors")),
-    "scheduler config": (changed(["_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                                  "trained_betas", "clip_sample", "clip_sample_range", "prediction_type", "variance_type",
-                                  "timestep_spacing", "steps_offset", "thresholding", "rescale_betas_zero_snr"]), scheduler),
-    "torch file": (st.tuples(st.sampled_from(["zip", "pickle"]), edits), torch_file),
+    "scheduler config": (changed(_settings), scheduler),
+    "torch file": (kinds("zip", "pickle"), torch_file),
     "pickle": (st.one_of(_calls, st.lists(_calls, max_size=2), odd), pickled),
-    "trainer file": (st.fixed_dictionaries({"model": _state}) | st.dictionaries(st.sampled_from(["model", "ema"]), odd), trainer_file),
-    "guided-diffusion": (st.tuples(
-        st.dictionaries(st.integers(0, 99).map(str), _tensor, max_size=2),
-        st.dictionaries(st.sampled_from([*FLAGS, "learn_sigma", "num_heads", "class_cond"]), _odd, max_size=2)), guided),
-    "archive": (st.tuples(st.sampled_from(["stored", "deflated", "npy", "bzip2", "members"]), edits), archive),
-    "picture": (st.tuples(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]), edits), picture),
-    "toml": (st.one_of(st.sampled_from([10, 1000, 100_000]), st.tuples(
-        st.sampled_from(["data", "model", "diffusion", "trainer", "x"]), _keys, st.one_of(_toml, edits))), toml),
+    "trainer file": (
+        st.fixed_dictionaries({"model": _state}) | st.dictionaries(st.sampled_from(["model", "ema"]), odd),
+        trainer_file,
+    ),
+    "guided-diffusion": (
+        st.tuples(
+            st.dictionaries(st.integers(0, 99).map(str), _tensor, max_size=2),
+            st.dictionaries(st.sampled_from([*FLAGS, "learn_sigma", "num_heads", "class_cond"]), _odd, max_size=2),
+        ),
+        guided,
+    ),
+    "archive": (kinds("stored", "deflated", "npy", "bzip2", "members"), archive),
+    "picture": (kinds("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"), picture),
+    "toml": (
+        st.sampled_from([10, 1000, 100_000])
+        | st.tuples(st.sampled_from(["data", "model", "diffusion", "trainer", "x"]), _keys, st.one_of(_toml, edits)),
+        toml,
+    ),
     "tuned table": (changed(["schema", "device", "entries", "native", "created"]), table),
     "profile": (changed(["schema", "batches", "ceilings", "device"]), profile),
-    "command line": (st.lists(st.tuples(st.sampled_from(OPTIONS), st.one_of(
-        st.text(st.characters(blacklist_characters="\0"), max_size=6), st.integers().map(str), st.floats().map(str))),
-        max_size=3), arguments),
-}  # fmt: skip
+    "command line": (st.lists(st.tuples(st.sampled_from(OPTIONS), _given), max_size=3), arguments),
+}
