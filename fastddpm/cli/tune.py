@@ -10,13 +10,13 @@ from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import (
     DTYPES,
     METHODS,
-    check_output,
     chosen_device,
     integer,
     make_sampler,
     seconds,
     wide_console,
 )
+from fastddpm.cli.outputs import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from fastddpm_kernels import tuned as _tuned
+    from fastddpm_kernels import tuned
+    from fastddpm_kernels.tuning import tuned_ops
 
-    from fastddpm.perf.tuning.task import tuned_ops
 
     device, console = chosen_device(options), wide_console()
     if options.show or options.clear:
@@ -84,9 +84,9 @@ def _tune(options: argparse.Namespace) -> None:
             if given is not None:
                 raise ValueError(f"{name} is given, but --{'show' if options.show else 'clear'} is of a whole table")
         return _show(device, console) if options.show else _clear(device)
-    unknown = [op for op in options.ops or () if op not in _tuned.FIELDS]
+    unknown = [op for op in options.ops or () if op not in tuned.OPS]
     if unknown:
-        raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(_tuned.FIELDS)}")
+        raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(tuned.OPS)}")
     if options.into_package and device.type == "cpu":
         raise ValueError("--into-package is given, but a CPU's table holds for one build of the native library alone")
     if options.training and (options.method or options.guidance_scale is not None):
@@ -99,7 +99,7 @@ def _tune(options: argparse.Namespace) -> None:
     ops = tuple(op for op in ops if op in (options.ops or ops))
     if not ops:
         raise ValueError(f"--ops is {' '.join(options.ops)}; on {device} there is {', '.join(tuned_ops(device))}")
-    path = _tuned.package_path(device) if options.into_package else _tuned.user_path(device)
+    path = tuned.package_path(device) if options.into_package else tuned.user_path(device)
     if not options.dry_run:
         check_output("--into-package" if options.into_package else "the table", path)
     keys = _keys(options, device, ops)
@@ -171,9 +171,10 @@ def _search(keys: dict[Key, int], device: torch.device, budget: float, path: Pat
 
     with progress_bar(len(keys), "tune") as bar:
         outcomes = tune(keys, device, budget, done=lambda outcome: bar())
+    saved = save(outcomes, device, path)  # before printing, which could lose it
     _print(outcomes, console)
     print(summary(outcomes))
-    if save(outcomes, device, path):
+    if saved:
         print(f"wrote {path}")
 
 
@@ -196,9 +197,8 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
 
 
 def _list(keys: dict[Key, int], device: torch.device, console: Console) -> None:
+    from fastddpm_kernels.tuning import make_task
     from rich.table import Table
-
-    from fastddpm.perf.tuning.task import make_task
 
     table = Table("shape", "calls", "choices", "the heuristics'", title="Shapes", title_justify="left")
     for key, calls in keys.items():
@@ -213,16 +213,16 @@ def _words(choice: Choice) -> str:
 
 
 def _show(device: torch.device, console: Console) -> None:
-    from fastddpm_kernels import tuned as _tuned
+    from fastddpm_kernels import tuned
     from rich.table import Table
 
-    found = _tuned.tables(device)
-    none = f"There is no tuned table for {_tuned.device_name(device)}; heuristics choose."
-    for line in _tuned.describe(device) or [none]:
+    found = tuned.tables(device)
+    none = f"There is no tuned table for {tuned.device_name(device)}; heuristics choose."
+    for line in tuned.describe(device) or [none]:
         print(line)
-    for tuned in found:
+    for each in found:
         table = Table("op", "dtype", "shape", "choice", "us", "heuristic us")
-        for key, record in tuned.records.items():
+        for key, record in each.records.items():
             shape = " ".join(f"{name}={value}" for name, value in key.named().items())
             choice = "the heuristics'" if record["choice"] is None else _words(record["choice"])
             times = (str(record.get(name, "")) for name in ("tuned_us", "heuristic_us"))
@@ -231,12 +231,12 @@ def _show(device: torch.device, console: Console) -> None:
 
 
 def _clear(device: torch.device) -> None:
-    from fastddpm_kernels import tuned as _tuned
+    from fastddpm_kernels import tuned
 
-    path = _tuned.user_path(device)
+    path = tuned.user_path(device)
     if not path.is_file():
         print(f"There is no {path}")
         return
     path.unlink()
-    _tuned.forget()
+    tuned.forget()
     print(f"deleted {path}")

@@ -36,7 +36,7 @@ class Method(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings and their defaults."""
+        """Return the settings and their defaults."""
         parameters = inspect.signature(self.table).parameters.values()
         return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -101,7 +101,7 @@ def method_table(
             raise TypeError(f"{setting} is no setting of a method; method {name!r} has {', '.join(own)}")
         elif all(value != METHODS[other].settings[setting] for other in others):
             raise ValueError(
-                f"{setting} is {value!r} but method is {name!r}, which has no such setting; "
-                f"{' and '.join(map(repr, others))} {'has' if len(others) == 1 else 'have'} it"
+                f"{setting} is {value!r} but method is {name!r}; {setting} is a setting of method "
+                f"{', '.join(map(repr, others))}"
             )
     return METHODS[name].table(schedule, timesteps, **given)

@@ -24,7 +24,9 @@ def dpmsolver_table(
     lower_order_final: bool = True,
     final_sigmas_type: str = "zero",
 ) -> StepTable:
-    """DPM-Solver++, multistep, midpoint (Lu et al. 2022b, algorithm 2), as diffusers' `DPMSolverMultistepScheduler`.
+    """Return the table of DPM-Solver++, multistep, midpoint (Lu et al. 2022b, algorithm 2).
+
+    diffusers' `DPMSolverMultistepScheduler`.
 
     With lambda = log(signal / noise) and h the step in it, the exact solution of the ODE takes x0 as constant (order
     1, which is DDIM) or as linear through the last two x0 (order 2). The first step is of order 1, and so is the last
@@ -87,7 +89,7 @@ def repaint_table(
     eta: float | None = None,
     order: str = "diffusers",
 ) -> StepTable:
-    """RePaint's walk (Lugmayr et al. 2022): denoising that every `jump_length` levels goes back up, several times.
+    """Return RePaint's walk (Lugmayr et al. 2022), which goes back up every `jump_length` levels, several times.
 
     A row up is one step of the forward process, sqrt(alpha) x + sqrt(1 - alpha) z, without the network; inpainting
     blends the known region in after every row down.
@@ -119,7 +121,7 @@ def repaint_table(
 
 
 def _resampled(down: StepTable, jump_length: int, jump_n_sample: int, *, lowest: int) -> StepTable:
-    """`down`'s rows in RePaint's order, with the rows up between them; `lowest`: level of the lowest jump, 0 is x_0."""
+    """Order `down`'s rows as RePaint does, with rows up between them; `lowest`: level of the lowest jump, 0 is x_0."""
     steps = len(down)
     bar = torch.cat([torch.tensor([down.start[0]], dtype=torch.float64), down.levels[:, 0]]).square()
     # Level k has k rows to go; row i of `down` leads from level S - i to S - i - 1, bar[i] to bar[i + 1].

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -102,9 +102,7 @@ class Run:
             while first < count:
                 rows, done = slice(first, min(first + chunk, count)), bar.done
                 try:
-                    with self.pool.lease(self.shapes(rows)) as runner:
-                        self._walk(rows, runner)
-                        images[rows] = runner.loop.x
+                    self._walk(rows, images)
                     first = rows.stop
                 except (RuntimeError, MemoryError) as error:
                     if self.bar is not None:
@@ -120,6 +118,26 @@ class Run:
         if chunk < chosen:
             sizes.remember(self, chunk)
         return images
+
+    def first_not_finite(self, sample: int) -> int | None:
+        """Walk the table again with one sample, and return the first row after which it is not finite, or None.
+
+        None also where the user's noise is a function, which draws for all samples at once.
+        """
+        if callable(self.noise) or callable(self.known_noise):
+            return None
+        found: list[int] = []
+
+        def look(row: int, timestep: int, x: Tensor) -> bool:
+            if not bool(x.isfinite().all()):
+                found.append(row)
+            return bool(found)
+
+        rows = slice(sample, sample + 1)
+        again = replace(self, callback=look, recorder=None, bar=None)
+        with self.pool.lease(again.shapes(rows)) as runner:
+            again._walk(rows, runner)
+        return found[0] if found else None
 
     def _smaller(self, error: BaseException, size: int, auto: bool, at_once: bool) -> int | None:
         """Return how many samples to try after `size` ran out of memory; None: as many again, there is more room now.
@@ -139,16 +157,18 @@ class Run:
         log_halving(size, -(-size // 2))
         return -(-size // 2)
 
-    def _walk(self, rows: slice, runner: Runner) -> None:
-        """Take some of the samples through the table."""
-        loop = self._load(rows, runner)
-        moments = _Moments(self, rows, loop)
-        for kind, first, steps in segments(loop.bodies, self.start, self.periods(loop.x.device)):
-            self._give_noise(first, rows, loop)
-            runner.advance(kind, steps)
-            if moments.passed(first + steps - 1, steps):
-                break
-        moments.end()
+    def _walk(self, rows: slice, images: Tensor) -> None:
+        """Take some of the samples through the table, and put them into `images`."""
+        with self.pool.lease(self.shapes(rows)) as runner:
+            loop = self._load(rows, runner)
+            moments = _Moments(self, rows, loop)
+            for kind, first, steps in segments(loop.bodies, self.start, self.periods(loop.x.device)):
+                self._give_noise(first, rows, loop)
+                runner.advance(kind, steps)
+                if moments.passed(first + steps - 1, steps):
+                    break
+            moments.end()
+            images[rows] = loop.x
 
     @property
     def steps(self) -> int:

@@ -1,12 +1,12 @@
-"""Choices found by measuring: tables that `fastddpm tune` writes, in which ops look up how to run a shape.
+"""Tables of measured choices, written by `fastddpm tune`, in which ops look up how to run a shape.
 
-A choice changes how fast an op is. What it computes stays the same but for rounding: other tiles or splits sum in
-another order, and the vendor's matrix product rounds after each source. What is not in a table is chosen by heuristics.
+A choice changes the speed of an op, and its result only by rounding: other tiles or splits sum in another order, and
+the vendor's matrix product rounds after each source. Without an entry heuristics choose.
 
 There are two tables for a device: `tuned_tables/<device>.json` of this package, and `tuned/<device>.json` in the
-user's cache (`cache_folder`), which comes first. Each begins with what it was measured with; where that has changed, it
-is ignored, and that is logged once. `FASTDDPM_TUNED=0` ignores all. Files are read when the first op asks; to tune a
-shape later on is seen after `forget`.
+user's cache (`cache_folder`), which comes first. The header of a table says what it was measured with; if that has
+changed, the table is ignored, and that is logged once. `FASTDDPM_TUNED=0` ignores all. Files are read at the first
+look-up, and again after `forget`.
 """
 
 from __future__ import annotations
@@ -14,43 +14,94 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fastddpm_kernels.choices import ALTERNATIVES as ALTERNATIVES
-from fastddpm_kernels.choices import DTYPES as DTYPES
-from fastddpm_kernels.choices import FIELDS as FIELDS
-from fastddpm_kernels.choices import Choice as Choice
-from fastddpm_kernels.choices import Key as Key
 from fastddpm_kernels.native.build import BuildError, cache_folder, library_name
 
+# The ops that have choices, and the folder whose `tuning.py` describes them.
+FOLDERS = {
+    "group_norm_silu": "group_norm_silu",
+    "group_norm_silu_": "group_norm_silu",
+    "group_norm_silu_backward": "group_norm_silu",
+    "rms_norm_silu": "group_norm_silu",
+    "rms_norm_silu_backward": "group_norm_silu",
+    "pointwise_conv": "pointwise_conv",
+    "upsample_conv": "conv",
+    "reverse_step": "reverse_step",
+    "q_sample": "q_sample",
+    "residual_add": "residual_add",
+    "conv": "conv",
+}
+OPS = tuple(FOLDERS)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEMA = "fastddpm.tuned/1"
 PACKAGE = Path(__file__).with_name("tuned_tables")
-# Of a table's header: what must be as it was. All others say where it comes from.
+# The fields of a header that must not have changed. The others say where the table comes from.
 _MUST_BE = ("schema", "device", "triton", "driver", "cuda", "kernels", "native")
 
 log = logging.getLogger("fastddpm.kernels")
 
+Choice = Mapping[str, Any]
+
+
+class Tunable(NamedTuple):
+    """What the `tuning.py` of an op says of it.
+
+    Attributes:
+        fields: what a shape consists of, integers.
+        alternatives: the parameters that a choice may have, each with its values. The op derives all else, so that any
+            of these values gives a right result.
+        task: the `fastddpm_kernels.tuning.Task` that tries choices.
+        kernels: the module of the folder whose `tuned_variants` are the kernels of a choice; None: there is nothing to
+            compile.
+    """
+
+    fields: tuple[str, ...]
+    alternatives: tuple[Mapping[str, Sequence[Any]], ...]
+    task: Callable[..., Any]
+    kernels: str | None = "triton"
+
+
+@functools.cache
+def tunable(op: str) -> Tunable:
+    """Return the description of one of `OPS`."""
+    found: Tunable = importlib.import_module(f"fastddpm_kernels.{FOLDERS[op]}.tuning").OPS[op]
+    return found
+
+
+class Key(NamedTuple):
+    """What a choice is for. `shape` has the fields of `op`."""
+
+    op: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def named(self) -> dict[str, int]:
+        """Return the shape by name."""
+        return dict(zip(tunable(self.op).fields, self.shape, strict=True))
+
 
 @dataclass(frozen=True)
 class Table:
-    """What a file holds.
+    """A table file.
 
     Attributes:
         path: of the file.
         ignored: why it is not used, or None.
         header: all but the entries.
-        entries: a choice for each key, or None where the heuristics' is the best.
+        entries: a choice for each key, or None if the heuristics' is the best.
         records: the entries as they were written.
     """
 
@@ -66,13 +117,13 @@ _recorders: list[dict[Key, int]] = []
 
 
 def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Choice | None:
-    """What was found to be the best for a shape on a device; None: heuristics are to choose.
+    """Return the best choice that was measured for a shape on a device; None if heuristics choose.
 
     Args:
-        op: one of `FIELDS`.
+        op: one of `OPS`.
         device: where it runs. On meta, nothing is tuned.
         dtype: of the input.
-        shape: the `FIELDS` of `op`.
+        shape: the `tunable(op).fields`.
     """
     key = Key(op, dtype, shape)
     for seen in _recorders:
@@ -85,7 +136,7 @@ def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, 
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[Key, int]]:
-    """Inside, counts how often every key is looked up, in any thread."""
+    """Count how often every key is looked up inside, in any thread."""
     seen: dict[Key, int] = {}
     _recorders.append(seen)
     try:
@@ -96,7 +147,7 @@ def recording() -> Iterator[dict[Key, int]]:
 
 @contextlib.contextmanager
 def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterator[None]:
-    """Inside, `choices` are all that there is for a device, in any thread: whatever tables it has."""
+    """Replace the tables of a device by `choices` inside, in any thread."""
     before = _loaded.get(device)
     _loaded[device] = dict(choices)
     try:
@@ -108,17 +159,17 @@ def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterato
 
 
 def known(device: torch.device) -> set[Key]:
-    """The keys for which there is an answer, be it that heuristics choose best."""
+    """Return the keys with an entry, also those for which heuristics choose best."""
     return set(_load(device))
 
 
 def forget() -> None:
-    """Reads the files again at the next look-up."""
+    """Read the files again at the next look-up."""
     _loaded.clear()
 
 
 def user_path(device: torch.device) -> Path:
-    """The user's own table for a device.
+    """Return the path of the user's own table for a device.
 
     Raises:
         RuntimeError: there is no home folder to keep it in.
@@ -127,12 +178,12 @@ def user_path(device: torch.device) -> Path:
 
 
 def package_path(device: torch.device) -> Path:
-    """The table for a device that comes with the package."""
+    """Return the path of the package's table for a device."""
     return PACKAGE / f"{slug(device_name(device))}.json"
 
 
 def tables(device: torch.device) -> list[Table]:
-    """The tables that there are for a device, the package's first."""
+    """Return the existing tables for a device, the package's first."""
     paths = [package_path(device)]
     with contextlib.suppress(RuntimeError):
         paths.append(user_path(device))
@@ -140,7 +191,7 @@ def tables(device: torch.device) -> list[Table]:
 
 
 def describe(device: torch.device) -> list[str]:
-    """A line on every table for a device, used or not."""
+    """Return a line on every table for a device, used or not."""
     if not _enabled():
         return ["tuned tables are ignored: FASTDDPM_TUNED is 0"]
     lines = []
@@ -152,9 +203,9 @@ def describe(device: torch.device) -> list[str]:
 
 
 def read(path: Path, device: torch.device | None) -> Table:
-    """A table; `device` None: of whatever device it is.
+    """Return the table at `path`, of any device if `device` is None.
 
-    What cannot be read is a table without entries that is ignored.
+    A file that cannot be read is an ignored table without entries.
     """
     header: dict[str, Any] = {}
     records: dict[Key, dict[str, Any]] = {}
@@ -167,20 +218,20 @@ def read(path: Path, device: torch.device | None) -> Table:
         for record in content["entries"]:
             key, found = entry(record)
             entries[key], records[key] = found, record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         return Table(path, f"it cannot be used: {type(error).__name__}: {reason}", header, {}, {})
     return Table(path, None if device is None else _stale(header, device), header, entries, records)
 
 
 def record(key: Key, found: Choice | None, **measured: Any) -> dict[str, Any]:
-    """An entry of a table, as it is written."""
+    """Return an entry of a table, as it is written."""
     dtype = next(name for name, dtype in DTYPES.items() if dtype == key.dtype)
     return {"op": key.op, "dtype": dtype, "shape": key.named(), "choice": found, **measured}
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """What a table begins with, but for the time: what it holds for."""
+    """Return the header of a table, without the time: what it holds for."""
     now: dict[str, Any] = {"schema": SCHEMA, "device": device_name(device), "torch": torch.__version__}
     if device.type == "cuda":
         now |= {"triton": _version("triton"), "driver": _driver(), "cuda": torch.version.cuda or torch.version.hip}
@@ -189,7 +240,7 @@ def header(device: torch.device) -> dict[str, Any]:
 
 
 def target(device: torch.device) -> str:
-    """What kernels are compiled for on a GPU: "sm_90", "gfx942"."""
+    """Return the target of kernels on a GPU: "sm_90", "gfx942"."""
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -197,7 +248,7 @@ def target(device: torch.device) -> str:
 
 
 def packaged(op: str) -> list[tuple[str, Key, Choice]]:
-    """(target, key, choice) of every entry of an op in the package's tables that are of its present kernels."""
+    """Return (target, key, choice) of every entry of an op in those of the package's tables that fit its kernels."""
     found = []
     for path in sorted(PACKAGE.glob("*.json")):
         table = read(path, None)
@@ -208,7 +259,7 @@ def packaged(op: str) -> list[tuple[str, Key, Choice]]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's after the device's type."""
+    """Return the GPU's name, or the processor's after the device's type."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -220,7 +271,7 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
+    """Return a device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
@@ -241,22 +292,22 @@ def _load(device: torch.device) -> dict[Key, Choice | None]:
 
 
 def entry(record: Mapping[str, Any]) -> tuple[Key, Choice | None]:
-    """The key and choice of an entry as `record` writes it.
+    """Return the key and choice of an entry as `record` writes it.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none.
+        ValueError, KeyError, TypeError: it is not an entry.
     """
     op, dtype = record["op"], record["dtype"]
-    if op not in FIELDS or dtype not in DTYPES:
+    if op not in OPS or dtype not in DTYPES:
         raise ValueError(f"an entry is of {op!r}, {dtype!r}")
     shape = record["shape"]
-    if set(shape) != set(FIELDS[op]) or not all(type(value) is int and value >= 0 for value in shape.values()):
+    if set(shape) != set(tunable(op).fields) or not all(type(value) is int and value >= 0 for value in shape.values()):
         raise ValueError(f"an entry of {op} has the shape {shape}")
-    key = Key(op, DTYPES[dtype], tuple(shape[name] for name in FIELDS[op]))
+    key = Key(op, DTYPES[dtype], tuple(shape[name] for name in tunable(op).fields))
     found = record["choice"]
     if found is not None and not any(
         set(found) == set(allowed) and all(type(found[n]) in (int, bool, str) and found[n] in allowed[n] for n in found)
-        for allowed in ALTERNATIVES[op]
+        for allowed in tunable(op).alternatives
     ):
         raise ValueError(f"an entry of {op} has the choice {found}")
     return key, found
@@ -281,7 +332,7 @@ def _version(package: str) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _kernels() -> str:
-    """A digest of the sources that choose and run Triton kernels."""
+    """Return a digest of the sources that choose and run Triton kernels."""
     root, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted([*root.glob("*/triton*.py"), *root.glob("device/*.py"), root / "group_norm_silu" / "plan.py"]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -290,7 +341,7 @@ def _kernels() -> str:
 
 @functools.lru_cache(maxsize=1)
 def _driver() -> str | None:
-    """The version of the GPU's driver, as its module tells it, else the version of CUDA that it can do."""
+    """Return the version of the GPU's driver, by its module, else the version of CUDA that it supports."""
     versions = (("/proc/driver/nvidia/version", r"\s(\d+\.\d+[.\d]*)\s"), ("/sys/module/amdgpu/version", r"(\S+)"))
     for path, pattern in versions:
         try:
@@ -303,7 +354,7 @@ def _driver() -> str | None:
 
 
 def _native() -> str | None:
-    """What tells one build of the native library from another."""
+    """Return the name of the native library, which differs from build to build."""
     try:
         return library_name()
     except BuildError:

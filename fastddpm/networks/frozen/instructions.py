@@ -1,26 +1,27 @@
-"""The instructions of a frozen U-Net: each reads and writes numbered slots, and knows what it costs.
+"""The instructions of a frozen U-Net: each reads and writes numbered slots, and knows its cost.
 
-A slot holds one activation, [N, C, H, W] in channels-last order. On CUDA it is a place in one preallocated block of
-memory that every step uses again; elsewhere each instruction puts its result there and the last reader clears it.
+A slot holds one activation, [N, C, H, W] in channels-last order. With CUDA or native kernels it is a place in one
+preallocated block of memory that every step uses again: ops on such slots are bound at the first run, which checks
+their operands and looks up tuned choices, and later runs only launch. Elsewhere each instruction puts its result into
+the slot and the last reader clears it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels.attention import attention_, attention_by_torch
 from fastddpm_kernels.conv import PackedWeight, conv_
+from fastddpm_kernels.conv.upsampling import cudnn_conv, cudnn_conv_transpose, double_
 from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
 from fastddpm_kernels.residual_add import residual_add_
 from torch import Tensor
-
-# Of cuDNN: measure the algorithms for a shape when it first occurs; leave out those that add up in any order.
-_BENCHMARK = _DETERMINISTIC = True
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Instruction:
         kernels: kernels that it launches on CUDA.
         flops: multiplications and additions of its matrix products and convolutions.
         bytes: each operand, weights included, read once and each result written once.
-        run: does it.
+        run: runs it.
         size: (height, width) of what it writes; None of the time table.
     """
 
@@ -51,7 +52,7 @@ class Instruction:
 
 @dataclass
 class Machine:
-    """What instructions run on.
+    """The state that instructions run on.
 
     Attributes:
         fused: whether the fused kernels run, whose results go to given places; else plain torch.
@@ -59,6 +60,7 @@ class Machine:
         backend: of the fused kernels: "triton", "native", "eager" or "reference".
         allow_tf32: whether float32 products may be rounded to TF32.
         slots: the activations.
+        fixed: the slots whose place in memory is the same at every run.
         workspace: scratch for the fused kernels, float32.
         step: int64 [1], the row of the table that the present run is at.
     """
@@ -68,6 +70,7 @@ class Machine:
     backend: str
     allow_tf32: bool = False
     slots: list[Any] = field(default_factory=list)
+    fixed: set[int] = field(default_factory=set)
     workspace: Tensor | None = None
     step: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -77,17 +80,36 @@ class Machine:
         return self.backend == "native"
 
     def place(self, slot: int, like: Tensor, channels: int) -> Tensor:
-        """Where a fused kernel puts its result: the slot's own place, or new memory."""
+        """Return where a fused kernel writes its result: the slot's own place, or new memory."""
         if not self.static:
             n, _, h, w = like.shape
             self.slots[slot] = like.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
         return self.slots[slot]
 
 
+def bound_once(
+    m: Machine, slots: Sequence[int | None], bind: Callable[[], Callable[[], object]]
+) -> Callable[[], object]:
+    """Return what runs the op that `bind` makes, at the first run if all `slots` are fixed, else at every run."""
+    launch: Callable[[], object] | None = None
+
+    def run() -> None:
+        nonlocal launch
+        if launch is not None:
+            launch()
+            return
+        made = bind()
+        if all(slot is None or slot in m.fixed for slot in slots):
+            launch = made
+        made()
+
+    return run
+
+
 def conv(
     m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None, stride: int, padding: int
-) -> Callable[[], None]:
-    """A convolution. On CUDA without bias, which would be a kernel of its own there."""
+) -> Callable[[], object]:
+    """Convolve. On CUDA without bias, which would be a kernel of its own there."""
 
     def run_static() -> None:
         cudnn_conv(m.slots[source], weight, stride, padding, m.allow_tf32, m.slots[target])
@@ -108,21 +130,21 @@ def native_conv(
     padding: int = 1,
     second: int | None = None,
     residual: int | None = None,
-) -> Callable[[], None]:
-    """A convolution of concat(source, second), plus residual, which may be the target, by the native backend."""
+) -> Callable[[], object]:
+    """Convolve concat(source, second) by the native backend and add residual, which may be the target."""
 
-    def run() -> None:
-        conv_(
+    def bind() -> Callable[[], object]:
+        return conv_.bind(
             m.slots[target], m.slots[source], weight, x2=None if second is None else m.slots[second], bias=bias,
             residual=None if residual is None else m.slots[residual], stride=stride, padding=padding,
             upsample=weight.upsample, backend="native",
         )  # fmt: skip
 
-    return run
+    return bound_once(m, (target, source, second, residual), bind)
 
 
-def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:
-    """Upsampling by two and a 3x3 convolution, as a transposed convolution (`folding.upsample_conv`).
+def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
+    """Upsample by two and convolve by 3x3, as one transposed convolution (`transposed_weight`).
 
     Where a table holds `double` and the convolution as it is written to be faster, the builder takes those.
     """
@@ -137,31 +159,10 @@ def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor 
     return run
 
 
-def double(m: Machine, source: int, target: int) -> Callable[[], None]:
-    """Nearest-neighbour upsampling by two, in one copy."""
+def double(m: Machine, source: int, target: int) -> Callable[[], object]:
+    """Upsample by two (nearest neighbour), in one copy."""
 
-    def run() -> None:
-        x, y = (m.slots[slot].permute(0, 2, 3, 1) for slot in (source, target))
-        if x.shape[3] * x.itemsize % 8 == 0 and x.itemsize < 8:  # several channels at once: they stay adjacent
-            x, y = x.view(torch.int64), y.view(torch.int64)
-        n, h, w, c = x.shape
-        y.view(n, h, 2, w, 2, c).copy_(x[:, :, None, :, None].expand(n, h, 2, w, 2, c))
-
-    return run
-
-
-def cudnn_conv(x: Tensor, weight: Tensor, stride: int, padding: int, allow_tf32: bool, out: Tensor) -> None:
-    """`F.conv2d` into a given place, with the fastest algorithm that gives the same bits every time."""
-    torch.ops.aten.cudnn_convolution.out(
-        x, weight, [padding] * 2, [stride] * 2, [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32, out=out
-    )
-
-
-def cudnn_conv_transpose(x: Tensor, weight: Tensor, allow_tf32: bool) -> Tensor:
-    """`F.conv_transpose2d` of stride 2 and padding 1, as `cudnn_conv`. Torch has no form of it with a given place."""
-    return torch.ops.aten.cudnn_convolution_transpose.default(
-        x, weight, [1, 1], [0, 0], [2, 2], [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32
-    )
+    return bound_once(m, (source, target), lambda: partial(double_, m.slots[target], m.slots[source]))
 
 
 def norm(
@@ -178,29 +179,29 @@ def norm(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str | None,
-) -> Callable[[], None]:
-    """Group norm, FiLM and SiLU of concat(source + residual, second); the sum takes the place of `source`."""
+) -> Callable[[], object]:
+    """Apply group norm, FiLM and SiLU to concat(source + residual, second); the sum replaces `source`."""
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        added = None if residual is None else m.slots[residual]
+        return group_norm_silu_.bind(
+            m.place(target, x, len(weight)), x, weight, bias, groups, eps=eps,
+            x2=None if second is None else m.slots[second], residual=added, total=None if added is None else x, **rows,
+            activation=activation, backend=m.backend, workspace=m.workspace,
+        )  # fmt: skip
 
     def run() -> None:
         x = m.slots[source]
-        x2 = None if second is None else m.slots[second]
-        if m.fused:
-            added = None if residual is None else m.slots[residual]
-            y = m.place(target, x, len(weight))
-            total = None if residual is None else x
-            group_norm_silu_(
-                y, x, weight, bias, groups, eps=eps, x2=x2, residual=added, total=total, **rows,
-                activation=activation, backend=m.backend, workspace=m.workspace,
-            )  # fmt: skip
-            return
         if residual is not None:
             x = x.add_(m.slots[residual])
+        x2 = None if second is None else m.slots[second]
         m.slots[target] = group_norm_silu(
             x, weight, bias, groups, eps=eps, x2=x2, **rows, activation=activation, backend=m.backend
         )
 
-    return run
+    return bound_once(m, (source, target, second, residual), bind) if m.fused else run
 
 
 def pointwise(
@@ -212,69 +213,69 @@ def pointwise(
     second: int | None = None,
     weight2: Tensor | None = None,
     residual: int | None = None,
-) -> Callable[[], None]:
-    """A 1x1 convolution of concat(source, second), plus residual, which may be the target."""
+) -> Callable[[], object]:
+    """Convolve concat(source, second) by 1x1 and add residual, which may be the target."""
 
-    def run() -> None:
+    def bind() -> Callable[[], object]:
         x = m.slots[source]
-        added = None if residual is None else m.slots[residual]
-        y = m.slots[target] if residual == target else m.place(target, x, len(weight))
-        pointwise_conv_(
-            y, x, weight, x2=None if second is None else m.slots[second], weight2=weight2, bias=bias, residual=added,
-            allow_tf32=m.allow_tf32, backend=m.backend,
+        return pointwise_conv_.bind(
+            m.slots[target] if residual == target else m.place(target, x, len(weight)), x, weight,
+            x2=None if second is None else m.slots[second], weight2=weight2, bias=bias,
+            residual=None if residual is None else m.slots[residual], allow_tf32=m.allow_tf32, backend=m.backend,
         )  # fmt: skip
 
-    return run
+    return bound_once(m, (source, target, second, residual), bind)
 
 
-def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -> Callable[[], None]:
-    """A 1x1 convolution with bias by the vendor's matrix product. `weight` is [I, O]."""
+def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -> Callable[[], object]:
+    """Convolve by 1x1, with bias, by the vendor's matrix product. `weight` is [I, O]."""
 
-    def run() -> None:
+    def bind() -> Callable[[], object]:
         x = m.slots[source]
-        y = m.place(target, x, weight.shape[1])
-        torch.addmm(bias, rows_of(x), weight, out=rows_of(y))
+        rows, out = rows_of(x), rows_of(m.place(target, x, weight.shape[1]))
+        return lambda: torch.addmm(bias, rows, weight, out=out)
 
-    return run
+    return bound_once(m, (source, target), bind)
 
 
-def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -> Callable[[], None]:
-    """softmax(q k / sqrt(head_dim)) v of [q, k, v] in the channels of `source`."""
+def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -> Callable[[], object]:
+    """Compute softmax(q k / sqrt(head_dim)) v of [q, k, v], which are channels of `source`."""
 
-    def run_native() -> None:
-        attention_(m.slots[target], m.slots[source], heads, head_dim)
+    def bind() -> Callable[[], object]:
+        return attention_.bind(m.slots[target], m.slots[source], heads, head_dim)
 
     def run() -> None:
         m.slots[target] = attention_by_torch(m.slots[source], heads, head_dim)
 
-    return run_native if m.native else run
+    return bound_once(m, (source, target), bind) if m.native else run
 
 
 def residual_add(
     m: Machine, source: int, residual: int | None, bias: Tensor | None, padded: int | None
-) -> Callable[[], None]:
-    """source += residual + bias; if `padded`, also into the upper left of a slot with a zero border below and right."""
+) -> Callable[[], object]:
+    """Add residual and bias to source; if `padded`, write it there too, a zero border below and to the right."""
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        return residual_add_.bind(
+            x if padded is None else m.slots[padded], x, residual=None if residual is None else m.slots[residual],
+            bias=bias, total=None if padded is None else x, backend="eager" if m.native else m.backend,
+        )  # fmt: skip
 
     def run() -> None:
         x = m.slots[source]
-        added = None if residual is None else m.slots[residual]
-        if m.fused:
-            y = x if padded is None else m.slots[padded]
-            backend = "eager" if m.native else m.backend
-            residual_add_(y, x, residual=added, bias=bias, total=None if padded is None else x, backend=backend)
-            return
-        if added is not None:
-            x.add_(added)
+        if residual is not None:
+            x.add_(m.slots[residual])
         if bias is not None:
             x.add_(bias.view(-1, 1, 1))
         if padded is not None:
             m.slots[padded] = F.pad(x, (0, 1, 0, 1))
 
-    return run
+    return bound_once(m, (source, residual, padded), bind) if m.fused else run
 
 
-def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..., Tensor]) -> Callable[[], None]:
-    """Anything rare, in plain torch."""
+def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..., Tensor]) -> Callable[[], object]:
+    """Run any rare function in plain torch."""
 
     def run() -> None:
         m.slots[target] = channels_last(function(*(m.slots[slot] for slot in sources)))
@@ -282,8 +283,8 @@ def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..
     return run
 
 
-def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], None]:
-    """Adds a bias [C] in place."""
+def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], object]:
+    """Add a bias [C] in place."""
     shaped = bias.view(-1, 1, 1)
 
     def run() -> None:
@@ -293,10 +294,10 @@ def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], None]:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x`, copied where it is not channels-last."""
+    """Return `x`, copied unless it is channels-last."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[N, C, H, W], channels-last, as the matrix [N * H * W, C] that it is."""
+    """Return [N, C, H, W], channels-last, as a matrix [N * H * W, C] in the same memory."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])

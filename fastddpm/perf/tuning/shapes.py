@@ -1,5 +1,4 @@
-"""The shapes that a model runs: what its ops look up while they are bound to a batch, and in one evaluation; in a step
-of a sampler; and in a step of training."""
+"""Find the shapes that a model runs: what its ops look up in an evaluation, a step of a sampler or of training."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import torch
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.tuned import Key
 from torch import nn
 
@@ -23,12 +22,12 @@ _WHEN_BOUND = ("conv", "upsample_conv")  # whose weights are made for a choice; 
 def network_keys(
     network: Network, shape: Sequence[int], ops: Collection[str], precision: str | None = None
 ) -> dict[Key, int]:
-    """How often one evaluation of a network runs each shape of `ops`.
+    """Count how often one evaluation of a network runs each shape of `ops`.
 
     Args:
         network: a sampler's.
         shape: [N, C, ...] of the batch.
-        ops: of `_tuned.FIELDS`.
+        ops: of `tuned.OPS`.
         precision: the network's, by name, for what float32 products are rounded to.
     """
     frozen = network.frozen
@@ -44,7 +43,7 @@ def network_keys(
 def sampler_keys(
     sampler: Any, batch: int, ops: Collection[str], precision: str | None = None
 ) -> dict[Key, int]:
-    """How often one step of a sampler runs each shape of `ops`: those of its network, and the step's own.
+    """Count how often one step of a sampler runs each shape of `ops`: those of its network, and the step's own.
 
     Args:
         sampler: a `Sampler`, which stands above this package. If its reverse step has choices, it draws samples, so
@@ -58,7 +57,7 @@ def sampler_keys(
     samples, more = divmod(batch, 1 if sampler.guidance_scale is None else 2)
     if "reverse_step" in ops and samples and not more:
         labels = None if network.frozen is None else network.frozen.blueprint.some_labels(samples, network.device)
-        with _tuned.recording() as seen:
+        with tuned.recording() as seen:
             sampler.sample(samples, class_labels=labels)
         keys |= {key: 1 for key in seen if key.op == "reverse_step"}
     return keys
@@ -68,14 +67,14 @@ def training_keys(
     diffusion: GaussianDiffusion, shape: Sequence[int], labels: torch.Tensor | None, device: torch.device,
     ops: Collection[str], dtype: torch.dtype = torch.float32,
 ) -> dict[Key, int]:  # fmt: skip
-    """How often one step of training, forward and backward, runs each shape of `ops`.
+    """Count how often one step of training, forward and backward, runs each shape of `ops`.
 
     Args:
-        diffusion: what is trained; a copy of it runs, as a `Trainer` would run it.
+        diffusion: to be trained; a copy of it runs, as a `Trainer` would run it.
         shape: [N, C, H, W] of a batch.
         labels: int64 [N], where the network has classes.
-        device: where it is to be trained.
-        ops: of `_tuned.FIELDS`.
+        device: of the training.
+        ops: of `tuned.OPS`.
         dtype: float16 or bfloat16: under autocast to it.
     """
     half = dtype != torch.float32
@@ -95,10 +94,13 @@ def training_keys(
 
 
 def recorded(bind: Callable[[], Bound], run: Callable[[Bound], object], ops: Collection[str]) -> dict[Key, int]:
-    """How often `run`, of what `bind` returns, runs each shape of `ops`."""
-    with _tuned.recording() as when_bound:
+    """Count how often `run`, called with what `bind` returns, runs each shape of `ops`.
+
+    It is the first run of what was bound, in which a frozen network binds its ops.
+    """
+    with tuned.recording() as when_bound:
         bound = bind()
-    with _tuned.recording() as when_run:
+    with tuned.recording() as when_run:
         run(bound)
     found = {key: count for key, count in when_bound.items() if key.op in _WHEN_BOUND}
     for key, count in when_run.items():

@@ -1,4 +1,4 @@
-"""Writes tables of choices."""
+"""Write tables of choices."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 
 from fastddpm.common.files import write_json
 from fastddpm.perf.tuning.search import Outcome
 
 
 def save(outcomes: Sequence[Outcome], device: torch.device, path: Path) -> int:
-    """Adds what was measured to the table at `path`, and makes ops see it. Returns how many shapes that were.
+    """Add what was measured to the table at `path`, for ops to see at once; return the number of shapes.
 
-    A shape that was there is replaced. A table that is stale is not added to, but replaced.
+    An entry replaces an older one of its shape. A stale table is replaced as a whole.
 
     Raises:
         OSError: the file cannot be written.
     """
     records = {}
-    if path.is_file() and (before := _tuned.read(path, device)).ignored is None:
+    if path.is_file() and (before := tuned.read(path, device)).ignored is None:
         records = dict(before.records)
     done = [outcome for outcome in outcomes if outcome.done]
     for outcome in done:
         best = outcome.heuristic_us if outcome.winner is None else outcome.winner_us
         times = {"heuristic_us": round(outcome.heuristic_us, 3), "tuned_us": round(best, 3)}
-        records[outcome.key] = _tuned.record(outcome.key, outcome.winner, **times)
+        records[outcome.key] = tuned.record(outcome.key, outcome.winner, **times)
     if done:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         order = sorted(records, key=lambda key: (key.op, str(key.dtype), key.shape))
-        write_json(path, {**_tuned.header(device), "created": created, "entries": [records[key] for key in order]})
-        _tuned.forget()
+        write_json(path, {**tuned.header(device), "created": created, "entries": [records[key] for key in order]})
+        tuned.forget()
     return len(done)

@@ -1,4 +1,4 @@
-"""What the normalisation kernels share: tiles, channels and groups, launches.
+"""What the kernels of the norms share: tiles, channels and groups.
 
 A tensor [N, C, ...] is seen as [N, C, P], P pixels, and is either contiguous or channels-last. A tile is indexed
 [pixel, channel] in both: the compiler orders the threads along whichever is contiguous. A slab is a run of whole
@@ -7,21 +7,14 @@ groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels.device.variant import Variant
-
 
 @triton.jit
 def pointers(x, x2, n, p, c, P, C1: tl.constexpr, C2: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Addresses of concat(x, x2)[n, c, p] as [pixel, channel]. `n` is int64, since N * C * P may pass 2^31."""
+    """Return addresses of concat(x, x2)[n, c, p] as [pixel, channel]; `n` is int64, since N * C * P may pass 2^31."""
     if CHANNELS_LAST:
         address = x + n * P * C1 + (p[:, None] * C1 + c[None, :])
     else:
@@ -37,13 +30,13 @@ def pointers(x, x2, n, p, c, P, C1: tl.constexpr, C2: tl.constexpr, CHANNELS_LAS
 
 @triton.jit
 def row(values, n, stride, c, mask):
-    """values[n, c] as float32."""
+    """Return values[n, c] as float32."""
     return tl.load(values + n * stride + c, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def affine(weight, bias, scale, shift, n, scale_stride, shift_stride, c, mask):
-    """(a, b) per channel with film(weight * h + bias) = a * h + b."""
+    """Return (a, b) per channel, with film(weight * h + bias) = a * h + b."""
     a = row(weight, 0, 0, c, mask)
     b = tl.zeros_like(a)
     if bias is not None:
@@ -68,7 +61,7 @@ def silu_gradient(dy, v):
 
 @triton.jit
 def slab_channels(slab, C: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels of a slab, and which of the block exist."""
+    """Return the channels of a slab, and a mask of those that exist."""
     WIDTH: tl.constexpr = SLAB_GROUPS * (C // GROUPS)
     local = tl.arange(0, BLOCK_C)
     c = slab * WIDTH + local
@@ -77,7 +70,7 @@ def slab_channels(slab, C: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.c
 
 @triton.jit
 def slab_groups(slab, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The groups of a slab, and which of the block exist."""
+    """Return the groups of a slab, and a mask of those that exist."""
     local = tl.arange(0, BLOCK_G)
     g = slab * SLAB_GROUPS + local
     return g, (local < SLAB_GROUPS) & (g < GROUPS)
@@ -85,64 +78,26 @@ def slab_groups(slab, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_G: 
 
 @triton.jit
 def membership(SIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """[channel, group]: which of a slab's channels are in which of its groups, of any SIZE."""
+    """Return a mask [channel, group]: which of a slab's channels are in which of its groups, of any SIZE."""
     return (tl.arange(0, BLOCK_C) // SIZE)[:, None] == tl.arange(0, BLOCK_G)[None, :]
 
 
 @triton.jit
 def to_groups(values, member):
-    """Sums of a per-channel vector over each group."""
+    """Return the sums of a per-channel vector over each group."""
     return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
 
 
 @triton.jit
 def to_channels(values, member):
-    """Each channel's copy of a per-group vector."""
+    """Return each channel's copy of a per-group vector."""
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
 
 def unit_rows(values: Tensor | None) -> tuple[Tensor | None, int]:
-    """`values` [N, C] with neighbouring channels adjacent, and the stride of its rows (0 where expanded)."""
+    """Return `values` [N, C] with adjacent channels, and the stride of its rows (0 if expanded)."""
     if values is None:
         return None, 0
     if values.stride(1) != 1 and values.shape[1] > 1:
         values = values.contiguous()
     return values, values.stride(0)
-
-
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch. Ahead-of-time compilation starts from the same record: what is compiled is what runs."""
-
-    name: str
-    kernel: Any
-    programs: int
-    args: Mapping[str, Any]
-    constexprs: Mapping[str, Any]
-    num_warps: int
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps)
-
-    def variant(self, tag: str) -> Variant:
-        """The specialisation that the JIT would make of these arguments (meta tensors will do)."""
-        signature: dict[str, str] = {}
-        constexprs = dict(self.constexprs)
-        divisible = []
-        for name, value in self.args.items():
-            if value is None or (isinstance(value, int) and value == 1):
-                constexprs[name] = value
-            elif isinstance(value, Tensor):
-                signature[name] = _POINTERS[value.dtype]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
-                    divisible.append(name)
-        return Variant(
-            f"{self.name}[{tag}]", self.kernel, signature, constexprs, self.num_warps, divisible=tuple(divisible)
-        )

@@ -11,6 +11,7 @@ matrix product for 16-bit values, which has the same factors but rounds after ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
-from fastddpm_kernels.device.variant import Variant, packaged_variants
+from fastddpm_kernels import tuned
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
-from fastddpm_kernels.pointwise_conv import by_matmul, rows
+from fastddpm_kernels.layout import rows
+from fastddpm_kernels.pointwise_conv.formula import by_matmul
 
 NUM_STAGES_OF_64 = 2  # on GPUs with 64 threads to a warp: one tile in registers, one in 64 KiB of shared memory
 GROUP_M = 8  # tiles of rows that run side by side for all columns
@@ -33,7 +34,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 @triton.jit
 def _to_tf32(x):
-    """x rounded to TensorFloat-32, ties away from zero. The hardware's own truncation would shrink every product."""
+    """Return x rounded to TensorFloat-32, ties away from zero: the hardware would truncate and shrink every product."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)  # the carry could make a number of NaN
@@ -44,7 +45,7 @@ def _accumulate(
     acc, x, weight, row, column,
     STRIDE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + x[row, :] weight[column, :]^T. Rows and columns beyond the end must have been brought back inside."""
+    """Return acc + x[row, :] weight[column, :]^T. All rows and columns must be inside."""
     k = tl.arange(0, BLOCK_K)
     a_pointers = x + row[:, None] * STRIDE + k[None, :]
     b_pointers = weight + column[None, :] * C + k[:, None]
@@ -111,7 +112,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What multiplies: how fast, and in which tiles.
+    """A unit that multiplies: its speed and tiles.
 
     Attributes:
         rate: multiply-adds per cycle of one processor.
@@ -142,13 +143,13 @@ SHARED = 96 * 1024  # bytes a program may fill: two fit a data-centre GPU's proc
 
 @lru_cache
 def choose_tile(m: int, o: int, c: int, c2: int, itemsize: int, unit: Unit, processors: int) -> Tile:
-    """The tile with the least predicted time; of equals the largest, whose programs read the least.
+    """Return the tile of least predicted time; of equals the largest, whose programs read the least.
 
-    Predicted are the cycles of the processor that is given most programs. A program takes, for each of its K
-    channels, those of multiplying `block_m * block_n` pairs and of reading `block_m + block_n` values from L2 (which
-    overlap, but never wholly), and then moves its result. So a large call gets large tiles, and a small one tiles
-    so small that it fills the chip. Splitting K over programs would fill it further, at the price of a second launch
-    or of an order of summation that changes from run to run.
+    The prediction is the cycles of the processor with the most programs. For each of its K channels a program
+    multiplies `block_m * block_n` pairs and reads `block_m + block_n` values from L2 (which overlap, but never
+    wholly); then it moves its result. So a large call gets large tiles, and a small one tiles so small that it fills
+    the chip. Splitting K over programs would fill it further, but costs a second launch, or a sum whose order changes
+    from run to run.
 
     Args:
         m, o: rows (pixels of the whole batch) and columns (output channels).
@@ -173,7 +174,7 @@ def choose_tile(m: int, o: int, c: int, c2: int, itemsize: int, unit: Unit, proc
 
 
 def _depth(c: int, c2: int, deepest: int) -> int:
-    """A power of two: the largest that divides both, if that is not much less than `deepest`, else masked loads."""
+    """Return the largest power of two that divides both, unless far below `deepest`; else one with masked loads."""
     block_k = deepest
     while block_k > max(deepest // 4, 16) and (c % block_k or c2 % block_k):
         block_k //= 2
@@ -186,7 +187,7 @@ def make_launch(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, allow_tf32: bool, processors: int, tile: Tile | None = None,
 ) -> tuple[Launch, Tile]:  # fmt: skip
-    """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do).
+    """Return the one launch, also for ahead-of-time compilation (meta tensors will do).
 
     `tile`: in place of the one that is predicted to be the fastest."""
     (o, c), c2 = weight.shape, 0 if weight2 is None else weight2.shape[1]
@@ -205,7 +206,7 @@ def make_launch(
 
 
 def unit_of(dtype: torch.dtype, allow_tf32: bool) -> Unit:
-    """What multiplies values of a dtype."""
+    """Return what multiplies values of a dtype."""
     return HALF if dtype.itemsize == 2 else TF32 if allow_tf32 else FMA
 
 
@@ -214,43 +215,44 @@ def _row_stride(x: Tensor | None) -> int:
     return 0 if view is None else view.stride(0)
 
 
-def launch(
+def bind(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, allow_tf32: bool,
-) -> None:  # fmt: skip
-    """Writes y. All images can be seen as rows of adjacent channels (`rows`), and y has elements."""
+) -> Callable[[], object]:  # fmt: skip
+    """Return what writes y. All images can be seen as rows of adjacent channels (`rows`), and y has elements."""
     (columns, channels), second = weight.shape, 0 if weight2 is None else weight2.shape[1]
     shape = (y.numel() // columns, columns, channels, second, int(residual is not None), int(allow_tf32))
-    choice = _tuned.choice("pointwise_conv", x.device, x.dtype, shape)
-    run_choice(choice, y, x, weight, x2, weight2, bias, residual, allow_tf32)
+    choice = tuned.choice("pointwise_conv", x.device, x.dtype, shape)
+    return bind_choice(choice, y, x, weight, x2, weight2, bias, residual, allow_tf32)
 
 
-def run_choice(
-    choice: _tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
+def bind_choice(
+    choice: tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, allow_tf32: bool,
-) -> None:  # fmt: skip
-    """As `launch`, in the way of a choice; None for the heuristics'."""
+) -> Callable[[], object]:  # fmt: skip
+    """Return what writes y in the way of a choice; None for the heuristics'."""
     if choice == MATMUL and x.itemsize == 2:  # torch's own switch, not `allow_tf32`, would decide for float32
-        by_matmul(y, x, weight, x2, weight2, bias, residual)
-        return
+        return torch.no_grad()(lambda: by_matmul(y, x, weight, x2, weight2, bias, residual))
     tile, processors = tile_of(choice), num_processors(x.device)
     made, tile = make_launch(y, x, weight, x2, weight2, bias, residual, allow_tf32, processors, tile)
     wide = warps_of_64(x.device)
-    with torch.cuda.device_of(x):
-        made.kernel[(made.programs,)](
-            **made.args,
-            **made.constexprs,
-            num_warps=max(tile.num_warps // 2, 1) if wide else tile.num_warps,
-            num_stages=min(tile.num_stages, NUM_STAGES_OF_64) if wide else tile.num_stages,
-            **OPTIONS,
-        )
+    num_warps = max(tile.num_warps // 2, 1) if wide else tile.num_warps
+    num_stages = min(tile.num_stages, NUM_STAGES_OF_64) if wide else tile.num_stages
+
+    def run() -> None:
+        with torch.cuda.device_of(x):
+            made.kernel[(made.programs,)](
+                **made.args, **made.constexprs, num_warps=num_warps, num_stages=num_stages, **OPTIONS
+            )
+
+    return run
 
 
 MATMUL = {"implementation": "addmm"}
 
 
-def tile_of(choice: _tuned.Choice | None) -> Tile | None:
-    """The tile that a choice names, if it names one that a kernel can hold."""
+def tile_of(choice: tuned.Choice | None) -> Tile | None:
+    """Return the tile of a choice, if it names one that a kernel can hold."""
     if choice is None or choice == MATMUL or choice["block_m"] * choice["block_n"] > LARGEST_TILE:
         return None
     return Tile(**choice)
@@ -264,7 +266,7 @@ def warps_of_64(device: torch.device) -> bool:
 
 
 def aot_variants() -> list[Variant]:
-    """Every precision at a large call, and the tiles and tails of small ones."""
+    """Return every precision at a large call, and the tiles and tails of small ones."""
     variants = []
     for tag, m, o, c, c2, bias, residual, dtype, allow_tf32 in (
         ("32x32", 262144, 128, 256, 0, True, False, torch.float16, False),
@@ -307,8 +309,8 @@ def aot_variants() -> list[Variant]:
     return variants + packaged_variants(("pointwise_conv",), tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
-    """The kernel that a tuned choice runs; none where it is the vendor's."""
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
+    """Return the kernel that a tuned choice runs; none if it is the vendor's."""
     tile = tile_of(choice)
     if tile is None:
         return []

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import AOT, BLOCK, aot, block_and_warps, num_programs, offsets, run, walkable
-from fastddpm_kernels.device.variant import Variant, packaged_variants
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.philox import STREAM_Q_SAMPLE
 from fastddpm_kernels.philox.triton import normals
 
@@ -68,16 +67,16 @@ def launch(
     x_t: Tensor,
     target: Tensor | None,
 ) -> None:
-    """Writes `x_t` and, unless None, `target`, both of one memory format; `x0` and `noise` may have any."""
+    """Write `x_t` and, unless None, `target`, both of one memory format; `x0` and `noise` may have any."""
     if x_t.numel():
         run(make_launch(x0, table, t, noise, keys, step, prediction_type, x_t, target), x_t)
 
 
 def make_launch(
     x0: Tensor, table: Tensor, t: Tensor, noise: Tensor | None, keys: Tensor | None, step: Tensor | None,
-    prediction_type: str, x_t: Tensor, target: Tensor | None, choice: _tuned.Choice | None = None,
+    prediction_type: str, x_t: Tensor, target: Tensor | None, choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
-    """The one launch. `choice`: in place of what the tables or heuristics choose."""
+    """Return the one launch; `choice` replaces that of the tables or heuristics."""
     numel = x_t.numel() // x_t.shape[0]
     x0, x0_walk = walkable(x0)
     x_t, y_walk = walkable(x_t)
@@ -87,7 +86,7 @@ def make_launch(
     if choice is None:
         written = 0 if target is None else 2 if velocity else 1
         shape = (x_t.shape[0], x_t.shape[1], pixels, int(not y_walk.linear), source, written)
-        choice = _tuned.choice("q_sample", x_t.device, x_t.dtype, shape)
+        choice = tuned.choice("q_sample", x_t.device, x_t.dtype, shape)
     block, num_warps = block_and_warps(choice, numel)
     args: dict[str, Any] = {
         "x_t": x_t, "target": target, "x0": x0, "table": table.contiguous(), "t": t.contiguous(), "noise": noise,
@@ -103,7 +102,7 @@ def make_launch(
 
 
 def aot_variants() -> list[Variant]:
-    """Every dtype with its own noise, the three targets, given noise, and channels-last."""
+    """Return every dtype with its own noise, the three targets, given noise, and channels-last."""
     cases: list[tuple[str, dict[str, bool]]] = [
         ("fp32", {}), ("fp16", {}), ("bf16", {}),
         ("fp32", {"v": True}), ("fp16", {"v": True}), ("bf16", {"v": True}),
@@ -115,8 +114,8 @@ def aot_variants() -> list[Variant]:
     return [_variant(dtype, **flags) for dtype, flags in cases] + packaged_variants(("q_sample",), tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
-    """The kernel that a tuned choice runs, with a training step to read."""
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
+    """Return the kernel that a tuned choice runs, with a training step to read."""
     n, channels, pixels, last, source, written = key.shape
     given = source == 1
 

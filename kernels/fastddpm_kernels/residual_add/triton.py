@@ -9,7 +9,9 @@ innermost dimension is adjacent in all tensors and a multiple of 16.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,10 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import AOT, NUM_WARPS, aot, run
-from fastddpm_kernels.device.variant import Variant, packaged_variants
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 
 MAX_DIMS = 4
 THREAD_BYTES = 16  # of each tensor
@@ -80,7 +81,7 @@ class Walk(NamedTuple):
 
 
 def make_walk(tensors: list[Tensor]) -> Walk:
-    """Orders the dimensions by the first tensor's strides and merges those that all tensors walk as one."""
+    """Order the dimensions by the first tensor's strides and merge those that all tensors walk as one."""
     shape = tensors[0].shape
     views = [tensor.expand(shape) for tensor in tensors]
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -views[0].stride(d))
@@ -101,9 +102,9 @@ def make_walk(tensors: list[Tensor]) -> Walk:
 
 def make_launch(
     y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None,
-    choice: _tuned.Choice | None = None,
+    choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
-    """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do).
+    """Return the one launch, also for ahead-of-time compilation (meta tensors will do).
 
     `choice`: in place of what the tables or heuristics choose.
 
@@ -130,25 +131,27 @@ def make_launch(
         given_too = (int(tensor is not None) for tensor in (residual, bias, total))
         shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:-1]), math.prod(x.shape[2:][-1:]),
                  int(not x.is_contiguous()), int(y.stride() != x.stride()), *given_too)  # fmt: skip
-        choice = _tuned.choice("residual_add", x.device, x.dtype, shape)
+        choice = tuned.choice("residual_add", x.device, x.dtype, shape)
     own = heuristic_choice(x.itemsize) if choice is None else choice
     block, num_warps = own["block"], own["num_warps"]
     constexprs = {"DIMS": dims, "WIDE": extent >= 2**31 - block, "BLOCK": block}
     return Launch("residual_add", _residual_add, triton.cdiv(numel, block), args, constexprs, num_warps)
 
 
-def heuristic_choice(itemsize: int) -> _tuned.Choice:
-    """What `make_launch` does where no table has a choice: a thread's accesses are as wide as they can be."""
+def heuristic_choice(itemsize: int) -> tuned.Choice:
+    """Return the choice if no table has one: a thread's accesses are as wide as possible."""
     return {"block": NUM_WARPS * 32 * THREAD_BYTES // itemsize, "num_warps": NUM_WARPS}
 
 
-def launch(y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None) -> None:
-    """Writes y, of x's shape, and total. `bias` is broadcastable to x; there are elements."""
-    run(make_launch(y, x, residual, bias, total), x)
+def bind(
+    y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None
+) -> Callable[[], object]:
+    """Return what writes y, of x's shape, and total. `bias` is broadcastable to x; there are elements."""
+    return partial(run, make_launch(y, x, residual, bias, total), x)
 
 
 def aot_variants() -> list[Variant]:
-    """Channels-last: a plain sum, with everything, and into a padded image; contiguous; very large."""
+    """Return variants, channels-last: a plain sum, with everything, and into a padded image; contiguous; very large."""
     variants = []
     for tag, dtype, n, side, pad, channels_last, residual, bias, total in (
         ("plain", torch.float16, 64, 32, 0, True, True, False, False),
@@ -171,8 +174,8 @@ def aot_variants() -> list[Variant]:
     return variants + packaged_variants(("residual_add",), tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
-    """The kernel that a tuned choice runs."""
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
+    """Return the kernel that a tuned choice runs."""
     n, channels, height, width, last, padded, residual, bias, total = key.shape
     x = _image(n, (height, width), key.dtype, bool(last), channels)
     y = _image(n, (height + padded, width + padded), key.dtype, bool(last), channels)[..., :height, :width]
