@@ -95,7 +95,11 @@ class InceptionFeatures:
         path = _downloaded_inception() if weights is None else Path(weights)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; it must be a file of Inception weights")
-        state = read_weights(path)
+        try:
+            state = read_weights(path)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path} ")[:120]
+            raise ValueError(f"{path} is not a file of weights that can be read: {reason}") from None
         self.name = f"Inception v3, 2048 features (weights {sha256(path)[:8]})"
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # it draws weights first
             # torch-fidelity unpickles what it is given: it is given what has just been read without.
