@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import check_labels, check_outputs, classes_of, integer, make_sampler
+from fastddpm.cli.options import check_labels, classes_of, integer, make_sampler
+from fastddpm.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor

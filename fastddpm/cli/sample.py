@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from fastddpm.cli import options as shared
+from fastddpm.cli import outputs
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import check_labels, classes_of, integer, integers
 
@@ -30,16 +31,16 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     add_model_options(sample)
     shared.add_sampler_options(sample, steps=None, method=None, seed=0)
-    shared.add_output_options(sample, "samples.png", "a grid")
+    outputs.add_output_options(sample, "samples.png", "a grid")
     sample.set_defaults(run=_sample)
 
 
 def _sample(options: argparse.Namespace) -> None:
     from fastddpm.common.images import grid
 
-    kind = shared.check_outputs(options)
+    kind = outputs.check_outputs(options)
     model = open_model(options, latents=True)
-    if model.decoder is not None and shared.recording(options, kind, 1):
+    if model.decoder is not None and outputs.recording(options, kind, 1):
         name = "output" if kind == ".gif" else "trajectory"
         raise ValueError(f"--{name} is {getattr(options, name)}, which shows states, but those of MODEL are latents")
     sampler = shared.make_sampler(options, model)
@@ -49,19 +50,21 @@ def _sample(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = sampler.sample(
         count, seed=options.seed, class_labels=labels, batch_size=options.batch_size, progress=True,
-        **shared.recording(options, kind, steps),
+        **outputs.recording(options, kind, steps),
     )  # fmt: skip
     # The copy to the CPU waits for the device.
-    images, trajectory = shared.images_of(result if model.decoder is None else model.decode(result))
+    images, trajectory = outputs.images_of(result if model.decoder is None else model.decode(result))
     seconds = time.perf_counter() - start
     print(
         f"{count} images, {steps} steps, in {seconds:.1f} s: {count / seconds:.2f} images/s, "
         f"{1000 * seconds / (steps * count):.3g} ms per image and step"
     )
     shared.report_device(sampler)
-    shared.write_outputs(
-        options, kind, images, labels, picture=lambda: grid(images, labels),
-        frames=lambda: shared.frames_of(trajectory, labels), trajectory=trajectory,
+    finite = outputs.finite_rows(images)
+    drawn = None if labels is None else [label for label, ok in zip(labels, finite.tolist(), strict=True) if ok]
+    outputs.write_outputs(
+        options, kind, images, labels, picture=lambda: grid(images[finite], drawn),
+        frames=lambda: outputs.frames_of(trajectory, labels), trajectory=trajectory,
     )  # fmt: skip
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.common.files import read_json, read_tensors, write_json
+from fastddpm.common.files import read_json, read_tensors, read_weights, write_json
 from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import load_scheduler
-from fastddpm.networks.unet.model import UNet, weights_files
+from fastddpm.networks.unet.model import UNet, index_files, shards, weights_files
 from fastddpm.process.methods import own_settings
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
@@ -32,6 +32,7 @@ BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
 
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 _DECODERS = ("VQModel", "AutoencoderKL")
+_RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # of a training run, and of its checkpoints
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def load_pretrained(
               example takes the scheduler of the folder above.
             - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, unless a local folder has
               that name. It is kept in the hub's local cache, which is used without a connection.
+            - the results folder of a run of `Trainer`, whose `model/` is taken, or its `checkpoints/step-N`, for the
+              weights of that step.
             - a file `model-N.pt` of a denoising_diffusion_pytorch `Trainer`, whose `Unet` is built by that library.
             - a file of guided-diffusion or improved-diffusion: a bare state dict, whose network its flags describe.
         dtype: of the network, float32 as in diffusers; None for the stored one.
@@ -108,6 +111,8 @@ def load_pretrained(
         TypeError: an argument belongs to another kind of model.
     """
     path = Path(model)
+    if (run := run_of(path)) is not None:
+        return _load_run(path, run, dtype, device, ema, variant, unsaid)
     if path.is_file():
         if variant is not None:
             raise ValueError(f"variant is {variant!r} but {path} is a file, must be None: folders have variants")
@@ -126,6 +131,35 @@ def load_pretrained(
     unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
     decoder = None if parts.decoder is None else _load_decoder(*parts.decoder, dtype, device)
     return Pretrained(unet, schedule, settings, decoder)
+
+
+def run_of(path: str | os.PathLike[str]) -> Path | None:
+    """Return the results folder of the `Trainer` run that `path` is, or whose `checkpoints/step-N` it is; or None."""
+    path = Path(path)
+    if (path / _RUN_CONFIG).is_file() and not (path / _INDEX).is_file():
+        return path
+    run = path.parent.parent  # of RUN/checkpoints/step-N
+    return run if (path / _RUN_WEIGHTS).is_file() and (run / _RUN_CONFIG).is_file() else None
+
+
+def _load_run(
+    path: Path, run: Path, dtype: torch.dtype | None, device: torch.device | str, ema: bool, variant: str | None,
+    unsaid: dict[str, Any],
+) -> Pretrained:  # fmt: skip
+    """Load the model of a run, with the weights of a checkpoint if `path` is one."""
+    folder = run / "model"
+    if not (folder / _INDEX).is_file():
+        raise FileNotFoundError(f"{run} is a training run without a model yet; it writes one with its first checkpoint")
+    model = load_pretrained(folder, dtype=dtype, device=device, ema=ema, variant=variant, **unsaid)
+    if path == run:
+        return model
+    average, prefix = path / "ema-0.safetensors", "unet."
+    file = average if ema and average.is_file() else path / _RUN_WEIGHTS
+    state = {
+        name.removeprefix(prefix): v for name, v in read_weights(file).items() if file == average or prefix in name
+    }
+    model.unet.load_weights(state, str(file))
+    return model
 
 
 @dataclass(frozen=True)
@@ -191,16 +225,22 @@ def _fetch(name: str, ema: bool, variant: str | None) -> Path:
     configs = [_INDEX, _SCHEDULER, f"scheduler/{_SCHEDULER}", *(f"{part}{_CONFIG}" for part in folders)]
     folder = hub.snapshot(name, configs)
     parts = _Parts.of(folder, ema)
-    unet = parts.unet.relative_to(folder)
-    new, old = ((unet / file).as_posix() for file in weights_files(variant))
-    if not (hub.snapshot(name, [new]) / new).is_file():
-        hub.snapshot(name, [old])
+    _fetch_weights(name, parts.unet.relative_to(folder).as_posix(), variant)
     if parts.decoder is not None:
-        safe, tensors = (f"vqvae/{file}" for file in weights_files())
         hub.snapshot(name, [f"vqvae/{_CONFIG}"])
-        if not (hub.snapshot(name, [safe]) / safe).is_file():
-            hub.snapshot(name, [tensors])
+        _fetch_weights(name, "vqvae", None)
     return folder
+
+
+def _fetch_weights(name: str, part: str, variant: str | None) -> None:
+    """Fetch a part's weights: safetensors before old files, each whole or in shards."""
+    for file, index in zip(weights_files(variant), index_files(variant), strict=True):
+        found = hub.snapshot(name, [(Path(part) / each).as_posix() for each in (index, file)]) / part
+        if (found / file).is_file():
+            return
+        if (found / index).is_file():
+            hub.snapshot(name, [(Path(part) / shard).as_posix() for shard in shards(found / index)])
+            return
 
 
 def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
@@ -222,6 +262,8 @@ def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: to
 def _load_file(
     path: Path, dtype: torch.dtype | None, device: torch.device | str, ema: bool, unsaid: dict[str, Any]
 ) -> Pretrained:
+    if path.suffix.lower() == ".json":
+        raise ValueError(f"{path} is a configuration, must be the folder that holds it, or a file of weights")
     data = read_tensors(path)
     if is_trainer_checkpoint(data):
         known = ("image_size", "objective", "sinusoidal_pos_emb_theta")

@@ -215,7 +215,6 @@ class Sampler:
             self_condition=self_condition,
         )
         check_out_channels(self.settings, getattr(self.config, "out_channels", None))
-        self._checked_finite = False
         self._graphs = GraphRecord.parse(cuda_graph, self.device)
         # Neither refers to the sampler: what refers to that keeps its memory past it.
         self._pool = LoopPool(self.network, self.settings, self._graphs)
@@ -369,24 +368,35 @@ class Sampler:
         )
         with self.network.evaluating(), self._rounding():
             images = run.draw(self._sizes, batch_size, progress)
-        self._check_finite(images)
+            self._check_finite(images, run)
         return images if recorder is None else recorder.trajectory()
 
     def _rounding(self) -> AbstractContextManager[None]:
         """Set how CUDA rounds the factors of float32 products, where that was asked for."""
         return nullcontext() if self._tf32 is None or self.device.type != "cuda" else tf32(self._tf32)
 
-    def _check_finite(self, images: Tensor) -> None:
-        """Warn, once, of images that float16 has spoilt. Only the first call of `sample` waits for the device here."""
-        if self.dtype == torch.float16 and not self._checked_finite:
-            self._checked_finite = True
-            if not bool(images.isfinite().all()):
-                warnings.warn(
-                    "some samples are not finite: activations above 65504 overflow in float16. dtype='auto' tests for "
-                    "that and takes bfloat16",
-                    RuntimeWarning,
-                    stacklevel=5,  # past the decorators of `sample`
-                )
+    def _check_finite(self, images: Tensor, run: Run) -> None:
+        """Warn of samples that are not finite, and of the step at which the first of them became so.
+
+        The loop itself checks nothing: the step is found by walking one sample again.
+        """
+        bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()  # waits for the device, once
+        if not bad:
+            return
+        row = run.first_not_finite(bad[0])
+        step = ""
+        if row is not None:
+            at = f"step {row - run.start + 1} of {run.steps} (timestep {int(run.table.timesteps[row])})"
+            step = f", sample {bad[0]} since {at}"
+        few = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        reason = "the model's weights or inputs may have values that are not finite"
+        if self.dtype == torch.float16:
+            reason = "activations above 65504 overflow in float16; dtype='auto' tests for that and takes bfloat16"
+        warnings.warn(
+            f"{len(bad)} of {len(images)} samples are not finite ({few}){step}: {reason}",
+            RuntimeWarning,
+            stacklevel=5,  # past the decorators of `sample`
+        )
 
     def _sample_shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         if shape is not None:
