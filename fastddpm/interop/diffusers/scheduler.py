@@ -145,6 +145,8 @@ def state_of(scheduler: Any) -> tuple[Any, ...]:
     for name, value in vars(scheduler).items():
         if isinstance(value, Tensor) and name not in _OF_A_LOOP:
             own += [name, value.cpu().numpy().tobytes()]
+        elif isinstance(value, (float, str)):  # integers count steps
+            own += [name, value]
         elif callable(value):
             own += [name, id(value)]
     return tuple(own)
