@@ -74,7 +74,8 @@ class Sampler:
             to be fastest (up to 192 steps one by one, where measuring does not pay); a model that cannot be captured
             runs without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per launch) or
             "step" (one): only that way. False: no graphs, for models whose Python code does not do the same in every
-            call. The operations are the same in all. `graph_report` says what was done.
+            call. The operations are the same in all. `graph_report` says what was done. On the CPU "auto" hands the
+            steps of a network that runs natively to the native library, which needs Python no more for them.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.
@@ -192,8 +193,10 @@ class Sampler:
             self._tf32 = False  # its convolutions do not follow torch's switches, so its products must not either
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
-        step = "eager" if backend == "native" else backend  # a step has no native kernel: it costs next to nothing
-        self.backend = resolve("reverse_step", step, self.device.type)
+        # The native library is not built for the step alone: a network has to run on it.
+        native = self.network.frozen is not None and self.network.frozen.backend == "native"
+        step = backend if backend not in ("auto", "native") else "native" if native else "auto"
+        self.backend = resolve("reverse_step_", step, self.device.type)
         self.clip_range, threshold = clipping(
             clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value
         )
@@ -221,7 +224,8 @@ class Sampler:
         """Return what became of `cuda_graph`.
 
         Returns:
-            "mode": how steps run, "while", "unrolled" or "step", "plain" without graphs, None before the first capture;
+            "mode": how steps run, "while", "unrolled" or "step", "native" on the CPU, "plain" without graphs, None
+            before the first capture;
             "measured_us": microseconds per step of every mode that was tried; "captures": how many were made so far;
             "why_not": why there are no graphs, or None.
         """
