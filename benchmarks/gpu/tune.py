@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from fastddpm_kernels import tuned as _tuned
 from fastddpm_kernels.tuned import Choice, Key
+from fastddpm_kernels.tuning import make_task, tuned_ops
 
 from fastddpm.perf.profiling.timing import release
 from fastddpm.perf.tuning.search import Outcome, tune
 from fastddpm.perf.tuning.shapes import sampler_keys, training_keys
 from fastddpm.perf.tuning.store import save
-from fastddpm.perf.tuning.task import make_task, tuned_ops
 from fastddpm.training.objective import GaussianDiffusion
 from gpu.arms import OUT_OF_TIME, Arm, Group
 from gpu.engine import make_sampler, network_alone

@@ -75,10 +75,10 @@ def add_commands(commands: Any) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from fastddpm_kernels import tuned as _tuned
+    from fastddpm_kernels.tuning import tuned_ops
     from rich.console import Console
 
     from fastddpm.networks.network import usable_device
-    from fastddpm.perf.tuning.task import tuned_ops
 
     device = usable_device(options.device or best_device())
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -87,9 +87,9 @@ def _tune(options: argparse.Namespace) -> None:
             if given is not None:
                 raise ValueError(f"{name} is given, but --{'show' if options.show else 'clear'} is of a whole table")
         return _show(device, console) if options.show else _clear(device)
-    unknown = [op for op in options.ops or () if op not in _tuned.FIELDS]
+    unknown = [op for op in options.ops or () if op not in _tuned.OPS]
     if unknown:
-        raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(_tuned.FIELDS)}")
+        raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(_tuned.OPS)}")
     if options.into_package and device.type == "cpu":
         raise ValueError("--into-package is given, but a CPU's table holds for one build of the native library alone")
     if options.training and (options.method or options.guidance_scale is not None):
@@ -200,9 +200,8 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
 
 
 def _list(keys: dict[Key, int], device: torch.device, console: Console) -> None:
+    from fastddpm_kernels.tuning import make_task
     from rich.table import Table
-
-    from fastddpm.perf.tuning.task import make_task
 
     table = Table("shape", "calls", "choices", "the heuristics'", title="Shapes", title_justify="left")
     for key, calls in keys.items():

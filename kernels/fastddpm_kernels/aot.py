@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel variant for any GPU on any machine, and reports what each uses.
+"""Compile every Triton kernel variant for any GPU on any machine, and report what each uses.
 
     python -m fastddpm_kernels.aot [--target sm_90 ...] [--op NAME ...] [--json PATH] [--jobs N]
 
@@ -19,15 +19,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from fastddpm_kernels import backend as _backend
+from fastddpm_kernels.backend import TRITON_OPS as OPS
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-OPS = tuple(op for op in _backend.OPS if op not in _backend._WITHOUT_TRITON)
 COLUMNS = ("registers", "spills", "shared", "load_bits", "store_bits")
 
 
 def compile_all(targets: Sequence[str] = TARGETS, ops: Sequence[str] = OPS, jobs: int = 1) -> list[dict[str, Any]]:
-    """Compiles every variant of `ops` for every one of `targets`.
+    """Compile every variant of `ops` for every one of `targets`.
 
     Returns:
         One row per variant and target: `variant`, `target`, and either the fields of
@@ -39,7 +38,7 @@ def compile_all(targets: Sequence[str] = TARGETS, ops: Sequence[str] = OPS, jobs
         (op, index, name)
         for name in targets
         for op in ops
-        for index, variant in enumerate(_variants(op))
+        for index, variant in enumerate(variants(op))
         if variant.target in (None, name)
     ]
     if jobs == 1:
@@ -48,14 +47,15 @@ def compile_all(targets: Sequence[str] = TARGETS, ops: Sequence[str] = OPS, jobs
         return list(pool.map(_compile_one, *zip(*work, strict=True), chunksize=4))
 
 
-def _variants(op: str) -> list[Any]:
+def variants(op: str) -> list[Any]:
+    """Return every variant of an op."""
     return importlib.import_module(f"fastddpm_kernels.{op}.triton").aot_variants()
 
 
 def _compile_one(op: str, index: int, target: str) -> dict[str, Any]:
     from fastddpm_kernels.device.compile import compile_variant
 
-    variant = _variants(op)[index]
+    variant = variants(op)[index]
     row: dict[str, Any] = {"variant": variant.name, "target": target}
     try:
         return row | compile_variant(variant, target).as_dict()
@@ -65,7 +65,7 @@ def _compile_one(op: str, index: int, target: str) -> dict[str, Any]:
 
 
 def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for every row that spills or did not compile."""
+    """Return a line for every row that spills or did not compile."""
     return [
         f"{row['variant']} for {row['target']}: {row.get('error') or str(row['spills']) + ' bytes spilled'}"
         for row in rows
@@ -74,14 +74,14 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_json(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes {"triton": its version, "rows": rows}, a line per row: the form of `benchmarks/results/aot.json`."""
+    """Write {"triton": its version, "rows": rows}, a line per row: the form of `benchmarks/results/aot.json`."""
     lines = ",\n".join(map(json.dumps, rows))
     with open(path, "w", encoding="utf-8") as file:
         file.write(f'{{"triton": {json.dumps(importlib.metadata.version("triton"))}, "rows": [\n{lines}\n]}}\n')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastddpm_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", default=list(TARGETS), metavar="T", help="sm_80, sm_90, gfx942, ...")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, metavar="OP", help=", ".join(OPS))

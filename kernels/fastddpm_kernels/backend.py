@@ -1,17 +1,17 @@
-"""The only place that picks a backend for an op, and says why not the others.
+"""Choose the backend that runs an op, and say why the others do not. Nothing else in the project decides that.
 
 Every op has the same function for all backends:
 
 - `triton`: one fused kernel, on CUDA and ROCm devices (and, when the environment variable `TRITON_INTERPRET=1`
   was set before triton was imported, on the CPU through triton's interpreter: slow, for tests);
-- `native`: C++ for float32 and, some of it, bfloat16 on the CPU (`native`), built by the system's compiler when it is
-  first wanted; some ops;
+- `native`: C++ for float32 and bfloat16 on the CPU (`native`), built by the system's compiler at its first use; some
+  ops have it;
 - `eager`: idiomatic torch in the input's own dtype, on any device;
 - `reference`: the readable specification, computed in float64.
 
-`auto` is `triton` on a GPU where triton can be imported, `native` on the CPU for the ops in place that a loop runs
-(so that the library is not built for one call of a plain function), else `eager`. A backend that is asked for by name
-and cannot run raises; nothing falls back in silence.
+`auto` is `triton` on a GPU where triton can be imported, `native` on the CPU for convolutions, attention and the norms
+in place (one call of a plain norm does not pay for building the library), else `eager`. A backend that is asked for by
+name and cannot run raises; nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -20,21 +20,36 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fastddpm_kernels import native
+
 BACKENDS = ("triton", "native", "eager", "reference")
 OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv", "attention")
-_WITHOUT_TRITON = ("conv", "attention")  # the vendor's library is hard to beat there
-_NATIVE = ("group_norm_silu", "conv", "attention")
-_AUTO_NATIVE = ("group_norm_silu_", "conv", "attention")
+# On a GPU the vendor's convolutions and attention are hard to beat.
+TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention"))
+NATIVE_OPS = ("group_norm_silu", "conv", "conv3x3", "attention")
+# The ops that "auto" runs natively on a CPU. In bfloat16 they need a CPU that multiplies it.
+_AUTO_NATIVE = ("group_norm_silu_", "conv", "conv3x3", "attention")
 
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
+class OperandError(BackendError, ValueError):
+    """A backend was asked for by name and does not take these operands; the message says why."""
+
+
 log = logging.getLogger("fastddpm.kernels")
+
+
+def check_backend(backend: str, backends: Sequence[str] = BACKENDS) -> None:
+    """Raise ValueError unless `backend` is one of `backends`."""
+    if backend not in backends:
+        raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(backends)}")
 
 
 def interpreting() -> bool:
@@ -43,7 +58,7 @@ def interpreting() -> bool:
 
 
 def _find_triton() -> str | None:
-    """Why triton cannot be had, or None; without importing it."""
+    """Why triton cannot be imported, or None; without importing it."""
     try:
         found = importlib.util.find_spec("triton") is not None
     except ValueError:  # something else stands under that name in sys.modules
@@ -52,7 +67,7 @@ def _find_triton() -> str | None:
 
 
 _NO_TRITON = _find_triton()
-# Triton compiles the little program that launches a kernel, so on a GPU it needs a C compiler.
+# Triton compiles the small program that launches a kernel, so on a GPU it needs a C compiler.
 _COMPILERS = ("gcc", "clang", "cc")
 _HAS_COMPILER = bool(os.environ.get("CC")) or any(shutil.which(name) for name in _COMPILERS)
 
@@ -60,33 +75,31 @@ _HAS_COMPILER = bool(os.environ.get("CC")) or any(shutil.which(name) for name in
 def why_not(
     backend: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None
 ) -> str | None:
-    """The reason why `backend` cannot run on a device of type `device_type` ("cuda", "cpu", ...), or None.
+    """Return the reason why `backend` cannot run on a device of type `device_type` ("cuda", "cpu", ...), or None.
 
     Args:
-        backend: one of `BACKENDS`. For "native" the library is built, if it never was and nothing else stands against.
+        backend: one of `BACKENDS`. For "native" the library is built if it was not yet and nothing else prevents it.
         device_type: of the input.
-        op: one of `OPS`, where not all have the same backends; an underscore after it means its form in place.
-        dtype: of the input, where it matters.
+        op: one of `OPS` or "conv3x3", if the answer depends on it; an underscore after it means its form in place.
+        dtype: of the input, if the answer depends on it.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     name = None if op is None else op.rstrip("_")
     if backend == "native":
-        if name is not None and name not in _NATIVE:
+        if name is not None and name not in NATIVE_OPS:
             return f"there is no native kernel of {name}"
         if device_type != "cpu":
             return f"native kernels run on the CPU, not on device type {device_type!r}"
         if dtype not in (None, torch.float32, torch.bfloat16):
             return f"native kernels compute in torch.float32 or torch.bfloat16, not {dtype}"
-        from fastddpm_kernels import native as _native
-
-        return _native.why_not_bfloat16(slower=True) if _in_bfloat16(op, dtype) else _native.why_not()
+        multiplies = dtype == torch.bfloat16 and op in _AUTO_NATIVE
+        return native.why_not_bfloat16(slower=True) if multiplies else native.why_not()
     if backend != "triton":
         return None
-    if name in _WITHOUT_TRITON:
+    if name is not None and name not in TRITON_OPS:
         return f"there is no triton kernel of {name}"
     if device_type not in ("cuda", "cpu"):
         return f"there are no triton kernels for device type {device_type!r}"
@@ -97,38 +110,49 @@ def why_not(
     return _NO_TRITON
 
 
-def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The backend that runs `op` on a device of type `device_type` when the caller asked for `backend`.
+def resolve(
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    unfit: Callable[[], str | None] | None = None,
+) -> str:
+    """Return the backend that runs `op` on a device of type `device_type` for a caller who asked for `backend`.
 
-    `op` is one of `OPS`, with an underscore for its form in place. `dtype` is that of the input where it matters:
-    "auto" never takes triton for float64, which the kernels do not have, and native for float32, and for bfloat16 where
-    it is faster than torch's own.
     `torch.compile` traces through this function.
+
+    Args:
+        op: one of `OPS` or "conv3x3", with an underscore for its form in place.
+        backend: `"auto"` or one of `BACKENDS`.
+        device_type: of the input.
+        dtype: of the input. "auto" never takes triton for float64, which the kernels do not have; it takes native for
+            float32, and for bfloat16 on CPUs where that is faster than torch's own.
+        unfit: returns why native kernels do not take the operands of this call, or None.
 
     Raises:
         ValueError: `backend` is not `"auto"` or one of `BACKENDS`.
         BackendError: `backend` was named and cannot run here; the message says why.
+        OperandError: `backend` is "native" and does not take the operands; the message says why.
     """
     if backend == "auto":
         if device_type == "cuda" and dtype != torch.float64 and why_not("triton", device_type, op) is None:
             return "triton"
+        reason: str | None = "slow or float64"
         if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16) and op in _AUTO_NATIVE:
             reason = why_not("native", device_type, op, dtype)
-            if reason is None and _in_bfloat16(op, dtype):
-                from fastddpm_kernels import native as _native
-
-                reason = _native.why_not_bfloat16()
-            log.debug("%s on cpu: %s", op, "native" if reason is None else f"eager ({reason})")
-            return "native" if reason is None else "eager"
+            if reason is None and dtype == torch.bfloat16:
+                reason = native.why_not_bfloat16()
+            if reason is None and unfit is not None:
+                reason = unfit()
+        elif not torch.compiler.is_compiling():
+            reason = why_not("triton", device_type, op) or reason
+        chosen = "native" if reason is None else "eager"
         if not torch.compiler.is_compiling():
-            log.debug("%s on %s: eager (%s)", op, device_type, why_not("triton", device_type, op) or "slow or float64")
-        return "eager"
+            log.debug("%s on %s: %s%s", op, device_type, chosen, "" if reason is None else f" ({reason})")
+        return chosen
     reason = why_not(backend, device_type, op, dtype)
     if reason is not None:
         raise BackendError(f"{op}: backend {backend!r} cannot run here: {reason}")
+    if backend == "native" and unfit is not None and (reason := unfit()) is not None:
+        raise OperandError(f"{op}: backend 'native' cannot run here: {reason}")
     return backend
-
-
-def _in_bfloat16(op: str | None, dtype: torch.dtype | None) -> bool:
-    """Whether an op needs products of bfloat16: convolutions, and the ops in place that run between them."""
-    return dtype == torch.bfloat16 and op in _AUTO_NATIVE

@@ -14,32 +14,83 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fastddpm_kernels.choices import ALTERNATIVES as ALTERNATIVES
-from fastddpm_kernels.choices import DTYPES as DTYPES
-from fastddpm_kernels.choices import FIELDS as FIELDS
-from fastddpm_kernels.choices import Choice as Choice
-from fastddpm_kernels.choices import Key as Key
 from fastddpm_kernels.native.build import BuildError, cache_folder, library_name
 
+# The ops that have choices, and the folder whose `tuning.py` describes them.
+FOLDERS = {
+    "group_norm_silu": "group_norm_silu",
+    "group_norm_silu_": "group_norm_silu",
+    "group_norm_silu_backward": "group_norm_silu",
+    "rms_norm_silu": "group_norm_silu",
+    "rms_norm_silu_backward": "group_norm_silu",
+    "pointwise_conv": "pointwise_conv",
+    "upsample_conv": "conv",
+    "reverse_step": "reverse_step",
+    "q_sample": "q_sample",
+    "residual_add": "residual_add",
+    "conv": "conv",
+}
+OPS = tuple(FOLDERS)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEMA = "fastddpm.tuned/1"
 PACKAGE = Path(__file__).with_name("tuned_tables")
 # Of a table's header: what must be as it was. All others say where it comes from.
 _MUST_BE = ("schema", "device", "triton", "driver", "cuda", "kernels", "native")
 
 log = logging.getLogger("fastddpm.kernels")
+
+Choice = Mapping[str, Any]
+
+
+class Tunable(NamedTuple):
+    """What the `tuning.py` of an op says of it.
+
+    Attributes:
+        fields: what a shape consists of, integers.
+        alternatives: the parameters that a choice may have, each with its values. The op derives all else, so that any
+            of these values gives a right result.
+        task: the `fastddpm_kernels.tuning.Task` that tries choices.
+        kernels: the module of the folder whose `tuned_variants` are the kernels of a choice; None: there is nothing to
+            compile.
+    """
+
+    fields: tuple[str, ...]
+    alternatives: tuple[Mapping[str, Sequence[Any]], ...]
+    task: Callable[..., Any]
+    kernels: str | None = "triton"
+
+
+@functools.cache
+def tunable(op: str) -> Tunable:
+    """Return the description of one of `OPS`."""
+    found: Tunable = importlib.import_module(f"fastddpm_kernels.{FOLDERS[op]}.tuning").OPS[op]
+    return found
+
+
+class Key(NamedTuple):
+    """What a choice is for. `shape` has the fields of `op`."""
+
+    op: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def named(self) -> dict[str, int]:
+        """Return the shape by name."""
+        return dict(zip(tunable(self.op).fields, self.shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -69,10 +120,10 @@ def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, 
     """What was found to be the best for a shape on a device; None: heuristics are to choose.
 
     Args:
-        op: one of `FIELDS`.
+        op: one of `OPS`.
         device: where it runs. On meta, nothing is tuned.
         dtype: of the input.
-        shape: the `FIELDS` of `op`.
+        shape: the `tunable(op).fields`.
     """
     key = Key(op, dtype, shape)
     for seen in _recorders:
@@ -247,16 +298,16 @@ def entry(record: Mapping[str, Any]) -> tuple[Key, Choice | None]:
         ValueError, KeyError, TypeError: it is none.
     """
     op, dtype = record["op"], record["dtype"]
-    if op not in FIELDS or dtype not in DTYPES:
+    if op not in OPS or dtype not in DTYPES:
         raise ValueError(f"an entry is of {op!r}, {dtype!r}")
     shape = record["shape"]
-    if set(shape) != set(FIELDS[op]) or not all(type(value) is int and value >= 0 for value in shape.values()):
+    if set(shape) != set(tunable(op).fields) or not all(type(value) is int and value >= 0 for value in shape.values()):
         raise ValueError(f"an entry of {op} has the shape {shape}")
-    key = Key(op, DTYPES[dtype], tuple(shape[name] for name in FIELDS[op]))
+    key = Key(op, DTYPES[dtype], tuple(shape[name] for name in tunable(op).fields))
     found = record["choice"]
     if found is not None and not any(
         set(found) == set(allowed) and all(type(found[n]) in (int, bool, str) and found[n] in allowed[n] for n in found)
-        for allowed in ALTERNATIVES[op]
+        for allowed in tunable(op).alternatives
     ):
         raise ValueError(f"an entry of {op} has the choice {found}")
     return key, found

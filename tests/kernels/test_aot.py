@@ -69,7 +69,7 @@ def beyond(rows: list[dict[str, Any]], limits: list[dict[str, Any]], *, same_ver
 def test_the_limits_are_of_every_variant_and_target() -> None:
     """A new kernel or variant is committed with what it uses; so is a table of tuned choices, of one GPU."""
     rows = json.loads(LIMITS.read_text())["rows"]
-    variants = [variant for op in aot.OPS for variant in aot._variants(op)]
+    variants = [variant for op in aot.OPS for variant in aot.variants(op)]
     expected = {(v.name, target) for v in variants for target in aot.TARGETS if v.target in (None, target)}
     assert {(row["variant"], row["target"]) for row in rows} == expected
     assert aot.failures(rows) == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.conv import choose_algorithm, likely_algorithm
 from fastddpm_kernels.group_norm_silu import (
     group_norm_silu,
@@ -20,7 +20,7 @@ from fastddpm_kernels.group_norm_silu import (
     group_norm_silu_workspace,
     rms_norm_silu,
 )
-from fastddpm_kernels.group_norm_silu import plan as _norm_plan
+from fastddpm_kernels.group_norm_silu import plan as norm_plan
 from fastddpm_kernels.philox import sample_keys
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
 from fastddpm_kernels.q_sample import q_sample
@@ -40,21 +40,21 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Writes a table into the user's cache (or the package's folder), both of which are empty otherwise."""
     monkeypatch.setenv("FASTDDPM_TUNED", "1")
     monkeypatch.setenv("FASTDDPM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(_tuned, "PACKAGE", tmp_path / "package")
-    _tuned.forget()
+    monkeypatch.setattr(tuned, "PACKAGE", tmp_path / "package")
+    tuned.forget()
 
     def write(
         choices: dict[Key, Choice | None], where: torch.device = CPU, *, package: bool = False, **changed: Any
     ) -> Path:
-        path = _tuned.package_path(where) if package else _tuned.user_path(where)
+        path = tuned.package_path(where) if package else tuned.user_path(where)
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = [_tuned.record(key, choice, tuned_us=1.0) for key, choice in choices.items()]
-        path.write_text(json.dumps({**_tuned.header(where), "created": "now", "entries": entries, **changed}))
-        _tuned.forget()
+        entries = [tuned.record(key, choice, tuned_us=1.0) for key, choice in choices.items()]
+        path.write_text(json.dumps({**tuned.header(where), "created": "now", "entries": entries, **changed}))
+        tuned.forget()
         return path
 
     yield write
-    _tuned.forget()
+    tuned.forget()
 
 
 def algorithm() -> str:
@@ -77,7 +77,7 @@ def test_the_users_table_comes_before_the_packages(write: Write) -> None:
     assert algorithm() == "winograd2"
     write({CONV: None})  # the heuristics were the best
     assert algorithm() == likely_algorithm(*CONV.shape)
-    assert _tuned.known(CPU) == {CONV}
+    assert tuned.known(CPU) == {CONV}
 
 
 def test_a_stale_table_is_ignored_and_that_is_said_once(write: Write, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,19 +86,19 @@ def test_a_stale_table_is_ignored_and_that_is_said_once(write: Write, caplog: py
         assert algorithm() == algorithm() == likely_algorithm(*CONV.shape)
     assert len(caplog.records) == 1
     assert f"{path} is ignored: it was measured with other kernels" in caplog.text
-    assert _tuned.describe(CPU) == [f"{path}: ignored, it was measured with other kernels"]
+    assert tuned.describe(CPU) == [f"{path}: ignored, it was measured with other kernels"]
 
 
 def test_what_a_gpus_table_must_agree_with(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = {"schema": _tuned.SCHEMA, "device": "NVIDIA H200", "triton": "3.9.0", "driver": "570.1", "cuda": "12.8",
+    now = {"schema": tuned.SCHEMA, "device": "NVIDIA H200", "triton": "3.9.0", "driver": "570.1", "cuda": "12.8",
            "kernels": "abc"}  # fmt: skip
-    monkeypatch.setattr(_tuned, "header", lambda device: now)
+    monkeypatch.setattr(tuned, "header", lambda device: now)
     path = write({CONV: None}, torch=None)
-    assert _tuned.read(path, CPU).ignored is None  # torch may have changed
+    assert tuned.read(path, CPU).ignored is None  # torch may have changed
     for name, value in (("triton", "3.6.0"), ("driver", "550.54.15"), ("device", "NVIDIA H100")):
-        reason = _tuned.read(write({CONV: None}, **{name: value}), CPU).ignored
+        reason = tuned.read(write({CONV: None}, **{name: value}), CPU).ignored
         assert reason == f"it was measured with {name} {value}, this is {now[name]}"
-    assert _tuned.read(write({}, kernels="abd"), CPU).ignored == "it was measured with other kernels"
+    assert tuned.read(write({}, kernels="abd"), CPU).ignored == "it was measured with other kernels"
 
 
 WRONG: dict[str, Any] = {
@@ -115,25 +115,25 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_what_makes_no_sense_is_ignored_whole(write: Write, wrong: dict[str, Any]) -> None:
-    good = _tuned.record(CONV, {"algorithm": "direct"})
+    good = tuned.record(CONV, {"algorithm": "direct"})
     path = write({}, entries=[good, {**good, **wrong}])
     assert algorithm() == likely_algorithm(*CONV.shape)
-    assert str(_tuned.read(path, CPU).ignored).startswith("it cannot be used: ValueError: an entry ")
+    assert str(tuned.read(path, CPU).ignored).startswith("it cannot be used: ValueError: an entry ")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "fastddpm.tuned/1"}', "\x00"])
 def test_a_broken_file_is_ignored(write: Write, text: str) -> None:
     write({}).write_text(text)
-    _tuned.forget()
+    tuned.forget()
     assert algorithm() == likely_algorithm(*CONV.shape)
-    assert "it cannot be used" in _tuned.describe(CPU)[0]
+    assert "it cannot be used" in tuned.describe(CPU)[0]
 
 
 def test_tables_can_be_switched_off(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write({CONV: {"algorithm": "direct"}})
     monkeypatch.setenv("FASTDDPM_TUNED", "0")
     assert algorithm() == likely_algorithm(*CONV.shape)
-    assert _tuned.known(CPU) == set()
+    assert tuned.known(CPU) == set()
 
 
 def test_an_algorithm_that_cannot_upsample_is_not_taken(write: Write) -> None:
@@ -143,9 +143,9 @@ def test_an_algorithm_that_cannot_upsample_is_not_taken(write: Write) -> None:
 
 
 def test_lookups_are_recorded(write: Write) -> None:
-    with _tuned.recording() as seen:
+    with tuned.recording() as seen:
         algorithm(), algorithm()
-        with _tuned.recording() as inner:
+        with tuned.recording() as inner:
             algorithm()
     algorithm()
     assert (seen, inner) == ({CONV: 3}, {CONV: 1})
@@ -156,17 +156,17 @@ def test_plans_cover_all_pixels_and_groups_whatever_was_chosen() -> None:
         for groups, channels in ((1, 24), (6, 48), (32, 32)):
             for slab in (1, 4, 33):
                 for block_p, splits in ((1, 128), (16, 3), (1024, 7)):
-                    plan = _norm_plan.derived_plan(2, pixels, channels, groups, False, slab, 4, block_p, splits)
+                    plan = norm_plan.derived_plan(2, pixels, channels, groups, False, slab, 4, block_p, splits)
                     assert plan is not None
                     assert plan.slabs * plan.slab_groups >= groups > (plan.slabs - 1) * plan.slab_groups
                     assert plan.block_c >= plan.slab_groups * channels // groups
                     span = plan.tiles * plan.block_p
                     assert plan.splits * span >= pixels > (plan.splits - 1) * span
                     assert plan.splits <= splits
-                one = _norm_plan.derived_plan(2, pixels, channels, groups, True, slab, 4)
+                one = norm_plan.derived_plan(2, pixels, channels, groups, True, slab, 4)
                 assert one is not None
                 assert one.block_p >= pixels
-    assert _norm_plan.derived_plan(1, 2**14, 1024, 1, True, 1, 4) is None  # no registers hold that
+    assert norm_plan.derived_plan(1, 2**14, 1024, 1, True, 1, 4) is None  # no registers hold that
 
 
 @pytest.mark.parametrize("op", ["group_norm_silu", "group_norm_silu_"])
@@ -175,11 +175,11 @@ def test_the_heuristics_plans_are_choices_too(op: str) -> None:
         for pixels in (16, 63, 1024, 65536):
             for channels, second, groups in ((128, 0, 32), (256, 128, 32), (7, 0, 7)):
                 shape = (batch, pixels, channels, second, groups, 1)
-                plan = _norm_plan.heuristic_plan(op, shape, 2, 132)
-                choice = _norm_plan.choice_of(plan)
-                assert _norm_plan.derived_plan(batch, pixels, channels + second, groups, **choice) == plan
-                entry = _tuned.record(Key(op, torch.float16, shape), choice)
-                assert _tuned.entry(json.loads(json.dumps(entry)))[1] == choice
+                plan = norm_plan.heuristic_plan(op, shape, 2, 132)
+                choice = norm_plan.choice_of(plan)
+                assert norm_plan.derived_plan(batch, pixels, channels + second, groups, **choice) == plan
+                entry = tuned.record(Key(op, torch.float16, shape), choice)
+                assert tuned.entry(json.loads(json.dumps(entry)))[1] == choice
 
 
 def image(*shape: int) -> torch.Tensor:
@@ -198,8 +198,8 @@ def test_norms_run_as_their_tables_say(write: Write, device: torch.device) -> No
     truth = group_norm_silu(x.double(), weight, bias, 4, backend="reference")
     write({Key(op, torch.float32, shape): TWO_PASSES for op in ("group_norm_silu", "group_norm_silu_")}, x.device)
     assert group_norm_silu_launches(x, 24, 4) == 2
-    assert _norm_plan.in_place_plan(x, 24, 4) == _norm_plan.derived_plan(2, 35, 24, 4, **TWO_PASSES)
-    assert _norm_plan.forward_plan(x, 24, 4) == _norm_plan.derived_plan(2, 35, 24, 4, **TWO_PASSES)
+    assert norm_plan.in_place_plan(x, 24, 4) == norm_plan.derived_plan(2, 35, 24, 4, **TWO_PASSES)
+    assert norm_plan.forward_plan(x, 24, 4) == norm_plan.derived_plan(2, 35, 24, 4, **TWO_PASSES)
     assert_close(group_norm_silu(x, weight, bias, 4, backend="triton"), truth, dtype=torch.float32)
     # What was bound before the shape was tuned has no room for another plan, and keeps its own.
     for scratch in (None, workspace, torch.empty(group_norm_silu_workspace(x, 24, 4), device=device)):
@@ -297,7 +297,7 @@ def test_element_wise_ops_run_as_their_tables_say_with_the_same_bits(
         torch.manual_seed(0)
         return run(device)
 
-    with _tuned.recording() as seen:
+    with tuned.recording() as seen:
         usual = results()
     assert seen == {Key(op, dtype, shape): 1}
     for choice in ({"block": 32, "num_warps": 1}, {"block": 64, "num_warps": 8}, {"block": 8192, "num_warps": 16}):
@@ -343,7 +343,7 @@ def test_gradients_of_norms_run_as_their_tables_say(op: str, write: Write, devic
         return torch.autograd.grad(y, inputs, dy.to(dtype))
 
     truth, eager = gradients(torch.float64, "reference"), gradients(torch.float32, "eager")
-    with _tuned.recording() as seen:
+    with tuned.recording() as seen:
         usual = gradients(torch.float32, "triton")
     key = Key(op, torch.float32, shape)
     assert seen[key] == 1
@@ -359,8 +359,8 @@ def test_gradients_of_norms_run_as_their_tables_say(op: str, write: Write, devic
 def test_choices_that_no_kernel_could_hold_are_not_taken(write: Write) -> None:
     triton_side = pytest.importorskip("fastddpm_kernels.group_norm_silu.triton_rms")
     wide = {"one_pass": False, "slab_groups": 1, "num_warps": 4, "block_p": 1, "splits": 128}
-    assert _norm_plan.derived_plan(1, 4096, 2048, 1, **wide) is not None
-    assert _norm_plan.derived_plan(1, 4096, 2048, 1, **wide, per_channel=True) is None  # of which splits * channels
+    assert norm_plan.derived_plan(1, 4096, 2048, 1, **wide) is not None
+    assert norm_plan.derived_plan(1, 4096, 2048, 1, **wide, per_channel=True) is None  # of which splits * channels
     x, weight = image(1, 4096, 64, 1), torch.randn(4096)
     usual = triton_side.heuristic_backward(x, 4096)
     write({Key("rms_norm_silu_backward", torch.float32, (1, 64, 4096, 0, 1)): {**usual, "block_p": 64}})
@@ -370,11 +370,11 @@ def test_choices_that_no_kernel_could_hold_are_not_taken(write: Write) -> None:
 
 def test_choices_that_are_tried_take_the_place_of_tables(write: Write) -> None:
     write({CONV: {"algorithm": "direct"}})
-    with _tuned.using(CPU, {}):
+    with tuned.using(CPU, {}):
         assert algorithm() == likely_algorithm(*CONV.shape)
-        with _tuned.using(CPU, {CONV: {"algorithm": "winograd2"}}):
+        with tuned.using(CPU, {CONV: {"algorithm": "winograd2"}}):
             assert algorithm() == "winograd2"
-            _tuned.forget()
+            tuned.forget()
     assert algorithm() == "direct"
 
 
@@ -399,8 +399,8 @@ TUNED: dict[str, tuple[str, torch.dtype, tuple[int, ...], Choice, int]] = {  # m
 def test_what_the_packages_tables_hold_is_compiled(op: str, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     name, dtype, shape, choice, count = TUNED[op]
     module = pytest.importorskip(f"fastddpm_kernels.{name}.triton")
-    about = {"schema": _tuned.SCHEMA, "device": "NVIDIA H200", "kernels": _tuned._kernels(), "target": "sm_90"}
-    monkeypatch.setattr(_tuned, "header", lambda device: about)
+    about = {"schema": tuned.SCHEMA, "device": "NVIDIA H200", "kernels": tuned._kernels(), "target": "sm_90"}
+    monkeypatch.setattr(tuned, "header", lambda device: about)
     write({Key(op, dtype, shape): choice, Key("upsample_conv", dtype, (8,) * 5 + (0,)): None}, package=True)
     found = [variant for variant in module.aot_variants() if variant.target is not None]
     assert len(found) == count
@@ -413,8 +413,8 @@ def test_what_the_packages_tables_hold_is_compiled(op: str, write: Write, monkey
 def test_the_packages_tables_are_compiled_for_their_gpu(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     aot = pytest.importorskip("fastddpm_kernels.group_norm_silu.triton")
     key = Key("group_norm_silu_", torch.float16, (64, 1024, 128, 0, 32, 1))
-    about = {"schema": _tuned.SCHEMA, "device": "NVIDIA H200", "kernels": _tuned._kernels(), "target": "sm_90"}
-    monkeypatch.setattr(_tuned, "header", lambda device: about)
+    about = {"schema": tuned.SCHEMA, "device": "NVIDIA H200", "kernels": tuned._kernels(), "target": "sm_90"}
+    monkeypatch.setattr(tuned, "header", lambda device: about)
     write({key: {"one_pass": True, "slab_groups": 4, "num_warps": 8}}, package=True)
     found = [variant for variant in aot.aot_variants() if variant.target is not None]
     assert len(found) == 3  # with a residual whose sum is kept, or is not, and without
@@ -426,8 +426,8 @@ def test_the_packages_tables_are_compiled_for_their_gpu(write: Write, monkeypatc
 
 
 def test_committed_tables_can_be_read() -> None:
-    for path in _tuned.PACKAGE.glob("*.json"):
-        table = _tuned.read(path, None)
+    for path in tuned.PACKAGE.glob("*.json"):
+        table = tuned.read(path, None)
         assert table.ignored is None, path
         assert table.entries, path
-        assert _tuned.slug(table.header["device"]) == path.stem
+        assert tuned.slug(table.header["device"]) == path.stem

@@ -11,21 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.backend import why_not
 from fastddpm_kernels.conv import choose_algorithm, likely_algorithm
+from fastddpm_kernels.conv.tuning import ConvTask
+from fastddpm_kernels.group_norm_silu.tuning import GroupNormTask
 from fastddpm_kernels.tuned import Choice, Key
+from fastddpm_kernels.tuning import make_task, nearest_first, tuned_ops
 
-from fastddpm import NoiseSchedule, Sampler, UNet
+from fastddpm import UNet
 from fastddpm.networks.network import Network
-from fastddpm.perf.tuning import automatic
 from fastddpm.perf.tuning.compiling import Compiling
-from fastddpm.perf.tuning.convolutions import ConvTask
-from fastddpm.perf.tuning.norms import GroupNormTask
 from fastddpm.perf.tuning.search import LEAST_S, Outcome, cache_bytes, summary, tune, why_wrong
 from fastddpm.perf.tuning.shapes import network_keys
 from fastddpm.perf.tuning.store import save
-from fastddpm.perf.tuning.task import make_task, nearest_first, tuned_ops
 
 CPU = torch.device("cpu")
 CONV = Key("conv", torch.float32, (2, 9, 6, 5, 18, 0, 1))
@@ -58,10 +57,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     why_not("native", "cpu")
     monkeypatch.setenv("FASTDDPM_TUNED", "1")
     monkeypatch.setenv("FASTDDPM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(_tuned, "PACKAGE", tmp_path / "package")
-    _tuned.forget()
+    monkeypatch.setattr(tuned, "PACKAGE", tmp_path / "package")
+    tuned.forget()
     yield tmp_path
-    _tuned.forget()
+    tuned.forget()
 
 
 def small_unet() -> UNet:
@@ -84,7 +83,7 @@ def test_candidates_are_right_and_none_is_there_twice(key: Key, device: torch.de
     assert len(candidates) >= 3
     for choice in candidates:
         assert candidates.count(choice) == 1
-        assert _tuned.entry(_tuned.record(key, choice))[1] == choice  # a table may hold it
+        assert tuned.entry(tuned.record(key, choice))[1] == choice  # a table may hold it
     operands = task.operands(0)
     truth = task.truth(operands, task.samples())
     for choice in {0: candidates[0], 1: candidates[1], -1: candidates[-1]}.values():
@@ -97,13 +96,14 @@ def test_candidates_are_right_and_none_is_there_twice(key: Key, device: torch.de
 
 
 def test_every_op_that_has_choices_can_be_tuned() -> None:
-    assert set(_tuned.FIELDS) == set(_tuned.ALTERNATIVES)
-    for op, fields in _tuned.FIELDS.items():
+    for op in tuned.OPS:
+        fields, alternatives = tuned.tunable(op)[:2]
+        assert all(alternatives)
         task = make_task(Key(op, torch.float32, (1,) * len(fields)), CPU)
         assert task.named == dict.fromkeys(fields, 1)
     assert set(tuned_ops(CPU)) <= {"conv"}
     on_gpu = set(tuned_ops(torch.device("cuda")))
-    assert on_gpu in (set(), set(_tuned.FIELDS) - {"conv"}, set(_tuned.FIELDS) - {"conv", "upsample_conv"})
+    assert on_gpu in (set(), set(tuned.OPS) - {"conv"}, set(tuned.OPS) - {"conv", "upsample_conv"})
 
 
 @pytest.mark.parametrize("name", ["gradient of group norm", "reverse step", "noised, velocity", "residual, padded"])
@@ -330,7 +330,7 @@ def test_operands_are_more_than_a_cache_holds() -> None:
 def test_the_shapes_are_those_that_the_model_runs(device: torch.device) -> None:
     pytest.importorskip("triton")
     network = Network(small_unet().to(device), backend="triton", freeze=True)
-    keys = network_keys(network, (3, 1, 8, 8), tuple(_tuned.FIELDS))
+    keys = network_keys(network, (3, 1, 8, 8), tuple(tuned.OPS))
     norms = {key.shape: count for key, count in keys.items() if key.op == "group_norm_silu_"}
     assert norms[3, 64, 8, 0, 4, 1] == 5  # two of the first block, two of the last, and that before conv_out
     assert norms[3, 64, 8, 8, 4, 1] == norms[3, 64, 16, 8, 4, 1] == 1  # the last block's over skip connections
@@ -354,52 +354,25 @@ def outcome(key: Key, winner: Choice | None, status: str = "done") -> Outcome:
 
 def test_tables_are_added_to_and_seen_at_once(cache: Path) -> None:
     other = Key("conv", torch.float32, (4, 9, 6, 5, 18, 0, 1))
-    path = _tuned.user_path(CPU)
+    path = tuned.user_path(CPU)
     assert path.parent == cache / "tuned"
     assert choose_algorithm(2, 9, 6, 5, 18, threads=1) == OWN
     assert save([outcome(CONV, {"algorithm": A}), outcome(other, None, "out of time")], CPU, path) == 1
     assert choose_algorithm(2, 9, 6, 5, 18, threads=1) == A
     assert save([outcome(other, None)], CPU, path) == 1
-    assert _tuned.known(CPU) == {CONV, other}
+    assert tuned.known(CPU) == {CONV, other}
     assert save([outcome(CONV, {"algorithm": B})], CPU, path) == 1
-    assert _tuned.read(path, CPU).entries == {CONV: {"algorithm": B}, other: None}
+    assert tuned.read(path, CPU).entries == {CONV: {"algorithm": B}, other: None}
     content = json.loads(path.read_text())
     assert {name for name in content} >= {"schema", "device", "torch", "created", "native", "entries"}
     path.write_text(json.dumps({**content, "native": "of before"}))
     save([outcome(other, None)], CPU, path)
-    assert set(_tuned.read(path, CPU).entries) == {other}  # the rest was of another build
+    assert set(tuned.read(path, CPU).entries) == {other}  # the rest was of another build
 
 
 def test_nothing_measured_writes_nothing(cache: Path) -> None:
-    assert save([outcome(CONV, None, "out of time")], CPU, _tuned.user_path(CPU)) == 0
-    assert not _tuned.user_path(CPU).exists()
-
-
-def test_a_sampler_tunes_when_it_is_asked_to_and_once(
-    native: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searched = []
-
-    def fake(keys: dict[Key, int], device: torch.device, seconds: float, **_: Any) -> list[Outcome]:
-        searched.append(set(keys))
-        return [outcome(key, {"algorithm": "direct"}) for key in keys]
-
-    monkeypatch.setattr(automatic, "tune", fake)
-    unet, schedule = small_unet(), NoiseSchedule.linear(4)
-    plain = Sampler(unet, schedule)
-    before = plain.sample(3, seed=1)
-    assert not searched
-    assert not _tuned.user_path(CPU).exists()
-    tuned = Sampler(unet, schedule, autotune=True)
-    after = tuned.sample(3, seed=1)
-    assert len(searched) == 1
-    assert {key.shape[0] for key in searched[0]} == {3}
-    assert {choice["algorithm"] for choice in _tuned.read(_tuned.user_path(CPU), CPU).entries.values()} == {"direct"}
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
-    tuned.sample(3, seed=2)
-    assert len(searched) == 1  # all shapes are known
-    tuned.sample(3, seed=2, batch_size=2)
-    assert {key.shape[0] for key in searched[1]} == {1, 2}
+    assert save([outcome(CONV, None, "out of time")], CPU, tuned.user_path(CPU)) == 0
+    assert not tuned.user_path(CPU).exists()
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.tuned import Key
+from fastddpm_kernels.tuning import make_task
 from torch import Tensor
 
 from fastddpm import GaussianDiffusion, NoiseSchedule, Sampler, UNet
@@ -17,10 +18,9 @@ from fastddpm.networks.frozen import instructions
 from fastddpm.networks.frozen.frozen_unet import FrozenUNet
 from fastddpm.networks.network import Network
 from fastddpm.perf.tuning.shapes import network_keys, sampler_keys, training_keys
-from fastddpm.perf.tuning.task import make_task
 
 CPU = torch.device("cpu")
-ALL = tuple(_tuned.FIELDS)
+ALL = tuple(tuned.OPS)
 
 
 ONE_LEVEL = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -126,7 +126,7 @@ def test_a_frozen_unet_upsamples_as_its_table_says(as_on_cuda: None) -> None:
         return frozen.bind(inputs)
 
     usual = bound(2)
-    with _tuned.using(CPU, {doubling(2): PLAIN, doubling(3): TRANSPOSED}), _tuned.recording() as seen:
+    with tuned.using(CPU, {doubling(2): PLAIN, doubling(3): TRANSPOSED}), tuned.recording() as seen:
         programs = {3: bound(3), 2: bound(2)}
     assert {key: count for key, count in seen.items() if key.op == "upsample_conv"} == {doubling(3): 1, doubling(2): 1}
     names = [[step.name for step in program.instructions] for program in (usual, programs[3], programs[2])]
@@ -149,7 +149,7 @@ def test_a_frozen_unet_upsamples_as_its_table_says(as_on_cuda: None) -> None:
 
 def test_without_a_table_nothing_is_looked_up_in_vain() -> None:
     """Where plain torch or native kernels convolve there is no such choice."""
-    with _tuned.recording() as seen:
+    with tuned.recording() as seen:
         network_keys(Network(small_unet(), backend="eager", freeze=True), (2, 1, 8, 8), ALL)
     assert not [key for key in seen if key.op == "upsample_conv"]
 

@@ -325,7 +325,7 @@ class Builder:
         return self.batch * height * width
 
     def emit(
-        self, name: str, kind: str, reads: list[int], writes: list[int], run: Callable[[], None], *,
+        self, name: str, kind: str, reads: list[int], writes: list[int], run: Callable[[], object], *,
         kernels: int = 1, flops: int = 0, weights: int = 0,
     ) -> None:  # fmt: skip
         elements = sum(self.pixels(slot) * self.shapes[slot][0] for slot in [*reads, *writes]) + weights

@@ -1,26 +1,27 @@
-"""The instructions of a frozen U-Net: each reads and writes numbered slots, and knows what it costs.
+"""The instructions of a frozen U-Net: each reads and writes numbered slots, and knows its cost.
 
-A slot holds one activation, [N, C, H, W] in channels-last order. On CUDA it is a place in one preallocated block of
-memory that every step uses again; elsewhere each instruction puts its result there and the last reader clears it.
+A slot holds one activation, [N, C, H, W] in channels-last order. With CUDA or native kernels it is a place in one
+preallocated block of memory that every step uses again: ops on such slots are bound at the first run, which checks
+their operands and looks up tuned choices, and later runs only launch. Elsewhere each instruction puts its result into
+the slot and the last reader clears it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.attention import attention_, attention_by_torch
-from fastddpm_kernels.conv import PackedWeight, conv_
-from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
-from fastddpm_kernels.pointwise_conv import pointwise_conv_
-from fastddpm_kernels.residual_add import residual_add_
+from fastddpm_kernels.attention import attention_by_torch, bind_attention
+from fastddpm_kernels.conv import PackedWeight, bind_conv
+from fastddpm_kernels.conv.upsampling import cudnn_conv, cudnn_conv_transpose, double_
+from fastddpm_kernels.group_norm_silu import bind_group_norm_silu, group_norm_silu
+from fastddpm_kernels.pointwise_conv import bind_pointwise_conv
+from fastddpm_kernels.residual_add import bind_residual_add
 from torch import Tensor
-
-# Of cuDNN: measure the algorithms for a shape when it first occurs; leave out those that add up in any order.
-_BENCHMARK = _DETERMINISTIC = True
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Machine:
         backend: of the fused kernels: "triton", "native", "eager" or "reference".
         allow_tf32: whether float32 products may be rounded to TF32.
         slots: the activations.
+        fixed: the slots whose place in memory is the same at every run.
         workspace: scratch for the fused kernels, float32.
         step: int64 [1], the row of the table that the present run is at.
     """
@@ -68,6 +70,7 @@ class Machine:
     backend: str
     allow_tf32: bool = False
     slots: list[Any] = field(default_factory=list)
+    fixed: set[int] = field(default_factory=set)
     workspace: Tensor | None = None
     step: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -84,9 +87,28 @@ class Machine:
         return self.slots[slot]
 
 
+def bound_once(
+    m: Machine, slots: Sequence[int | None], bind: Callable[[], Callable[[], object]]
+) -> Callable[[], object]:
+    """Return what runs the op that `bind` makes, at the first run if all `slots` are fixed, else at every run."""
+    launch: Callable[[], object] | None = None
+
+    def run() -> None:
+        nonlocal launch
+        if launch is not None:
+            launch()
+            return
+        made = bind()
+        if all(slot is None or slot in m.fixed for slot in slots):
+            launch = made
+        made()
+
+    return run
+
+
 def conv(
     m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None, stride: int, padding: int
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """A convolution. On CUDA without bias, which would be a kernel of its own there."""
 
     def run_static() -> None:
@@ -108,21 +130,21 @@ def native_conv(
     padding: int = 1,
     second: int | None = None,
     residual: int | None = None,
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """A convolution of concat(source, second), plus residual, which may be the target, by the native backend."""
 
-    def run() -> None:
-        conv_(
+    def bind() -> Callable[[], object]:
+        return bind_conv(
             m.slots[target], m.slots[source], weight, x2=None if second is None else m.slots[second], bias=bias,
             residual=None if residual is None else m.slots[residual], stride=stride, padding=padding,
             upsample=weight.upsample, backend="native",
         )  # fmt: skip
 
-    return run
+    return bound_once(m, (target, source, second, residual), bind)
 
 
-def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:
-    """Upsampling by two and a 3x3 convolution, as a transposed convolution (`folding.upsample_conv`).
+def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
+    """Upsampling by two and a 3x3 convolution, as a transposed convolution (`transposed_weight`).
 
     Where a table holds `double` and the convolution as it is written to be faster, the builder takes those.
     """
@@ -137,31 +159,10 @@ def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor 
     return run
 
 
-def double(m: Machine, source: int, target: int) -> Callable[[], None]:
+def double(m: Machine, source: int, target: int) -> Callable[[], object]:
     """Nearest-neighbour upsampling by two, in one copy."""
 
-    def run() -> None:
-        x, y = (m.slots[slot].permute(0, 2, 3, 1) for slot in (source, target))
-        if x.shape[3] * x.itemsize % 8 == 0 and x.itemsize < 8:  # several channels at once: they stay adjacent
-            x, y = x.view(torch.int64), y.view(torch.int64)
-        n, h, w, c = x.shape
-        y.view(n, h, 2, w, 2, c).copy_(x[:, :, None, :, None].expand(n, h, 2, w, 2, c))
-
-    return run
-
-
-def cudnn_conv(x: Tensor, weight: Tensor, stride: int, padding: int, allow_tf32: bool, out: Tensor) -> None:
-    """`F.conv2d` into a given place, with the fastest algorithm that gives the same bits every time."""
-    torch.ops.aten.cudnn_convolution.out(
-        x, weight, [padding] * 2, [stride] * 2, [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32, out=out
-    )
-
-
-def cudnn_conv_transpose(x: Tensor, weight: Tensor, allow_tf32: bool) -> Tensor:
-    """`F.conv_transpose2d` of stride 2 and padding 1, as `cudnn_conv`. Torch has no form of it with a given place."""
-    return torch.ops.aten.cudnn_convolution_transpose.default(
-        x, weight, [1, 1], [0, 0], [2, 2], [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32
-    )
+    return bound_once(m, (source, target), lambda: partial(double_, m.slots[target], m.slots[source]))
 
 
 def norm(
@@ -178,29 +179,29 @@ def norm(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str | None,
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Group norm, FiLM and SiLU of concat(source + residual, second); the sum takes the place of `source`."""
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
 
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        added = None if residual is None else m.slots[residual]
+        return bind_group_norm_silu(
+            m.place(target, x, len(weight)), x, weight, bias, groups, eps=eps,
+            x2=None if second is None else m.slots[second], residual=added, total=None if added is None else x, **rows,
+            activation=activation, backend=m.backend, workspace=m.workspace,
+        )  # fmt: skip
+
     def run() -> None:
         x = m.slots[source]
-        x2 = None if second is None else m.slots[second]
-        if m.fused:
-            added = None if residual is None else m.slots[residual]
-            y = m.place(target, x, len(weight))
-            total = None if residual is None else x
-            group_norm_silu_(
-                y, x, weight, bias, groups, eps=eps, x2=x2, residual=added, total=total, **rows,
-                activation=activation, backend=m.backend, workspace=m.workspace,
-            )  # fmt: skip
-            return
         if residual is not None:
             x = x.add_(m.slots[residual])
+        x2 = None if second is None else m.slots[second]
         m.slots[target] = group_norm_silu(
             x, weight, bias, groups, eps=eps, x2=x2, **rows, activation=activation, backend=m.backend
         )
 
-    return run
+    return bound_once(m, (source, target, second, residual), bind) if m.fused else run
 
 
 def pointwise(
@@ -212,68 +213,68 @@ def pointwise(
     second: int | None = None,
     weight2: Tensor | None = None,
     residual: int | None = None,
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """A 1x1 convolution of concat(source, second), plus residual, which may be the target."""
 
-    def run() -> None:
+    def bind() -> Callable[[], object]:
         x = m.slots[source]
-        added = None if residual is None else m.slots[residual]
-        y = m.slots[target] if residual == target else m.place(target, x, len(weight))
-        pointwise_conv_(
-            y, x, weight, x2=None if second is None else m.slots[second], weight2=weight2, bias=bias, residual=added,
-            allow_tf32=m.allow_tf32, backend=m.backend,
+        return bind_pointwise_conv(
+            m.slots[target] if residual == target else m.place(target, x, len(weight)), x, weight,
+            x2=None if second is None else m.slots[second], weight2=weight2, bias=bias,
+            residual=None if residual is None else m.slots[residual], allow_tf32=m.allow_tf32, backend=m.backend,
         )  # fmt: skip
 
-    return run
+    return bound_once(m, (source, target, second, residual), bind)
 
 
-def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -> Callable[[], None]:
+def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -> Callable[[], object]:
     """A 1x1 convolution with bias by the vendor's matrix product. `weight` is [I, O]."""
 
-    def run() -> None:
+    def bind() -> Callable[[], object]:
         x = m.slots[source]
-        y = m.place(target, x, weight.shape[1])
-        torch.addmm(bias, rows_of(x), weight, out=rows_of(y))
+        rows, out = rows_of(x), rows_of(m.place(target, x, weight.shape[1]))
+        return lambda: torch.addmm(bias, rows, weight, out=out)
 
-    return run
+    return bound_once(m, (source, target), bind)
 
 
-def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -> Callable[[], None]:
+def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -> Callable[[], object]:
     """softmax(q k / sqrt(head_dim)) v of [q, k, v] in the channels of `source`."""
 
-    def run_native() -> None:
-        attention_(m.slots[target], m.slots[source], heads, head_dim)
+    def bind() -> Callable[[], object]:
+        return bind_attention(m.slots[target], m.slots[source], heads, head_dim)
 
     def run() -> None:
         m.slots[target] = attention_by_torch(m.slots[source], heads, head_dim)
 
-    return run_native if m.native else run
+    return bound_once(m, (source, target), bind) if m.native else run
 
 
 def residual_add(
     m: Machine, source: int, residual: int | None, bias: Tensor | None, padded: int | None
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """source += residual + bias; if `padded`, also into the upper left of a slot with a zero border below and right."""
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        return bind_residual_add(
+            x if padded is None else m.slots[padded], x, residual=None if residual is None else m.slots[residual],
+            bias=bias, total=None if padded is None else x, backend="eager" if m.native else m.backend,
+        )  # fmt: skip
 
     def run() -> None:
         x = m.slots[source]
-        added = None if residual is None else m.slots[residual]
-        if m.fused:
-            y = x if padded is None else m.slots[padded]
-            backend = "eager" if m.native else m.backend
-            residual_add_(y, x, residual=added, bias=bias, total=None if padded is None else x, backend=backend)
-            return
-        if added is not None:
-            x.add_(added)
+        if residual is not None:
+            x.add_(m.slots[residual])
         if bias is not None:
             x.add_(bias.view(-1, 1, 1))
         if padded is not None:
             m.slots[padded] = F.pad(x, (0, 1, 0, 1))
 
-    return run
+    return bound_once(m, (source, residual, padded), bind) if m.fused else run
 
 
-def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..., Tensor]) -> Callable[[], None]:
+def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..., Tensor]) -> Callable[[], object]:
     """Anything rare, in plain torch."""
 
     def run() -> None:
@@ -282,7 +283,7 @@ def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..
     return run
 
 
-def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], None]:
+def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], object]:
     """Adds a bias [C] in place."""
     shaped = bias.view(-1, 1, 1)
 

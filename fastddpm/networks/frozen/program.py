@@ -110,6 +110,7 @@ class Program:
             channels, height, width = lowering.shapes[slot]
             block = self.arena[offset : offset + sizes[slot]].view(dtype)
             m.slots[slot] = block.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        m.fixed = {lowering.INPUT} | bordered | placed
         for slot in set(first) - bordered - placed - {self._result}:
             self._clear[last[slot]].append(slot)
 

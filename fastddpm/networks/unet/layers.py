@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels.attention import training as attention_training
-from fastddpm_kernels.conv.training import conv3x3
+from fastddpm_kernels.backend import why_not
+from fastddpm_kernels.conv.training import conv3x3, resolve_conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
-from fastddpm_kernels.native.training import why_not_native
 from torch import Tensor, nn
 
 # From how many channels on, of inputs and of outputs, a native 3x3 convolution trains faster than torch's, and from how
@@ -77,7 +77,7 @@ class Conv3x3(nn.Conv2d):
 
     def _trains_natively(self, x: Tensor) -> bool:
         wide = min(self.weight.shape[:2]) >= NATIVE_CHANNELS.get(x.dtype, 0)
-        return wide and why_not_native(x, float32=(self.weight, self.bias)) is None
+        return wide and resolve_conv3x3(x, self.weight, self.bias) == "native"
 
 
 class ResnetBlock(nn.Module):
@@ -181,12 +181,10 @@ class Attention(nn.Module):
         h = x if self.group_norm is None else norm_silu(self.group_norm, x, self.backend, activation=None)
         h = h.flatten(2).transpose(1, 2)  # [N, pixels, C], a view where x is channels-last
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
-        native = self.backend == "native" or (
-            self.backend == "auto"
-            and self.training
-            and attention_training.why_not_native(q, k, v, self.heads) is None
-        )
-        h = attention_training.attention(q, k, v, self.heads, backend="native" if native else "eager")
+        backend = "native" if self.backend == "native" else "eager"
+        if self.backend == "auto" and self.training:
+            backend = attention_training.resolve_attention(q, k, v, self.heads)
+        h = attention_training.attention(q, k, v, self.heads, backend=backend)
         h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
         y = x + h
         return y if self.output_scale == 1 else y / self.output_scale
@@ -317,7 +315,8 @@ def norm_silu(
     if backend == "native" or (backend == "auto" and norm.training):
         h, h2 = _as_autocast(x), None if x2 is None else _as_autocast(x2)
         many = x.numel() + (0 if x2 is None else x2.numel()) >= NATIVE_VALUES
-        if backend == "native" or (many and why_not_native(h, h2, products=False) is None):
+        same = h2 is None or h2.dtype == h.dtype
+        if backend == "native" or (many and same and not why_not("native", h.device.type, "group_norm_silu", h.dtype)):
             x, x2, backend = h, h2, "native"
     return group_norm_silu(
         x,

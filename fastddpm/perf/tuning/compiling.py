@@ -21,19 +21,10 @@ from types import TracebackType
 from typing import Any
 
 import fastddpm_kernels
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.tuned import Choice, Key
+from fastddpm_kernels.tuning import Task
 
-from fastddpm.perf.tuning.task import Task
-
-# Where an op's kernels are, unless in `<op>.triton`; None: there is nothing to compile.
-_MODULES = {
-    "group_norm_silu_": "group_norm_silu.triton",
-    "group_norm_silu_backward": "group_norm_silu.triton_backward",
-    "rms_norm_silu": "group_norm_silu.triton_rms",
-    "rms_norm_silu_backward": "group_norm_silu.triton_rms",
-    "upsample_conv": None,
-}
 AHEAD = 2  # tasks whose choices are compiled while another one is timed
 MOST = 14  # processes
 
@@ -101,7 +92,7 @@ class Compiling:
         for other in self._tasks[index : index + 1 + AHEAD]:
             if other.key not in self._found:
                 self._found[other.key] = [
-                    (choice, self._pool.submit(self._ask, _tuned.record(other.key, choice)))
+                    (choice, self._pool.submit(self._ask, tuned.record(other.key, choice)))
                     for choice in other.candidates()
                 ]
 
@@ -138,10 +129,10 @@ def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
     """
     from fastddpm_kernels.device.compile import compile_variant
 
-    name = _MODULES.get(key.op, f"{key.op}.triton")
+    name = tuned.tunable(key.op).kernels
     if name is None:
         return None
-    module = importlib.import_module(f"fastddpm_kernels.{name}")
+    module = importlib.import_module(f"fastddpm_kernels.{tuned.FOLDERS[key.op]}.{name}")
     try:
         for variant in module.tuned_variants(key, choice):
             usage = compile_variant(variant, target)
@@ -159,7 +150,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a compiler prints is no answer
     for line in sys.stdin:
         target, entry = json.loads(line)
-        key, choice = _tuned.entry(entry)
+        key, choice = tuned.entry(entry)
         reason = None if choice is None else why_not_compiled(key, choice, target)
         print(json.dumps(reason), file=answers, flush=True)
 

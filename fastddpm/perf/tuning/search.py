@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.testing import assert_close
 from fastddpm_kernels.tuned import Choice, Key
+from fastddpm_kernels.tuning import Operands, Task, make_task
 
 from fastddpm.perf.profiling.timing import capture, first_lines, interleave, quantile, release, timed
 from fastddpm.perf.tuning.compiling import Compiling
-from fastddpm.perf.tuning.task import Operands, Task, make_task
 
 FINALISTS = 3
 ROUNDS = (7, 25)  # of the finals, least and most
@@ -102,7 +102,7 @@ def tune(
     tasks = [make_task(key, device) for key in keys]
     tasks.sort(key=lambda task: -keys[task.key] * _weight(task))
     outcomes = [Outcome(task.key, task.title(), keys[task.key]) for task in tasks]
-    target = _tuned.target(device) if device.type == "cuda" else None
+    target = tuned.target(device) if device.type == "cuda" else None
     with Compiling(tasks, target) as compiling:
         if tasks:
             compiling.start(time.monotonic() + min(START_S, seconds / 4))

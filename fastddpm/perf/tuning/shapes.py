@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import torch
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.tuned import Key
 from torch import nn
 
@@ -28,7 +28,7 @@ def network_keys(
     Args:
         network: a sampler's.
         shape: [N, C, ...] of the batch.
-        ops: of `_tuned.FIELDS`.
+        ops: of `tuned.OPS`.
         precision: the network's, by name, for what float32 products are rounded to.
     """
     frozen = network.frozen
@@ -58,7 +58,7 @@ def sampler_keys(
     samples, more = divmod(batch, 1 if sampler.guidance_scale is None else 2)
     if "reverse_step" in ops and samples and not more:
         labels = None if network.frozen is None else network.frozen.blueprint.some_labels(samples, network.device)
-        with _tuned.recording() as seen:
+        with tuned.recording() as seen:
             sampler.sample(samples, class_labels=labels)
         keys |= {key: 1 for key in seen if key.op == "reverse_step"}
     return keys
@@ -75,7 +75,7 @@ def training_keys(
         shape: [N, C, H, W] of a batch.
         labels: int64 [N], where the network has classes.
         device: where it is to be trained.
-        ops: of `_tuned.FIELDS`.
+        ops: of `tuned.OPS`.
         dtype: float16 or bfloat16: under autocast to it.
     """
     half = dtype != torch.float32
@@ -96,9 +96,9 @@ def training_keys(
 
 def recorded(bind: Callable[[], Bound], run: Callable[[Bound], object], ops: Collection[str]) -> dict[Key, int]:
     """How often `run`, of what `bind` returns, runs each shape of `ops`."""
-    with _tuned.recording() as when_bound:
+    with tuned.recording() as when_bound:
         bound = bind()
-    with _tuned.recording() as when_run:
+    with tuned.recording() as when_run:
         run(bound)
     found = {key: count for key, count in when_bound.items() if key.op in _WHEN_BOUND}
     for key, count in when_run.items():

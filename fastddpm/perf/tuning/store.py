@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 
 from fastddpm.common.files import write_json
 from fastddpm.perf.tuning.search import Outcome
@@ -22,16 +22,16 @@ def save(outcomes: Sequence[Outcome], device: torch.device, path: Path) -> int:
         OSError: the file cannot be written.
     """
     records = {}
-    if path.is_file() and (before := _tuned.read(path, device)).ignored is None:
+    if path.is_file() and (before := tuned.read(path, device)).ignored is None:
         records = dict(before.records)
     done = [outcome for outcome in outcomes if outcome.done]
     for outcome in done:
         best = outcome.heuristic_us if outcome.winner is None else outcome.winner_us
         times = {"heuristic_us": round(outcome.heuristic_us, 3), "tuned_us": round(best, 3)}
-        records[outcome.key] = _tuned.record(outcome.key, outcome.winner, **times)
+        records[outcome.key] = tuned.record(outcome.key, outcome.winner, **times)
     if done:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         order = sorted(records, key=lambda key: (key.op, str(key.dtype), key.shape))
-        write_json(path, {**_tuned.header(device), "created": created, "entries": [records[key] for key in order]})
-        _tuned.forget()
+        write_json(path, {**tuned.header(device), "created": created, "entries": [records[key] for key in order]})
+        tuned.forget()
     return len(done)

@@ -1,8 +1,8 @@
-"""Attention with gradients; on the CPU natively, as `attention` has it.
+"""Attention with gradients; on the CPU by the native kernels of `attention_`.
 
     attention    softmax(q k^T / sqrt(head_dim)) v          for every head
 
-Scores are never kept: the gradient computes them anew from q, k and, of every query, the largest score and the sum of
+Scores are not stored: the gradient computes them again from q, k and, of every query, the largest score and the sum of
 the exponentials (Dao et al. 2022, arXiv:2205.14135).
 """
 
@@ -11,23 +11,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm_kernels import backend as _backend
-from fastddpm_kernels import native as _native
-from fastddpm_kernels.native.training import why_not_native as _why_not_native
+from fastddpm_kernels.attention.formula import softmax_attention
+from fastddpm_kernels.attention.native import attention_gradient, bind_attention
+from fastddpm_kernels.backend import check_backend, resolve
+from fastddpm_kernels.checks import mixed
 
 BACKENDS = ("native", "eager", "reference")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: str = "auto") -> Tensor:
-    """Attention of every pixel to all, differentiable in every tensor.
+    """Return the attention of every pixel to all, differentiable in every tensor.
 
     Args:
         q, k: `[N, P, heads * head_dim]`.
         v: `[N, P, heads * value_dim]`, q's dtype.
-        heads: how many.
+        heads: number of heads.
         backend: `"native"`: float32, or bfloat16 with even `head_dim` and `value_dim`, on the CPU; it can be
             differentiated once, not twice. `"eager"`: torch's `scaled_dot_product_attention`. `"reference"`: in
             float64. `"auto"`: `native` where it can run and is not slower, else `eager`.
@@ -41,41 +41,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: str = "au
         BackendError: `backend` is "native" and cannot run here.
     """
     _check(q, k, v, heads)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
-    if backend in ("auto", "native"):
-        reason = why_not_native(q, k, v, heads, slower=backend == "native")
-        if reason is None:
-            return _attention(q, k, v, heads)[0]
-        if backend == "native":
-            raise _backend.BackendError(f"attention: backend 'native' cannot run here: {reason}")
-    parts = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v)]
-    if backend == "reference":
-        wide = [part.double() for part in parts]
-        scores = wide[0] @ wide[1].transpose(2, 3) * wide[0].shape[3] ** -0.5
-        out = (torch.softmax(scores, dim=3) @ wide[2]).to(q.dtype)
-    else:
-        out = F.scaled_dot_product_attention(*parts)
-    return out.transpose(1, 2).flatten(2)
+    if backend != "auto":
+        check_backend(backend, BACKENDS)
+    backend = resolve_attention(q, k, v, heads, backend)
+    if backend == "native":
+        return _attention(q, k, v, heads)[0]
+    wide = (q.double(), k.double(), v.double()) if backend == "reference" else (q, k, v)
+    q_, k_, v_ = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in wide)
+    return softmax_attention(q_, k_, v_, backend).to(q.dtype).transpose(1, 2).flatten(2)
 
 
-def why_not_native(q: Tensor, k: Tensor, v: Tensor, heads: int, *, slower: bool = False) -> str | None:
-    """Why the native op cannot take these tensors (if not `slower`: is not faster than torch's), or None."""
-    odd = q.shape[2] // heads % 2 or v.shape[2] // heads % 2
-    if q.dtype == torch.bfloat16 and odd:
-        return "heads have an odd number of channels, must be even in bfloat16"
-    return _why_not_native(q, k, v, slower=slower)
+def resolve_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, backend: str = "auto") -> str:
+    """Return the backend that `attention` takes for these tensors."""
+
+    def unfit() -> str | None:
+        if q.dtype == torch.bfloat16 and (q.shape[2] // heads % 2 or v.shape[2] // heads % 2):
+            return "heads have an odd number of channels, must be even in bfloat16"
+        return mixed(q, k, v)
+
+    return resolve("attention", backend, q.device.type, q.dtype, unfit)
 
 
 @torch.library.custom_op(
     "fastddpm::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, int heads) -> (Tensor, Tensor)"
 )
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """The result, and what its gradient needs of the scores [N, heads, 2, P]."""
+    """Return the result, and what its gradient needs of the scores [N, heads, 2, P]."""
     y, statistics = _attention_fake(q, k, v, heads)
     if y.numel():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        _native.attention(y, q, k, v, heads, (q.shape[2] // heads) ** -0.5, statistics)
+        bind_attention(y, q, k, v, heads, (q.shape[2] // heads) ** -0.5, statistics)()
     return y, statistics
 
 
@@ -92,12 +87,12 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor
 def _attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv."""
+    """Return dq, dk and dv."""
     found = _attention_backward_fake(dy, q, k, v, statistics, heads)
     if dy.numel():
         dy, q, k, v = (each.contiguous() for each in (dy, q, k, v))
         scale = (q.shape[2] // heads) ** -0.5
-        _native.attention_gradient(found[0], found[1], found[2], dy, q, k, v, statistics, heads, scale)
+        attention_gradient(found[0], found[1], found[2], dy, q, k, v, statistics, heads, scale)
     return found
 
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm_kernels import backend as _backend
-from fastddpm_kernels import native as _native
+from fastddpm_kernels import backend, native
 
 ALGORITHMS = ("winograd4", "winograd2", "direct")
 TILE = {"winograd4": 4, "winograd2": 2}
@@ -75,8 +74,8 @@ def packed_values(
         ValueError: the algorithm does not compute such a convolution.
         BackendError: there is no native backend here, or none in `dtype`.
     """
-    if reason := _backend.why_not("native", "cpu", "conv", dtype):
-        raise _backend.BackendError(f"conv: backend 'native' cannot run here: {reason}")
+    if reason := backend.why_not("native", "cpu", "conv", dtype):
+        raise backend.BackendError(f"conv: backend 'native' cannot run here: {reason}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is {algorithm!r}, must be one of {', '.join(ALGORITHMS)}")
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
@@ -100,7 +99,7 @@ def packed_values(
             g = g[[point for point in range(len(g)) if point != _VANISHING]]
         products = torch.einsum("ak,bl,oikl->aboi", g, g, w).flatten(0, 1)[:, None]
     # [phases or points, taps, O, C] -> [.., panels, taps, C, panel]
-    panel = _native.get().panel
+    panel = native.get().panel
     panels = -(-out_channels // panel)
     products = F.pad(products, (0, 0, 0, panels * panel - out_channels))
     if dtype == torch.float32:

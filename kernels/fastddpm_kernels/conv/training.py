@@ -10,9 +10,9 @@ for 2x2 pixels in bfloat16, where the definition has 144 and 36 (Winograd's mini
     dw = G^T [sum (A dy A^T)^T . (B^T x B)] G    its exact adjoint, summed over tiles
     db = sum (A dy A^T)[1, 1]                    at point 1, A^T takes plain sums
 
-What each loses is bound by `conv.error_factor`; for the third, sums over transforms and taps change places in it. In
-bfloat16 tiles are of 2x2 for that factor's sake: it is 1.7, where for 4x4 it is 10. Transformed values are rounded to
-bfloat16, the weights once from float32; products are summed in float32.
+`conv.error_factor` bounds the error of each (of the third with sums over transforms and taps exchanged). In bfloat16
+tiles are 2x2, where that factor is 1.7; for 4x4 it is 10. Transformed values are rounded to bfloat16, the weights once
+from float32; products are summed in float32.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm_kernels import backend as _backend
-from fastddpm_kernels import native as _native
-from fastddpm_kernels.conv import choose_algorithm
-from fastddpm_kernels.native.training import why_not_native
+from fastddpm_kernels.backend import check_backend, resolve
+from fastddpm_kernels.checks import mixed
+from fastddpm_kernels.conv import native
+from fastddpm_kernels.conv.algorithm import choose_algorithm
+from fastddpm_kernels.layout import channels_last, empty_channels_last
 
 BACKENDS = ("native", "eager", "reference")
 
@@ -34,7 +35,7 @@ BACKENDS = ("native", "eager", "reference")
 def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, x2: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """`F.conv2d(torch.cat((x, x2), 1), weight, bias, padding=1)`, differentiable in every tensor.
+    """Return `F.conv2d(torch.cat((x, x2), 1), weight, bias, padding=1)`, differentiable in every tensor.
 
     Args:
         x: `[N, C, H, W]`.
@@ -54,14 +55,11 @@ def conv3x3(
         BackendError: `backend` is "native" and cannot run here.
     """
     _check(x, weight, bias, x2)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
-    if backend in ("auto", "native"):
-        reason = why_not_native(x, x2, float32=(weight, bias), slower=backend == "native")
-        if reason is None:
-            return _conv3x3(x, weight, bias, x2)
-        if backend == "native":
-            raise _backend.BackendError(f"conv3x3: backend 'native' cannot run here: {reason}")
+    if backend != "auto":
+        check_backend(backend, BACKENDS)
+    backend = resolve_conv3x3(x, weight, bias, x2, backend)
+    if backend == "native":
+        return _conv3x3(x, weight, bias, x2)
     whole = x if x2 is None else torch.cat((x, x2), 1)
     if backend == "reference":
         bias = None if bias is None else bias.double()
@@ -69,57 +67,72 @@ def conv3x3(
     return F.conv2d(whole, weight, bias, padding=1)
 
 
+def resolve_conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, x2: Tensor | None = None, backend: str = "auto"
+) -> str:
+    """Return the backend that `conv3x3` takes for these tensors."""
+
+    def unfit() -> str | None:
+        for parameter in (weight, bias):
+            if parameter is not None and parameter.dtype != torch.float32:
+                return f"native kernels take parameters in torch.float32, not {parameter.dtype}"
+        return mixed(x, x2)
+
+    return resolve("conv3x3", backend, x.device.type, x.dtype, unfit)
+
+
 @torch.library.custom_op(
     "fastddpm::conv3x3", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? x2) -> Tensor"
 )
 def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None) -> Tensor:
-    """Native; x and x2 float32 or bfloat16, weight and bias float32."""
-    y = _empty(x, len(weight))
+    """Return the convolution by native kernels; x and x2 are float32 or bfloat16, weight and bias float32."""
+    y = empty_channels_last(x, len(weight))
     if y.numel():
         bias = None if bias is None else bias.contiguous()
-        _native.conv3x3_unpacked(y, _last(x), None if x2 is None else _last(x2), weight, bias, _tile(x, weight))
+        native.conv3x3(y, channels_last(x), None if x2 is None else channels_last(x2), weight, bias, _tile(x, weight))
     return y
 
 
 @_conv3x3.register_fake
 def _conv3x3_fake(x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None) -> Tensor:
-    return _empty(x, weight.shape[0])
+    return empty_channels_last(x, weight.shape[0])
 
 
 @torch.library.custom_op(
     "fastddpm::conv3x3_input_gradient", mutates_args=(), schema="(Tensor dy, Tensor weight) -> Tensor"
 )
 def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """dx [N, C, H, W] from dy [N, O, H, W] and a weight [O, C, 3, 3] of any strides."""
-    dx = _empty(dy, weight.shape[1])
+    """Return dx [N, C, H, W] from dy [N, O, H, W] and a weight [O, C, 3, 3] of any strides."""
+    dx = empty_channels_last(dy, weight.shape[1])
     if dx.numel():
-        _native.conv3x3_unpacked(dx, _last(dy), None, weight, None, _tile(dy, weight), transposed=True)
+        native.conv3x3(dx, channels_last(dy), None, weight, None, _tile(dy, weight), adjoint=True)
     return dx
 
 
 @_input_gradient.register_fake
 def _input_gradient_fake(dy: Tensor, weight: Tensor) -> Tensor:
-    return _empty(dy, weight.shape[1])
+    return empty_channels_last(dy, weight.shape[1])
 
 
 @torch.library.custom_op(
     "fastddpm::conv3x3_weight_gradient",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? x2, bool channels_last) -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor? x2, bool last) -> (Tensor, Tensor)",
 )
-def _weight_gradient(dy: Tensor, x: Tensor, x2: Tensor | None, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """dw [O, C + C2, 3, 3] and db [O]."""
-    dweight, dbias = _weight_gradient_fake(dy, x, x2, channels_last)
+def _weight_gradient(dy: Tensor, x: Tensor, x2: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
+    """Return dw [O, C + C2, 3, 3] and db [O]."""
+    dweight, dbias = _weight_gradient_fake(dy, x, x2, last)
     if not x.numel():
         return dweight.zero_(), dbias.zero_()
-    _native.conv3x3_weight_gradient(dweight, dbias, _last(dy), _last(x), None if x2 is None else _last(x2))
+    second = None if x2 is None else channels_last(x2)
+    native.conv3x3_weight_gradient(dweight, dbias, channels_last(dy), channels_last(x), second)
     return dweight, dbias
 
 
 @_weight_gradient.register_fake
-def _weight_gradient_fake(dy: Tensor, x: Tensor, x2: Tensor | None, channels_last: bool) -> tuple[Tensor, Tensor]:
+def _weight_gradient_fake(dy: Tensor, x: Tensor, x2: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if last else torch.contiguous_format
     dweight = torch.empty(dy.shape[1], channels, 3, 3, dtype=torch.float32, device=dy.device, memory_format=layout)
     return dweight, dy.new_empty(dy.shape[1], dtype=torch.float32)
 
@@ -146,17 +159,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _conv3x3.register_autograd(_gradients, setup_context=_save)
 
 
-def _last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(x: Tensor, channels: int) -> Tensor:
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _tile(x: Tensor, weight: Tensor) -> int:
-    """Output pixels of a tile's side: 2 for few pixels, where packing and reading the weights is the cost."""
+    """Return the output pixels of a tile's side: 2 for few pixels, where packing the weights is the cost."""
     if x.dtype == torch.bfloat16:
         return 2
     algorithm = choose_algorithm(x.shape[0], x.shape[2], x.shape[3], weight.shape[1], weight.shape[0])

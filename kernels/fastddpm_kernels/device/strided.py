@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels import tuned
+from fastddpm_kernels.device.variant import Launch
 
 # Where no table has a choice.
 BLOCK = 512  # elements to a program
@@ -92,7 +92,7 @@ def num_programs(batch: int, numel: int, block: int = BLOCK) -> int:
     return batch * triton.cdiv(numel, block)
 
 
-def block_and_warps(choice: _tuned.Choice | None, numel: int) -> tuple[int, int]:
+def block_and_warps(choice: tuned.Choice | None, numel: int) -> tuple[int, int]:
     """Elements to a program and warps, of 32 threads, of a choice; without one, or where its programs would count
     beyond the largest integer, what is usual. Every element is computed by itself, so results are the same bits."""
     if choice is None or numel > 2**31 - choice["block"]:

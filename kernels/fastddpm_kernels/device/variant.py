@@ -1,4 +1,4 @@
-"""What `fastddpm_kernels.aot` needs to know to compile one specialisation of a kernel without a GPU."""
+"""Launches of kernels, and the specialisations that `fastddpm_kernels.aot` compiles without a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastddpm_kernels import tuned as _tuned
+import torch
+from torch import Tensor
+
+from fastddpm_kernels import tuned
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,60 @@ class Variant:
     target: str | None = None
 
 
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. Ahead-of-time compilation starts from the same record: what is compiled is what runs."""
+
+    name: str
+    kernel: Any
+    programs: int
+    args: Mapping[str, Any]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps)
+
+    def variant(self, tag: str) -> Variant:
+        """The specialisation that the JIT would make of these arguments (meta tensors will do)."""
+        signature: dict[str, str] = {}
+        constexprs = dict(self.constexprs)
+        divisible = []
+        for name, value in self.args.items():
+            if value is None or (isinstance(value, int) and value == 1):
+                constexprs[name] = value
+            elif isinstance(value, Tensor):
+                signature[name] = _POINTERS[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0:
+                    divisible.append(name)
+        return Variant(
+            f"{self.name}[{tag}]", self.kernel, signature, constexprs, self.num_warps, divisible=tuple(divisible)
+        )
+
+
+def run_launches(launches: Sequence[Launch], x: Tensor) -> None:
+    """Launch on the device of `x`."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return run_launches(launches, x)
+    for launch in launches:
+        launch.run()
+
+
 def packaged_variants(
-    ops: Sequence[str], make: Callable[[_tuned.Key, _tuned.Choice], list[Variant]]
+    ops: Sequence[str], make: Callable[[tuned.Key, tuned.Choice], list[Variant]]
 ) -> list[Variant]:
-    """Those that the package's tuned tables run, each for the GPU it was found on."""
+    """Return the variants that the package's tuned tables run, each for the GPU it was found on."""
     return [
         replace(variant, target=target)
         for op in ops
-        for target, key, choice in _tuned.packaged(op)
+        for target, key, choice in tuned.packaged(op)
         for variant in make(key, choice)
     ]

@@ -1,7 +1,7 @@
-"""Normalisation, FiLM and SiLU in one op: what stands before every convolution of a diffusion U-Net.
+"""Normalisation, FiLM and SiLU in one op, as they stand before every convolution of a diffusion U-Net.
 
     group_norm_silu    silu(film(group_norm(concat(x, x2) + time_bias)))       DDPM, guided-diffusion, diffusers
-    group_norm_silu_   the same of concat(x + residual, x2), which it may also write, in place and without allocation
+    group_norm_silu_   the same of concat(x + residual, x2), in place, without allocation; it may write the sum too
     rms_norm_silu      silu(film(channel_rms_norm(concat(x, x2))))             denoising_diffusion_pytorch >= 2
     rms_norm_silu_     the same plus a residual, in place
 
@@ -10,20 +10,21 @@ connection is read through two pointers and never written.
 
 Device-memory traffic of the fused kernels: each input once and each output once, `2 * itemsize` bytes per element
 (fp16: 4), where one sample's slab of channels fits the registers of a program (about 32 Ki elements); else x is
-read twice, `3 * itemsize` (fp16: 6), the second time from L2 as far as it holds. A residual and a total are each
+read twice, `3 * itemsize` (fp16: 6), the second time from L2 as far as it fits there. A residual and a total are each
 moved once, `itemsize` more; in two passes the second reads the total. `rms_norm_silu` always reads once. Backward: x
 and the gradient once each and one write (`3 * itemsize`), or `5 * itemsize` for large images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fastddpm_kernels import backend as _backend
-from fastddpm_kernels import native as _native
-from fastddpm_kernels.group_norm_silu import plan as _norm_plan
-from fastddpm_kernels.group_norm_silu.checks import DTYPES as DTYPES
+from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.checks import FLOATS as DTYPES
+from fastddpm_kernels.device.variant import run_launches
 from fastddpm_kernels.group_norm_silu.checks import (
     check_adjacent,
     check_apart,
@@ -34,17 +35,32 @@ from fastddpm_kernels.group_norm_silu.checks import (
     check_no_gradients,
     check_options,
     check_tensors,
-    fits_native,
 )
 from fastddpm_kernels.group_norm_silu.formula import (
     group_norm_eager,
     group_norm_eager_,
     group_norm_reference,
-    per_channel,
     rms_norm_eager,
+    rms_norm_input,
     rms_norm_reference,
 )
-from fastddpm_kernels.group_norm_silu.ops import empty_like, group_norm, group_norm_, in_format_of, rms_norm, rms_norm_
+from fastddpm_kernels.group_norm_silu.gradients import group_norm, rms_norm
+from fastddpm_kernels.group_norm_silu.native import bind_group_norm, bind_rms_norm
+from fastddpm_kernels.group_norm_silu.plan import forward_workspace, in_place_plan
+from fastddpm_kernels.layout import empty_like, in_format_of, not_channels_last
+from fastddpm_kernels.native.binding import bind_with_floats
+
+__all__ = [
+    "DTYPES",
+    "bind_group_norm_silu",
+    "bind_rms_norm_silu",
+    "group_norm_silu",
+    "group_norm_silu_",
+    "group_norm_silu_launches",
+    "group_norm_silu_workspace",
+    "rms_norm_silu",
+    "rms_norm_silu_",
+]
 
 
 def group_norm_silu(
@@ -61,7 +77,7 @@ def group_norm_silu(
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """Group normalisation (Wu & He 2018, arXiv:1803.08494) with what surrounds it in a U-Net's residual block.
+    """Return the group norm (Wu & He 2018, arXiv:1803.08494) of x, with the rest of a U-Net's residual block fused.
 
     `silu(group_norm(concat(x, x2) + time_bias) * (1 + scale) + shift)`, statistics and arithmetic in float32 (the
     `triton` backend; `eager` is torch in x's dtype, `reference` float64). Differentiable in every tensor.
@@ -90,7 +106,7 @@ def group_norm_silu(
     channels = check_tensors(x, x2, {"weight": weight, "bias": bias}, rows)
     check_options(scale, shift, eps, activation)
     check_groups(channels, num_groups)
-    backend = _backend.resolve("group_norm_silu", backend, x.device.type, x.dtype)
+    backend = resolve("group_norm_silu", backend, x.device.type, x.dtype)
     silu = activation == "silu"
     if backend == "native":
         return group_norm(x, weight, bias, num_groups, float(eps), x2, time_bias, scale, shift, silu, native=True)[0]
@@ -120,7 +136,7 @@ def group_norm_silu_(
     workspace: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """`group_norm_silu` of `concat(x + residual, x2)`, written to `y`; `x + residual` to `total`. Not differentiable.
+    """Write `group_norm_silu` of `concat(x + residual, x2)` to `y`, `x + residual` to `total`. Not differentiable.
 
     The end of one residual block and the start of the next, for loops over static buffers: on `triton` one or two
     launches (`group_norm_silu_launches`) that allocate nothing, given a workspace. On every backend the sum is
@@ -146,45 +162,88 @@ def group_norm_silu_(
         ValueError: a shape, device, memory format, overlap or value that does not fit.
         BackendError: the backend that was named cannot run here.
     """
+    bind_group_norm_silu(
+        y, x, weight, bias, num_groups, eps=eps, x2=x2, residual=residual, total=total, time_bias=time_bias,
+        scale=scale, shift=shift, activation=activation, workspace=workspace, backend=backend,
+    )()  # fmt: skip
+
+
+def bind_group_norm_silu(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    eps: float = 1e-5,
+    x2: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+    workspace: Tensor | None = None,
+    backend: str = "auto",
+) -> Callable[[], object]:
+    """Return what runs `group_norm_silu_` on these tensors, checked once; values may change, their memory may not.
+
+    Args and raises: as `group_norm_silu_`.
+    """
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
     channels = check_tensors(x, x2, {"weight": weight, "bias": bias}, rows)
     check_options(scale, shift, eps, activation)
     check_groups(channels, num_groups)
     check_in_place(y, x, x2, residual, total, workspace, channels)
     check_adjacent({"weight": weight, "bias": bias, **rows})
-    named, backend = backend, _backend.resolve("group_norm_silu_", backend, x.device.type, x.dtype)
-    if backend == "native" and not fits_native(named, x, y, x2, residual, total):
-        backend = "eager"
+
+    def unfit() -> str | None:
+        return not_channels_last(x=x, y=y, x2=x2, residual=residual, total=total)
+
+    backend = resolve("group_norm_silu_", backend, x.device.type, x.dtype, unfit)
     silu = activation == "silu"
     if backend == "triton":
         check_for_triton(x, channels)
         if workspace is not None:
-            plan = _norm_plan.in_place_plan(x, channels, num_groups, workspace.numel())
-            if workspace.numel() < (needed := _norm_plan.forward_workspace(x, num_groups, plan)):
+            plan = in_place_plan(x, channels, num_groups, workspace.numel())
+            if workspace.numel() < (needed := forward_workspace(x, num_groups, plan)):
                 raise ValueError(f"workspace has {workspace.numel()} elements, must have {needed} or more")
     if y.numel() == 0:
-        return
+        return lambda: None
     if backend == "triton":
-        group_norm_(
+        from fastddpm_kernels.group_norm_silu.triton import in_place_launches
+
+        launches = in_place_launches(
             y, x, weight, bias, num_groups, float(eps), x2, residual, total, time_bias, scale, shift, silu, workspace
         )
-        return
+        return lambda: run_launches(launches, x)
     if backend == "native":
-        total = _place_of_sum(y, x, x2, residual, total)
-        vectors = (weight.float(), bias.float())
-        rows_of = (_float(time_bias), _float(scale), _float(shift))
-        _native.group_norm(y, x, *vectors, num_groups, eps, x2, residual, total, *rows_of, silu)
-        return
-    if residual is not None:
-        x = x + residual if total is None else torch.add(x, residual, out=total)
-    if backend == "reference":
-        y.copy_(group_norm_reference(x, weight, bias, num_groups, eps, x2, time_bias, scale, shift, silu))
-    else:
-        group_norm_eager_(y, x, weight, bias, num_groups, eps, x2, time_bias, scale, shift, silu)
+        # Where native kernels keep x + residual between their passes.
+        between = total
+        if residual is not None and total is None:
+            between = y if x2 is None else torch.empty_like(x)
+        return bind_with_floats(
+            lambda weight, bias, time_bias, scale, shift: bind_group_norm(
+                y, x, weight, bias, num_groups, eps, x2, residual, between, time_bias, scale, shift, silu
+            ),
+            weight, bias, time_bias, scale, shift,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def run() -> None:
+        h = x
+        if residual is not None:
+            h = x + residual if total is None else torch.add(x, residual, out=total)
+        if backend == "reference":
+            y.copy_(group_norm_reference(h, weight, bias, num_groups, eps, x2, time_bias, scale, shift, silu))
+        else:
+            group_norm_eager_(y, h, weight, bias, num_groups, eps, x2, time_bias, scale, shift, silu)
+
+    return run
 
 
 def group_norm_silu_workspace(x: Tensor, channels: int, num_groups: int) -> int:
-    """How many float32 elements a call of `group_norm_silu_` on `triton` needs as its workspace; 0 if it needs none.
+    """Return how many float32 elements `group_norm_silu_` on `triton` needs as its workspace; 0 if it needs none.
 
     Args:
         x: of the call, but its values do not matter: for one without any (on device `meta`) the answer is that of a
@@ -196,18 +255,18 @@ def group_norm_silu_workspace(x: Tensor, channels: int, num_groups: int) -> int:
         ValueError: num_groups does not divide channels.
     """
     check_groups(channels, num_groups)
-    return _norm_plan.forward_workspace(x, num_groups, _norm_plan.in_place_plan(x, channels, num_groups))
+    return forward_workspace(x, num_groups, in_place_plan(x, channels, num_groups))
 
 
 def group_norm_silu_launches(x: Tensor, channels: int, num_groups: int) -> int:
-    """How many kernels a call of `group_norm_silu_` launches on `triton`: 1 or 2, or 0 if there is nothing to do.
+    """Return how many kernels `group_norm_silu_` launches on `triton`: 1 or 2, or 0 for an empty batch.
 
     Args and raises: as `group_norm_silu_workspace`.
     """
     check_groups(channels, num_groups)
     if x.numel() == 0:
         return 0
-    return 1 if _norm_plan.in_place_plan(x, channels, num_groups).one_pass else 2
+    return 1 if in_place_plan(x, channels, num_groups).one_pass else 2
 
 
 def rms_norm_silu(
@@ -221,7 +280,7 @@ def rms_norm_silu(
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """RMS normalisation over the channels of each pixel, as in denoising_diffusion_pytorch's `RMSNorm`.
+    """Return the RMS norm over the channels of each pixel, as denoising_diffusion_pytorch's `RMSNorm` does.
 
     `silu(h / max(|h|_2, eps) * weight * sqrt(C) * (1 + scale) + shift)` with `h = concat(x, x2)` and the norm taken
     over the channels (Zhang & Sennrich 2019, arXiv:1910.07467, without its mean). Differentiable in every tensor.
@@ -240,7 +299,7 @@ def rms_norm_silu(
     """
     channels = check_tensors(x, x2, {"weight": weight}, {"scale": scale, "shift": shift})
     check_options(scale, shift, eps, activation)
-    backend = _backend.resolve("group_norm_silu", backend, x.device.type, x.dtype)
+    backend = resolve("group_norm_silu", backend, x.device.type, x.dtype)
     silu = activation == "silu"
     if backend == "native":
         check_no_gradients(x, weight, x2, scale, shift)
@@ -272,7 +331,7 @@ def rms_norm_silu_(
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> None:
-    """`rms_norm_silu` of `concat(x, x2) + bias`, plus `residual`, written to `y`. Not differentiable.
+    """Write `rms_norm_silu` of `concat(x, x2) + bias`, plus `residual`, to `y`. Not differentiable.
 
     One pass on `triton` and (without `bias`) on `native`, in which the sum is rounded once.
 
@@ -287,6 +346,30 @@ def rms_norm_silu_(
     Raises:
         TypeError, ValueError, BackendError: as `group_norm_silu_`.
     """
+    bind_rms_norm_silu(
+        y, x, weight, eps=eps, x2=x2, bias=bias, residual=residual, scale=scale, shift=shift, activation=activation,
+        backend=backend,
+    )()  # fmt: skip
+
+
+def bind_rms_norm_silu(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-12,
+    x2: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> Callable[[], object]:
+    """Return what runs `rms_norm_silu_` on these tensors, checked once; their values may change, their memory may not.
+
+    Args and raises: as `rms_norm_silu_`.
+    """
     rows = {"scale": scale, "shift": shift}
     vectors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     channels = check_tensors(x, x2, vectors, rows)
@@ -297,41 +380,40 @@ def rms_norm_silu_(
         check_apart("y", y, "x", x)
         check_apart("y", y, "x2", x2)
     check_adjacent({**vectors, **rows})
-    named, backend = backend, _backend.resolve("group_norm_silu_", backend, x.device.type, x.dtype)
-    if backend == "native" and not fits_native(named, x, y, x2, residual):
-        backend = "eager"
+
+    def unfit() -> str | None:
+        return not_channels_last(x=x, y=y, x2=x2, residual=residual)
+
+    backend = resolve("group_norm_silu_", backend, x.device.type, x.dtype, unfit)
+    silu = activation == "silu"
     if backend == "triton":
         check_for_triton(x, channels)
     if y.numel() == 0:
-        return
+        return lambda: None
     if backend == "triton":
-        rms_norm_(y, x, weight, float(eps), x2, bias, residual, scale, shift, activation == "silu")
-        return
-    if backend == "reference":
-        x, x2 = x.double(), None if x2 is None else x2.double()
-    if bias is not None:
-        own = per_channel(bias.to(x.dtype), x)
-        x, x2 = x + own[: x.shape[1]], None if x2 is None else x2 + own[x.shape[1] :]
+        from fastddpm_kernels.group_norm_silu.triton_rms import forward_launches
+
+        launches = forward_launches(y, x, weight, float(eps), x2, scale, shift, silu, bias, residual)
+        return lambda: run_launches(launches, x)
     if backend == "native":
-        _native.rms_norm(
-            y, x, weight.float(), eps, x2, residual, _float(scale), _float(shift), activation == "silu"
-        )
-        return
-    value = rms_norm_silu(x, weight, eps=eps, x2=x2, **rows, activation=activation, backend=backend)
-    if residual is None:
-        y.copy_(value)
-    else:
-        torch.add(value, residual, out=y)
 
+        def bind(x: Tensor, x2: Tensor | None) -> Callable[[], object]:
+            return bind_with_floats(
+                lambda weight, scale, shift: bind_rms_norm(y, x, weight, eps, x2, residual, scale, shift, silu),
+                weight, scale, shift,
+            )  # fmt: skip
 
-def _place_of_sum(
-    y: Tensor, x: Tensor, x2: Tensor | None, residual: Tensor | None, total: Tensor | None
-) -> Tensor | None:
-    """Where native kernels keep x + residual between their passes."""
-    if residual is None or total is not None:
-        return total
-    return y if x2 is None else torch.empty_like(x)
+        return bind(x, x2) if bias is None else lambda: bind(*rms_norm_input(x, x2, bias))()
 
+    @torch.no_grad()
+    def run() -> None:
+        wide = torch.float64 if backend == "reference" else x.dtype
+        forward = rms_norm_reference if backend == "reference" else rms_norm_eager
+        h, h2 = rms_norm_input(x.to(wide), None if x2 is None else x2.to(wide), bias)
+        value = forward(h, weight, eps, h2, scale, shift, silu)
+        if residual is None:
+            y.copy_(value)
+        else:
+            torch.add(value, residual, out=y)
 
-def _float(row: Tensor | None) -> Tensor | None:
-    return row if row is None else row.float()
+    return run

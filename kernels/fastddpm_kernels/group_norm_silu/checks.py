@@ -1,4 +1,4 @@
-"""What the norms check of their arguments: one line each, naming the argument, what it was, what it may be."""
+"""Check the arguments of the norms. An error is one line: the argument, what it was, what it may be."""
 
 from __future__ import annotations
 
@@ -7,29 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from fastddpm_kernels.group_norm_silu.ops import is_channels_last
+from fastddpm_kernels.checks import check_operands, not_float64
+from fastddpm_kernels.layout import is_channels_last
 
 ACTIVATIONS = ("silu", None)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_tensors(x: Tensor, x2: Tensor | None, vectors: dict[str, Tensor], rows: dict[str, Tensor | None]) -> int:
-    """Checks every tensor; returns the number of channels of x and x2 together."""
-    for name, value in {"x": x, "x2": x2, **vectors, **rows}.items():
-        if value is None and name not in vectors and name != "x":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name} is {value.dtype}, must be float32, float16, bfloat16 or float64")
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, must be on x's device, {x.device}")
+    """Check every tensor; return the number of channels of x and x2 together."""
+    check_operands(x, vectors, {"x2": x2}, {**vectors, **rows})
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, must be [N, C, ...]")
     channels = x.shape[1]
     if x2 is not None:
-        if x2.dtype != x.dtype:
-            raise TypeError(f"x2 is {x2.dtype}, must be of x's dtype, {x.dtype}")
         if x2.ndim != x.ndim or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
             raise ValueError(f"x2 has shape {tuple(x2.shape)}, must equal x's {tuple(x.shape)} but for the channels")
         channels += x2.shape[1]
@@ -50,19 +40,14 @@ def check_groups(channels: int, num_groups: int) -> None:
 
 
 def check_like(x: Tensor, shapes: dict[str, tuple[int, ...]], values: dict[str, Tensor | None]) -> None:
-    """Checks that `values` ("y" must be given) have x's dtype, device and memory format, and their `shapes`."""
+    """Check that `values`, if given, have x's dtype, device and memory format, and their `shapes`."""
     last = is_channels_last(x)
     if not last and not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}, must be contiguous or channels-last")
+    check_operands(x, {}, values)
     for name, value in values.items():
-        if value is None and name != "y":
+        if value is None:
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
-        if value.dtype != x.dtype:
-            raise TypeError(f"{name} is {value.dtype}, must be of x's dtype, {x.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, must be on x's device, {x.device}")
         if name in shapes and value.shape != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, must be {shapes[name]}")
         if not (is_channels_last(value, or_both=True) if last else value.is_contiguous()):
@@ -79,7 +64,7 @@ def check_in_place(
     workspace: Tensor | None,
     channels: int,
 ) -> None:
-    """Checks what `group_norm_silu_` takes and `group_norm_silu` does not."""
+    """Check what `group_norm_silu_` takes and `group_norm_silu` does not."""
     if total is not None and residual is None:
         raise ValueError("total is given without residual, must be None: it is x itself")
     own = tuple(x.shape)
@@ -109,7 +94,7 @@ def check_apart(written: str, value: Tensor, read: str, other: Tensor) -> None:
 
 
 def check_adjacent(values: dict[str, Tensor | None]) -> None:
-    """Raises ValueError where neighbouring channels are not adjacent, for a copy would allocate."""
+    """Raise ValueError where neighbouring channels are not adjacent, for a copy would allocate."""
     for name, value in values.items():
         if value is not None and value.stride(-1) != 1 and value.shape[-1] > 1:
             raise ValueError(f"{name} has strides {value.stride()}, must be 1 from channel to channel")
@@ -126,8 +111,7 @@ def check_options(scale: Tensor | None, shift: Tensor | None, eps: float, activa
 
 
 def check_for_triton(x: Tensor, channels: int) -> None:
-    if x.dtype == torch.float64:
-        raise TypeError("x is torch.float64, must be float32, float16 or bfloat16 on the triton backend")
+    not_float64(x)
     if channels * math.prod(x.shape[2:]) >= 2**31:
         raise ValueError(f"x has shape {tuple(x.shape)}, must have fewer than 2^31 elements a sample on triton")
 
@@ -135,11 +119,3 @@ def check_for_triton(x: Tensor, channels: int) -> None:
 def check_no_gradients(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise ValueError("a gradient is required, which the native backend does not give: use 'eager'")
-
-
-def fits_native(named: str, *tensors: Tensor | None) -> bool:
-    """Whether native kernels take these layouts; if not, raises ValueError where native was asked for by name."""
-    wrong = [t for t in tensors if t is not None and t.numel() and not is_channels_last(t, or_both=True)]
-    if wrong and named == "native":
-        raise ValueError(f"x has strides {wrong[0].stride()}, must be channels-last on the native backend")
-    return not wrong

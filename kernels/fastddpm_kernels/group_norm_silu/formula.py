@@ -10,17 +10,9 @@ from torch import Tensor
 
 
 def group_norm_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    x2: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None, time_bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, silu: bool,
+) -> Tensor:  # fmt: skip
     h = x.double() if x2 is None else torch.cat((x, x2), 1).double()
     if time_bias is not None:
         h = h + per_channel(time_bias.double(), h)
@@ -34,17 +26,9 @@ def group_norm_reference(
 
 
 def group_norm_eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    x2: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None, time_bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, silu: bool,
+) -> Tensor:  # fmt: skip
     h = x if x2 is None else torch.cat((x, x2), 1)
     if time_bias is not None:
         h = h + per_channel(time_bias.to(h.dtype), h)
@@ -53,19 +37,10 @@ def group_norm_eager(
 
 
 def group_norm_eager_(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    x2: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> None:
-    """`group_norm_eager`, to the bit, with y for its scratch and its result; y may be x where there is no x2."""
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
+    time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool,
+) -> None:  # fmt: skip
+    """Write `group_norm_eager`, bit for bit, to y, its scratch as well; y may be x where there is no x2."""
     h = x if x2 is None else torch.cat((x, x2), 1, out=y)
     if time_bias is not None:
         h = torch.add(h, per_channel(time_bias.to(h.dtype), h), out=y)
@@ -76,6 +51,14 @@ def group_norm_eager_(
         torch.ops.aten.silu.out(h, out=y)
     else:
         y.copy_(h)
+
+
+def rms_norm_input(x: Tensor, x2: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return x and x2 with their parts of `bias` [C + C2] added."""
+    if bias is None:
+        return x, x2
+    own = per_channel(bias.to(x.dtype), x)
+    return x + own[: x.shape[1]], None if x2 is None else x2 + own[x.shape[1] :]
 
 
 def rms_norm_reference(
@@ -104,5 +87,5 @@ def film_silu(h: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool)
 
 
 def per_channel(value: Tensor, x: Tensor) -> Tensor:
-    """`[C]` or `[N, C]`, so shaped that it broadcasts against `[N, C, ...]`."""
+    """Return `[C]` or `[N, C]` in a shape that broadcasts against `[N, C, ...]`."""
     return value.reshape(*value.shape, *(1,) * (x.ndim - 2))

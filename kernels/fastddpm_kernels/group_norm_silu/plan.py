@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def backward_plan(x: Tensor, channels: int, groups: int, limits: Limits = BACKWA
 
 
 def heuristic_plan(op: str, shape: tuple[int, ...], itemsize: int, processors: int) -> Plan:
-    """The plan of one of the `group_norm_silu` for a shape of `_tuned.FIELDS`, where no table has one."""
+    """The plan of one of the `group_norm_silu` for a shape of `tuned.FIELDS`, where no table has one."""
     batch, pixels, channels, second, groups, last = shape
     if op != "group_norm_silu_":
         limits = LIMITS if op == "group_norm_silu" else BACKWARD_LIMITS
@@ -208,7 +208,7 @@ def derived_plan(
     return Plan(one_pass, -(-groups // slab), slab, width, block_p, splits, tiles, num_warps)
 
 
-def choice_of(plan: Plan) -> _tuned.Choice:
+def choice_of(plan: Plan) -> tuned.Choice:
     """The choice that `derived_plan` makes `plan` of."""
     choice = {"one_pass": plan.one_pass, "slab_groups": plan.slab_groups, "num_warps": plan.num_warps}
     return choice if plan.one_pass else {**choice, "block_p": plan.block_p, "splits": plan.splits}
@@ -217,7 +217,7 @@ def choice_of(plan: Plan) -> _tuned.Choice:
 def _tuned_plan(op: str, x: Tensor, channels: int, groups: int) -> Plan | None:
     batch, own, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     shape = (batch, pixels, own, channels - own, groups, int(not x.is_contiguous()))
-    choice = _tuned.choice(op, x.device, x.dtype, shape)
+    choice = tuned.choice(op, x.device, x.dtype, shape)
     if choice is None:
         return None
     return derived_plan(batch, pixels, channels, groups, **choice, per_channel=op == "group_norm_silu_backward")

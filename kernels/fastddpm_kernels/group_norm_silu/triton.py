@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
-from fastddpm_kernels.device.variant import Variant, packaged_variants
+from fastddpm_kernels import tuned
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.group_norm_silu.plan import Plan, derived_plan, forward_plan, forward_workspace, in_place_plan
 from fastddpm_kernels.group_norm_silu.triton_tile import (
-    Launch,
     affine,
     membership,
     pointers,
@@ -299,7 +298,7 @@ def aot_variants() -> list[Variant]:
     return variants + packaged_variants(("rms_norm_silu", "rms_norm_silu_backward"), rms_norm_silu.tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     """The kernels that a tuned choice runs: with a residual and without, where the op takes one."""
     n, pixels, c1, c2, groups, last = key.shape
     x, x2, y, rows = _example(n, c1, c2, (1, pixels), bool(last), key.dtype)

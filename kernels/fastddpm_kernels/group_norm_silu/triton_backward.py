@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
-from fastddpm_kernels.device.variant import Variant
+from fastddpm_kernels import tuned
+from fastddpm_kernels.device.variant import Launch, Variant
 from fastddpm_kernels.group_norm_silu.plan import BACKWARD_LIMITS, Plan, backward_plan, derived_plan
 from fastddpm_kernels.group_norm_silu.triton_tile import (
-    Launch,
     affine,
     membership,
     pointers,
@@ -217,7 +216,7 @@ def backward_launches(
     ]  # fmt: skip
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     """The kernels that a tuned choice runs: with a time bias, and with FiLM, as U-Nets have them."""
     n, pixels, c1, c2, groups, last = key.shape
     plan = derived_plan(n, pixels, c1 + c2, groups, **choice, per_channel=True)

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
-from fastddpm_kernels.device.variant import Variant
+from fastddpm_kernels import tuned
+from fastddpm_kernels.device.variant import Launch, Variant
 from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch, affine, pointers, row, silu, silu_gradient, unit_rows
+from fastddpm_kernels.group_norm_silu.triton_tile import affine, pointers, row, silu, silu_gradient, unit_rows
 
 TILE_ELEMENTS = 4096
 
@@ -94,7 +94,7 @@ def _tile(x: Tensor, channels: int, thread_elements: int, elements: int) -> tupl
 def forward_launches(
     y: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, silu: bool, bias: Tensor | None = None, residual: Tensor | None = None,
-    choice: _tuned.Choice | None = None,
+    choice: tuned.Choice | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launch that writes y. x, x2, y and residual are dense and of one memory format.
 
@@ -102,7 +102,7 @@ def forward_launches(
     (n, channels), pixels = y.shape[:2], math.prod(x.shape[2:])
     if choice is None:
         shape = (n, pixels, x.shape[1], channels - x.shape[1], int(not x.is_contiguous()))
-        choice = _tuned.choice("rms_norm_silu", x.device, x.dtype, shape)
+        choice = tuned.choice("rms_norm_silu", x.device, x.dtype, shape)
     tile, num_warps = _tile(x, channels, 32, TILE_ELEMENTS)
     if choice is not None and choice["block_p"] * tile["BLOCK_C"] <= LARGEST_TILE:
         tile, num_warps = {**tile, "BLOCK_P": choice["block_p"]}, choice["num_warps"]
@@ -118,13 +118,13 @@ def forward_launches(
     return [Launch(f"{name}.forward", _forward, n * blocks, args, constexprs, num_warps)]
 
 
-def heuristic_choice(x: Tensor, channels: int) -> _tuned.Choice:
+def heuristic_choice(x: Tensor, channels: int) -> tuned.Choice:
     """The choice that stands for what `forward_launches` does where no table has one."""
     tile, num_warps = _tile(x, channels, 32, TILE_ELEMENTS)
     return {"block_p": tile["BLOCK_P"], "num_warps": num_warps}
 
 
-def heuristic_backward(x: Tensor, channels: int) -> _tuned.Choice:
+def heuristic_backward(x: Tensor, channels: int) -> tuned.Choice:
     """As `heuristic_choice`, of `backward_launches`."""
     # Of the sizes tried, the one that spills under neither triton 3.6 nor 3.9.
     tile, num_warps = _tile(x, channels, 16, 2 * TILE_ELEMENTS)
@@ -138,7 +138,7 @@ def _splits(blocks: int, wanted: int) -> tuple[int, int]:
     return -(-blocks // tiles), tiles
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     """The kernels that a tuned choice runs: with bias and residual and without, or with FiLM backward."""
     n, pixels, c1, c2, last = key.shape
 
@@ -161,7 +161,7 @@ def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
 
 def backward_launches(
     dx: Tensor, dx2: Tensor | None, dy: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool, choice: _tuned.Choice | None = None,
+    scale: Tensor | None, shift: Tensor | None, silu: bool, choice: tuned.Choice | None = None,
 ) -> tuple[list[Launch], Tensor]:  # fmt: skip
     """The launch that writes dx, dx2 and the returned partial sums [2, N, splits, C].
 
@@ -170,7 +170,7 @@ def backward_launches(
     block_c = triton.next_power_of_2(channels)
     if choice is None:
         shape = (n, pixels, x.shape[1], channels - x.shape[1], int(not x.is_contiguous()))
-        choice = _tuned.choice("rms_norm_silu_backward", x.device, x.dtype, shape)
+        choice = tuned.choice("rms_norm_silu_backward", x.device, x.dtype, shape)
     if choice is None or choice["block_p"] * block_c > LARGEST_TILE:
         choice = heuristic_backward(x, channels)
     tile, num_warps = {"BLOCK_P": choice["block_p"], "BLOCK_C": block_c}, choice["num_warps"]

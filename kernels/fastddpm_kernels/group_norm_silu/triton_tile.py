@@ -1,4 +1,4 @@
-"""What the normalisation kernels share: tiles, channels and groups, launches.
+"""What the kernels of the norms share: tiles, channels and groups.
 
 A tensor [N, C, ...] is seen as [N, C, P], P pixels, and is either contiguous or channels-last. A tile is indexed
 [pixel, channel] in both: the compiler orders the threads along whichever is contiguous. A slab is a run of whole
@@ -7,16 +7,9 @@ groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from fastddpm_kernels.device.variant import Variant
 
 
 @triton.jit
@@ -108,41 +101,3 @@ def unit_rows(values: Tensor | None) -> tuple[Tensor | None, int]:
     if values.stride(1) != 1 and values.shape[1] > 1:
         values = values.contiguous()
     return values, values.stride(0)
-
-
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch. Ahead-of-time compilation starts from the same record: what is compiled is what runs."""
-
-    name: str
-    kernel: Any
-    programs: int
-    args: Mapping[str, Any]
-    constexprs: Mapping[str, Any]
-    num_warps: int
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps)
-
-    def variant(self, tag: str) -> Variant:
-        """The specialisation that the JIT would make of these arguments (meta tensors will do)."""
-        signature: dict[str, str] = {}
-        constexprs = dict(self.constexprs)
-        divisible = []
-        for name, value in self.args.items():
-            if value is None or (isinstance(value, int) and value == 1):
-                constexprs[name] = value
-            elif isinstance(value, Tensor):
-                signature[name] = _POINTERS[value.dtype]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
-                    divisible.append(name)
-        return Variant(
-            f"{self.name}[{tag}]", self.kernel, signature, constexprs, self.num_warps, divisible=tuple(divisible)
-        )

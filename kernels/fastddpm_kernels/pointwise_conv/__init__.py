@@ -1,9 +1,9 @@
-"""1x1 convolutions of a diffusion U-Net, with what surrounds them, in place: a matrix product over the channels.
+"""1x1 convolutions of a diffusion U-Net in place, with concatenation, bias and residual: products over the channels.
 
     y = weight x + weight2 x2 + bias + residual          at every pixel
 
 `weight x + weight2 x2` is the convolution of a skip connection's concatenation, which is never built. The same op
-is the projections of attention blocks: pixels are rows, channels are columns.
+computes the projections of attention blocks: pixels are rows, channels are columns.
 
 Device-memory traffic of the fused kernel: each input and the output once, so `(C + C2 + O) * itemsize` bytes per
 pixel (`O * itemsize` more with a residual), as long as the rows of x that neighbouring programs share stay in L2.
@@ -12,12 +12,16 @@ pixel (`O * itemsize` more with a residual), as long as the rows of x that neigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastddpm_kernels import backend as _backend
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.checks import check_operands, not_float64, same_memory
+from fastddpm_kernels.layout import rows
+from fastddpm_kernels.pointwise_conv.formula import by_matmul, reference
 
 
 @torch.no_grad()
@@ -33,7 +37,7 @@ def pointwise_conv_(
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> None:
-    """1x1 convolution of `concat(x, x2)` with `concat(weight, weight2)`, plus bias and residual, written to `y`.
+    """Write the 1x1 convolution of `concat(x, x2)` with `concat(weight, weight2)`, plus bias and residual, to `y`.
 
     Not differentiable. On `triton` one launch that allocates nothing: all products are summed in float32, and the
     result is rounded once. `eager` rounds after each of its operations.
@@ -56,126 +60,47 @@ def pointwise_conv_(
         ValueError: a shape, device, memory format or value that does not fit.
         BackendError: the backend that was named cannot run here.
     """
+    bind_pointwise_conv(
+        y, x, weight, x2=x2, weight2=weight2, bias=bias, residual=residual, allow_tf32=allow_tf32, backend=backend
+    )()
+
+
+def bind_pointwise_conv(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    allow_tf32: bool = False,
+    backend: str = "auto",
+) -> Callable[[], object]:
+    """Return what runs `pointwise_conv_` on these tensors, checked once; values may change, their memory may not.
+
+    Args and raises: as `pointwise_conv_`.
+    """
     _check(y, x, weight, x2, weight2, bias, residual)
-    backend = _backend.resolve("pointwise_conv", backend, x.device.type, x.dtype)
+    backend = resolve("pointwise_conv", backend, x.device.type, x.dtype)
     if backend == "triton":
         _check_for_triton(y, x, weight, x2, weight2, bias, residual)
     if y.numel() == 0:
-        return
+        return lambda: None
     if backend == "triton":
-        from fastddpm_kernels.pointwise_conv.triton import launch
+        from fastddpm_kernels.pointwise_conv.triton import bind
 
-        launch(y, x, weight, x2, weight2, bias, residual, allow_tf32)
-    elif backend == "reference":
-        _reference(y, x, weight, x2, weight2, bias, residual)
-    else:
-        by_matmul(y, x, weight, x2, weight2, bias, residual)
-
-
-def rows(x: Tensor) -> Tensor | None:
-    """`x` [N, C, ...] as a view [N * pixels, C] of adjacent channels; None where its strides do not allow that."""
-    stride, expected = None, 1
-    for size, step in zip(reversed(x.shape[:1] + x.shape[2:]), reversed(x.stride()[:1] + x.stride()[2:]), strict=True):
-        if size == 1:
-            continue
-        if stride is None:
-            stride, expected = step, step
-        if step != expected:
-            return None
-        expected = step * size
-    channels = x.shape[1]
-    if stride is None:
-        stride = channels  # a single row
-    if (channels > 1 and x.stride(1) != 1) or stride < channels:
-        return None
-    return x.as_strided((x.numel() // channels, channels), (stride, 1))
-
-
-# Plain torch.
-
-
-def _reference(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x2: Tensor | None,
-    weight2: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    value = torch.einsum("oc,nc...->no...", weight.double(), x.double())
-    if x2 is not None and weight2 is not None:
-        value = value + torch.einsum("oc,nc...->no...", weight2.double(), x2.double())
-    if bias is not None:
-        value = value + bias.double().reshape(-1, *(1,) * (x.ndim - 2))
-    if residual is not None:
-        value = value + residual.double()
-    y.copy_(value)
-
-
-def by_matmul(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x2: Tensor | None,
-    weight2: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    """Torch's matrix products, which write to `y` and add to it, on views; other memory formats are copied first."""
-    out = rows(y)
-    if out is None:
-        dense = y.new_empty(y.shape[0], *y.shape[2:], y.shape[1]).movedim(-1, 1)
-        by_matmul(dense, x, weight, x2, weight2, bias, residual)
-        y.copy_(dense)
-        return
-    if bias is not None:
-        bias = bias.to(y.dtype)
-    a = _rows_of(x)
-    if residual is None and bias is None:
-        torch.mm(a, weight.t(), out=out)
-    elif residual is None and bias is not None:
-        torch.addmm(bias, a, weight.t(), out=out)
-    elif residual is not None:
-        if _same_memory(residual, y):
-            out.addmm_(a, weight.t())
-        else:
-            torch.addmm(_rows_of(residual), a, weight.t(), out=out)
-        if bias is not None:
-            out.add_(bias)
-    if x2 is not None and weight2 is not None:
-        out.addmm_(_rows_of(x2), weight2.t())
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    view = rows(x)
-    return x.movedim(1, -1).reshape(-1, x.shape[1]) if view is None else view
-
-
-# Validation.
+        return bind(y, x, weight, x2, weight2, bias, residual, allow_tf32)
+    run = reference if backend == "reference" else by_matmul
+    return partial(torch.no_grad()(run), y, x, weight, x2, weight2, bias, residual)
 
 
 def _check(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x2: Tensor | None,
-    weight2: Tensor | None,
-    bias: Tensor | None,
+    y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None,
-) -> None:
-    given = {"x": x, "y": y, "weight": weight, "x2": x2, "weight2": weight2, "bias": bias, "residual": residual}
-    for name, value in given.items():
-        if value is None and name not in ("x", "y", "weight"):
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name} is {value.dtype}, must be float32, float16, bfloat16 or float64")
-        if name != "bias" and value.dtype != x.dtype:
-            raise TypeError(f"{name} is {value.dtype}, must be of x's dtype, {x.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, must be on x's device, {x.device}")
+) -> None:  # fmt: skip
+    given = {"x2": x2, "weight2": weight2, "residual": residual}
+    check_operands(x, {"y": y, "weight": weight}, given, {"bias": bias})
     if x.ndim < 2 or x.shape[1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, must be [N, C, ...] with at least one channel")
     if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != x.shape[1]:
@@ -196,25 +121,15 @@ def _check(
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, must be {shape}")
     for name, value in (("x", x), ("x2", x2)):
-        if value is not None and y.numel() and _same_memory(y, value):
+        if value is not None and y.numel() and same_memory(y, value):
             raise ValueError(f"y is {name}, must be other memory, since all of {name} is read for it")
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())
-
-
 def _check_for_triton(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x2: Tensor | None,
-    weight2: Tensor | None,
-    bias: Tensor | None,
+    y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None,
-) -> None:
-    if x.dtype == torch.float64:
-        raise TypeError("x is torch.float64, must be float32, float16 or bfloat16 on the triton backend")
+) -> None:  # fmt: skip
+    not_float64(x)
     for name, value in (("y", y), ("x", x), ("x2", x2), ("residual", residual)):
         if value is not None and value.numel() and rows(value) is None:
             raise ValueError(f"{name} has strides {value.stride()}, must be channels-last on the triton backend")

@@ -11,6 +11,7 @@ matrix product for 16-bit values, which has the same factors but rounds after ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
-from fastddpm_kernels.device.variant import Variant, packaged_variants
+from fastddpm_kernels import tuned
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
-from fastddpm_kernels.pointwise_conv import by_matmul, rows
+from fastddpm_kernels.layout import rows
+from fastddpm_kernels.pointwise_conv.formula import by_matmul
 
 NUM_STAGES_OF_64 = 2  # on GPUs with 64 threads to a warp: one tile in registers, one in 64 KiB of shared memory
 GROUP_M = 8  # tiles of rows that run side by side for all columns
@@ -214,42 +215,43 @@ def _row_stride(x: Tensor | None) -> int:
     return 0 if view is None else view.stride(0)
 
 
-def launch(
+def bind(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, allow_tf32: bool,
-) -> None:  # fmt: skip
-    """Writes y. All images can be seen as rows of adjacent channels (`rows`), and y has elements."""
+) -> Callable[[], object]:  # fmt: skip
+    """Return what writes y. All images can be seen as rows of adjacent channels (`rows`), and y has elements."""
     (columns, channels), second = weight.shape, 0 if weight2 is None else weight2.shape[1]
     shape = (y.numel() // columns, columns, channels, second, int(residual is not None), int(allow_tf32))
-    choice = _tuned.choice("pointwise_conv", x.device, x.dtype, shape)
-    run_choice(choice, y, x, weight, x2, weight2, bias, residual, allow_tf32)
+    choice = tuned.choice("pointwise_conv", x.device, x.dtype, shape)
+    return bind_choice(choice, y, x, weight, x2, weight2, bias, residual, allow_tf32)
 
 
-def run_choice(
-    choice: _tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
+def bind_choice(
+    choice: tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, allow_tf32: bool,
-) -> None:  # fmt: skip
-    """As `launch`, in the way of a choice; None for the heuristics'."""
+) -> Callable[[], object]:  # fmt: skip
+    """As `bind`, in the way of a choice; None for the heuristics'."""
     if choice == MATMUL and x.itemsize == 2:  # torch's own switch, not `allow_tf32`, would decide for float32
-        by_matmul(y, x, weight, x2, weight2, bias, residual)
-        return
+        return torch.no_grad()(lambda: by_matmul(y, x, weight, x2, weight2, bias, residual))
     tile, processors = tile_of(choice), num_processors(x.device)
     made, tile = make_launch(y, x, weight, x2, weight2, bias, residual, allow_tf32, processors, tile)
     wide = warps_of_64(x.device)
-    with torch.cuda.device_of(x):
-        made.kernel[(made.programs,)](
-            **made.args,
-            **made.constexprs,
-            num_warps=max(tile.num_warps // 2, 1) if wide else tile.num_warps,
-            num_stages=min(tile.num_stages, NUM_STAGES_OF_64) if wide else tile.num_stages,
-            **OPTIONS,
-        )
+    num_warps = max(tile.num_warps // 2, 1) if wide else tile.num_warps
+    num_stages = min(tile.num_stages, NUM_STAGES_OF_64) if wide else tile.num_stages
+
+    def run() -> None:
+        with torch.cuda.device_of(x):
+            made.kernel[(made.programs,)](
+                **made.args, **made.constexprs, num_warps=num_warps, num_stages=num_stages, **OPTIONS
+            )
+
+    return run
 
 
 MATMUL = {"implementation": "addmm"}
 
 
-def tile_of(choice: _tuned.Choice | None) -> Tile | None:
+def tile_of(choice: tuned.Choice | None) -> Tile | None:
     """The tile that a choice names, if it names one that a kernel can hold."""
     if choice is None or choice == MATMUL or choice["block_m"] * choice["block_n"] > LARGEST_TILE:
         return None
@@ -307,7 +309,7 @@ def aot_variants() -> list[Variant]:
     return variants + packaged_variants(("pointwise_conv",), tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     """The kernel that a tuned choice runs; none where it is the vendor's."""
     tile = tile_of(choice)
     if tile is None:

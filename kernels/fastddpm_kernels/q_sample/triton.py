@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import AOT, BLOCK, aot, block_and_warps, num_programs, offsets, run, walkable
-from fastddpm_kernels.device.variant import Variant, packaged_variants
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.philox import STREAM_Q_SAMPLE
 from fastddpm_kernels.philox.triton import normals
 
@@ -75,7 +74,7 @@ def launch(
 
 def make_launch(
     x0: Tensor, table: Tensor, t: Tensor, noise: Tensor | None, keys: Tensor | None, step: Tensor | None,
-    prediction_type: str, x_t: Tensor, target: Tensor | None, choice: _tuned.Choice | None = None,
+    prediction_type: str, x_t: Tensor, target: Tensor | None, choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
     """The one launch. `choice`: in place of what the tables or heuristics choose."""
     numel = x_t.numel() // x_t.shape[0]
@@ -87,7 +86,7 @@ def make_launch(
     if choice is None:
         written = 0 if target is None else 2 if velocity else 1
         shape = (x_t.shape[0], x_t.shape[1], pixels, int(not y_walk.linear), source, written)
-        choice = _tuned.choice("q_sample", x_t.device, x_t.dtype, shape)
+        choice = tuned.choice("q_sample", x_t.device, x_t.dtype, shape)
     block, num_warps = block_and_warps(choice, numel)
     args: dict[str, Any] = {
         "x_t": x_t, "target": target, "x0": x0, "table": table.contiguous(), "t": t.contiguous(), "noise": noise,
@@ -115,7 +114,7 @@ def aot_variants() -> list[Variant]:
     return [_variant(dtype, **flags) for dtype, flags in cases] + packaged_variants(("q_sample",), tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     """The kernel that a tuned choice runs, with a training step to read."""
     n, channels, pixels, last, source, written = key.shape
     given = source == 1

@@ -1,4 +1,4 @@
-"""The sum that ends a residual block, where no other kernel takes it in: one pass, with a border left for padding.
+"""The sum that ends a residual block, where no other kernel adds it: one pass, with a border left for padding.
 
     y[:, :, :H, :W] = total = x + residual + bias
 
@@ -11,12 +11,15 @@ Device-memory traffic: each input once and each output once, `3 * itemsize` byte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastddpm_kernels import backend as _backend
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.checks import check_operands, not_float64
+from fastddpm_kernels.residual_add.formula import eager, reference
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def residual_add_(
     total: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """`x + residual + bias`, written to the first pixels of `y` and, where given, to `total`. Not differentiable.
+    """Write `x + residual + bias` to the first pixels of `y` and to `total`, if given. Not differentiable.
 
     On `triton` one launch that allocates nothing, summed in float32 and rounded once; accesses are of 16 bytes where
     all tensors are channels-last (or all contiguous). `eager` rounds after each of its operations.
@@ -48,57 +51,41 @@ def residual_add_(
         ValueError: a shape, device, memory format or value that does not fit.
         BackendError: the backend that was named cannot run here.
     """
+    bind_residual_add(y, x, residual=residual, bias=bias, total=total, backend=backend)()
+
+
+def bind_residual_add(
+    y: Tensor,
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    total: Tensor | None = None,
+    backend: str = "auto",
+) -> Callable[[], object]:
+    """Return what runs `residual_add_` on these tensors, checked once; their values may change, their memory may not.
+
+    Args and raises: as `residual_add_`.
+    """
     _check(y, x, residual, bias, total)
-    backend = _backend.resolve("residual_add", backend, x.device.type, x.dtype)
-    if backend == "triton" and x.dtype == torch.float64:
-        raise TypeError("x is torch.float64, must be float32, float16 or bfloat16 on the triton backend")
+    backend = resolve("residual_add", backend, x.device.type, x.dtype)
+    if backend == "triton":
+        not_float64(x)
     if x.numel() == 0:
-        return
+        return lambda: None
     pixels = (slice(None), slice(None), *(slice(size) for size in x.shape[2:]))
-    inner = y[pixels]
+    inner = y if y.shape == x.shape else y[pixels]
     bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
     if backend == "triton":
-        from fastddpm_kernels.residual_add.triton import launch
+        from fastddpm_kernels.residual_add.triton import bind
 
-        launch(inner, x, residual, bias, total)
-    elif backend == "reference":
-        value = x.double()
-        for term in (residual, bias):
-            value = value if term is None else value + term.double()
-        inner.copy_(value)
-        if total is not None:
-            total.copy_(value)
-    else:
-        _eager(inner, x, residual, bias, total)
-
-
-def _eager(y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None) -> None:
-    if bias is not None:
-        bias = bias.to(x.dtype)
-    if residual is not None:
-        torch.add(x, residual, out=y)
-        if bias is not None:
-            y.add_(bias)
-    elif bias is not None:
-        torch.add(x, bias, out=y)
-    elif y is not x:
-        y.copy_(x)
-    if total is not None:
-        total.copy_(y)
+        return bind(inner, x, residual, bias, total)
+    run = reference if backend == "reference" else eager
+    return partial(torch.no_grad()(run), inner, x, residual, bias, total)
 
 
 def _check(y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None) -> None:
-    for name, value in {"x": x, "y": y, "residual": residual, "bias": bias, "total": total}.items():
-        if value is None and name not in ("x", "y"):
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}, must be a tensor")
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name} is {value.dtype}, must be float32, float16, bfloat16 or float64")
-        if name != "bias" and value.dtype != x.dtype:
-            raise TypeError(f"{name} is {value.dtype}, must be of x's dtype, {x.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, must be on x's device, {x.device}")
+    check_operands(x, {"y": y}, {"residual": residual, "total": total}, {"bias": bias})
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, must be [N, C, ...]")
     for name, value in (("residual", residual), ("total", total)):

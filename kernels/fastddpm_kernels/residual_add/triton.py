@@ -9,7 +9,9 @@ innermost dimension is adjacent in all tensors and a multiple of 16.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,10 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import AOT, NUM_WARPS, aot, run
-from fastddpm_kernels.device.variant import Variant, packaged_variants
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 
 MAX_DIMS = 4
 THREAD_BYTES = 16  # of each tensor
@@ -101,7 +102,7 @@ def make_walk(tensors: list[Tensor]) -> Walk:
 
 def make_launch(
     y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None,
-    choice: _tuned.Choice | None = None,
+    choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
     """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do).
 
@@ -130,21 +131,23 @@ def make_launch(
         given_too = (int(tensor is not None) for tensor in (residual, bias, total))
         shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:-1]), math.prod(x.shape[2:][-1:]),
                  int(not x.is_contiguous()), int(y.stride() != x.stride()), *given_too)  # fmt: skip
-        choice = _tuned.choice("residual_add", x.device, x.dtype, shape)
+        choice = tuned.choice("residual_add", x.device, x.dtype, shape)
     own = heuristic_choice(x.itemsize) if choice is None else choice
     block, num_warps = own["block"], own["num_warps"]
     constexprs = {"DIMS": dims, "WIDE": extent >= 2**31 - block, "BLOCK": block}
     return Launch("residual_add", _residual_add, triton.cdiv(numel, block), args, constexprs, num_warps)
 
 
-def heuristic_choice(itemsize: int) -> _tuned.Choice:
+def heuristic_choice(itemsize: int) -> tuned.Choice:
     """What `make_launch` does where no table has a choice: a thread's accesses are as wide as they can be."""
     return {"block": NUM_WARPS * 32 * THREAD_BYTES // itemsize, "num_warps": NUM_WARPS}
 
 
-def launch(y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None) -> None:
-    """Writes y, of x's shape, and total. `bias` is broadcastable to x; there are elements."""
-    run(make_launch(y, x, residual, bias, total), x)
+def bind(
+    y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None
+) -> Callable[[], object]:
+    """Return what writes y, of x's shape, and total. `bias` is broadcastable to x; there are elements."""
+    return partial(run, make_launch(y, x, residual, bias, total), x)
 
 
 def aot_variants() -> list[Variant]:
@@ -171,7 +174,7 @@ def aot_variants() -> list[Variant]:
     return variants + packaged_variants(("residual_add",), tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     """The kernel that a tuned choice runs."""
     n, channels, height, width, last, padded, residual, bias, total = key.shape
     x = _image(n, (height, width), key.dtype, bool(last), channels)

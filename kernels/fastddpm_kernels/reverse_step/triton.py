@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import (
     AOT,
     BLOCK,
@@ -26,8 +26,7 @@ from fastddpm_kernels.device.strided import (
     run,
     walkable,
 )
-from fastddpm_kernels.device.variant import Variant, packaged_variants
-from fastddpm_kernels.group_norm_silu.triton_tile import Launch
+from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.philox import STREAM_KNOWN, STREAM_STEP
 from fastddpm_kernels.philox.triton import normals
 from fastddpm_kernels.reverse_step.formula import Options
@@ -158,7 +157,7 @@ _READ_WHOLE = ("keys", "noise", "x0_prev", "log_variance", "guidance_scale", "kn
 
 def make_launch(
     x_next: Tensor, x0: Tensor | None, net_in: Tensor | None, x: Tensor, out: Tensor, table: Tensor, step: Tensor,
-    o: Options, choice: _tuned.Choice | None = None,
+    o: Options, choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
     """The one launch. `choice`: in place of what the tables or heuristics choose.
 
@@ -184,7 +183,7 @@ def make_launch(
             int(o.log_variance is not None), int(o.x0_prev is not None), int(x0 is not None), int(net_in is not None),
             0 if known is None else 2 if o.known_noise is None else 1,
         )  # fmt: skip
-        choice = _tuned.choice("reverse_step", x.device, out.dtype, shape)
+        choice = tuned.choice("reverse_step", x.device, out.dtype, shape)
     block, num_warps = block_and_warps(choice, numel)
     args: dict[str, Any] = {
         "x_next": x_next, "x0": x0, "net_in": net_in, "x": x, "out": out, "table": table.contiguous(), "step": step,
@@ -225,7 +224,7 @@ def aot_variants() -> list[Variant]:
     return [_variant(dtype, flags) for dtype, flags in cases] + packaged_variants(("reverse_step",), tuned_variants)
 
 
-def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
+def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     """The kernels that a tuned choice runs: x0 clipped to a given bound, and to one of each sample."""
     return [
         replace(made.variant(f"tuned, {key.dtype}, {key.shape}, {index}"), **aot(made.num_warps))
@@ -234,7 +233,7 @@ def tuned_variants(key: _tuned.Key, choice: _tuned.Choice) -> list[Variant]:
     ]
 
 
-def example(key: _tuned.Key, clip_range: float | None, threshold: bool) -> tuple[Any, ...]:
+def example(key: tuned.Key, clip_range: float | None, threshold: bool) -> tuple[Any, ...]:
     """Arguments of `make_launch`, on the meta device, laid out as sampling loops have them."""
     n, channels, pixels, last, noise, guided, learned, multistep, x0, net_in, known = key.shape
 

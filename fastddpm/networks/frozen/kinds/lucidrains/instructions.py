@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.group_norm_silu import rms_norm_silu, rms_norm_silu_
+from fastddpm_kernels.group_norm_silu import bind_rms_norm_silu, rms_norm_silu
 from torch import Tensor
 
-from fastddpm.networks.frozen.instructions import Machine
+from fastddpm.networks.frozen.instructions import Machine, bound_once
 
 
 class Projections(NamedTuple):
@@ -52,7 +52,7 @@ class Scratch(NamedTuple):
 def linear_attention(
     m: Machine, source: int, target: int, projections: Projections, scratch: Scratch, heads: int, mask: Tensor | None,
     weight: Tensor, bias: Tensor | None,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], object]:  # fmt: skip
     """Linear attention (Shen et al. 2018, arXiv:1812.01243) and the projection of its result.
 
     softmax of the queries over their features, of the keys over the positions. Values and output projection meet
@@ -94,7 +94,7 @@ def linear_attention(
 
 def attention(
     m: Machine, source: int, target: int, scratch: int, weight: Tensor, memory: Tensor, heads: int
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """softmax(q k / sqrt(head_dim)) v, before its projection.
 
     Args:
@@ -140,25 +140,26 @@ def rms_norm(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str | None,
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """RMS norm of source + bias, FiLM and SiLU, plus residual."""
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        return bind_rms_norm_silu(
+            m.place(target, x, len(weight)), x, weight, bias=bias,
+            residual=None if residual is None else m.slots[residual], scale=scale, shift=shift, activation=activation,
+            backend=m.backend,
+        )  # fmt: skip
 
     def run() -> None:
         x = m.slots[source]
-        added = None if residual is None else m.slots[residual]
-        if m.fused:
-            rms_norm_silu_(
-                m.place(target, x, len(weight)), x, weight, bias=bias, residual=added, scale=scale, shift=shift,
-                activation=activation, backend=m.backend,
-            )  # fmt: skip
-            return
         y = rms_norm_silu(x, weight, scale=scale, shift=shift, activation=activation, backend=m.backend)
-        m.slots[target] = y if added is None else y.add_(added)
+        m.slots[target] = y if residual is None else y.add_(m.slots[residual])
 
-    return run
+    return bound_once(m, (source, target, residual), bind) if m.fused else run
 
 
-def concatenate(m: Machine, first: int, second: int, target: int) -> Callable[[], None]:
+def concatenate(m: Machine, first: int, second: int, target: int) -> Callable[[], object]:
     """concat(first, second) of their channels."""
 
     def run() -> None:

@@ -1,7 +1,7 @@
-"""The triton backend of `group_norm_silu` and `rms_norm_silu` as custom ops: shapes, launches and gradients.
+"""The norms as custom ops with gradients, by triton or native kernels: shapes, launches, formulas of the gradients.
 
-Each op's fake allocates what the op returns, in x's memory format; the op itself calls the fake and launches.
-Formulas and kernels are in `_triton`, which is imported at the first launch.
+The fake of an op allocates what the op returns, in x's memory format; the op itself calls the fake and launches.
+`triton` modules are imported at the first launch.
 """
 
 from __future__ import annotations
@@ -12,30 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm_kernels import native as _native
-
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def is_channels_last(x: Tensor, *, or_both: bool = False) -> bool:
-    """Of any rank (torch's own formats know 4 and 5 only); where it is contiguous as well, `or_both`."""
-    if x.is_contiguous() and not or_both:
-        return False
-    if x.ndim in _LAST:  # the same, without a view
-        return x.is_contiguous(memory_format=_LAST[x.ndim])
-    return x.movedim(1, -1).is_contiguous()
-
-
-def in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y, copied if need be, channels-last if x is, else contiguous."""
-    return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else y.contiguous()
-
-
-def empty_like(x: Tensor, channels: int) -> Tensor:
-    """Uninitialised `[N, channels, ...]`, in the format that `in_format_of(x, ...)` gives."""
-    if is_channels_last(x):
-        return x.new_empty(x.shape[0], *x.shape[2:], channels).movedim(-1, 1)
-    return x.new_empty(x.shape[0], channels, *x.shape[2:])
+from fastddpm_kernels.device.variant import run_launches
+from fastddpm_kernels.group_norm_silu.native import bind_group_norm, group_norm_gradient
+from fastddpm_kernels.layout import channels_last, empty_channels_last, empty_like, in_format_of
 
 
 def _empty_gradients(dy: Tensor, x: Tensor, x2: Tensor | None, sums: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,26 +28,10 @@ def _dense(x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return in_format_of(x, x), None if x2 is None else in_format_of(x, x2)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _empty_channels_last(x: Tensor, channels: int) -> Tensor:
-    return x.new_empty(x.shape[0], *x.shape[2:], channels).movedim(-1, 1)
-
-
 def _for_native(x: Tensor, x2: Tensor | None, *vectors: Tensor | None) -> tuple[Any, ...]:
     """As native kernels take them: x and x2 channels-last, vectors and rows float32, neighbouring channels adjacent."""
     dense = [None if v is None else v.float() if v.stride(-1) == 1 else v.float().contiguous() for v in vectors]
-    return _channels_last(x), None if x2 is None else _channels_last(x2), *dense
-
-
-def _run(launches: list[Any], x: Tensor) -> None:
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return _run(launches, x)
-    for launch in launches:
-        launch.run()
+    return channels_last(x), None if x2 is None else channels_last(x2), *dense
 
 
 def _affine_gradients(
@@ -103,31 +66,16 @@ def group_norm(
     if native:
         if y.numel():
             x, x2, weight, bias, time_bias, scale, shift = _for_native(x, x2, weight, bias, time_bias, scale, shift)
-            _native.group_norm(
+            bind_group_norm(
                 y, x, weight, bias, num_groups, eps, x2, None, None, time_bias, scale, shift, silu, mean=mean, rstd=rstd
-            )
+            )()
         return y, mean, rstd
     from fastddpm_kernels.group_norm_silu.triton import forward_launches
 
     x, x2 = _dense(x, x2)
     if y.numel():
-        _run(forward_launches(y, mean, rstd, x, weight, bias, eps, x2, time_bias, scale, shift, silu), x)
+        run_launches(forward_launches(y, mean, rstd, x, weight, bias, eps, x2, time_bias, scale, shift, silu), x)
     return y, mean, rstd
-
-
-def group_norm_(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
-    residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, silu: bool, workspace: Tensor | None,
-) -> None:  # fmt: skip
-    """Into y and total. Not a custom op: whoever runs static buffers wants the launch and nothing around it."""
-    from fastddpm_kernels.group_norm_silu.triton import in_place_launches
-
-    _run(
-        in_place_launches(
-            y, x, weight, bias, num_groups, eps, x2, residual, total, time_bias, scale, shift, silu, workspace
-        ), x,
-    )  # fmt: skip
 
 
 @group_norm.register_fake
@@ -136,7 +84,7 @@ def _group_norm_fake(
     time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean = x.new_empty(x.shape[0], num_groups, dtype=torch.float32)
-    y = _empty_channels_last(x, weight.shape[0]) if native else empty_like(x, weight.shape[0])
+    y = empty_channels_last(x, weight.shape[0]) if native else empty_like(x, weight.shape[0])
     return y, mean, torch.empty_like(mean)
 
 
@@ -158,16 +106,14 @@ def group_norm_backward(
         return dx, dx2, sums.zero_()
     if native:
         x, x2, weight, bias, time_bias, scale, shift = _for_native(x, x2, weight, bias, time_bias, scale, shift)
-        second, dy = None if x2 is None else dx2, _channels_last(dy)
-        _native.group_norm_gradient(
-            dx, second, sums, dy, x, x2, weight, bias, mean, rstd, time_bias, scale, shift, silu
-        )
+        second, dy = None if x2 is None else dx2, channels_last(dy)
+        group_norm_gradient(dx, second, sums, dy, x, x2, weight, bias, mean, rstd, time_bias, scale, shift, silu)
         return dx, dx2, sums
     from fastddpm_kernels.group_norm_silu.triton_backward import backward_launches
 
     x, x2 = _dense(x, x2)
     dy = in_format_of(x, dy)
-    _run(
+    run_launches(
         backward_launches(
             dx, dx2, sums, dy, x, weight, bias, mean, rstd, x2, time_bias, scale, shift, silu
         ), x,
@@ -182,8 +128,8 @@ def _group_norm_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not native:
         return _empty_gradients(dy, x, x2, 3)
-    dx2 = x.new_empty(0) if x2 is None else _empty_channels_last(x, x2.shape[1])
-    return _empty_channels_last(x, x.shape[1]), dx2, x.new_empty(3, *dy.shape[:2], dtype=torch.float32)
+    dx2 = x.new_empty(0) if x2 is None else empty_channels_last(x, x2.shape[1])
+    return empty_channels_last(x, x.shape[1]), dx2, x.new_empty(3, *dy.shape[:2], dtype=torch.float32)
 
 
 def _group_norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -226,18 +172,8 @@ def rms_norm(
     y = empty_like(x, weight.shape[0])
     x, x2 = _dense(x, x2)
     if y.numel():
-        _run(forward_launches(y, x, weight, eps, x2, scale, shift, silu), x)
+        run_launches(forward_launches(y, x, weight, eps, x2, scale, shift, silu), x)
     return y
-
-
-def rms_norm_(
-    y: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> None:  # fmt: skip
-    """Into y; as `group_norm_`."""
-    from fastddpm_kernels.group_norm_silu.triton_rms import forward_launches
-
-    _run(forward_launches(y, x, weight, eps, x2, scale, shift, silu, bias, residual), x)
 
 
 @rms_norm.register_fake
@@ -265,7 +201,7 @@ def rms_norm_backward(
     if not dy.numel():
         return dx, dx2, sums.zero_()
     launches, partial = backward_launches(dx, dx2, in_format_of(x, dy), x, weight, eps, x2, scale, shift, silu)
-    _run(launches, x)
+    run_launches(launches, x)
     return dx, dx2, partial.sum(2)
 
 

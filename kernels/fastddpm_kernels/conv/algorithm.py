@@ -1,0 +1,69 @@
+"""Choose the algorithm of a native convolution."""
+
+from __future__ import annotations
+
+import torch
+
+from fastddpm_kernels import tuned
+from fastddpm_kernels.conv.packing import ALGORITHMS, TILE
+
+# Costs of a transformed value and of a byte of weights, in multiply-adds of the float32 products, measured on Zen 4 and
+# Zen 5 cores (all cores share the memory). In float32 14 and 6 would fit a little better, but would choose winograd4,
+# which is less accurate, more often.
+_TRANSFORM_COST, _BYTE_COST = {torch.float32: 30, torch.bfloat16: 6}, 4
+_CPU = torch.device("cpu")
+
+
+def choose_algorithm(
+    n: int, height: int, width: int, in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1,
+    padding: int = 1, upsample: bool = False, threads: int | None = None, dtype: torch.dtype = torch.float32,
+) -> str:  # fmt: skip
+    """Return the fastest algorithm where a tuned table has it, else the one that should be: see `likely_algorithm`.
+
+    Args:
+        n, height, width, in_channels: of the input, `height` and `width` before it is upsampled.
+        out_channels, kernel, stride, padding, upsample: of the convolution.
+        threads: None for torch's.
+        dtype: float32 or bfloat16.
+    """
+    if (kernel, stride, padding) != (3, 1, 1):
+        return "direct"
+    threads = torch.get_num_threads() if threads is None else threads
+    shape = (n, height, width, in_channels, out_channels, int(upsample), threads)
+    found = tuned.choice("conv", _CPU, dtype, shape)
+    if found is not None and found["algorithm"] in possible_algorithms(upsample, dtype):
+        return str(found["algorithm"])
+    return likely_algorithm(*shape, dtype=dtype)
+
+
+def possible_algorithms(upsample: int, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Return the algorithms for 3x3 convolutions of stride 1 that pad by 1."""
+    if dtype == torch.bfloat16:
+        return ("winograd2", "direct")
+    return ("direct", "winograd4") if upsample else ALGORITHMS
+
+
+def likely_algorithm(
+    n: int, height: int, width: int, in_channels: int, out_channels: int, upsample: int, threads: int, *,
+    dtype: torch.dtype = torch.float32,
+) -> str:  # fmt: skip
+    """Return the algorithm of least cost for a 3x3 convolution of stride 1 that pads by 1.
+
+    It weighs multiplications against the bytes of the packed weights, which count most for few pixels.
+    """
+    factor, half = 2 if upsample else 1, dtype == torch.bfloat16
+    height, width, pairs = height * factor, width * factor, in_channels * out_channels
+    product = 1 if half else 2
+    padded = (-(-in_channels // 32) * 32 if half else in_channels) * out_channels
+
+    def cost(algorithm: str) -> float:
+        per_byte = _BYTE_COST * threads * dtype.itemsize * pairs
+        if algorithm == "direct":
+            taps = 4 if upsample else 9
+            return product * n * height * width * taps * pairs + per_byte * (16 if upsample else 9)
+        m = TILE[algorithm]
+        points = (m + 1) ** 2 if upsample else (m + 2) ** 2
+        tiles = n * -(-height // m) * -(-width // m)
+        return points * (tiles * (product * padded + _TRANSFORM_COST[dtype] * (in_channels + out_channels)) + per_byte)
+
+    return min(possible_algorithms(upsample, dtype), key=cost)
