@@ -24,20 +24,12 @@ from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import load_scheduler
 from fastddpm.networks.unet.model import UNet, weights_files
+from fastddpm.process.methods import own_settings
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
 
-# Settings that one method alone has, which are left out when another is asked for.
-_OF_ONE_METHOD = {
-    "convention": "ddpm",
-    "set_alpha_to_one": "ddim",
-    "use_clipped_model_output": "ddim",
-    "solver_order": "dpmsolver++",
-    "lower_order_final": "dpmsolver++",
-    "final_sigmas_type": "dpmsolver++",
-}
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 _DECODERS = ("VQModel", "AutoencoderKL")
 
@@ -61,7 +53,7 @@ class Pretrained:
     def sampler(self, **overrides: Any) -> Sampler:
         """A `Sampler` with the model's settings, save for those in `overrides`."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
-        own = {name: v for name, v in self.settings.items() if _OF_ONE_METHOD.get(name, method) == method}
+        own = own_settings(method, self.settings)
         if overrides.get("timesteps") is not None:
             own.pop("num_inference_steps", None)
         return Sampler(self.unet, self.schedule, **{**own, **overrides})

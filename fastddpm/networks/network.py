@@ -1,4 +1,4 @@
-"""Any model, called in one way: where and in which dtype it runs, what it takes, what it returns."""
+"""Any model, called in one way: where it runs, in which dtype, what it takes and returns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] =
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Call:
+class CallingConvention:
     """How a model of any library is called, found from the names of its parameters.
 
     Attributes:
@@ -39,43 +39,57 @@ class Call:
         self.takes_self_condition = "x_self_cond" in names
         self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
 
+    def arguments(self, labels: Tensor | None, self_condition: Tensor | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return what the model takes after x and t: by position and by name."""
+        named = {} if self_condition is None else {"x_self_cond": self_condition}
+        if labels is None:
+            return [], named
+        if self._labels_name is None:
+            return [labels], named
+        return [], {self._labels_name: labels, **named}
+
     def __call__(
         self, model: Callable[..., Any], x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None
     ) -> Tensor:
-        """What `model` returns, a tensor, for x [N, ...], t int64 [N], labels int64 [N] and x_self_cond, if any.
+        """Call `model` with x [N, ...], t int64 [N], labels int64 [N] and x_self_cond, and return its prediction.
 
         Raises:
-            TypeError: it returned something else.
+            TypeError: it returns no tensor.
         """
-        named = {} if self_condition is None else {"x_self_cond": self_condition}
-        if labels is None:
-            out = model(x, t, **named)
-        elif self._labels_name is None:
-            out = model(x, t, labels, **named)
-        else:
-            out = model(x, t, **{self._labels_name: labels}, **named)
-        if isinstance(out, Tensor):
-            return out
-        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
-            return out[0]
-        if isinstance(sample := getattr(out, "sample", None), Tensor):
-            return sample
-        raise TypeError(f"model returned a {type(out).__name__}, must return a tensor, a tuple or have a .sample")
+        more, named = self.arguments(labels, self_condition)
+        return prediction_of(model(x, t, *more, **named))
 
 
-class AroundUNet(nn.Module, ABC):
-    """A model that calls a U-Net and makes its prediction of what that returns.
+def prediction_of(out: Any) -> Tensor:
+    """Return the tensor that a model returned: itself, the first of a tuple, or a `.sample`.
 
-    Where the U-Net can be frozen, what `bind_frozen` returns runs in place of `forward`.
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
+        return out[0]
+    if isinstance(sample := getattr(out, "sample", None), Tensor):
+        return sample
+    raise TypeError(f"model returned a {type(out).__name__}, must return a tensor, a tuple or have a .sample")
+
+
+class UNetWrapper(nn.Module, ABC):
+    """A model that computes its prediction from a U-Net's.
+
+    If the U-Net can be frozen, what `bind_frozen` returns runs in place of `forward`.
     """
 
     @abstractmethod
     def to_freeze(self) -> nn.Module | None:
-        """The U-Net, or None if it is to be called as it is."""
+        """Return the U-Net, or None to call it as it is."""
 
     @abstractmethod
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> Bound:
-        """As `Network.bind`, with the U-Net frozen."""
+    def bind_frozen(
+        self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None
+    ) -> BoundNetwork:
+        """Bind the wrapper to buffers as `Network.bind` does, with the U-Net frozen."""
 
 
 class Network:
@@ -101,8 +115,8 @@ class Network:
     ) -> None:
         """See `Sampler` for the arguments.
 
-        `freeze`: prepare the model for sampling if it is a U-Net that can be frozen, or `AroundUNet`. It is then run
-        through `bind` alone.
+        `freeze`: prepare the model for sampling if it is a U-Net that can be frozen, or a `UNetWrapper` of one. It then
+        runs through `bind` alone.
 
         Raises:
             TypeError: the model cannot be called.
@@ -110,7 +124,7 @@ class Network:
         """
         if not callable(model):
             raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or a callable model(x, t)")
-        self._call = Call(model)
+        self.convention = CallingConvention(model)
         self.device, self.dtype = _place(model, device, dtype)
         self.frozen: FrozenUNet | None = None
         if freeze and backend != "reference":
@@ -118,22 +132,22 @@ class Network:
         self.model = model if self.frozen else _prepare(model, self.device, self.dtype, backend)
         self.config = getattr(model, "config", None)
         concatenated = self.frozen is not None and self.frozen.blueprint.optional_channels > 0
-        self.takes_self_condition = self._call.takes_self_condition and not concatenated
+        self.takes_self_condition = self.convention.takes_self_condition and not concatenated
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None = None) -> Tensor:
-        """The prediction for x [N, ...] at t int64 [N], with labels int64 [N] and the x0 predicted before, if any."""
-        return self._call(self.model, x, t, labels, self_condition)
+        """Return the prediction for x [N, ...] at t int64 [N], given labels int64 [N] and the x0 predicted before."""
+        return self.convention(self.model, x, t, labels, self_condition)
 
     def new_input(self, shape: Sequence[int]) -> Tensor:
-        """Zeros [N, C, ...] for `bind`, in the dtype, place and memory format that the network reads best."""
+        """Return zeros [N, C, ...] for `bind`, in the dtype, place and memory format that the network reads best."""
         if self.frozen is not None:
             return self.frozen.new_input(shape)
         return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
 
     def bind(
         self, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None = None
-    ) -> Bound:
-        """The network on buffers that stay where they are while their values change.
+    ) -> BoundNetwork:
+        """Bind the network to buffers that stay where they are while their values change.
 
         Args:
             inputs: [N, C, ...] from `new_input`, or samples of one.
@@ -141,20 +155,20 @@ class Network:
             labels: int64 [N], or None.
             self_condition: like `inputs`, or None.
         """
-        if self.frozen is not None and isinstance(self.model, AroundUNet):
+        if self.frozen is not None and isinstance(self.model, UNetWrapper):
             return self.model.bind_frozen(self.frozen, inputs, timesteps, labels)
         if self.frozen is not None:
             return self.frozen.bind(inputs, timesteps, labels)
-        return _BoundModel(self, inputs, timesteps, labels, self_condition)
+        return ModelOnBuffers(self, inputs, timesteps, labels, self_condition)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the weights are that a captured graph reads."""
+        """Return where the weights are that a captured graph reads."""
         if self.frozen is not None or not isinstance(self.model, nn.Module):
             return ()
         return tuple(tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers()))
 
     def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
-        """(C, H, W) of a sample, as the model's config states them.
+        """Return (C, H, W) of a sample, as the model's config states them.
 
         Raises:
             ValueError: there is no config, or it does not say.
@@ -171,7 +185,7 @@ class Network:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, every module of the model is in eval mode; of several threads until the last one leaves."""
+        """Keep every module of the model in eval mode inside, until the last thread leaves."""
         if self.frozen is not None or not isinstance(self.model, nn.Module):
             yield
             return
@@ -194,39 +208,39 @@ class Network:
                         module.training = True
 
 
-class Bound(Protocol):
+class BoundNetwork(Protocol):
     """A network on its buffers: a function of the step alone."""
 
     def load(self) -> None:
-        """To be called when the values in `timesteps` or `labels`, or the model's weights, may have changed."""
+        """Take in what `timesteps`, `labels` and the model's weights now are."""
 
     def __call__(self, step: Tensor) -> Tensor:
-        """The prediction for `inputs` at row `step` (int64 [1]); it may be overwritten by the next call."""
+        """Return the prediction for `inputs` at row `step` (int64 [1]). The next call may overwrite it."""
         ...
 
 
-class _BoundModel:
+class ModelOnBuffers:
     """A model on its buffers, called as it is."""
 
     def __init__(
         self, network: Network, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None
     ) -> None:
         self._network, self._inputs, self._timesteps = network, inputs, timesteps
-        self._labels, self._self_condition = labels, self_condition
+        self._more, self._named = network.convention.arguments(labels, self_condition)
 
     def load(self) -> None:
-        pass
+        """Do nothing: the model reads the buffers themselves."""
 
     def __call__(self, step: Tensor) -> Tensor:
         t = self._timesteps.index_select(0, step).expand(len(self._inputs))
-        return self._network(self._inputs, t, self._labels, self._self_condition)
+        return prediction_of(self._network.model(self._inputs, t, *self._more, **self._named))
 
 
 def _frozen(
     model: Callable[..., Any], dtype: torch.dtype, device: torch.device, backend: str, allow_tf32: bool
 ) -> FrozenUNet | None:
-    """The model's U-Net as prepared for sampling, or None where there is none that could be."""
-    unet = model.to_freeze() if isinstance(model, AroundUNet) else model
+    """Return the model's U-Net prepared for sampling, or None if it cannot be."""
+    unet = model.to_freeze() if isinstance(model, UNetWrapper) else model
     kind = blueprint_of(unet)
     if not isinstance(unet, UNet) and (kind is None or (unet is model and not kind.alone)):
         return None
@@ -255,7 +269,7 @@ def _place(
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """`device`, with its index.
+    """Return `device` with its index.
 
     Raises:
         ValueError: it cannot be used.
@@ -283,7 +297,7 @@ def _prepare(model: Callable[..., Any], device: torch.device, dtype: torch.dtype
 
 
 def _parameters(model: Callable[..., Any]) -> set[str]:
-    """The names of the parameters that the model takes, as far as they can be known."""
+    """Return the names of the model's parameters, none where they are not known."""
     function = model.forward if isinstance(model, nn.Module) else model
     try:
         return set(inspect.signature(function).parameters)

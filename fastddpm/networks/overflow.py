@@ -277,7 +277,7 @@ def choose_half(
 
 def choose_dtype(
     model: Callable[..., Any],
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | None,
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
     **options: Any,
@@ -285,7 +285,7 @@ def choose_dtype(
     """What a sampler's `dtype` stands for.
 
     Args:
-        model, schedule, dtype, device: as for `Sampler`.
+        model, schedule, dtype, device: as for `Sampler`; "auto" needs a schedule.
         options: of `choose_half`, for "auto".
 
     Returns:
@@ -306,6 +306,7 @@ def choose_dtype(
         return None, None
     if not isinstance(model, UNet) or model.config.class_embed_type == "identity":
         return torch.float16, None  # nothing tells what to try it on
+    assert schedule is not None
     if model.config.sample_size is None:
         options["shape"] = _some_shape(model.config, bool(options.get("learned_variance")))
     half, why = choose_half(model, schedule, device=place, **options)

@@ -153,4 +153,5 @@ def _resampled(down: StepTable, jump_length: int, jump_n_sample: int, *, lowest:
         log_variance=bounds,
         learned=down.learned,
         needs_network=~is_up,
+        shifts=down.shifts,
     )

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastddpm.process.schedule import NoiseSchedule
 
-METHODS = ("ddpm", "ddim", "dpmsolver++")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 CONVENTIONS = ("diffusers", "guided_diffusion", "denoising_diffusion_pytorch")
 
 Level = tuple[float, float]
+Shifts = Literal["mean", "epsilon", "clipped epsilon"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class StepTable:
             with bounds -1 and 1), "variance" (v is the variance: as "log" once its logarithm is taken), or None.
         mean_std: float64 [S], by whose square a classifier's gradient moves the mean, where that is not S (a factor of
             v's standard deviation, as S is); else None.
+        shifts: what a classifier's gradient moves, see `guidance.Classifier`.
         init_noise_sigma: the standard deviation of the noise to start from.
         stores: what A and B make and later rows combine: "x0"; for samplers that extrapolate
             other quantities "epsilon" or "out", the prediction itself.
@@ -56,6 +58,7 @@ class StepTable:
     start: Level
     learned: str | None = None
     mean_std: Tensor | None = None
+    shifts: Shifts = "epsilon"
     init_noise_sigma: float = 1.0
     stores: str = "x0"
     restart: Callable[[int], StepTable] | None = None
@@ -177,6 +180,7 @@ def ddpm_table(
         log_variance=bounds,
         learned=learned,
         mean_std=mean_std,
+        shifts="mean",
     )
 
 
@@ -208,7 +212,9 @@ def ddim_table(
     direction = (1 - bar_prev - std.square()).clamp_min(0).sqrt()
     to_x0 = x0_from(prediction_type, bar, timesteps)
     c, d, e = _ddim_mean(prediction_type, bar, bar_prev, direction, rederive=use_clipped_model_output)
-    return make_table(timesteps, (*to_x0, c, d, e, torch.zeros_like(bar), std), before=bar, after=bar_prev)
+    shifts: Shifts = "clipped epsilon" if use_clipped_model_output else "epsilon"
+    columns = (*to_x0, c, d, e, torch.zeros_like(bar), std)
+    return make_table(timesteps, columns, before=bar, after=bar_prev, shifts=shifts)
 
 
 def ddim_inversion_table(
@@ -257,8 +263,9 @@ def make_table(
     learned: str | None = None,
     needs_network: Tensor | None = None,
     mean_std: Tensor | None = None,
+    shifts: Shifts = "epsilon",
 ) -> StepTable:
-    """A `StepTable` from its seven columns and abar before and after each step, all [S]."""
+    """Return a `StepTable` of its seven columns and abar before and after each step, all [S]."""
     return StepTable(
         timesteps,
         torch.stack(list(columns), dim=1),
@@ -268,6 +275,7 @@ def make_table(
         (float(before[0].sqrt()), float((1 - before[0]).sqrt())),
         learned,
         mean_std,
+        shifts,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastddpm.common import checks
+from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import repaint_table
 from fastddpm.process.tables import ddim_inversion_table
 from fastddpm.sampling.sampler import Sampler
@@ -118,7 +119,7 @@ def inpaint(
                 f"{jump_n_sample} it must be less"
             )
         options["table"] = repaint_table(
-            sampler.schedule,
+            _schedule(sampler, "resampling"),
             sampler.timesteps,
             jump_length=jump_length,
             jump_n_sample=jump_n_sample,
@@ -153,7 +154,7 @@ def encode(sampler: Sampler, images: Tensor, *, strength: float = 1.0, **options
     # Where there is no noise, x and x0 do not tell epsilon: a model of x0 has to start at the level of timestep 0.
     clean = float(sampler.table.levels[-1, 1]) == 0 and sampler.prediction_type != "sample"
     table = ddim_inversion_table(
-        sampler.schedule,
+        _schedule(sampler, "encoding"),
         sampler.timesteps[start:],
         prediction_type=sampler.prediction_type,
         set_alpha_to_one=clean,
@@ -354,6 +355,12 @@ def _check_deterministic(sampler: Sampler, task: str) -> None:
             f"method is {sampler.method!r} with noise at its steps, but {task} needs one without: 'ddim' with eta 0 "
             "or 'dpmsolver++'"
         )
+
+
+def _schedule(sampler: Sampler, task: str) -> NoiseSchedule:
+    if sampler.schedule is None:
+        raise ValueError(f"sampler was made of a StepTable, but {task} needs one made of a NoiseSchedule")
+    return sampler.schedule
 
 
 def _check_images(sampler: Sampler, images: Tensor, name: str) -> Tensor:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastddpm.process.tables import StepTable
+from fastddpm.process.tables import Shifts, StepTable
 
 ClassifierFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -34,7 +33,7 @@ class Classifier:
 
     gradient: ClassifierFn
     scale: float
-    shifts: Literal["mean", "epsilon", "clipped epsilon"]
+    shifts: Shifts
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """scale * gradient, float32 like `x`. The function may differentiate in its x, a detached view of `x`."""

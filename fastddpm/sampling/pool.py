@@ -1,115 +1,101 @@
-"""A sampler's loops, kept for the next batch of the same layout: same buffers, same graphs."""
+"""A sampler's loops, kept for the next batch whose buffers have the same shapes: same memory, same graphs."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastddpm.sampling.loop import Layout, Loop
-from fastddpm.sampling.runner import Runner
+from fastddpm.networks.network import Network
+from fastddpm.sampling.loop import Loop, Shapes
+from fastddpm.sampling.runner import GraphRecord, Runner, make_runner
+from fastddpm.sampling.settings import LoopSettings
 
 IDLE = 4  # loops that are kept for later
 
 
-@dataclass(eq=False)
-class Slot:
-    """A loop and what runs it, lent to one user at a time.
-
-    Attributes:
-        loop, runner: the two; the runner may be replaced.
-        built: the stream on which the loop's memory was allocated; None where there are no streams.
-        released: recorded at the end of the last lease.
-    """
-
-    loop: Loop
-    runner: Runner
-    built: torch.cuda.Stream | None = None
-    released: torch.cuda.Event | None = None
-
-
 class LoopPool:
-    """Lends loops by layout. Safe for threads, each of which gets one of its own.
+    """Lends loops with what runs them, each to one user at a time. Safe for threads.
 
     Args:
-        make: builds a loop and its runner for a layout.
-        device: where the loops are.
+        network, settings, graphs: of the loops.
         idle: how many unused ones are kept, those used last.
 
     Attributes:
-        built: how many loops have been built.
+        built: how many loops were built to be lent.
     """
 
-    def __init__(
-        self, make: Callable[[Layout], tuple[Loop, Runner]], device: torch.device, *, idle: int = IDLE
-    ) -> None:
-        self._make, self._device, self._most = make, device, idle
-        self._idle: list[Slot] = []  # the one used last at the end
+    def __init__(self, network: Network, settings: LoopSettings, graphs: GraphRecord, *, idle: int = IDLE) -> None:
+        self.network, self.settings, self.graphs, self._most = network, settings, graphs, idle
+        self._idle: list[Runner] = []  # the one used last at the end
         self._lock = threading.Lock()  # held for bookkeeping alone, never while a loop is built or used
         self.built = 0
 
+    def build(self, shapes: Shapes, mode: str | None = None) -> Runner:
+        """Return a new loop that the pool does not keep; `mode` as for `make_runner`."""
+        return make_runner(Loop(self.network, shapes, self.settings), self.graphs, mode)
+
     @contextmanager
-    def lease(self, layout: Layout) -> Iterator[Slot]:
-        """A loop of `layout` for oneself, idle or new. After an error inside, it is not used again."""
-        slot = self._take(layout)
-        if slot is None:
-            loop, runner = self._make(layout)
-            slot = Slot(loop, runner, self._stream())
+    def lease(self, shapes: Shapes) -> Iterator[Runner]:
+        """Lend a loop with buffers of these shapes, kept or new. After an error inside it is not used again."""
+        runner = self._take(shapes)
+        if runner is None:
+            runner = self.build(shapes)
             with self._lock:
                 self.built += 1
-        elif (stream := self._stream()) is not None and slot.released is not None:
-            stream.wait_event(slot.released)
+        elif (stream := self._stream()) is not None and runner.released is not None:
+            stream.wait_event(runner.released)
         try:
-            yield slot
+            yield runner
         except BaseException:
             if (stream := self._stream()) is not None:
-                with suppress(RuntimeError):  # the error that is under way tells more
+                with suppress(RuntimeError):  # the error under way tells more
                     stream.synchronize()  # what still runs reads memory that is about to be freed
             raise
-        self._give_back(slot)
+        self._give_back(runner)
 
     def clear(self) -> int:
-        """Frees the loops that are not in use, and returns how many they were."""
+        """Free the loops that are not in use, and return how many they were."""
         with self._lock:
             dropped, self._idle = self._idle, []
         return len(dropped)
 
     @property
-    def idle(self) -> int:
-        """How many loops are kept that are not in use."""
-        return len(self._idle)
+    def idle(self) -> list[Runner]:
+        """The loops that are kept and not in use."""
+        return list(self._idle)
 
-    def _take(self, layout: Layout) -> Slot | None:
+    def _take(self, shapes: Shapes) -> Runner | None:
         with self._lock:
             for index in range(len(self._idle) - 1, -1, -1):
-                if self._idle[index].loop.layout == layout:
+                if self._idle[index].loop.shapes == shapes:
                     return self._idle.pop(index)
         return None
 
-    def _give_back(self, slot: Slot) -> None:
+    def _give_back(self, runner: Runner) -> None:
         stream = self._stream()
         if stream is not None:
-            slot.released = slot.released or torch.cuda.Event()
-            slot.released.record(stream)
-            if slot.built is not None and slot.built != stream:
+            runner.released = runner.released or torch.cuda.Event()
+            runner.released.record(stream)
+            if runner.built is not None and runner.built != stream:
                 # The allocator takes memory back as of the stream it was allocated on, whenever the loop is freed.
-                slot.built.wait_event(slot.released)
+                runner.built.wait_event(runner.released)
         with self._lock:
-            self._idle.append(slot)
+            self._idle.append(runner)
             dropped = self._idle[: -self._most] if self._most else self._idle[:]
             del self._idle[: len(dropped)]
         del dropped  # outside of the lock: freeing graphs may take a while
 
     def _stream(self) -> torch.cuda.Stream | None:
-        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        device = self.network.device
+        return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of a pool is an empty one."""
-        return {"make": self._make, "device": self._device, "idle": self._most}
+        """Copy a pool without its loops."""
+        return {"network": self.network, "settings": self.settings, "graphs": self.graphs, "idle": self._most}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["make"], state["device"], idle=state["idle"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]

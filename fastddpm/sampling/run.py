@@ -1,160 +1,196 @@
-"""One call of `Sampler.sample`: a table walked by all samples, in chunks, with what the host does on the way."""
+"""One call of `Sampler.sample`: the loop over the table.
+
+    Sampler.sample -> Run.draw -> Run._walk: for rows in table: Runner.advance -> Loop.body -> network, reverse_step
+
+A `Sampler` has settings and a table, a `Run` what one call adds, a `Batch` what differs from sample to sample, a `Loop`
+the buffers on the device, and its `Runner` runs the steps: from Python, or as CUDA graphs.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from fastddpm_kernels import philox
 from torch import Tensor
 
-from fastddpm.common.progress import Bar
+from fastddpm.common.progress import Bar, Report, check_progress, progress_bar
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.batch import Batch, NoiseSource, give_noise
-from fastddpm.sampling.loop import Body, Layout, layout_of
-from fastddpm.sampling.pool import Slot
-from fastddpm.sampling.runner import Graphs, segments
-from fastddpm.sampling.settings import LoopSettings
+from fastddpm.sampling.batch_size import BatchSizes, log_halving
+from fastddpm.sampling.loop import Body, Loop, Shapes, buffer_shapes
+from fastddpm.sampling.memory import is_out_of_memory, not_even_one, release_memory
+from fastddpm.sampling.pool import LoopPool
+from fastddpm.sampling.runner import Runner, most_frequent
 from fastddpm.sampling.trajectory import Recorder
 
 StepCallback = Callable[[int, int, Tensor], bool | None]
 
-# Where the host is ahead of the device, progress is told at most so often per chunk, and after no fewer steps, so that
-# graphs of several steps stay worth their while.
+# On CUDA progress is told at most so often per chunk, and after no fewer steps, so that graphs of several steps stay
+# worth their while.
 BAR_UPDATES, BAR_STEPS = 50, 4
+
+
+class Segment(NamedTuple):
+    """Steps that run in one go: `steps` of one kind from row `first` on."""
+
+    kind: Body
+    first: int
+    steps: int
+
+
+def segments(bodies: Sequence[Body], start: int = 0, periods: Iterable[int] = ()) -> Iterator[Segment]:
+    """Yield the rows from `start` on in order, in as few segments as can be.
+
+    A segment ends where the kind of step changes, and after every k-th step, counted from `start`, for every k in
+    `periods`: there the host has something to do.
+    """
+    periods = tuple(periods)
+    first = start
+    for row in range(start, len(bodies)):
+        done = row - start + 1
+        last = row + 1 == len(bodies) or bodies[row + 1] != bodies[row]
+        if last or any(done % period == 0 for period in periods):
+            yield Segment(bodies[row], first, row + 1 - first)
+            first = row + 1
 
 
 @dataclass(eq=False)
 class Run:
-    """What the chunks of one call share.
+    """One call of `Sampler.sample`.
 
     Attributes:
+        pool: of the sampler's loops.
         table, start: the rows to walk, from `start` on.
         batch: of all samples.
-        initial: gives some of the samples as they are before the first step, float [n, ...].
-        images: float32 [N, ...], where the samples go in the end.
-        settings: of the sampler.
-        graphs: how loops are run.
+        shape: [N, ...] of all samples.
+        x_T: [N, ...], the samples before the first step, or None to draw them.
         noise, known_noise, callback: as in `Sampler.sample`.
         recorder: of the trajectory, or None.
-        bar: of the progress, or None.
     """
 
+    pool: LoopPool
     table: StepTable
     start: int
     batch: Batch
-    initial: Callable[[slice], Tensor]
-    images: Tensor
-    settings: LoopSettings
-    graphs: Graphs
+    shape: tuple[int, ...]
+    x_T: Tensor | None = None
     noise: NoiseSource | None = None
     known_noise: NoiseSource | None = None
     callback: StepCallback | None = None
     recorder: Recorder | None = None
     bar: Bar | None = None
 
+    def draw(self, sizes: BatchSizes, batch_size: int | str | None, progress: bool | Report) -> Tensor:
+        """Take all samples through the table, in chunks, and return them: float32 [N, ...].
+
+        Raises:
+            torch.OutOfMemoryError: so many samples at once do not fit; with "auto", not even one.
+        """
+        check_progress(progress)
+        count, first, at_once = self.shape[0], 0, callable(self.noise) or callable(self.known_noise)
+        images = torch.empty(self.shape, dtype=torch.float32, device=self.pool.network.device)
+        auto = batch_size == "auto" and not at_once  # a noise function could not know which samples it draws for
+        chunk = sizes.choose(self, count) if auto else batch_size if isinstance(batch_size, int) else count
+        chosen = chunk
+        with progress_bar(self.steps * -(-count // chunk), "sampling", enabled=progress) as bar:
+            self.bar = None if progress is False else bar
+            while first < count:
+                rows, done = slice(first, min(first + chunk, count)), bar.done
+                try:
+                    with self.pool.lease(self.shapes(rows)) as runner:
+                        self._walk(rows, runner)
+                        images[rows] = runner.loop.x
+                    first = rows.stop
+                except (RuntimeError, MemoryError) as error:
+                    if self.bar is not None:
+                        bar(done - bar.done)  # these steps will be done again
+                    smaller = self._smaller(error, rows.stop - first, auto, at_once)
+                else:
+                    continue
+                release_memory()
+                if smaller is not None:
+                    if self.bar is not None:
+                        bar.extend(self.steps * (-(-(count - first) // smaller) - -(-(count - first) // chunk)))
+                    chunk = smaller
+        if chunk < chosen:
+            sizes.remember(self, chunk)
+        return images
+
+    def _smaller(self, error: BaseException, size: int, auto: bool, at_once: bool) -> int | None:
+        """Return how many samples to try after `size` ran out of memory; None: as many again, there is more room now.
+
+        Raises:
+            RuntimeError, MemoryError: the error itself, where nothing helps.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        if self.pool.clear():  # of loops that were kept for other shapes
+            return None
+        if not auto:
+            error.args = (f"{error}\n{_advice(at_once)}",)
+            raise error
+        if size == 1:
+            raise not_even_one(error) from error
+        log_halving(size, -(-size // 2))
+        return -(-size // 2)
+
+    def _walk(self, rows: slice, runner: Runner) -> None:
+        """Take some of the samples through the table."""
+        loop = self._load(rows, runner)
+        moments = _Moments(self, rows, loop)
+        for kind, first, steps in segments(loop.bodies, self.start, self.periods(loop.x.device)):
+            self._give_noise(first, rows, loop)
+            runner.advance(kind, steps)
+            if moments.passed(first + steps - 1, steps):
+                break
+        moments.end()
+
     @property
     def steps(self) -> int:
         """How many steps every sample takes."""
         return len(self.table) - self.start
 
-    @property
-    def needs_all_at_once(self) -> bool:
-        """Whether noise comes from a function, which could not know for which samples it is asked."""
-        return callable(self.noise) or callable(self.known_noise)
-
-    @property
-    def advice(self) -> str:
-        """What helps where memory runs out."""
-        if self.needs_all_at_once:
-            return "noise from a function is for all samples at once; as a tensor it would let batch_size be 'auto'"
-        return "batch_size='auto' takes as many samples at once as fit"
-
-    def layout(self, rows: slice) -> Layout:
-        """The layout of the loop for some of the samples."""
-        return layout_of(
+    def shapes(self, rows: slice) -> Shapes:
+        """Return the shapes of the buffers for some of the samples."""
+        return buffer_shapes(
             self.table,
-            tuple(self.images[rows].shape),
+            (len(range(*rows.indices(self.shape[0]))), *self.shape[1:]),
             self.batch.samples(rows),
-            self.settings,
+            self.pool.settings,
+            self.pool.network,
             keep_x0=self.recorder is not None,
             noise=self.noise is not None,
             known_noise=self.known_noise is not None,
         )
 
-    def chunk(self, rows: slice, slot: Slot) -> None:
-        """All steps of some of the samples, in a loop of their layout."""
-        done = 0 if self.bar is None else self.bar.done
-        try:
-            self._walk(rows, slot)
-        except (RuntimeError, MemoryError):
-            if self.bar is not None:
-                self.bar(done - self.bar.done)  # they will be done again
-            raise
+    def key(self) -> object:
+        """Return what is equal for runs whose loops differ in their numbers of samples and rows alone."""
+        return frozenset((name, shape[1:], dtype) for name, (shape, dtype) in self.shapes(slice(0, 1)).items())
 
-    def _walk(self, rows: slice, slot: Slot) -> None:
-        self._load(rows, slot)
-        loop, recorder = slot.loop, self.recorder
-        if recorder is not None:
-            recorder.begin_chunk()
-        timesteps = self.table.timesteps.tolist()
-        adds_noise, levels = (self.table.rows[:, 6] != 0).tolist(), self.table.levels[:, 1].tolist()
-        pace = _Pace(self.bar, loop.x.device)
-        row = self.start
-        for kind, row, count in segments(loop.bodies, self.start, self._periods(loop.x.device)):
-            if adds_noise[row]:
-                give_noise(loop.noise, self.noise, row, rows, "noise")
-            if levels[row]:
-                give_noise(loop.known_noise, self.known_noise, row, rows, "known_noise")
-            slot.runner.advance(kind, count)
-            pace.advance(count)
-            row += count - 1
-            if recorder is not None and loop.x0 is not None:
-                recorder.after_step(row - self.start, rows, loop.x, loop.x0)
-            if self.callback is not None and self.callback(row, timesteps[row], loop.x):
-                break
-        pace.finish()
-        if recorder is not None and loop.x0 is not None:
-            recorder.end_of_chunk(row - self.start, timesteps[row], rows, loop.x, loop.x0)
-        self.images[rows] = loop.x
-
-    def one_step(self, slot: Slot) -> Body:
-        """A step of the kind that there is most of, for the first samples, as many as the loop has; and its kind."""
-        kind = self._load(slice(0, len(slot.loop.x)), slot, only=True)
-        slot.loop.step.zero_()  # from there on there is room for more steps
-        slot.runner.advance(kind, 1)
+    def one_step(self, runner: Runner) -> Body:
+        """Run one step of the most frequent kind, for as many samples as the loop has, and return that kind."""
+        loop = self._load(slice(0, len(runner.loop.x)), runner, only_most=True)
+        kind = most_frequent(loop.bodies[self.start :])
+        loop.step.zero_()  # from there on there is room for more steps
+        runner.advance(kind, 1)
         return kind
 
-    def seconds_per_step(self, slot: Slot, steps: int = 2) -> float:
-        """How long such a step takes, once warmed up."""
-        kind = self.one_step(slot)
-        device = slot.loop.x.device
+    def seconds_per_step(self, runner: Runner, steps: int = 2) -> float:
+        """Return how long such a step takes, once warmed up."""
+        kind, device = self.one_step(runner), runner.loop.x.device
         _wait_for(device)
         begin = time.perf_counter()
-        slot.runner.advance(kind, steps)
+        runner.advance(kind, steps)
         _wait_for(device)
         return (time.perf_counter() - begin) / steps
 
-    def _load(self, rows: slice, slot: Slot, *, only: bool = False) -> Body:
-        """Loads some of the samples, and captures what has not been: all kinds of steps, or the `only` most frequent.
-
-        Returns:
-            The most frequent kind of step.
-        """
-        loop, batch = slot.loop, self.batch.samples(rows)
-        x = self.initial(rows)
-        loop.load(self.table, x, batch, self.start)
-        kinds = loop.bodies[self.start :]
-        most = max(dict.fromkeys(kinds), key=kinds.count)
-        slot.runner, stale = self.graphs.prepare(slot.runner, loop, [most] if only else kinds)
-        if stale:  # capturing runs steps
-            loop.load(self.table, x, batch, self.start)
-        return most
-
-    def _periods(self, device: torch.device) -> list[int]:
-        """After every how many steps the host has something to do."""
+    def periods(self, device: torch.device) -> list[int]:
+        """Return after every how many steps the host has something to do."""
         periods = []
         if self.callback is not None or self.noise is not None or self.known_noise is not None:
             periods.append(1)
@@ -164,41 +200,74 @@ class Run:
             periods.append(max(BAR_STEPS, -(-self.steps // BAR_UPDATES)) if device.type == "cuda" else 1)
         return periods
 
+    def _load(self, rows: slice, runner: Runner, *, only_most: bool = False) -> Loop:
+        batch = self.batch.samples(rows)
+        if self.x_T is not None:
+            x = self.x_T[rows]
+        else:
+            backend = self.pool.settings.backend
+            x = philox.normal(batch.keys, self.shape[1:], step=0, stream=philox.STREAM_INITIAL, backend=backend)
+        runner.load(self.table, x, batch, self.start, only_most=only_most)
+        return runner.loop
 
-class _Pace:
-    """Moves a bar as the device does the steps, not as the host asks for them.
+    def _give_noise(self, row: int, rows: slice, loop: Loop) -> None:
+        """Put the noise that the user gives for a row into the loop, where that row has a use for it."""
+        if self.noise is not None and self.table.rows[row, 6] != 0:
+            give_noise(loop.buffers["noise"], self.noise, row, rows, "noise")
+        if self.known_noise is not None and self.table.levels[row, 1] != 0:
+            give_noise(loop.buffers["known_noise"], self.known_noise, row, rows, "known_noise")
 
-    The host stays two segments ahead: enough for the device never to wait for it.
+
+class _Moments:
+    """What the host does between the segments of a chunk: progress, the trajectory, the callback.
+
+    The bar moves as the device does the steps, not as the host asks for them: the host stays two segments ahead, enough
+    for the device never to wait for it.
     """
 
-    def __init__(self, bar: Bar | None, device: torch.device) -> None:
-        self._bar, self._device = bar, device
+    def __init__(self, run: Run, rows: slice, loop: Loop) -> None:
+        self._run, self._rows, self._loop = run, rows, loop
         self._pending: deque[tuple[torch.cuda.Event, int]] = deque()
+        self._timesteps = run.table.timesteps.tolist()
+        self._row = run.start
+        if run.recorder is not None:
+            run.recorder.begin_chunk()
 
-    def advance(self, count: int) -> None:
-        if self._bar is None:
-            return
-        if self._device.type != "cuda":
-            self._bar(count)
-            return
-        event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self._device))
-        self._pending.append((event, count))
-        self._drain(2)
+    def passed(self, row: int, steps: int) -> bool:
+        """Note that the loop has passed `row` after `steps` further steps. Returns whether the callback stops it."""
+        run, loop, self._row = self._run, self._loop, row
+        if run.bar is not None and loop.x.device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(loop.x.device))
+            self._pending.append((event, steps))
+            self._drain(run.bar, 2)
+        elif run.bar is not None:
+            run.bar(steps)
+        if run.recorder is not None:
+            run.recorder.after_step(row - run.start, self._rows, loop.x, loop.buffers["x0"])
+        return run.callback is not None and bool(run.callback(row, self._timesteps[row], loop.x))
 
-    def finish(self) -> None:
-        self._drain(0)
+    def end(self) -> None:
+        """Note that the loop has ended at the row passed last."""
+        run, loop, row = self._run, self._loop, self._row
+        if run.bar is not None:
+            self._drain(run.bar, 0)
+        if run.recorder is not None:
+            timestep, x0 = self._timesteps[row], loop.buffers["x0"]
+            run.recorder.end_of_chunk(row - run.start, timestep, self._rows, loop.x, x0)
 
-    def _drain(self, left: int) -> None:
-        while len(self._pending) > left and self._bar is not None:
-            event, count = self._pending.popleft()
+    def _drain(self, bar: Bar, left: int) -> None:
+        while len(self._pending) > left:
+            event, steps = self._pending.popleft()
             event.synchronize()
-            self._bar(count)
+            bar(steps)
 
 
-def layout_of_one(run: Run) -> Layout:
-    """What of a run's layout does not depend on how many samples or steps it has."""
-    return replace(run.layout(slice(0, 1)), rows=0)
+def _advice(at_once: bool) -> str:
+    """Return what helps where memory runs out."""
+    if at_once:
+        return "noise from a function is for all samples at once; as a tensor it would let batch_size be 'auto'"
+    return "batch_size='auto' takes as many samples at once as fit"
 
 
 def _wait_for(device: torch.device) -> None:

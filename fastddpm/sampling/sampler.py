@@ -1,15 +1,16 @@
-"""Sampling: settings and a model become a coefficient table, a loop, and images."""
+"""Sampling: a model and a coefficient table become images.
+
+`run` has the loop and names the objects on the way.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, overload
 
 import torch
-from fastddpm_kernels import philox
 from fastddpm_kernels.backend import resolve
 from torch import Tensor
 
@@ -21,19 +22,19 @@ from fastddpm.networks.precision import tf32
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.batch import NoiseSource, check_noise, make_batch
-from fastddpm.sampling.batching import Batching
+from fastddpm.sampling.batch_size import BatchSizes
 from fastddpm.sampling.guidance import ClassifierFn
+from fastddpm.sampling.pool import LoopPool
 from fastddpm.sampling.run import Run, StepCallback
-from fastddpm.sampling.runner import Graphs
+from fastddpm.sampling.runner import GraphRecord
 from fastddpm.sampling.settings import (
     LoopSettings,
-    build_table,
     check_guidance,
     check_null_class,
     check_out_channels,
     checked_table,
     choose_classifier,
-    choose_timesteps,
+    choose_table,
     clipping,
 )
 from fastddpm.sampling.trajectory import Recorder, Trajectory
@@ -48,8 +49,10 @@ class Sampler:
         model: an `nn.Module` or any callable `model(x, t)`, or `model(x, t, class_labels=labels)` if it is
             conditional. x is [N, ...] in the network's dtype, t is int64 [N]. It returns a tensor of x's shape (twice
             the channels for a learned variance), an object with such a `.sample`, or a tuple that begins with one.
-        schedule: the forward process the model was trained on.
-        method: "ddpm" (ancestral sampling), "ddim" or "dpmsolver++" (second-order multistep; for few steps).
+        schedule: the forward process the model was trained on; or a `StepTable`, such as
+            `ddim_table(schedule, timesteps, eta=0.5)`, in place of a schedule, a method and its settings.
+        method: the name of a function that makes the table: "ddpm" (ancestral sampling), "ddim" or "dpmsolver++"
+            (second-order multistep; for few steps). `fastddpm.process.methods.METHODS` has them all.
         num_inference_steps: from 1 to T; None for all T. For spacing "guided_diffusion" also a string of its.
         timestep_spacing: "leading", "trailing", "linspace", "denoising_diffusion_pytorch" or "guided_diffusion".
         prediction_type: what the model predicts: "epsilon", "sample" or "v_prediction".
@@ -60,28 +63,25 @@ class Sampler:
         guidance_scale: classifier-free guidance, out = uncond + scale * (cond - uncond); needs class labels and a
             null class. None or 1: no guidance, one evaluation per step. `sample` may override it.
         dtype: of the network, as a torch.dtype or by name: "float32", "float16", "bfloat16"; "tf32" for float32 whose
-            products CUDA rounds to TensorFloat-32; "auto" for float16 on CUDA, or bfloat16 where a `fastddpm.UNet`
-            would overflow in float16 (it is tried, and logged), and the model's own elsewhere; None for the model's
-            own. "float32" and "tf32" set torch's switches for TensorFloat-32 while sampling. The state is always
-            float32. A `fastddpm.UNet` is prepared for sampling: see `fastddpm.networks.frozen`.
+            products CUDA rounds to TensorFloat-32; None for the model's own. "auto" is float16 on CUDA and the model's
+            own elsewhere; a `fastddpm.UNet` that would overflow in float16 gets bfloat16 (it is tried, and logged).
+            "float32" and "tf32" set torch's switches for TensorFloat-32 while sampling. The state is always float32.
+            A `fastddpm.UNet` is prepared for sampling: see `fastddpm.networks.frozen`.
         device: where to sample; None for where the model is.
         backend: "auto", "triton", "native", "eager" or "reference", for the sampling step (and for the layers of a
             `fastddpm.UNet`).
-        cuda_graph: on a CUDA device, "auto" captures the loop's steps as CUDA graphs and runs those in the way that it
-            measures to be fastest (up to 192 steps one by one, which is not worth measuring); a model that cannot be
-            captured is run without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per
-            launch) or "step" (one): only that way. False: no graphs, for models whose Python code does not do the
-            same in every call. The operations are the same in all. `graph_report` says what was done.
-        autotune: before a run, measure the fastest kernels for those of its shapes that were not tuned before, for up
-            to 20 s; they are kept in the user's cache, as `fastddpm tune` does. False: only look there.
+        cuda_graph: on a CUDA device, "auto" captures the steps as CUDA graphs and runs them in the way that it measures
+            to be fastest (up to 192 steps one by one, where measuring does not pay); a model that cannot be captured
+            runs without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per launch) or
+            "step" (one): only that way. False: no graphs, for models whose Python code does not do the same in every
+            call. The operations are the same in all. `graph_report` says what was done.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.
         timesteps: an explicit list of falling timesteps, in place of `num_inference_steps` and the spacing.
-        convention: of method "ddpm", where libraries differ in the last step: "diffusers", "guided_diffusion" or
-            "denoising_diffusion_pytorch"; see `coefficients.ddpm_table`.
-        use_clipped_model_output, set_alpha_to_one: of method "ddim"; see `coefficients.ddim_table`.
-        solver_order, lower_order_final, final_sigmas_type: of method "dpmsolver++"; see `solvers.dpmsolver_table`.
+        convention: of method "ddpm", see `ddpm_table`.
+        use_clipped_model_output, set_alpha_to_one: of method "ddim", see `ddim_table`.
+        solver_order, lower_order_final, final_sigmas_type: of method "dpmsolver++", see `dpmsolver_table`.
         thresholding: dynamic thresholding (Saharia et al. 2022) in place of `clip_sample`: each sample's x0 is clipped
             to its `dynamic_thresholding_ratio`-quantile of magnitude, at least 1 and at most `sample_max_value` (which
             comes first, if it is less than 1), and divided by it.
@@ -96,44 +96,50 @@ class Sampler:
         classifier_scale: factor of that gradient.
         self_condition: give the model the x0 it predicted in the step before, zeros at first (Chen et al. 2022): as
             `x_self_cond` if it has a parameter of that name, else as channels before those of x.
+        **settings: further settings of the method. Where one is None, the method's own default holds.
+
+    Attributes:
+        table: the coefficient table; `timesteps` are its.
+        schedule, method: as given; None and "table" where a table was.
+        settings: what the loops do with predictions.
+        network: the model in its place and dtype.
 
     A model that has to be moved or converted is copied; the one passed in stays as it is. It is evaluated in eval
     mode and without gradients. What a batch needs on the device is kept for the next one of the same shape and
     options, and given back with the sampler. Several threads may use one sampler.
 
     Raises:
-        ValueError, TypeError: a setting is not known, out of range, or two of them contradict each other.
+        ValueError, TypeError: a setting is not known, out of range, another method's, or contradicts another one.
         BackendError: a backend was named that cannot run on the device.
     """
 
     def __init__(
         self,
         model: Callable[..., Any],
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | StepTable,
         method: str = "ddpm",
         num_inference_steps: int | str | None = None,
         timestep_spacing: str = "leading",
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
         clip_sample: bool = True,
-        eta: float = 0.0,
+        eta: float | None = None,
         guidance_scale: float | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
         cuda_graph: str | bool = "auto",
         *,
-        autotune: bool = False,
         steps_offset: int = 0,
         clip_sample_range: float = 1.0,
         null_class: int | None = None,
         timesteps: Sequence[int] | Tensor | None = None,
-        convention: str = "diffusers",
-        use_clipped_model_output: bool = False,
-        set_alpha_to_one: bool = True,
-        solver_order: int = 2,
-        lower_order_final: bool = True,
-        final_sigmas_type: str = "zero",
+        convention: str | None = None,
+        use_clipped_model_output: bool | None = None,
+        set_alpha_to_one: bool | None = None,
+        solver_order: int | None = None,
+        lower_order_final: bool | None = None,
+        final_sigmas_type: str | None = None,
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
@@ -142,12 +148,39 @@ class Sampler:
         classifier_fn: ClassifierFn | None = None,
         classifier_scale: float = 1.0,
         self_condition: bool = False,
+        **settings: Any,
     ) -> None:
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule is a {type(schedule).__name__}, must be a NoiseSchedule")
+        self.table = choose_table(
+            schedule,
+            method,
+            num_inference_steps=num_inference_steps,
+            timestep_spacing=timestep_spacing,
+            steps_offset=steps_offset,
+            timesteps=timesteps,
+            variance_type=variance_type,
+            prediction_type=prediction_type,
+            settings={
+                "eta": eta,
+                "convention": convention,
+                "use_clipped_model_output": use_clipped_model_output,
+                "set_alpha_to_one": set_alpha_to_one,
+                "solver_order": solver_order,
+                "lower_order_final": lower_order_final,
+                "final_sigmas_type": final_sigmas_type,
+                **settings,
+            },
+        )
+        self.timesteps, self.prediction_type = self.table.timesteps, prediction_type
+        self.schedule: NoiseSchedule | None = None if isinstance(schedule, StepTable) else schedule
+        self.method = "table" if self.schedule is None else method
+        if self.schedule is None and self.table.learned is not None:
+            variance_type = "learned_range" if self.table.learned == "range" else "learned"
+        self.variance_type = variance_type
+        if self.schedule is None and dtype == "auto":
+            raise ValueError("dtype is 'auto' but schedule is a StepTable, which does not say what is tried; name one")
         chosen, self._tf32 = choose_dtype(
             model,
-            schedule,
+            self.schedule,
             dtype,
             device,
             prediction_type=prediction_type,
@@ -161,29 +194,6 @@ class Sampler:
         self.device, self.dtype = self.network.device, self.network.dtype
         step = "eager" if backend == "native" else backend  # a step has no native kernel: it costs next to nothing
         self.backend = resolve("reverse_step", step, self.device.type)
-        self._graphs = Graphs(cuda_graph, self.device)
-
-        self.schedule, self.method = schedule, method
-        self.prediction_type, self.variance_type = prediction_type, variance_type
-        self.timesteps = choose_timesteps(
-            schedule, method, num_inference_steps, timestep_spacing, steps_offset, timesteps
-        )
-        self.table = build_table(
-            schedule,
-            self.timesteps,
-            method,
-            prediction_type,
-            variance_type,
-            {
-                "eta": eta,
-                "convention": convention,
-                "use_clipped_model_output": use_clipped_model_output,
-                "set_alpha_to_one": set_alpha_to_one,
-                "solver_order": solver_order,
-                "lower_order_final": lower_order_final,
-                "final_sigmas_type": final_sigmas_type,
-            },
-        )
         self.clip_range, threshold = clipping(
             clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value
         )
@@ -198,21 +208,23 @@ class Sampler:
             guidance_rescale=guidance_rescale,
             guidance_interval=check_guidance(guidance_interval, guidance_rescale),
             null_class=self.null_class,
-            classifier=choose_classifier(method, classifier_fn, classifier_scale, use_clipped_model_output),
+            classifier=choose_classifier(classifier_fn, classifier_scale, self.table.shifts),
             self_condition=self_condition,
         )
         check_out_channels(self.settings, getattr(self.config, "out_channels", None))
-        self._autotune = autotune
         self._checked_finite = False
-        self._batching = Batching(self.network, self.settings, self._graphs)
+        self._graphs = GraphRecord.parse(cuda_graph, self.device)
+        # Neither refers to the sampler: what refers to that keeps its memory past it.
+        self._pool = LoopPool(self.network, self.settings, self._graphs)
+        self._sizes = BatchSizes(self._pool)
 
     def graph_report(self) -> dict[str, Any]:
-        """What became of `cuda_graph`.
+        """Return what became of `cuda_graph`.
 
         Returns:
-            "mode": how steps are run, "while", "unrolled" or "step", "plain" without graphs, None before the first
-            capture; "measured_us": microseconds per step of every mode that was tried; "captures": how many were made
-            so far; "why_not": why there are no graphs, or None.
+            "mode": how steps run, "while", "unrolled" or "step", "plain" without graphs, None before the first capture;
+            "measured_us": microseconds per step of every mode that was tried; "captures": how many were made so far;
+            "why_not": why there are no graphs, or None.
         """
         return self._graphs.report()
 
@@ -270,7 +282,7 @@ class Sampler:
         progress: bool | Report = False,
         return_trajectory: int | None = None,
     ) -> Tensor | Trajectory:
-        """Draws `num_samples` samples.
+        """Draw `num_samples` samples.
 
         Sample k of a seed is the same image (to the network's rounding) whatever the number of samples, the batch
         size, the backend or the device: its noise depends on the seed, k, the step and the position only.
@@ -340,39 +352,28 @@ class Sampler:
             every = checks.positive(return_trajectory, "return_trajectory")
             recorder = Recorder(every, table.timesteps[start:], shape, self.device)
         run = Run(
-            table=table,
-            start=start,
-            batch=batch,
-            initial=partial(self._initial, batch.keys, shape[1:], x_T),
-            images=torch.empty(shape, dtype=torch.float32, device=self.device),
-            settings=self.settings,
-            graphs=self._graphs,
+            self._pool,
+            table,
+            start,
+            batch,
+            shape,
+            x_T,
             noise=check_noise(noise, (len(table), *shape), batch_size, "noise"),
             known_noise=check_noise(known_noise, (len(table), *shape), batch_size, "known_noise"),
             callback=callback,
             recorder=recorder,
         )
         with self.network.evaluating(), self._rounding():
-            if self._autotune:
-                from fastddpm.perf.tuning.automatic import tune_run
-
-                tune_run(self.network, self.settings, self._batching.sizes, run, batch_size)
-            self._batching.walk(run, batch_size, progress)
-        self._check_finite(run.images)
-        return run.images if recorder is None else recorder.trajectory()
-
-    def _initial(self, keys: Tensor, shape: tuple[int, ...], x_T: Tensor | None, rows: slice) -> Tensor:
-        """Some of the samples before the first step: given, or drawn."""
-        if x_T is not None:
-            return x_T[rows]
-        return philox.normal(keys[rows], shape, step=0, stream=philox.STREAM_INITIAL, backend=self.backend)
+            images = run.draw(self._sizes, batch_size, progress)
+        self._check_finite(images)
+        return images if recorder is None else recorder.trajectory()
 
     def _rounding(self) -> AbstractContextManager[None]:
-        """Sets how CUDA rounds the factors of float32 products, where that was asked for."""
+        """Set how CUDA rounds the factors of float32 products, where that was asked for."""
         return nullcontext() if self._tf32 is None or self.device.type != "cuda" else tf32(self._tf32)
 
     def _check_finite(self, images: Tensor) -> None:
-        """Warns, once, of images that float16 has spoilt. Only the first call of `sample` waits for the device here."""
+        """Warn, once, of images that float16 has spoilt. Only the first call of `sample` waits for the device here."""
         if self.dtype == torch.float16 and not self._checked_finite:
             self._checked_finite = True
             if not bool(images.isfinite().all()):

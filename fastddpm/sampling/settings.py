@@ -1,40 +1,33 @@
-"""From a sampler's settings to its timesteps, its table, and what its loop does with predictions.
+"""From a sampler's settings to its table, and to what its loop does with predictions.
 
 A setting that the others leave without effect is an error that names both.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from fastddpm.process.methods import find_method, method_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table
-from fastddpm.process.tables import METHODS, VARIANCE_TYPES, StepTable, ddim_table, ddpm_table
+from fastddpm.process.tables import VARIANCE_TYPES, Shifts, StepTable
 from fastddpm.sampling.guidance import Classifier, ClassifierFn, DynamicThreshold
-
-_BUILDERS: dict[str, Callable[..., StepTable]] = {
-    "ddpm": ddpm_table,
-    "ddim": ddim_table,
-    "dpmsolver++": dpmsolver_table,
-}
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop needs of a sampler's settings: what stays the same from batch to batch.
+    """What a sampler's loops do with predictions, the same for every batch.
 
     Attributes:
         backend: of the kernels.
         clip_range: the bound of x0, or None.
         threshold: dynamic thresholding, in place of `clip_range`.
-        variance_type: tells whether the network's output has twice the channels. The second half is read where the
+        variance_type: says whether the network's output has twice the channels. The second half is read if the
             table has a learned variance.
         guidance_rescale: from 0 to 1; see `guidance.rescale_guidance`.
         guidance_interval: (lowest, highest) timestep at which guidance is computed; None for all.
@@ -59,64 +52,61 @@ class LoopSettings:
         return self.variance_type in ("learned", "learned_range")
 
 
-def choose_timesteps(
-    schedule: NoiseSchedule,
+def choose_table(
+    schedule: NoiseSchedule | StepTable,
     method: str,
+    *,
     num_inference_steps: int | str | None,
     timestep_spacing: str,
     steps_offset: int,
     timesteps: Sequence[int] | Tensor | None,
-) -> Tensor:
-    """The timesteps that a method visits: those listed, or those of a spacing. int64 [S], falling.
-
-    Raises:
-        ValueError: both are given, or as `NoiseSchedule.timesteps` and `check_timesteps`.
-    """
-    if timesteps is None:
-        multistep = method == "dpmsolver++"
-        return schedule.timesteps(num_inference_steps, timestep_spacing, steps_offset, multistep=multistep)
-    if num_inference_steps is not None:
-        raise ValueError(
-            f"num_inference_steps is {num_inference_steps} but timesteps are given; it must be one of them"
-        )
-    return schedule.check_timesteps(timesteps)
-
-
-def build_table(
-    schedule: NoiseSchedule,
-    timesteps: Tensor,
-    method: str,
-    prediction_type: str,
     variance_type: str,
-    options: Mapping[str, Any],
+    prediction_type: str,
+    settings: Mapping[str, Any],
 ) -> StepTable:
-    """The table of a method. `options` are keyword arguments of all the builders; each method has its own.
+    """Return the table of a method at the timesteps listed, or at those of a spacing; or the table given.
+
+    Args:
+        schedule: the forward process, or the table itself.
+        settings: of the method; None stands for its own default.
+        others: as for `Sampler`.
 
     Raises:
-        ValueError: a setting is not known, or one differs from its default that belongs to another method.
+        TypeError, ValueError: a setting is not known, is another method's, or is what a given table has fixed; or as
+            `NoiseSchedule.timesteps` and `check_timesteps`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}, must be one of {', '.join(METHODS)}")
     if variance_type not in VARIANCE_TYPES:
         raise ValueError(f"variance_type is {variance_type!r}, must be one of {', '.join(VARIANCE_TYPES)}")
-    own: dict[str, Any] = {"prediction_type": prediction_type}
-    if method == "ddpm":
-        own["variance_type"] = variance_type
-    for name, value in options.items():
-        owner, default = next(
-            (owner, parameters[name].default)
-            for owner, builder in _BUILDERS.items()
-            if name in (parameters := inspect.signature(builder).parameters)
-        )
-        if owner == method:
-            own[name] = value
-        elif value != default:
-            raise ValueError(f"{name} is {value!r} but method is {method!r}; {name} is a setting of method {owner!r}")
-    return _BUILDERS[method](schedule, timesteps, **own)
+    given = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(schedule, StepTable):
+        defaults = {
+            "method": (method, "ddpm"),
+            "num_inference_steps": (num_inference_steps, None),
+            "timestep_spacing": (timestep_spacing, "leading"),
+            "steps_offset": (steps_offset, 0),
+            "prediction_type": (prediction_type, "epsilon"),
+            **{name: (value, None) for name, value in [*given.items(), ("timesteps", timesteps)]},
+        }
+        for name, (value, default) in defaults.items():
+            if value is not default and value != default:
+                raise ValueError(f"{name} is {value!r} but schedule is a StepTable, which says that itself")
+        return schedule
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule is a {type(schedule).__name__}, must be a NoiseSchedule or a StepTable")
+    if timesteps is None:
+        multistep = find_method(method).multistep
+        timesteps = schedule.timesteps(num_inference_steps, timestep_spacing, steps_offset, multistep=multistep)
+    elif num_inference_steps is not None:
+        raise ValueError(f"num_inference_steps is {num_inference_steps} but timesteps are given; must be one of them")
+    network = {"prediction_type": prediction_type, "variance_type": variance_type}
+    return method_table(method, schedule, timesteps, **network, **given)
 
 
 def checked_table(table: StepTable, start: int, given: bool, settings: LoopSettings) -> StepTable:
-    """`table`, where a run of these settings can start from its row `start`; `given`: from states that are given.
+    """Return `table` if a run of these settings can start from its row `start`.
+
+    Args:
+        given: whether the states to start from are given.
 
     Raises:
         TypeError, ValueError: it cannot; the message says why.
@@ -137,10 +127,10 @@ def checked_table(table: StepTable, start: int, given: bool, settings: LoopSetti
 def clipping(
     clip_sample: bool, clip_sample_range: float, thresholding: bool, ratio: float, maximum: float
 ) -> tuple[float | None, DynamicThreshold | None]:
-    """(clip_range, threshold) of the loop, at most one of which is not None.
+    """Return the loop's clip_range and threshold; at least one is None.
 
     Raises:
-        ValueError: a number is out of range, or of thresholding without it.
+        ValueError: a number is out of range, or is given without thresholding.
     """
     if clip_sample and not 0 < clip_sample_range < math.inf:
         raise ValueError(f"clip_sample_range is {clip_sample_range}, must be a positive number")
@@ -157,7 +147,7 @@ def clipping(
 
 
 def check_guidance(interval: Sequence[int] | None, rescale: float) -> tuple[int, int] | None:
-    """`guidance_interval` as a pair.
+    """Return `guidance_interval` as a pair.
 
     Raises:
         ValueError: it is not (lowest, highest), or `rescale` is not in [0, 1].
@@ -173,7 +163,7 @@ def check_guidance(interval: Sequence[int] | None, rescale: float) -> tuple[int,
 
 
 def check_null_class(null_class: object, num_classes: int | None, guidance_scale: float | None = None) -> None:
-    """Raises ValueError unless `null_class` is a label of the model, where it says how many it has, or not needed."""
+    """Raise ValueError unless `null_class` is a label of the model (any, if its number is not known) or not needed."""
     if null_class is None:
         if guidance_scale not in (None, 1.0):
             raise ValueError("guidance_scale needs a null_class, and the model's config names none")
@@ -185,7 +175,7 @@ def check_null_class(null_class: object, num_classes: int | None, guidance_scale
 
 
 def check_out_channels(settings: LoopSettings, channels: int | None) -> None:
-    """Raises ValueError unless a network of so many output channels, if that is known, can have a learned variance."""
+    """Raise ValueError if so many output channels cannot hold a learned variance; None: their number is not known."""
     if settings.learned_variance and channels is not None and channels % 2:
         raise ValueError(
             f"variance_type is {settings.variance_type!r} but the model has out_channels {channels}, must have twice "
@@ -194,9 +184,9 @@ def check_out_channels(settings: LoopSettings, channels: int | None) -> None:
 
 
 def choose_classifier(
-    method: str, classifier_fn: ClassifierFn | None, classifier_scale: float, use_clipped_model_output: bool = False
+    classifier_fn: ClassifierFn | None, classifier_scale: float, shifts: Shifts
 ) -> Classifier | None:
-    """Classifier guidance as the method does it; `use_clipped_model_output` is DDIM's setting.
+    """Return the guidance by a classifier, which moves what the table says (`shifts`).
 
     Raises:
         ValueError: there is a scale but no function, or it is not finite.
@@ -212,7 +202,4 @@ def choose_classifier(
         )
     if not math.isfinite(classifier_scale):
         raise ValueError(f"classifier_scale is {classifier_scale}, must be a finite number")
-    if method == "ddpm":
-        return Classifier(classifier_fn, float(classifier_scale), "mean")
-    shifts: Literal["epsilon", "clipped epsilon"] = "clipped epsilon" if use_clipped_model_output else "epsilon"
     return Classifier(classifier_fn, float(classifier_scale), shifts)

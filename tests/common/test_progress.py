@@ -71,8 +71,8 @@ def test_on_cuda_several_steps_are_one_launch(steps: int, period: int) -> None:
     )
     run.table, run.start, run.callback, run.noise, run.known_noise, run.recorder = table, 0, None, None, None, None
     run.bar = Bar(steps)
-    assert run._periods(torch.device("cuda")) == [period]
+    assert run.periods(torch.device("cuda")) == [period]
     assert -(-steps // period) <= BAR_UPDATES
-    assert run._periods(torch.device("cpu")) == [1]
+    assert run.periods(torch.device("cpu")) == [1]
     run.callback = lambda *_: None
-    assert run._periods(torch.device("cuda")) == [1, period]
+    assert run.periods(torch.device("cuda")) == [1, period]

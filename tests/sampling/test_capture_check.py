@@ -64,7 +64,7 @@ def test_clean_body() -> None:
 def test_names_operation_module_and_place() -> None:
     found = explain(body_of(Network(Attention())))
     assert found is not None
-    assert found.startswith("Tensor.item() at fastddpm/test_capture_check.py:")
+    assert found.startswith("Tensor.item() at sampling/test_capture_check.py:")
     assert "(`scale = x.abs().max().item()  # an offender`), in Attention 'mid.attn' waits for the GPU" in found
     assert "keep it in a tensor on the device" in found
 

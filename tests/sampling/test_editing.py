@@ -213,7 +213,7 @@ def test_encoding_part_of_the_way() -> None:
 def test_digits_come_back_from_their_encoding() -> None:
     model = load_pretrained()
     digits = model.sampler(method="dpmsolver++", num_inference_steps=20).sample(4, class_labels=[1, 3, 5, 8])
-    draw = model.sampler(method="ddim", num_inference_steps=200, clip_sample=False)
+    draw = model.sampler(method="ddim", num_inference_steps=50, clip_sample=False)
     latents = encode(draw, digits)
     assert 0.7 < float(latents.std()) < 1.2
     assert rms(draw.sample(4, x_T=latents) - digits) < 0.05
@@ -330,57 +330,3 @@ def test_inputs_stay_as_they_are() -> None:
     inpaint(draw, images, mask, jump_n_sample=1)
     interpolate(draw, images, images.flip(0), 2)
     assert torch.equal(images, before)
-
-
-IMAGES = torch.zeros(2, 1, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda s: image_to_image(s, IMAGES, 0.0), "strength is 0.0, must be in (0, 1]"),
-        (lambda s: image_to_image(s, IMAGES, 1.5), "strength is 1.5, must be in (0, 1]"),
-        (lambda s: image_to_image(s, IMAGES, float("nan")), "strength is nan, must be in (0, 1]"),
-        (lambda s: image_to_image(s, IMAGES[0, 0, 0]), "images has shape [8], must be [N, ...]"),
-        (lambda s: image_to_image(s, IMAGES[:0]), "images has shape [0, 1, 8, 8], must be [N, ...]"),
-        (lambda s: image_to_image(s, IMAGES + torch.inf), "images is not finite everywhere"),
-        (lambda s: image_to_image(s, IMAGES + 255), "images reaches 255 but clip_sample_range is 1"),
-        (lambda s: image_to_image(s, IMAGES, 0.5, seeds=[1]), "seeds has 1 entries, must have one per"),
-        (
-            lambda s: inpaint(s, IMAGES, torch.ones(3, 8)),
-            "mask has shape [3, 8] and images [2, 1, 8, 8]; the mask must broadcast to the images",
-        ),
-        (lambda s: inpaint(s, IMAGES, torch.full((1,), 255.0)), "mask has values outside [0, 1]"),
-        (lambda s: inpaint(s, IMAGES, torch.ones(1), jump_length=0), "jump_length is 0, must be a positive integer"),
-        (lambda s: inpaint(s, IMAGES, torch.ones(1), jump_n_sample=1.5), "jump_n_sample is 1.5, must be a positive"),
-        (lambda s: encode(s, IMAGES), "method is 'ddpm' with noise at its steps, but encoding needs one without"),
-        (lambda s: interpolate(s, IMAGES, IMAGES), "method is 'ddpm' with noise at its steps, but interpolation via"),
-        (lambda s: interpolate(s, IMAGES, IMAGES[:1]), "a has shape [2, 1, 8, 8] and b [1, 1, 8, 8]"),
-        (lambda s: interpolate(s, IMAGES, IMAGES, 1), "steps is 1, must be at least 2"),
-        (lambda s: interpolate(s, IMAGES, IMAGES, via="magic"), "via is 'magic', must be 'encode' or 'noise'"),
-        (lambda s: super_resolution(s, IMAGES[0]), "low has shape [1, 8, 8], must be [N, C, h, w]"),
-        (lambda s: super_resolution(s, IMAGES, noise_level=-1.0), "noise_level is -1.0, must be a finite number"),
-        (lambda s: super_resolution(s, IMAGES), "size is None, must be given"),
-    ],
-)
-def test_bad_input_is_named(call: Callable[[Sampler], Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        call(sampler(clip_sample=True))
-    assert message in str(error.value)
-
-
-def test_settings_that_disagree_are_both_named() -> None:
-    with pytest.raises(ValueError, match="jump_n_sample is 10 but method is 'ddim'"):
-        inpaint(sampler(method="ddim"), IMAGES, torch.ones(1))
-    with pytest.raises(ValueError, match="jump_length is 10 but there are 10 steps; with jump_n_sample 2"):
-        inpaint(sampler(num_inference_steps=10), IMAGES, torch.ones(1), jump_n_sample=2)
-    with pytest.raises(ValueError, match="low has 2 channels but the model reads 2 and draws 1"):
-        super_resolution(sampler(Reader()), torch.zeros(1, 2, 2, 2))
-    with pytest.raises(ValueError, match="'ddim' with noise at its steps"):
-        encode(sampler(method="ddim", eta=0.5), IMAGES)
-    with pytest.raises(TypeError, match="images is of torch.uint8, must be a floating-point tensor"):
-        image_to_image(sampler(), IMAGES.byte())
-    with pytest.raises(TypeError, match="mask is of list"):
-        inpaint(sampler(), IMAGES, [1.0])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="return_trajectory"):
-        interpolate(sampler(method="ddim"), IMAGES, IMAGES, return_trajectory=2)

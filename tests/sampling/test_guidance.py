@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from guided_models import LINEAR, NULL, Labelled, doubled, gradient, label, toy
+from guided_models import LINEAR, NULL, Labelled, doubled, label, toy
 from torch import Tensor
 
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.tables import ddpm_table
 from fastddpm.sampling.guidance import DynamicThreshold, learned_std
 from fastddpm.sampling.sampler import Sampler
 
@@ -278,105 +276,3 @@ def test_learned_std_reads_the_conditional_half() -> None:
     out = torch.cat([torch.full((2, 4, 3), 9.0), torch.full((2, 4, 3), 0.5)])
     std = learned_std(out[-2:], 2, torch.tensor([[-4.0, -2.0]]))
     torch.testing.assert_close(std, torch.full((2, 2, 3), math.exp(-2.5 / 2)))
-
-
-# -- contradictions ---------------------------------------------------------------------------------------------------
-
-
-def build(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
-    model = settings.pop("model", toy)
-    Sampler(model, LINEAR, **{"num_inference_steps": 2, **settings}).sample(
-        **{"num_samples": 2, "shape": (2, 4), **arguments}
-    )
-
-
-def configured(**config: int) -> Callable[..., Tensor]:
-    def model(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return toy(x[:, :2], t)
-
-    model.config = type("Config", (), config)  # type: ignore[attr-defined]
-    return model
-
-
-@pytest.mark.parametrize(
-    ("settings", "arguments", "message"),
-    [
-        (
-            {"variance_type": "learned_range"},
-            {},
-            "variance_type is 'learned_range' but the model returned 2 channels for samples of 2",
-        ),
-        ({"model": doubled}, {}, "variance_type is 'fixed_small' but the model returned 4 channels for samples of 2"),
-        ({"model": lambda x, t: x[:, :1]}, {}, r"model returned shape \[2, 1, 4\], must return \[2, 2, 4\]"),
-        (
-            {"variance_type": "learned_range", "model": configured(out_channels=3)},
-            {},
-            "variance_type is 'learned_range' but the model has out_channels 3",
-        ),
-        ({"guidance_scale": 2.0, "null_class": 0}, {}, "guidance_scale needs class_labels"),
-        ({}, {"guidance_scale": 2.0, "class_labels": 0}, "guidance_scale needs a null_class"),
-        ({"guidance_interval": (0, 5)}, {}, r"guidance_interval is \(0, 5\) but guidance_scale is None"),
-        ({"guidance_rescale": 0.7}, {}, "guidance_rescale is 0.7 but guidance_scale is None"),
-        ({"guidance_interval": (5, 0)}, {}, r"guidance_interval is \(5, 0\), must be \(lowest, highest\)"),
-        ({"guidance_rescale": 1.5}, {}, "guidance_rescale is 1.5, must be from 0 to 1"),
-        ({"null_class": 0}, {"guidance_scale": [1.0, 2.0, 3.0], "class_labels": 0}, r"guidance_scale has shape \[3\]"),
-        ({"classifier_fn": gradient}, {}, "classifier_fn needs class_labels"),
-        ({"classifier_scale": 2.0}, {}, "classifier_scale is 2.0 but classifier_fn is None"),
-        (
-            {"classifier_fn": lambda x, t, y: x[:1]},
-            {"class_labels": 0},
-            r"classifier_fn returned \[1, 2, 4\], must return a gradient of x's shape",
-        ),
-        ({"method": "dpmsolver++", "eta": 0.5}, {}, "eta is 0.5 but method is 'dpmsolver\\+\\+'"),
-        ({"method": "ddim", "solver_order": 1}, {}, "solver_order is 1 but method is 'ddim'"),
-        ({"use_clipped_model_output": True}, {}, "use_clipped_model_output is True but method is 'ddpm'"),
-        ({"method": "ddim", "convention": "guided_diffusion"}, {}, "convention is 'guided_diffusion' but method is"),
-        ({"sample_max_value": 2.0}, {}, "sample_max_value is 2.0 but thresholding is False"),
-        ({"thresholding": True, "sample_max_value": 0.0}, {}, "sample_max_value is 0.0, must be"),
-        ({"thresholding": True, "dynamic_thresholding_ratio": 0.0}, {}, "dynamic_thresholding_ratio is 0.0, must be"),
-        ({"timesteps": [5, 0]}, {}, "num_inference_steps is 2 but timesteps are given"),
-        (
-            {"model": configured(in_channels=3)},
-            {},
-            "condition has 0 channels but the model reads 3, of which the samples fill 2: condition must have 1",
-        ),
-        (
-            {"model": configured(in_channels=2)},
-            {"condition": torch.zeros(2, 1, 4)},
-            "condition has 1 channels but the model reads 2, of which the samples fill 2: condition must have 0",
-        ),
-        ({}, {"condition": torch.zeros(2, 1, 5)}, r"condition has shape \[2, 1, 5\] but the samples have \[2, 2, 4\]"),
-        ({}, {"known": torch.zeros(2, 4)}, "known is given but known_mask is None"),
-        ({}, {"known_mask": torch.zeros(2, 4)}, "known_mask is given but known is None"),
-        ({}, {"known_noise": torch.zeros(2, 2, 2, 4)}, "known_noise is given but known is None"),
-        (
-            {},
-            {"known": torch.zeros(2, 4), "known_mask": torch.zeros(2, 5)},
-            r"known_mask has shape \[2, 5\] but the samples have \[2, 2, 4\]",
-        ),
-        ({}, {"start": 1}, "start is 1 but x_T is None"),
-        ({}, {"start": 2, "x_T": torch.zeros(2, 2, 4)}, "start is 2, must be from 0 to 1"),
-        (
-            {},
-            {"table": ddpm_table(LINEAR, [5, 0], variance_type="learned_range")},
-            "table has a learned variance but variance_type is 'fixed_small'",
-        ),
-        ({}, {"return_trajectory": 0}, "return_trajectory is 0"),
-    ],
-)
-def test_contradictions_name_both_settings(settings: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build(dict(settings), arguments)
-
-
-def test_wrong_types_are_named() -> None:
-    for settings, arguments, message in (
-        ({"classifier_fn": 3}, {}, "classifier_fn is a int"),
-        ({"guidance_scale": "2"}, {}, "guidance_scale is '2', must be a number"),
-        ({"null_class": 0}, {"guidance_scale": "high", "class_labels": 0}, "guidance_scale is 'high', must be"),
-        ({}, {"condition": torch.zeros(2, 1, 4).long()}, "condition is of torch.int64"),
-        ({}, {"known": [0.0], "known_mask": torch.zeros(4)}, "known is of list"),
-        ({}, {"table": LINEAR}, "table is a NoiseSchedule"),
-    ):
-        with pytest.raises(TypeError, match=message):
-            build(dict(settings), dict(arguments))

@@ -156,7 +156,7 @@ def test_classifier_guidance_draws_from_the_posterior(method: str) -> None:
 
         slope = step(1.0) - step(0.0)
         mean, variance = slope * mean + step(0.0), slope**2 * variance + row[6] ** 2
-    count = 20_000
+    count = 8_000
     x = sampler.sample(count // 10, shape=(10,), class_labels=0, seed=2).double()
     assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / count)
     assert abs(float(x.var()) - variance) < 5 * variance * math.sqrt(2 / count)

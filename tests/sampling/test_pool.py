@@ -16,10 +16,12 @@ from torch import Tensor
 from fastddpm.networks.network import Network
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import repaint_table
+from fastddpm.process.tables import ddpm_table
+from fastddpm.sampling.batch import Batch
 from fastddpm.sampling.guidance import ClassifierFn
-from fastddpm.sampling.loop import Layout, Loop
+from fastddpm.sampling.loop import Shapes, buffer_shapes
 from fastddpm.sampling.pool import LoopPool
-from fastddpm.sampling.runner import PlainRunner
+from fastddpm.sampling.runner import GraphRecord
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.settings import LoopSettings
 
@@ -34,44 +36,43 @@ def conditional(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
     return toy(x, t) + 0.2 * class_labels.view(-1, *[1] * (x.ndim - 1)).to(x)
 
 
-def layout(size: int) -> Layout:
-    return Layout(shape=(1, 2, size), rows=64)
+def shapes(size: int) -> Shapes:
+    batch, table = Batch(torch.zeros(1, 2, dtype=torch.int64)), ddpm_table(LINEAR, [3, 0])
+    return buffer_shapes(table, (1, 2, size), batch, LoopSettings(), Network(toy))
+
+
+def new_pool(**more: int) -> LoopPool:
+    return LoopPool(Network(toy), LoopSettings(), GraphRecord("auto", "there is no GPU"), **more)
 
 
 @pytest.fixture
 def pool() -> LoopPool:
-    network, settings = Network(toy), LoopSettings()
-
-    def make(wanted: Layout) -> tuple[Loop, PlainRunner]:
-        loop = Loop(network, wanted, settings)
-        return loop, PlainRunner(loop)
-
-    return LoopPool(make, torch.device("cpu"))
+    return new_pool()
 
 
-def test_the_same_layout_gets_the_same_loop(pool: LoopPool) -> None:
-    with pool.lease(layout(3)) as first:
-        assert first.loop.layout == layout(3)
-        assert pool.idle == 0
-    with pool.lease(layout(4)) as other:
+def test_the_same_shapes_gets_the_same_loop(pool: LoopPool) -> None:
+    with pool.lease(shapes(3)) as first:
+        assert first.loop.shapes == shapes(3)
+        assert pool.idle == []
+    with pool.lease(shapes(4)) as other:
         assert other is not first
-    with pool.lease(layout(3)) as again:
+    with pool.lease(shapes(3)) as again:
         assert again is first
     assert pool.built == 2
 
 
 def test_a_busy_loop_is_not_lent_again(pool: LoopPool) -> None:
-    with pool.lease(layout(3)) as first, pool.lease(layout(3)) as second:
+    with pool.lease(shapes(3)) as first, pool.lease(shapes(3)) as second:
         assert first.loop is not second.loop
-    assert (pool.built, pool.idle) == (2, 2)
+    assert (pool.built, len(pool.idle)) == (2, 2)
 
 
 def test_those_used_last_are_kept(pool: LoopPool) -> None:
     refs: dict[int, Any] = {}
     for size in (1, 2, 3, 4, 1, 5, 6):  # 2 and 3 have not been used for longest
-        with pool.lease(layout(size)) as slot:
-            refs[size] = weakref.ref(slot.loop)
-        del slot
+        with pool.lease(shapes(size)) as runner:
+            refs[size] = weakref.ref(runner.loop)
+        del runner
     assert {size for size, ref in refs.items() if ref() is not None} == {4, 1, 5, 6}
     assert pool.built == 6
     assert pool.clear() == 4
@@ -80,24 +81,20 @@ def test_those_used_last_are_kept(pool: LoopPool) -> None:
 
 
 def test_a_loop_in_which_something_failed_is_not_used_again(pool: LoopPool) -> None:
-    with pytest.raises(KeyError), pool.lease(layout(3)):
+    with pytest.raises(KeyError), pool.lease(shapes(3)):
         raise KeyError
-    assert pool.idle == 0
-    with pool.lease(layout(3)):
+    assert pool.idle == []
+    with pool.lease(shapes(3)):
         pass
     assert pool.built == 2
 
 
 def test_a_pool_that_keeps_none() -> None:
-    def make(wanted: Layout) -> tuple[Loop, PlainRunner]:
-        loop = Loop(Network(toy), wanted, LoopSettings())
-        return loop, PlainRunner(loop)
-
-    pool = LoopPool(make, torch.device("cpu"), idle=0)
+    pool = new_pool(idle=0)
     for _ in range(2):
-        with pool.lease(layout(1)):
+        with pool.lease(shapes(1)):
             pass
-    assert (pool.idle, pool.built) == (0, 2)
+    assert (pool.idle, pool.built) == ([], 2)
 
 
 @pytest.fixture
@@ -114,9 +111,9 @@ def test_loops_are_gone_with_their_sampler(batch_size: str | None) -> None:
     """Without the help of the garbage collector: no cycle holds them, nor anything global."""
     sampler = Sampler(toy, LINEAR, num_inference_steps=30)
     sampler.sample(9, shape=(2, 3), batch_size=batch_size)
-    pool = sampler._batching.pool
-    refs = [weakref.ref(slot.loop) for slot in pool._idle]
-    assert len(refs) == pool.idle > 0
+    pool = sampler._pool
+    refs = [weakref.ref(runner.loop) for runner in pool.idle]
+    assert refs
     del sampler, pool
     assert [ref() for ref in refs] == [None] * len(refs)
 
@@ -125,7 +122,7 @@ def test_a_copied_sampler_has_loops_of_its_own() -> None:
     sampler = Sampler(toy, LINEAR, num_inference_steps=3)
     images = sampler.sample(2, shape=(2, 3))
     other = copy.deepcopy(sampler)
-    assert other._batching.pool.idle == 0
+    assert other._pool.idle == []
     assert torch.equal(other.sample(2, shape=(2, 3)), images)
     assert other.graph_report() == sampler.graph_report()
 
@@ -178,12 +175,12 @@ def test_other_values_take_the_same_loop(settings: dict[str, Any]) -> None:
     used = sampler()
     for seed in (3, 5, 4, 3):
         assert torch.equal(used.sample(2, **arguments(seed)), sampler().sample(2, **arguments(seed)))
-    assert used._batching.pool.built == 1
+    assert used._pool.built == 1
     # Another table: a longer walk, with steps that ask the network nothing.
     table = repaint_table(LINEAR, used.timesteps, jump_length=2, jump_n_sample=2)
     if settings.get("method") != "dpmsolver++":  # which keeps more
         used.sample(2, **arguments(1), table=table)
-        assert used._batching.pool.built == 1
+        assert used._pool.built == 1
         assert torch.equal(used.sample(2, **arguments(3)), sampler().sample(2, **arguments(3)))
 
 
@@ -191,7 +188,7 @@ def test_chunks_share_a_loop() -> None:
     sampler = Sampler(toy, LINEAR, num_inference_steps=4)
     whole = sampler.sample(7, shape=(2, 3))
     assert torch.equal(sampler.sample(7, shape=(2, 3), batch_size=3), whole)
-    assert sampler._batching.pool.built == 3  # of 7, 3 and 1 samples
+    assert sampler._pool.built == 3  # of 7, 3 and 1 samples
 
 
 def test_given_noise_does_not_stay() -> None:
@@ -205,7 +202,7 @@ def test_given_noise_does_not_stay() -> None:
     # The last step adds none, and what was there before does not come in.
     assert bool(sampler.sample(2, x_T=given, start=3, noise=noise).isfinite().all())
     assert not torch.equal(given, drawn)
-    assert sampler._batching.pool.built == 2
+    assert sampler._pool.built == 2
 
 
 def test_threads_do_not_disturb_each_other() -> None:
@@ -229,7 +226,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(together[seed], images) for seed, images in alone.items())
-    assert sampler._batching.pool.built == 3
+    assert sampler._pool.built == 3
 
 
 @pytest.mark.gpu
@@ -244,4 +241,4 @@ def test_streams_follow_each_other() -> None:
             images.append(sampler.sample(64, shape=(4, 64, 64), seed=seed))
     torch.cuda.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(images, expected, strict=True))
-    assert sampler._batching.pool.built == 1
+    assert sampler._pool.built == 1

@@ -62,7 +62,7 @@ V_UNCLIPPED = {"variance_type": "fixed_small", "prediction_type": "v_prediction"
 @pytest.mark.parametrize(
     ("steps", "settings"),
     [
-        pytest.param(1000, EPSILON_LARGE, id="google/ddpm-cifar10-32's settings"),
+        pytest.param(100, EPSILON_LARGE, id="google/ddpm-cifar10-32's settings"),
         pytest.param(10, EPSILON_SMALL, id="fixed_small"),
         pytest.param(10, V_UNCLIPPED, id="v_prediction, no clipping"),
     ],
@@ -464,111 +464,10 @@ def test_progress_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str])
     assert captured.out == ""
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"method": "euler"}, ValueError, "method is 'euler', must be one of ddpm, ddim"),
-        ({"num_inference_steps": 0}, ValueError, "num_inference_steps is 0"),
-        ({"num_inference_steps": 1001}, ValueError, "from 1 to 1000"),
-        ({"prediction_type": "score"}, ValueError, "prediction_type is 'score'"),
-        ({"variance_type": "none"}, ValueError, "variance_type is 'none'"),
-        ({"eta": 0.5}, ValueError, "eta is 0.5 but method is 'ddpm'"),
-        ({"method": "ddim", "variance_type": "none"}, ValueError, "variance_type is 'none'"),
-        ({"guidance_scale": 2.0}, ValueError, "guidance_scale needs a null_class"),
-        ({"guidance_scale": float("nan"), "null_class": 0}, ValueError, "guidance_scale is nan"),
-        ({"null_class": 0.5}, ValueError, "null_class is 0.5, must be an integer"),
-        ({"clip_sample_range": 0.0}, ValueError, "clip_sample_range is 0.0"),
-        ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
-        ({"device": "nowhere"}, ValueError, "device is 'nowhere'"),
-        ({"backend": "fast"}, ValueError, "backend is 'fast'"),
-        ({"cuda_graph": "sometimes"}, ValueError, "cuda_graph is 'sometimes'"),
-    ],
-)
-def test_bad_settings_are_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        Sampler(toy, NoiseSchedule.linear(), **settings)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"num_samples": 0}, ValueError, "num_samples is 0, must be a positive integer"),
-        ({"num_samples": 1.5}, ValueError, "num_samples is 1.5"),
-        ({"batch_size": 0}, ValueError, "batch_size is 0"),
-        ({"shape": None}, ValueError, "shape is None, must be given"),
-        ({"shape": (1, -2)}, ValueError, "every size of shape is -2"),
-        ({"seed": -1}, ValueError, "seed"),
-        ({"seed": 2**64}, ValueError, "seed"),
-        ({"seeds": [1]}, ValueError, "seeds has 1 entries, must have one per sample, 2"),
-        ({"x_T": torch.zeros(2, 3, 3)}, ValueError, r"x_T has shape \[2, 3, 3\], must have \[2, 4\]"),
-        ({"x_T": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, "x_T is of torch.int64"),
-        ({"noise": torch.zeros(2, 2, 4)}, ValueError, r"noise has shape \[2, 2, 4\], must have \[3, 2, 4\]"),
-        ({"noise": lambda index, shape: torch.zeros(1)}, ValueError, "noise of step 0 has shape"),
-        ({"class_labels": [0.5, 1.5]}, TypeError, "class_labels has dtype"),
-        ({"class_labels": [1, 2, 3]}, ValueError, "class_labels has shape"),
-    ],
-)
-def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3)
-    with pytest.raises(error, match=message):
-        sampler.sample(**{"num_samples": 2, "shape": (4,), **arguments})
-
-
-def test_bad_labels_and_models_are_named() -> None:
-    conditional = Sampler(Conditional(), NoiseSchedule.linear(), num_inference_steps=1)
-    for label in (-1, 4):
-        with pytest.raises(ValueError, match=f"class_labels has {label}, every label must be from 0 to 3"):
-            conditional.sample(1, class_labels=[label])
-    with pytest.raises(ValueError, match="guidance_scale needs class_labels"):
-        Sampler(Conditional(), NoiseSchedule.linear(), guidance_scale=2.0).sample(1)
-    with pytest.raises(TypeError, match="model is a str"):
-        Sampler("model", NoiseSchedule.linear())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="schedule is a Tensor"):
-        Sampler(toy, torch.linspace(0, 1, 10))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="model returned a NoneType"):
-        Sampler(lambda x, t: None, NoiseSchedule.linear()).sample(1, shape=(1, 2, 2))
-
-
-def test_noise_functions_are_refused_where_they_cannot_know_the_samples() -> None:
-    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2)
-    with pytest.raises(ValueError, match="noise is a function but batch_size is 1 for 2 samples"):
-        sampler.sample(2, shape=(1, 2, 2), noise=lambda index, shape: torch.zeros(shape), batch_size=1)
-    with pytest.raises(TypeError, match="noise is a int, must be a tensor or a function"):
-        sampler.sample(2, shape=(1, 2, 2), noise=3)  # type: ignore[arg-type]
-
-
-def test_more_bad_arguments_are_named() -> None:
-    sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2)
-    mask = torch.full((1, 2, 2), 5.0)
-    with pytest.raises(ValueError, match="known_mask has values outside"):
-        sampler.sample(1, shape=(1, 2, 2), known=torch.zeros(1, 2, 2), known_mask=mask)
-    for shape in ((), 5):
-        with pytest.raises(ValueError, match="must be the sizes of one sample"):
-            sampler.sample(1, shape=shape)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="device is 'meta'"):
-        Sampler(toy, NoiseSchedule.linear(), device="meta")
-    with pytest.raises(ValueError, match="steps_offset is 1.5, must be an integer"):
-        Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2, steps_offset=1.5)  # type: ignore[arg-type]
-
-
 @pytest.mark.gpu
 def test_a_model_in_its_place_is_not_copied() -> None:
     model = small_unet().to("cuda")
     assert Sampler(model, NoiseSchedule.linear(), device="cuda").model is model
-
-
-def test_a_null_class_that_is_no_class_is_named() -> None:
-    """In a table of time and class it would be read as another step's row."""
-    unet = small_unet(num_class_embeds=5)
-    for wrong in (5, -1, True):
-        with pytest.raises(ValueError, match=f"null_class is {wrong}, must be a label from 0 to 4"):
-            Sampler(unet, NoiseSchedule.linear(), null_class=wrong)
-    Sampler(unet, NoiseSchedule.linear(), null_class=4)
-
-
-def test_seeds_out_of_range_are_named() -> None:
-    with pytest.raises(ValueError, match="seed is 18446744073709551616, must be from 0 to"):
-        Sampler(toy, NoiseSchedule.linear(), num_inference_steps=2).sample(1, shape=(1, 2, 2), seed=2**64)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

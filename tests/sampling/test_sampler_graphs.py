@@ -1,4 +1,4 @@
-"""How a sampler's steps are run: in which order, in which segments, captured when and how often.
+"""When a sampler's steps are captured as CUDA graphs, how often, and what runs where they cannot be.
 
 Without a GPU a stand-in takes the place of `CapturedBody`. It disturbs the loop when it is made, as a capture does.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import repaint_table
 from fastddpm.sampling.cuda_graph import MODES, CapturedBody, CaptureError, why_not
-from fastddpm.sampling.loop import ROWS, Body
-from fastddpm.sampling.runner import PlainRunner, Segment, segments
+from fastddpm.sampling.loop import ROWS
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.trajectory import Trajectory
 
 LINEAR = NoiseSchedule.linear()
-PLAIN, GUIDED, ALONE = Body(True, False), Body(True, True), Body(False, False)
 
 
 class Model(nn.Module):
@@ -43,80 +40,6 @@ class Model(nn.Module):
 
 def sampler(device: torch.device | str = "cpu", **settings: Any) -> Sampler:
     return Sampler(Model(), LINEAR, **{"num_inference_steps": 10, "null_class": 3, "device": device, **settings})
-
-
-# -- segments ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("start", "periods", "expected"),
-    [
-        (0, [], [(GUIDED, 0, 2), (PLAIN, 2, 3), (ALONE, 5, 1), (PLAIN, 6, 1)]),
-        (3, [], [(PLAIN, 3, 2), (ALONE, 5, 1), (PLAIN, 6, 1)]),
-        (0, [4], [(GUIDED, 0, 2), (PLAIN, 2, 2), (PLAIN, 4, 1), (ALONE, 5, 1), (PLAIN, 6, 1)]),
-        (1, [3], [(GUIDED, 1, 1), (PLAIN, 2, 2), (PLAIN, 4, 1), (ALONE, 5, 1), (PLAIN, 6, 1)]),
-        (2, [100, 1], [(PLAIN, 2, 1), (PLAIN, 3, 1), (PLAIN, 4, 1), (ALONE, 5, 1), (PLAIN, 6, 1)]),
-        (6, [], [(PLAIN, 6, 1)]),
-    ],
-)
-def test_segments(start: int, periods: list[int], expected: list[tuple[Body, int, int]]) -> None:
-    bodies = [GUIDED, GUIDED, PLAIN, PLAIN, PLAIN, ALONE, PLAIN]
-    assert list(segments(bodies, start, periods)) == [Segment(*segment) for segment in expected]
-
-
-class Watched(PlainRunner):
-    """Notes what it is asked for, and that the loop is at the row for which it is."""
-
-    asked: list[tuple[int, Body, int]]
-
-    def advance(self, kind: Body, count: int) -> None:
-        self.asked.append((int(self._loop.step), kind, count))
-        super().advance(kind, count)
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Body, int]]:
-    monkeypatch.setattr(Watched, "asked", [], raising=False)
-    monkeypatch.setattr("fastddpm.sampling.runner.PlainRunner", Watched)
-    return Watched.asked
-
-
-def test_bodies_run_in_the_order_of_the_table(asked: list[tuple[int, Body, int]]) -> None:
-    draw = sampler(guidance_scale=2.0, guidance_interval=(300, 600))
-    table = repaint_table(LINEAR, draw.timesteps, jump_length=2, jump_n_sample=2)
-    draw.sample(2, shape=(2, 3), table=table, class_labels=1)
-    expected = [
-        Body(needed, needed and 300 <= t <= 600)
-        for needed, t in zip(table.needs_network.tolist(), table.timesteps.tolist(), strict=True)
-    ]
-    assert len(set(expected)) == 3
-    assert [kind for _, kind, count in asked for _ in range(count)] == expected
-    firsts = [first for first, _, _ in asked]
-    assert firsts == [sum(count for _, _, count in asked[:index]) for index in range(len(asked))]
-    assert all(one[1] != other[1] for one, other in itertools.pairwise(asked))  # none is split in two
-    asked.clear()
-    draw.sample(2, x_T=torch.zeros(2, 2, 3), start=7, class_labels=1)
-    assert asked == [(7, PLAIN, 3)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "counts"),
-    [
-        ({}, [10]),
-        ({"callback": lambda i, t, x: False}, [1] * 10),
-        ({"noise": torch.zeros(10, 2, 2, 3)}, [1] * 10),
-        ({"return_trajectory": 4}, [4, 4, 2]),
-        ({"progress": True}, [1] * 10),
-        ({"batch_size": 1}, [10, 10]),
-        ({"start": 3, "x_T": torch.zeros(2, 2, 3), "return_trajectory": 5}, [5, 2]),
-        ({"callback": lambda i, t, x: i == 1}, [1, 1]),
-    ],
-)
-def test_the_host_steps_in_only_where_it_must(
-    asked: list[tuple[int, Body, int]], arguments: dict[str, Any], counts: list[int]
-) -> None:
-    sampler().sample(2, **{"shape": (2, 3), **arguments})
-    assert [count for _, _, count in asked] == counts
 
 
 # -- captured ---------------------------------------------------------------------------------------------------------
@@ -203,7 +126,7 @@ def test_captured_is_plain_bit_for_bit(case: str, fakes: list[Fake]) -> None:
         assert same(drawn(captured, arguments(captured), seed), drawn(plain, arguments(plain), seed))
     assert fakes
     assert {id(fake.step) for fake in fakes} == {
-        id(slot.loop.step) for slot in captured._batching.pool._idle
+        id(runner.loop.step) for runner in captured._pool.idle
     } or case == "auto batch size"
     assert captured.graph_report()["captures"] == 2 * len(fakes)
 

@@ -15,7 +15,7 @@ from fastddpm.process.solvers import dpmsolver_table, repaint_table
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.batch import Batch
 from fastddpm.sampling.guidance import Classifier, DynamicThreshold
-from fastddpm.sampling.loop import Loop, layout_of
+from fastddpm.sampling.loop import Loop, buffer_shapes
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.settings import LoopSettings
 
@@ -110,8 +110,8 @@ def loop_of(
     table: StepTable, settings: LoopSettings, network: Network | None = None, *, keep_x0: bool = False, **batch: Any
 ) -> Loop:
     given = Batch(torch.zeros(2, 2, dtype=torch.int64), **batch)
-    layout = layout_of(table, (2, 3, 4), given, settings, keep_x0=keep_x0)
-    loop = Loop(Network(toy) if network is None else network, layout, settings)
+    network = network or Network(toy)
+    loop = Loop(network, buffer_shapes(table, (2, 3, 4), given, settings, network, keep_x0=keep_x0), settings)
     loop.load(table, torch.zeros(2, 3, 4), given)
     return loop
 
@@ -119,9 +119,9 @@ def loop_of(
 def test_off_keeps_nothing() -> None:
     table = dpmsolver_table(LINEAR, [900, 500, 0], solver_order=1)
     assert not table.multistep
-    assert loop_of(table, LoopSettings()).x0 is None
-    assert loop_of(table, LoopSettings(), keep_x0=True).x0 is not None
-    assert loop_of(dpmsolver_table(LINEAR, [900, 500, 0]), LoopSettings()).x0 is not None
+    assert "x0" not in loop_of(table, LoopSettings()).buffers
+    assert "x0" in loop_of(table, LoopSettings(), keep_x0=True).buffers
+    assert "x0" in loop_of(dpmsolver_table(LINEAR, [900, 500, 0]), LoopSettings()).buffers
 
 
 class Ops(TorchDispatchMode):
@@ -179,12 +179,12 @@ def test_no_body_waits_for_the_device(shifts: Literal["mean", "epsilon"] | None)
     network = Network(model)
     network.device = torch.device("meta")  # where the loop makes its tensors: they have shapes alone
     loop = loop_of(table, settings, network, keep_x0=True, **batch)
-    tensors = [value for value in vars(loop).values() if isinstance(value, Tensor)]
+    tensors = list(loop.buffers.values())
     assert len(tensors) > 5
     assert all(tensor.is_meta for tensor in tensors)
     assert len(set(loop.bodies)) == (2 if shifts is None else 3)
     for kind in loop.bodies:
         loop.body(kind)
-    assert {id(value) for value in vars(loop).values() if isinstance(value, Tensor)} == set(map(id, tensors))
+    assert list(map(id, loop.buffers.values())) == list(map(id, tensors))
     with pytest.raises(RuntimeError, match="meta"):
         float(loop.x.sum())

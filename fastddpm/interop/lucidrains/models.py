@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fastddpm.networks.frozen import FrozenUNet
 from fastddpm.networks.frozen.kinds.lucidrains.blueprint import LIBRARY
-from fastddpm.networks.network import AroundUNet, Bound
+from fastddpm.networks.network import BoundNetwork, UNetWrapper
 
 _VERIFIED_TO = 1e-4  # of the largest magnitude: float32 rounds a U-Net's output to about 1e-6 of it
 
@@ -41,7 +41,7 @@ class Predictor(nn.Module):
         return self.model(x, t) if x_self_cond is None else self.model(x, t, x_self_cond=x_self_cond)
 
 
-class GuidedPredictor(AroundUNet):
+class GuidedPredictor(UNetWrapper):
     """`forward_with_cond_scale` of the class-conditional U-Net: both halves in one batch, scales in device memory.
 
     cond + (cond_scale - 1) * (cond - null without what of it is parallel to cond), of which a share `rescaled_phi` is
@@ -93,7 +93,7 @@ class GuidedPredictor(AroundUNet):
     def to_freeze(self) -> nn.Module | None:
         return self.model if self.freeze else None
 
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> Bound:
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
         if labels is None or not self.guided:
             return frozen.bind(inputs, timesteps, labels)
         return _GuidedProgram(self, frozen, inputs, timesteps, labels)

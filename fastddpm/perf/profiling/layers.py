@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastddpm.networks.frozen.instructions import Instruction
-from fastddpm.networks.network import Bound, Network
+from fastddpm.networks.network import BoundNetwork, Network
 from fastddpm.networks.precision import tf32
 from fastddpm.perf.profiling.timing import capture, spread, synchronize, timed
 from fastddpm.sampling.cuda_graph import tuned
@@ -70,7 +70,7 @@ class Evaluation:
 
     network: Network
     inputs: Tensor
-    bound: Bound
+    bound: BoundNetwork
     step: Tensor
     precision: str | None = None
 

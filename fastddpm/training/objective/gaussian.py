@@ -9,7 +9,7 @@ from fastddpm_kernels.q_sample import q_sample
 from torch import Tensor, nn
 
 from fastddpm.common import checks
-from fastddpm.networks.network import Call
+from fastddpm.networks.network import CallingConvention
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.training.objective.checking import (
@@ -134,7 +134,7 @@ class GaussianDiffusion(nn.Module):
         self.label_dropout = checks.in_range(label_dropout, "label_dropout", most=1)
         config = getattr(unet, "config", None)
         self.null_class = getattr(config, "null_class", None) if null_class is None else null_class
-        self._call = Call(unet)
+        self._call = CallingConvention(unet)
         if self_condition is None:
             self_condition = self._call.takes_self_condition and bool(getattr(unet, "self_condition", True))
         self.self_condition = self_condition
