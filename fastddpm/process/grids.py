@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,12 +24,18 @@ class SigmaGrid(NamedTuple):
         sigmas: float64 [S + 1]; the last one is where the sampler ends. noise / signal, or noise itself for flows.
         flow: whether signal is 1 - noise (flow matching) rather than sqrt(1 - noise^2).
         init_noise_sigma: standard deviation of the first state, as the network reads it; None for the level's noise.
+        trained: float64 [T], sigma of every trained timestep, which tells the timesteps of levels between.
     """
 
     timesteps: np.ndarray
     sigmas: np.ndarray
     flow: bool = False
     init_noise_sigma: float | None = None
+    trained: np.ndarray = np.empty(0)
+
+    def timestep(self, sigma: float) -> float:
+        """Return the fractional timestep of a level."""
+        return float(timesteps_of(np.array([sigma]), self.trained)[0])
 
     @property
     def signal(self) -> np.ndarray:
@@ -111,7 +117,7 @@ def sigma_grid(
         sigmas = flow_sigmas(total, steps, flow_shift)
         timesteps = sigmas * total
         timesteps = np.floor(timesteps) if multistep else timesteps
-        return SigmaGrid(timesteps, np.append(sigmas, final), flow=True, init_noise_sigma=1.0)
+        return SigmaGrid(timesteps, np.append(sigmas, final), flow=True, init_noise_sigma=1.0, trained=trained)
     if sigma_schedule is not None:
         ends = (trained[-1], trained[0]) if multistep else (sigmas[0], sigmas[-1])
         high = ends[0] if sigma_max is None else sigma_max
@@ -124,7 +130,71 @@ def sigma_grid(
         elif round_timesteps:
             timesteps = np.round(timesteps)
     unscaled = multistep or timestep_spacing == "leading"
-    return SigmaGrid(timesteps, np.append(sigmas, final), init_noise_sigma=1.0 if unscaled else None)
+    return SigmaGrid(timesteps, np.append(sigmas, final), init_noise_sigma=1.0 if unscaled else None, trained=trained)
+
+
+def grid_at(schedule: NoiseSchedule, timesteps: Any, final_sigmas_type: str = "zero") -> SigmaGrid:
+    """Return the grid of a list of timesteps that falls, at the levels of the schedule.
+
+    Raises:
+        ValueError: as `NoiseSchedule.check_timesteps`, or `final_sigmas_type` is not known.
+    """
+    if final_sigmas_type not in ("zero", "sigma_min"):
+        raise ValueError(f"final_sigmas_type is {final_sigmas_type!r}, must be 'zero' or 'sigma_min'")
+    visited, trained = schedule.check_timesteps(timesteps).numpy(), trained_sigmas(schedule)
+    final = 0.0 if final_sigmas_type == "zero" else trained[0]
+    return SigmaGrid(visited.astype(np.float64), np.append(trained[visited], final), False, 1.0, trained)
+
+
+def lcm_grid(
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    timestep_spacing: str = "leading",
+    *,
+    steps_offset: int = 0,
+    original_inference_steps: int = 50,
+) -> SigmaGrid:
+    """Return the levels of a consistency model's sampler, evenly among those it was distilled on.
+
+    Args:
+        original_inference_steps: how many levels it was distilled on.
+        others: as for `sigma_grid`; the spacing and its offset have no effect.
+
+    Raises:
+        ValueError: there are fewer such levels than steps.
+    """
+    steps, total = _count(num_inference_steps), schedule.num_train_timesteps
+    if not steps <= original_inference_steps <= total:
+        raise ValueError(
+            f"original_inference_steps is {original_inference_steps}, must be from {steps}, the steps, to {total}"
+        )
+    origin = (np.arange(1, original_inference_steps + 1) * (total // original_inference_steps) - 1)[::-1]
+    visited = origin[np.floor(np.linspace(0, len(origin), steps, endpoint=False)).astype(np.int64)]
+    return grid_at(schedule, visited.copy())
+
+
+def plms_grid(
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    timestep_spacing: str = "leading",
+    *,
+    steps_offset: int = 0,
+    set_alpha_to_one: bool = False,
+) -> SigmaGrid:
+    """Return the levels of PLMS, one for every T // S timesteps.
+
+    Args:
+        set_alpha_to_one: end at x_0; if False, at the level of timestep 0.
+        others: as for `sigma_grid`.
+    """
+    steps, total = _count(num_inference_steps), schedule.num_train_timesteps
+    if timestep_spacing == "leading":
+        visited = np.arange(steps)[::-1] * (total // steps) + int(steps_offset)
+    elif timestep_spacing == "linspace":
+        visited = np.linspace(0, total - 1, steps).round()[::-1].astype(np.int64)
+    else:
+        visited = np.round(np.arange(total, 0, -total / steps)).astype(np.int64)[:steps] - 1
+    return grid_at(schedule, visited.copy(), "zero" if set_alpha_to_one else "sigma_min")
 
 
 def spread_sigmas(sigma_schedule: str, steps: int, low: float, high: float, rho: float = 7.0) -> np.ndarray:

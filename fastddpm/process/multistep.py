@@ -15,14 +15,14 @@ from numpy.polynomial import Polynomial
 
 from fastddpm.process.grids import SigmaGrid
 from fastddpm.process.tables import StepTable
-from fastddpm.process.trace import Symbol, Trace, lagrange, restartable
+from fastddpm.process.trace import Symbol, Trace, lagrange, on_grid
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 FEW_STEPS = 15  # with fewer steps diffusers lowers the order of the last ones
 
 
-@restartable
-def dpmsolver_multistep_table(
+@on_grid()
+def dpmsolver_table(
     grid: SigmaGrid,
     *,
     prediction_type: str = "epsilon",
@@ -37,7 +37,7 @@ def dpmsolver_multistep_table(
     diffusers' `DPMSolverMultistepScheduler`.
 
     Args:
-        grid: the levels to visit.
+        grid: the levels to visit, see `on_grid`.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
         algorithm_type: "dpmsolver++" extrapolates x0, "dpmsolver" epsilon; "sde-..." solve the SDE, with noise.
         solver_order: 1, 2 or 3; the first steps are of lower order.
@@ -77,7 +77,7 @@ def dpmsolver_multistep_table(
     return trace.finish(x, **levels.at(levels.steps))
 
 
-@restartable
+@on_grid()
 def dpmsolver_singlestep_table(
     grid: SigmaGrid,
     *,
@@ -93,14 +93,14 @@ def dpmsolver_singlestep_table(
     diffusers' `DPMSolverSinglestepScheduler`.
 
     Args:
-        grid, prediction_type, solver_type: as for `dpmsolver_multistep_table`.
+        grid, prediction_type, solver_type: as for `dpmsolver_table`.
         algorithm_type: "dpmsolver++" or "dpmsolver"; the others with order 1 alone.
         solver_order: 1, 2 or 3.
         lower_order_final: end with steps of order 1; needed where the number of steps is no multiple of the order, and
             where the grid ends at zero noise.
 
     Raises:
-        ValueError: as `dpmsolver_multistep_table`.
+        ValueError: as `dpmsolver_table`.
     """
     _check_solver(algorithm_type, solver_order, solver_type, grid)
     if algorithm_type.startswith("sde") and solver_order > 1:
@@ -132,7 +132,7 @@ def dpmsolver_singlestep_table(
     return trace.finish(x, **levels.at(levels.steps))
 
 
-@restartable
+@on_grid(final_sigmas_type="sigma_min")
 def deis_table(
     grid: SigmaGrid, *, prediction_type: str = "epsilon", solver_order: int = 2, lower_order_final: bool = True
 ) -> StepTable:
@@ -168,7 +168,7 @@ def deis_table(
     return trace.finish(x, **levels.at(levels.steps))
 
 
-@restartable
+@on_grid()
 def unipc_table(
     grid: SigmaGrid,
     *,
@@ -184,7 +184,7 @@ def unipc_table(
     Each evaluation first corrects the step that led to it, then predicts the next one.
 
     Args:
-        grid: the levels to visit.
+        grid: the levels to visit, see `on_grid`.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
         solver_order: 1 to 3.
         predict_x0: extrapolate x0; False: epsilon, which cannot end at zero noise.
@@ -212,7 +212,7 @@ def unipc_table(
     return trace.finish(x, **levels.at(levels.steps))
 
 
-@restartable
+@on_grid()
 def plms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTable:
     """Return the table of PLMS (Liu et al. 2022, PNDM without its Runge-Kutta start), of S + 1 evaluations.
 
@@ -231,6 +231,7 @@ def plms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTabl
     levels, trace = _Levels(grid), _trace(grid, prediction_type, "out")
     x, seen = trace.sample, list[Symbol]()
     for i in range(levels.steps):
+        trace.begin_step()
         x, out = levels.evaluate(trace, x, i)
         seen = [out, *seen][: len(_ADAMS)]
         if i == 0 and levels.steps > 1:

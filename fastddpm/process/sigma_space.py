@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 import numbers
 
-import numpy as np
-
-from fastddpm.process.grids import SigmaGrid, timesteps_of, trained_sigmas
-from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.grids import SigmaGrid
 from fastddpm.process.tables import StepTable
-from fastddpm.process.trace import Symbol, Trace, lagrange, restartable
+from fastddpm.process.trace import Symbol, Trace, lagrange, on_grid
 
 
 class _Walk:
@@ -45,7 +42,7 @@ class _Walk:
         return self.trace.finish(signal * x, signal=signal, noise=self.sigmas[-1] * signal)
 
 
-@restartable
+@on_grid()
 def euler_table(
     grid: SigmaGrid,
     *,
@@ -82,7 +79,7 @@ def euler_table(
     return walk.finish(x)
 
 
-@restartable
+@on_grid()
 def euler_ancestral_table(
     grid: SigmaGrid, *, prediction_type: str = "epsilon", eta: float = 1.0, s_noise: float = 1.0
 ) -> StepTable:
@@ -110,7 +107,7 @@ def euler_ancestral_table(
     return walk.finish(x)
 
 
-@restartable
+@on_grid()
 def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTable:
     """Return the table of Heun's method, 2 S - 1 evaluations (Karras et al. 2022, algorithm 1).
 
@@ -122,6 +119,7 @@ def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTabl
     walk = _Walk(grid, prediction_type)
     x = walk.x
     for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        walk.trace.begin_step()
         x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
         slope = (x - x0) / sigma
         there = x + slope * (after - sigma)
@@ -133,22 +131,20 @@ def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTabl
     return walk.finish(x)
 
 
-@restartable
-def dpm2_table(
-    grid: SigmaGrid, *, prediction_type: str = "epsilon", schedule: NoiseSchedule, ancestral: bool = False
-) -> StepTable:
+@on_grid()
+def dpm2_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", ancestral: bool = False) -> StepTable:
     """Return the table of the midpoint method in log sigma, 2 S - 1 evaluations (DPM-Solver-2, Lu et al. 2022a).
 
     diffusers' `KDPM2DiscreteScheduler` and, ancestral, `KDPM2AncestralDiscreteScheduler`.
 
     Args:
         grid, prediction_type: as for `euler_table`.
-        schedule: tells the timestep of a level between two of the grid.
         ancestral: go down further than the next level and add noise up to it.
     """
-    walk, trained = _Walk(grid, prediction_type), trained_sigmas(schedule)
+    walk = _Walk(grid, prediction_type)
     x = walk.x
     for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        walk.trace.begin_step()
         x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
         slope = (x - x0) / sigma
         down, up = _ancestral(sigma, after, 1.0) if ancestral else (after, 0.0)
@@ -156,15 +152,14 @@ def dpm2_table(
             x = x + slope * (after - sigma)
             continue
         middle = math.exp((math.log(sigma) + math.log(down)) / 2)
-        told = float(timesteps_of(np.array([middle]), trained)[0])
-        there, x0 = walk.evaluate(x + slope * (middle - sigma), middle, told)
+        there, x0 = walk.evaluate(x + slope * (middle - sigma), middle, grid.timestep(middle))
         x = x + (there - x0) * ((down - sigma) / middle)
         if up > 0:
             x = x + up * walk.trace.noise()
     return walk.finish(x)
 
 
-@restartable
+@on_grid()
 def lms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", order: int = 4) -> StepTable:
     """Return the table of the linear multistep method in sigma; diffusers' `LMSDiscreteScheduler`.
 
@@ -192,7 +187,7 @@ def lms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", order: int =
     return walk.finish(x)
 
 
-@restartable
+@on_grid()
 def edm_table(
     grid: SigmaGrid,
     *,
@@ -201,29 +196,22 @@ def edm_table(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
-    schedule: NoiseSchedule | None = None,
 ) -> StepTable:
     """Return the table of EDM's stochastic sampler: churn, then Heun's step (Karras et al. 2022, algorithm 2).
 
-    With churn the network is asked at a raised sigma, whose timestep `schedule` tells.
+    With churn the network is asked at a raised sigma, and told the timestep of that.
 
     Args:
         grid, prediction_type: as for `euler_table`.
         s_churn, s_tmin, s_tmax, s_noise: noise added before each step with sigma in [s_tmin, s_tmax].
-        schedule: of the network, needed with churn.
-
-    Raises:
-        ValueError: there is churn without a schedule.
     """
-    if s_churn and schedule is None:
-        raise ValueError("schedule is None but s_churn is not 0, must be the network's with it")
     walk = _Walk(grid, prediction_type)
-    trained = None if schedule is None else trained_sigmas(schedule)
     x = walk.x
     for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
         sigma_hat, told = _churned(sigma, s_churn, s_tmin, s_tmax, len(walk)), walk.timesteps[i]
-        if sigma_hat > sigma and trained is not None:
-            told = float(timesteps_of(np.array([sigma_hat]), trained)[0])
+        walk.trace.begin_step()
+        if sigma_hat > sigma:
+            told = grid.timestep(sigma_hat)
             deviation = s_noise * math.sqrt(sigma_hat**2 - sigma**2)
             level = {"signal": _signal(sigma), "noise": sigma * _signal(sigma)}
             x = walk.trace.add_noise(x, deviation, timestep=told, **level)
@@ -238,7 +226,7 @@ def edm_table(
     return walk.finish(x)
 
 
-@restartable
+@on_grid()
 def lcm_table(
     grid: SigmaGrid, *, prediction_type: str = "epsilon", timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> StepTable:

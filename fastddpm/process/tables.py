@@ -5,7 +5,7 @@
 
 `fastddpm_kernels.reverse_step` executes a row. A sampler is therefore a function from timesteps to rows; it is
 computed once, in float64, and stored in float32. `out` is the network's prediction, x0_prev the x0 of the step before.
-Here are DDPM, DDIM and its inversion; `fastddpm.process.solvers` has DPM-Solver++ and RePaint.
+Here are DDPM, DDIM and its inversion; `fastddpm.process.repaint` has DPM-Solver++ and RePaint.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class StepTable:
         stores: what A and B make and later rows combine: "x0"; for samplers that extrapolate
             other quantities "epsilon" or "out", the prediction itself.
         restart: returns the table from a row on, where that is not these rows from there on; else None.
+        begins: the rows at which a step begins, for `restart`: a step may take several evaluations.
     """
 
     timesteps: Tensor
@@ -62,6 +63,7 @@ class StepTable:
     init_noise_sigma: float = 1.0
     stores: str = "x0"
     restart: Callable[[int], StepTable] | None = None
+    begins: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ import numpy as np
 import torch
 from numpy.polynomial import Polynomial
 
-from fastddpm.process.grids import SigmaGrid
+from fastddpm.process.grids import SigmaGrid, grid_at
+from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable
 
 HISTORY = 4  # predictions before the last one that a row may combine: what the kernel has columns for
@@ -99,7 +101,12 @@ class Trace:
         self._prediction_type, self._stores = prediction_type, stores
         self._init_noise_sigma = init_noise_sigma
         self._rows: list[_Row] = []
+        self._begins: list[int] = []
         self.sample = Symbol({"s0": 1.0})
+
+    def begin_step(self) -> None:
+        """Say that a step begins with the next row, in samplers of which not every row is a step."""
+        self._begins.append(len(self._rows))
 
     def add_noise(self, x: Symbol, deviation: float, *, timestep: float, signal: float, noise: float) -> Symbol:
         """Return x with noise of a standard deviation, for samplers that draw before they ask the network.
@@ -151,6 +158,7 @@ class Trace:
             self._rows[0].level,
             init_noise_sigma=self._init_noise_sigma,
             stores=self._stores,
+            begins=tuple(self._begins or range(len(self._rows))),
         )
 
     def _begin(self, row: _Row, x: Symbol) -> int:
@@ -187,7 +195,7 @@ class Trace:
         for name, value in following.terms.items():
             kind, age = name[0], k - int(name[1:])
             if kind == "m" and age <= HISTORY:
-                columns[(2, 5, 7, 8, 9)[age]] = value
+                columns[(2, 5, 7, 8, 9)[age]] = value if abs(value) > _ROUNDING * 1e-4 * scale else 0.0
             elif age == 0:
                 columns[{"s": 3, "z": 6}[kind]] = value
             elif abs(value) > _ROUNDING * scale:
@@ -195,15 +203,44 @@ class Trace:
         return columns
 
 
-def restartable(build: Callable[..., StepTable]) -> Callable[..., StepTable]:
-    """Make tables of `build(grid, **settings)` restart from a level on as `build` begins, for `StepTable.skip`."""
+def on_grid(final_sigmas_type: str = "zero") -> Callable[[Callable[..., StepTable]], Callable[..., StepTable]]:
+    """Make `build(grid, **settings)` a sampler's function, table(schedule, timesteps, **settings).
 
-    @functools.wraps(build)
-    def wrapper(grid: SigmaGrid, **settings: Any) -> StepTable:
-        table = build(grid, **settings)
-        return dataclasses.replace(table, restart=lambda index: wrapper(grid.skip(index), **settings))
+    Its timesteps are a `SigmaGrid`, or a list that falls. A list has the levels of the schedule, and ends where the
+    setting `final_sigmas_type` says. The table begins anew from any of its steps as `build` does, see `StepTable.skip`.
 
-    return wrapper
+    Args:
+        final_sigmas_type: the default of that setting.
+    """
+
+    def decorate(build: Callable[..., StepTable]) -> Callable[..., StepTable]:
+        def on(grid: SigmaGrid, settings: dict[str, Any]) -> StepTable:
+            found = build(grid, **settings)
+            begins = found.begins
+
+            def restart(index: int) -> StepTable:
+                if index not in begins:
+                    raise ValueError(f"index is {index}, inside a step; a step begins at {', '.join(map(str, begins))}")
+                return on(grid.skip(begins.index(index)), settings)
+
+            return dataclasses.replace(found, restart=restart)
+
+        @functools.wraps(build)
+        def table(schedule: NoiseSchedule, timesteps: Any, **settings: Any) -> StepTable:
+            final = settings.pop("final_sigmas_type", final_sigmas_type)
+            grid = timesteps if isinstance(timesteps, SigmaGrid) else grid_at(schedule, timesteps, final)
+            return on(grid, settings)
+
+        parameters = [
+            inspect.Parameter("schedule", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            inspect.Parameter("timesteps", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            inspect.Parameter("final_sigmas_type", inspect.Parameter.KEYWORD_ONLY, default=final_sigmas_type),
+            *list(inspect.signature(build).parameters.values())[1:],
+        ]
+        table.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return table
+
+    return decorate
 
 
 def at_level(signal: float, noise: float, prediction_type: str, stores: str) -> tuple[float, float]:

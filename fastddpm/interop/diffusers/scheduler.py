@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.interop.scheduler_config import scheduler_settings
+from fastddpm.process.multistep import dpmsolver_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table
 from fastddpm.process.tables import StepTable, ddim_table, ddpm_table
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
