@@ -51,7 +51,7 @@ class Method(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings and their defaults."""
+        """Return the settings and their defaults."""
         own = {**self.grid_settings, **_keywords(self.table), **self.defaults}
         return {name: value for name, value in own.items() if name not in self.fixed}
 
@@ -194,7 +194,7 @@ def _own(name: str, own: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
             raise TypeError(f"{setting} is no setting of a method; method {name!r} has {', '.join(own)}")
         elif all(value != METHODS[other].settings[setting] for other in others):
             raise ValueError(
-                f"{setting} is {value!r} but method is {name!r}, which has no such setting; "
-                f"{' and '.join(map(repr, others))} {'has' if len(others) == 1 else 'have'} it"
+                f"{setting} is {value!r} but method is {name!r}; {setting} is a setting of method "
+                f"{', '.join(map(repr, others))}"
             )
     return given

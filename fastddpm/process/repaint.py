@@ -23,7 +23,7 @@ def repaint_table(
     eta: float | None = None,
     order: str = "diffusers",
 ) -> StepTable:
-    """RePaint's walk (Lugmayr et al. 2022): denoising that every `jump_length` levels goes back up, several times.
+    """Return RePaint's walk (Lugmayr et al. 2022), which goes back up every `jump_length` levels, several times.
 
     A row up is one step of the forward process, sqrt(alpha) x + sqrt(1 - alpha) z, without the network; inpainting
     blends the known region in after every row down.
@@ -55,7 +55,7 @@ def repaint_table(
 
 
 def _resampled(down: StepTable, jump_length: int, jump_n_sample: int, *, lowest: int) -> StepTable:
-    """`down`'s rows in RePaint's order, with the rows up between them; `lowest`: level of the lowest jump, 0 is x_0."""
+    """Order `down`'s rows as RePaint does, with rows up between them; `lowest`: level of the lowest jump, 0 is x_0."""
     steps = len(down)
     bar = torch.cat([torch.tensor([down.start[0]], dtype=torch.float64), down.levels[:, 0]]).square()
     # Level k has k rows to go; row i of `down` leads from level S - i to S - i - 1, bar[i] to bar[i + 1].

@@ -55,7 +55,7 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """Betas from `beta_start` to `beta_end` in equal steps (Ho et al. 2020)."""
+        """Return betas from `beta_start` to `beta_end` in equal steps (Ho et al. 2020)."""
         _check_range(num_train_timesteps, beta_start, beta_end)
         betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
         return cls(betas, "linear", beta_start, beta_end)
@@ -64,14 +64,14 @@ class NoiseSchedule:
     def scaled_linear(
         cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """Square roots of the betas in equal steps (latent diffusion, Rombach et al. 2022)."""
+        """Return betas whose square roots rise in equal steps (latent diffusion, Rombach et al. 2022)."""
         _check_range(num_train_timesteps, beta_start, beta_end)
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64)
         return cls(roots.square(), "scaled_linear", beta_start, beta_end)
 
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
-        """abar_t = cos^2((t/T + 0.008) / 1.008 * pi/2), betas cut at `max_beta` (Nichol & Dhariwal 2021, eq. 17)."""
+        """Return betas of abar_t = cos^2((t/T + 0.008) / 1.008 * pi/2), cut at `max_beta` (Nichol & Dhariwal 2021)."""
         steps = _check_count(num_train_timesteps)
         if not 0 < max_beta < 1:
             raise ValueError(f"max_beta is {max_beta}, must be in (0, 1)")
@@ -84,14 +84,14 @@ class NoiseSchedule:
     def sigmoid(
         cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """Betas along a sigmoid over [-6, 6] (GeoDiff, Xu et al. 2022), as diffusers' `sigmoid`."""
+        """Return betas along a sigmoid over [-6, 6] (GeoDiff, Xu et al. 2022), as diffusers' `sigmoid`."""
         _check_range(num_train_timesteps, beta_start, beta_end)
         curve = torch.sigmoid(torch.linspace(-6, 6, num_train_timesteps, dtype=torch.float64))
         return cls(curve * (beta_end - beta_start) + beta_start, "sigmoid", beta_start, beta_end)
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | np.ndarray | Tensor) -> NoiseSchedule:
-        """A schedule from given betas [T], each finite and in (0, 1); the last may be 1.
+        """Return a schedule of given betas [T], each finite and in (0, 1); the last may be 1.
 
         Raises:
             ValueError: a beta is not finite or out of range, or `betas` is not one-dimensional.
@@ -110,7 +110,7 @@ class NoiseSchedule:
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
     ) -> NoiseSchedule:
-        """The schedule that diffusers or this package calls `beta_schedule`; "cosine" has no range of betas to be told.
+        """Return the schedule that diffusers or this package calls `beta_schedule`; "cosine" takes no range of betas.
 
         Raises:
             ValueError: no such schedule.
@@ -130,7 +130,7 @@ class NoiseSchedule:
         return ranged[beta_schedule](num_train_timesteps, beta_start, beta_end)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
-        """The schedule shifted and scaled so that nothing of x_0 is left at the last step (Lin et al. 2024, alg. 1).
+        """Return the schedule, shifted and scaled so that nothing of x_0 is left at the end (Lin et al. 2024, alg. 1).
 
         diffusers' `rescale_betas_zero_snr`. sqrt(abar) is moved linearly: the first stays, the last becomes 0. Epsilon
         says nothing about x_0 at that step; predict "v_prediction" or "sample", and use "trailing" spacing.
@@ -162,7 +162,7 @@ class NoiseSchedule:
         return torch.cumprod(1 - self.betas, dim=0)
 
     def q_sample_table(self) -> Tensor:
-        """The pairs (sqrt(abar_t), sqrt(1 - abar_t)) that `fastddpm_kernels.q_sample` takes: float32 [T, 2]."""
+        """Return the pairs (sqrt(abar_t), sqrt(1 - abar_t)) that `fastddpm_kernels.q_sample` takes: float32 [T, 2]."""
         alpha_bar = self.alphas_cumprod
         return torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1).float()
 
@@ -174,7 +174,7 @@ class NoiseSchedule:
         *,
         multistep: bool = False,
     ) -> Tensor:
-        """The timesteps that sampling visits, falling: int64 [S]; see `fastddpm.process.timesteps.spaced_timesteps`.
+        """Return the timesteps to visit, falling: int64 [S]; see `fastddpm.process.timesteps.spaced_timesteps`.
 
         Args:
             num_inference_steps: from 1 to T; None for all T; a string such as "ddim25" or "10,10,5" for
@@ -192,7 +192,7 @@ class NoiseSchedule:
         )
 
     def check_timesteps(self, timesteps: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """An explicit list of timesteps as int64 [S].
+        """Return an explicit list of timesteps as int64 [S].
 
         Raises:
             ValueError: there are none, they are not integers, not within 0 to T - 1, or do not fall.

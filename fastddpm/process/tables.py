@@ -82,7 +82,7 @@ class StepTable:
         return column < self.rows.shape[1] and bool((self.rows[:, column] != 0).any())
 
     def skip(self, index: int) -> StepTable:
-        """The table from row `index` on, to start from a partly noised x.
+        """Return the table from row `index` on, to start from a partly noised x.
 
         A first row that would need the x0 before it becomes the first-order one: F is taken by C.
 
@@ -119,13 +119,13 @@ def ddpm_table(
     variance_type: str = "fixed_small",
     convention: str = "diffusers",
 ) -> StepTable:
-    """Ancestral sampling, on all or on strided steps (Ho et al. 2020, eq. 7 and 11; Nichol & Dhariwal 2021, eq. 19).
+    """Return the table of ancestral sampling, on all or on strided steps (Ho et al. 2020, eq. 7 and 11).
 
-    For strided steps alpha_t is abar_t / abar_prev, with abar_prev = 1 after the last. beta_tilde is then 0, whose
-    logarithm the libraries avoid in their own ways, which `convention` names: "diffusers" and
-    "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step before. They also
-    differ in what gets noise: every timestep above 0 in the first two, every step but the last in guided-diffusion,
-    where a classifier's gradient moves the last one all the same, by the variance that the step has.
+    For strided steps alpha_t is abar_t / abar_prev (Nichol & Dhariwal 2021, eq. 19), with abar_prev = 1 after the last.
+    There beta_tilde is 0, and the libraries avoid its logarithm in their own ways, named by `convention`: "diffusers"
+    and "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step before. They also
+    differ in what gets noise: every timestep above 0 in the first two; every step but the last in guided-diffusion,
+    where a classifier's gradient still moves the last one, by the variance of that step.
 
     Args:
         schedule: the forward process the network was trained on.
@@ -195,7 +195,7 @@ def ddim_table(
     use_clipped_model_output: bool = False,
     set_alpha_to_one: bool = True,
 ) -> StepTable:
-    """DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has the variance of DDPM.
+    """Return the table of DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has DDPM's variance.
 
     Args:
         schedule, timesteps, prediction_type: as for `ddpm_table`.
@@ -227,7 +227,7 @@ def ddim_inversion_table(
     use_clipped_model_output: bool = False,
     set_alpha_to_one: bool = True,
 ) -> StepTable:
-    """DDIM run backwards: encodes x_0 as the x_T that `ddim_table` with the same timesteps decodes (eta 0).
+    """Return DDIM backwards: it encodes x_0 as the x_T that `ddim_table` with the same timesteps decodes (eta 0).
 
     The ODE of Song et al. 2021 (section 4.3) from each level up to the next. As in diffusers' `DDIMInverseScheduler`
     the network is told the timestep it goes to.
@@ -284,7 +284,7 @@ def make_table(
 def walk(
     schedule: NoiseSchedule, timesteps: Sequence[int] | Tensor, *, set_alpha_to_one: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The timesteps, checked; abar at each; and abar at the one visited next: after the last 1, or abar_0."""
+    """Return the timesteps, checked; abar at each; and abar at the one visited next (after the last 1, or abar_0)."""
     timesteps = schedule.check_timesteps(timesteps)
     levels = schedule.alphas_cumprod
     bar = levels[timesteps]
@@ -292,7 +292,7 @@ def walk(
 
 
 def x0_from(prediction_type: str, bar: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) in x0 = A x_t + B out.
+    """Return (A, B) in x0 = A x_t + B out.
 
     Raises:
         ValueError: `prediction_type` is not known, or is "epsilon" where abar is 0.
@@ -312,7 +312,7 @@ def x0_from(prediction_type: str, bar: Tensor, timesteps: Tensor) -> tuple[Tenso
 
 
 def _epsilon_from(prediction_type: str, bar: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, Q) in epsilon = P x_t + Q out."""
+    """Return (P, Q) in epsilon = P x_t + Q out."""
     if prediction_type == "epsilon":
         return torch.zeros_like(bar), torch.ones_like(bar)
     if prediction_type == "sample":
@@ -323,7 +323,7 @@ def _epsilon_from(prediction_type: str, bar: Tensor) -> tuple[Tensor, Tensor]:
 def _ddim_mean(
     prediction_type: str, bar: Tensor, bar_next: Tensor, direction: Tensor, *, rederive: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(C, D, E) of sqrt(abar_next) x0 + direction epsilon."""
+    """Return (C, D, E) of sqrt(abar_next) x0 + direction epsilon."""
     zero = torch.zeros_like(bar)
     if rederive:  # epsilon = (x_t - sqrt(abar) x0) / sqrt(1 - abar), with the clipped x0
         keep, eps_x, eps_out = -(bar / (1 - bar)).sqrt(), 1 / (1 - bar).sqrt(), zero

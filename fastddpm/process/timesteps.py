@@ -20,14 +20,14 @@ def spaced_timesteps(
     *,
     multistep: bool = False,
 ) -> Tensor:
-    """Timesteps of a model trained on `total`, falling: int64 [num_inference_steps].
+    """Return the timesteps to visit of a model trained on `total`, falling: int64 [num_inference_steps].
 
     "leading", "trailing" and "linspace" are those of Table 2 in Lin et al. 2024 ("Common diffusion noise schedules and
     sample steps are flawed"), rounded as diffusers rounds. "denoising_diffusion_pytorch" is the grid of that library's
     DDIM, linspace(-1, T - 1) without its lowest point. "guided_diffusion" divides [0, T - 1] in equal fractional
     strides as its `space_timesteps` (Nichol & Dhariwal 2021, section 4), and takes that function's strings: "250",
-    "ddim25" (an integer stride from 0) or "10,10,5" (so many steps in each of three equal sections, the first of which
-    is the least noisy).
+    "ddim25" (an integer stride from 0) or "10,10,5" (so many steps in each of three equal sections, the least noisy
+    one first).
 
     Args:
         total: T.
@@ -80,7 +80,7 @@ def spaced_timesteps(
 
 
 def checked_timesteps(total: int, timesteps: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-    """Explicit timesteps as int64 [S] on the CPU.
+    """Return explicit timesteps as int64 [S] on the CPU.
 
     Raises:
         ValueError: there are none, they are not integers, not within 0 to `total` - 1, or do not fall.
@@ -105,7 +105,7 @@ def checked_timesteps(total: int, timesteps: Sequence[int] | np.ndarray | Tensor
 
 
 def _sections(total: int, text: str) -> np.ndarray:
-    """guided-diffusion's `space_timesteps`, falling."""
+    """Return what guided-diffusion's `space_timesteps` returns, falling."""
     wrong = ValueError(
         f"num_inference_steps is {text!r}, must be a number, 'ddim' and a number, or numbers with commas between"
     )

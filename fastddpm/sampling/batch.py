@@ -36,7 +36,7 @@ class Batch:
     known_mask: Tensor | None = None
 
     def samples(self, rows: slice) -> Batch:
-        """Some of the samples."""
+        """Return the batch of some of the samples."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         count = len(self.keys)
         return replace(self, **{name: v[rows] for name, v in values.items() if v is not None and len(v) == count})
@@ -56,7 +56,7 @@ def make_batch(
     known: Tensor | None = None,
     known_mask: Tensor | None = None,
 ) -> Batch:
-    """The arguments of `Sampler.sample`, for samples of `shape` [N, ...], checked and where the network runs.
+    """Check the arguments of `Sampler.sample` for samples of `shape` [N, ...] and bring them where the network runs.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
@@ -118,7 +118,7 @@ def _labels(
 def _scales(
     given: float | Sequence[float] | Tensor | None, labelled: bool, count: int, settings: LoopSettings
 ) -> Tensor | None:
-    """Guidance scales float32 [1] or [count]; None where no unconditional half is needed."""
+    """Return guidance scales float32 [1] or [count]; None if no unconditional half is needed."""
     if given is None:
         for name in ("guidance_rescale", "guidance_interval"):
             if value := getattr(settings, name):
@@ -147,19 +147,19 @@ def _check_condition(
         raise ValueError(f"samples have {own} channels but the model reads {reads}")
     if reads is not None and reads != own + more:
         raise ValueError(
-            f"condition has {more} channels but the model reads {reads}, of which the samples fill {own}: condition "
-            f"must have {reads - own}"
+            f"condition has {more} channels but the model reads {reads} and the samples fill {own}: condition must "
+            f"have {reads - own}"
         )
 
 
 def check_noise(
     source: NoiseSource | None, shape: tuple[int, ...], batch_size: int | str | None, name: str
 ) -> NoiseSource | None:
-    """`source` itself, of noise [S, N, ...] of `shape`.
+    """Return `source`, noise [S, N, ...] of `shape`.
 
     Raises:
-        ValueError, TypeError: it is no such tensor, no function, or a function that would be asked for some samples
-            without knowing which.
+        ValueError, TypeError: it is no such tensor and no function, or a function that could not know which samples
+            it draws for.
     """
     if isinstance(source, Tensor):
         checks.floating(source, shape, name)
@@ -173,10 +173,8 @@ def check_noise(
     return source
 
 
-def give_noise(buffer: Tensor | None, source: NoiseSource | None, index: int, rows: slice, name: str) -> None:
-    """Puts the noise that the user gives for the step of a row into `buffer` [n, ...], for the samples `rows`."""
-    if source is None or buffer is None:
-        return
+def give_noise(buffer: Tensor, source: NoiseSource, index: int, rows: slice, name: str) -> None:
+    """Put the noise that the user gives for the row `index` and the samples `rows` into `buffer` [n, ...]."""
     shape = tuple(buffer.shape)
     noise = source[index, rows] if isinstance(source, Tensor) else source(index, shape)
     checks.floating(noise, shape, f"{name} of step {index}")

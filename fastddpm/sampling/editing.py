@@ -32,7 +32,7 @@ def image_to_image(
     seeds: Sequence[int] | None = None,
     **options: Any,
 ) -> Any:
-    """Noises images part of the way and denoises them again (SDEdit, Meng et al. 2022).
+    """Noise images part of the way and denoise them again (SDEdit, Meng et al. 2022).
 
     Coarse structure survives a small strength, less of it a larger one. Of S sampling steps the last
     round(strength * S) are run, at least one.
@@ -69,7 +69,7 @@ def inpaint(
     jump_n_sample: int = 10,
     **options: Any,
 ) -> Any:
-    """Fills in what a mask leaves open, with resampling (RePaint, Lugmayr et al. 2022, algorithm 1).
+    """Fill in what a mask leaves open, with resampling (RePaint, Lugmayr et al. 2022, algorithm 1).
 
     At every step the known part is replaced by the image noised to that step's level. So that what is filled in
     agrees with it, the loop goes back up by `jump_length` steps and down again, at every `jump_length`-th step,
@@ -131,7 +131,7 @@ def inpaint(
 
 @torch.no_grad()
 def encode(sampler: Sampler, images: Tensor, *, strength: float = 1.0, **options: Any) -> Any:
-    """The noise that a deterministic sampler turns into these images: DDIM run backwards (Song et al. 2021, sec. 4.3).
+    """Return the noise that a deterministic sampler turns into these images (Song et al. 2021, section 4.3).
 
     Decode with `sampler.sample(n, x_T=latents)`. The two are inverse to each other up to the error of the steps,
     which falls as there are more of them, unless x0 is clipped on the way: give the sampler clip_sample=False.
@@ -174,7 +174,7 @@ def interpolate(
     seed: int = 0,
     **options: Any,
 ) -> Tensor:
-    """A path of images from `a` to `b`.
+    """Return a path of images from `a` to `b`.
 
     via "encode": both are encoded to noise, which is interpolated on the sphere and decoded (Song et al. 2021,
     fig. 6). The ends are the reconstructions of `a` and `b`: close to them with clip_sample=False. via "noise": both
@@ -238,7 +238,7 @@ def interpolate(
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Spherical interpolation: the arc between two vectors, which keeps the norm that noise has (Shoemake 1985).
+    """Interpolate on the sphere, along the arc between two vectors, which keeps the norm of noise (Shoemake 1985).
 
     Args:
         a, b: float [N, ...]; each of the N is one vector.
@@ -270,7 +270,7 @@ def super_resolution(
     seeds: Sequence[int] | None = None,
     **options: Any,
 ) -> Any:
-    """Images that `low` may be a reduction of, by a model that was trained to read it (SR3, Saharia et al. 2021).
+    """Enlarge images with a model that was trained to read the small ones (SR3, Saharia et al. 2021).
 
     `low` is enlarged (bicubic, not clipped) and given to the network as further channels beside x_t. The bundled
     model in `assets/digits_upscale`, of `examples/train_upscale.py`, was trained that way.
@@ -280,7 +280,7 @@ def super_resolution(
         low: float [N, C, h, w] in [-1, 1].
         size: (H, W) of the result; None for the model's sample_size.
         noise_level: standard deviation of Gaussian noise added to `low` first (Ho et al. 2021, "Cascaded diffusion
-            models"), no more than in training: hides from the network what is wrong with `low` in detail.
+            models"), no more than in training: it hides flaws of `low` from the network.
         seed, seeds: as for `Sampler.sample`.
         **options: further arguments of `Sampler.sample`.
 
@@ -318,7 +318,7 @@ def super_resolution(
 
 
 def _start(sampler: Sampler, strength: float) -> int:
-    """The row of the table from which the last round(strength * S) of S steps begin."""
+    """Return the row of the table at which the last round(strength * S) of S steps begin."""
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ValueError(f"strength is {strength!r}, must be in (0, 1]")
     steps = len(sampler.timesteps)
@@ -333,7 +333,7 @@ def _normal(
     *,
     stream: int = philox.STREAM_INITIAL,
 ) -> Tensor:
-    """Noise of the images' shape; of the default stream, that from which the sampler starts from scratch."""
+    """Return noise of the images' shape; by default that from which the sampler starts from scratch."""
     count = len(images)
     if seeds is not None and len(seeds) != count:
         raise ValueError(f"seeds has {len(seeds)} entries, must have one per image, {count}")
@@ -343,7 +343,7 @@ def _normal(
 
 
 def _noised(images: Tensor, level: tuple[float, float], noise: Tensor) -> Tensor:
-    """signal * images + noise coefficient * noise."""
+    """Return signal * images + sigma * noise for a level (signal, sigma)."""
     table = torch.tensor([level], dtype=torch.float32, device=images.device)
     rows = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     return q_sample(images, table, rows, noise=noise)[0]
@@ -364,7 +364,7 @@ def _schedule(sampler: Sampler, task: str) -> NoiseSchedule:
 
 
 def _check_images(sampler: Sampler, images: Tensor, name: str) -> Tensor:
-    """The images in float32 where the sampler runs."""
+    """Return the images in float32 where the sampler runs."""
     images = _to_float(sampler, images, name)
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"{name} has shape {list(images.shape)}, must be [N, ...] with at least one sample")

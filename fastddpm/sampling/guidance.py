@@ -1,7 +1,7 @@
-"""What changes the network's prediction between the network and `reverse_step`, each part only where it is asked for.
+"""What changes the prediction between the network and `reverse_step`, each part only where it is asked for.
 
 Plain classifier-free guidance is not here: the kernel combines the doubled batch itself. All of this reads and writes
-device memory alone, so that it can be captured with the step.
+device memory alone, so that a graph can capture it with the step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Classifier:
     shifts: Shifts
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """scale * gradient, float32 like `x`. The function may differentiate in its x, a detached view of `x`."""
+        """Return scale * gradient, float32 like `x`. The function may differentiate in its x, a detached view."""
         with torch.enable_grad():
             gradient = self.gradient(x.detach(), t, labels)
         if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
@@ -56,7 +56,7 @@ class DynamicThreshold:
     maximum: float
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """s, float32 [N], of the predicted x0 [N, ...]; quantiles interpolate as `torch.quantile` does."""
+        """Return s, float32 [N], for the predicted x0 [N, ...]; quantiles interpolate as `torch.quantile` does."""
         magnitudes = x0.flatten(1).abs()
         position = self.ratio * (magnitudes.shape[1] - 1)
         below = int(position)
@@ -67,7 +67,7 @@ class DynamicThreshold:
 
 
 def combine(out: Tensor, channels: int, scale: Tensor | None) -> Tensor:
-    """The prediction in float32 [N, `channels`, ...]: of a doubled batch u + scale * (c - u)."""
+    """Return the prediction in float32 [N, `channels`, ...]; for a doubled batch it is u + scale * (c - u)."""
     prediction = out[:, :channels].float()
     if scale is None:
         return prediction
@@ -76,7 +76,7 @@ def combine(out: Tensor, channels: int, scale: Tensor | None) -> Tensor:
 
 
 def rescale_guidance(out: Tensor, channels: int, scale: Tensor, rescale: float) -> Tensor:
-    """A doubled batch, multiplied so that what guidance makes of it has the conditional half's standard deviation.
+    """Scale a doubled batch so that guidance gives it the standard deviation of the conditional half.
 
     Lin et al. 2024, eq. 15 and 16: f * (u + s * (c - u)) is guidance with f * u and f * c, which leaves the
     combination to the kernel. f is 1 - `rescale` + `rescale` * std(c) / std(u + s * (c - u)), per sample.
@@ -92,7 +92,7 @@ def _std(x: Tensor) -> Tensor:
 
 
 def add_to_prediction(out: Tensor, channels: int, shift: Tensor) -> Tensor:
-    """`out` with `shift` [N, `channels`, ...] added to its prediction, to both halves of a doubled batch."""
+    """Add `shift` [N, `channels`, ...] to the prediction in `out`, to both halves of a doubled batch."""
     shift = shift.repeat(len(out) // len(shift), *[1] * (shift.ndim - 1))
     return torch.cat([out[:, :channels] + shift, out[:, channels:]], dim=1)
 
@@ -100,7 +100,7 @@ def add_to_prediction(out: Tensor, channels: int, shift: Tensor) -> Tensor:
 def clipped_prediction(
     prediction: Tensor, x: Tensor, row: Tensor, clip_range: float | None, threshold: DynamicThreshold | None
 ) -> Tensor:
-    """The prediction [N, ...] that means the x0 which `prediction` means, clipped: out of x0 = A x + B out.
+    """Return the prediction [N, ...] for the clipped x0: the `out` for which A x + B out is what clipping leaves.
 
     Args:
         row: [7], of the table.
@@ -117,12 +117,12 @@ def clipped_prediction(
 
 
 def log_of_variance(out: Tensor, channels: int) -> Tensor:
-    """`out` with the logarithm of its second half of channels, for networks that predict the variance itself."""
+    """Take the logarithm of the second half of channels, for networks that predict the variance itself."""
     return torch.cat([out[:, :channels].float(), out[:, channels:].float().log()], dim=1)
 
 
 def learned_std(out: Tensor, channels: int, bounds: Tensor) -> Tensor:
-    """The standard deviation [N, `channels`, ...] that the (conditional) second half v of the channels stands for.
+    """Return the standard deviation [N, `channels`, ...] that v, the second half of the channels, stands for.
 
     Args:
         out: [N or 2N, 2 * `channels`, ...]; bounds: [1, 2], the log-variances of v = -1 and v = 1.
@@ -133,7 +133,7 @@ def learned_std(out: Tensor, channels: int, bounds: Tensor) -> Tensor:
 
 
 def score_shift(table: StepTable) -> Tensor:
-    """What a score (a gradient of log p) times it adds to the network's output, for every row: float64 [S].
+    """Return the factor by which a score (a gradient of log p) changes the network's output, per row: float64 [S].
 
     A score g changes x0 by (1 - abar) / sqrt(abar) * g, whatever is predicted, and x0 = A x + B out. At pure noise,
     where abar is 0, a label says nothing about x_t, and it is 0.
@@ -145,5 +145,5 @@ def score_shift(table: StepTable) -> Tensor:
 
 
 def per_sample(scale: Tensor, like: Tensor) -> Tensor:
-    """A scale [1] or [N] as [., 1, ...], to multiply a tensor [N, ...]."""
+    """Return a scale [1] or [N] as [., 1, ...], to multiply a tensor [N, ...]."""
     return scale.view(-1, *[1] * (like.ndim - 1))

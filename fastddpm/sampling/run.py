@@ -102,9 +102,7 @@ class Run:
             while first < count:
                 rows, done = slice(first, min(first + chunk, count)), bar.done
                 try:
-                    with self.pool.lease(self.shapes(rows)) as runner:
-                        self._walk(rows, runner)
-                        images[rows] = runner.loop.x
+                    self._walk(rows, images)
                     first = rows.stop
                 except (RuntimeError, MemoryError) as error:
                     if self.bar is not None:
@@ -139,16 +137,18 @@ class Run:
         log_halving(size, -(-size // 2))
         return -(-size // 2)
 
-    def _walk(self, rows: slice, runner: Runner) -> None:
-        """Take some of the samples through the table."""
-        loop = self._load(rows, runner)
-        moments = _Moments(self, rows, loop)
-        for kind, first, steps in segments(loop.bodies, self.start, self.periods(loop.x.device)):
-            self._give_noise(first, rows, loop)
-            runner.advance(kind, steps)
-            if moments.passed(first + steps - 1, steps):
-                break
-        moments.end()
+    def _walk(self, rows: slice, images: Tensor) -> None:
+        """Take some of the samples through the table, and put them into `images`."""
+        with self.pool.lease(self.shapes(rows)) as runner:
+            loop = self._load(rows, runner)
+            moments = _Moments(self, rows, loop)
+            for kind, first, steps in segments(loop.bodies, self.start, self.periods(loop.x.device)):
+                self._give_noise(first, rows, loop)
+                runner.advance(kind, steps)
+                if moments.passed(first + steps - 1, steps):
+                    break
+            moments.end()
+            images[rows] = loop.x
 
     @property
     def steps(self) -> int:

@@ -14,8 +14,7 @@ class Trajectory:
 
     Attributes:
         x: float32 [K, N, ...], the state after the step; `x[-1]` is what `Sampler.sample` returns otherwise.
-        x0: float32 [K, N, ...], the x0 that was predicted in that step (by the last step before it that had a
-            prediction, for steps that have none).
+        x0: float32 [K, N, ...], the x0 predicted in that step, or by the last one before it that had a prediction.
         timesteps: int64 [K], the timestep the network was told in that step.
     """
 
@@ -43,20 +42,20 @@ class Recorder:
         self.x = torch.empty((len(self.moments), *shape), device=device)
         self.x0 = torch.empty_like(self.x)
         self._passed = 0  # moments of the chunk under way
-        self._most = 0  # of any chunk
+        self._most = 0  # moments of the chunk that went furthest
 
     def begin_chunk(self) -> None:
-        """A chunk starts, perhaps one that failed before and is done again."""
+        """Start a chunk, perhaps one that failed before."""
         self._passed = 0
 
     def after_step(self, index: int, rows: slice, x: Tensor, x0: Tensor) -> None:
-        """Keeps the state if step `index` of the loop, counted from 0, is one of the moments."""
+        """Keep the state if step `index` of the loop, counted from 0, is one of the moments."""
         if index == self.moments[self._passed]:
             self.x[self._passed, rows], self.x0[self._passed, rows] = x, x0
             self._passed += 1
 
     def end_of_chunk(self, index: int, timestep: int, rows: slice, x: Tensor, x0: Tensor) -> None:
-        """The loop of a chunk ended after step `index`; where a callback stopped it, that is its last moment."""
+        """End a chunk after step `index`, which is its last moment if a callback stopped it there."""
         stopped = self._passed == 0 or index != self.moments[self._passed - 1]
         self._passed += stopped
         if self._passed > self._most or (self._passed == self._most and not stopped):
@@ -67,5 +66,5 @@ class Recorder:
         self._most, self._passed = max(self._most, self._passed), 0
 
     def trajectory(self) -> Trajectory:
-        """What was kept. A chunk that was stopped earlier than others repeats its end."""
+        """Return what was kept. A chunk that stopped earlier than others repeats its end."""
         return Trajectory(self.x[: self._most], self.x0[: self._most], self.timesteps[: self._most])

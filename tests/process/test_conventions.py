@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from table_rows import compare
+from torch import Tensor
 
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable, ddim_inversion_table, ddim_table, ddpm_table
-
-SHAPE = (2, 3, 4, 4)
-
-
-def execute(table: StepTable, index: int, x: np.ndarray, out: np.ndarray, z: np.ndarray, clip: float) -> np.ndarray:
-    """The definition of a row; x0 is always clipped, as both libraries do."""
-    a, b, c, d, e, f, s = table.rows[index].tolist()
-    assert f == 0
-    std: np.ndarray | float = s
-    if table.log_variance is not None:
-        out, v = np.split(out, 2, axis=1)
-        low, high = table.log_variance[index].tolist()
-        std = s * np.exp(0.5 * ((v + 1) / 2 * high + (1 - v) / 2 * low))
-    x0 = np.clip(a * x + b * out, -clip, clip)
-    return c * x0 + d * x + e * out + std * z
 
 
 class GuidedDiffusion:
@@ -84,20 +72,25 @@ class GuidedDiffusion:
         return x0 * np.sqrt(self.bar_next[t]) + np.sqrt(1 - self.bar_next[t]) * eps
 
 
-def draws(seed: int, doubled: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, out and z."""
-    rng = np.random.default_rng(seed)
-    out = rng.standard_normal((2, 6, 4, 4) if doubled else SHAPE)
-    return rng.standard_normal(SHAPE), out, rng.standard_normal(SHAPE)
+def rows_are(table: StepTable, step: Callable[..., np.ndarray], **options: Any) -> None:
+    """`compare` with a step in numpy; x0 is always clipped, as both libraries do."""
+
+    def in_torch(index: int, x: Tensor, out: Tensor, z: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(step(index, x.numpy(), out.numpy(), z.numpy())))
+
+    compare(table, in_torch, clip=1.0, **options)
 
 
-def same(actual: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("respacing", ["1000", "25", "10,10,5", "ddim25"])
-@pytest.mark.parametrize("predicts", ["epsilon", "sample"])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize(
+    ("respacing", "predicts", "variance"),
+    [
+        ("1000", "epsilon", "learned_range"),
+        ("25", "epsilon", "fixed_small"),
+        ("25", "sample", "fixed_large"),
+        ("10,10,5", "epsilon", "learned"),
+        ("ddim25", "sample", "learned_range"),
+    ],
+)
 def test_ddpm_is_that_of_guided_diffusion(respacing: str, predicts: str, variance: str) -> None:
     schedule = NoiseSchedule.linear()
     timesteps = schedule.timesteps(respacing, "guided_diffusion")
@@ -108,23 +101,23 @@ def test_ddpm_is_that_of_guided_diffusion(respacing: str, predicts: str, varianc
     if variance == "learned_range":
         np.testing.assert_allclose(table.log_variance.flip(0)[:, 0], theirs.log_posterior, rtol=1e-9)
         np.testing.assert_allclose(table.log_variance.flip(0)[:, 1], np.log(theirs.betas), rtol=1e-9)
-    count = len(timesteps)
-    for index in {0, 1, count // 2, count - 2, count - 1}:
-        x, out, z = draws(index, doubled=variance.startswith("learned"))
-        same(execute(table, index, x, out, z, 1), theirs.p_sample(x, count - 1 - index, out, z, predicts, variance))
+    last = len(timesteps) - 1
+    rows_are(
+        table,
+        lambda i, x, out, z: theirs.p_sample(x, last - i, out, z, predicts, variance),
+        channels=6 if variance.startswith("learned") else 3,
+        rows=(0, 1, last // 2, last - 1, last),
+    )
 
 
-@pytest.mark.parametrize("respacing", ["ddim25", "25", "10,10,5"])
-@pytest.mark.parametrize("predicts", ["epsilon", "sample"])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("respacing", ["ddim25", "10,10,5"])
+@pytest.mark.parametrize(("predicts", "eta"), [("epsilon", 0.0), ("epsilon", 0.5), ("sample", 1.0)])
 def test_ddim_is_that_of_guided_diffusion(respacing: str, predicts: str, eta: float) -> None:
     schedule = NoiseSchedule.cosine()
     timesteps = schedule.timesteps(respacing, "guided_diffusion")
     theirs = GuidedDiffusion(schedule.betas.numpy(), timesteps.tolist())
     table = ddim_table(schedule, timesteps, prediction_type=predicts, eta=eta, use_clipped_model_output=True)
-    for index in range(25):
-        x, out, z = draws(index)
-        same(execute(table, index, x, out, z, 1), theirs.ddim_sample(x, 24 - index, out, z, predicts, eta))
+    rows_are(table, lambda i, x, out, z: theirs.ddim_sample(x, 24 - i, out, z, predicts, eta))
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "sample"])
@@ -135,9 +128,8 @@ def test_inversion_is_that_of_guided_diffusion(predicts: str) -> None:
     table = ddim_inversion_table(
         schedule, timesteps, prediction_type=predicts, use_clipped_model_output=True, set_alpha_to_one=False
     )
-    for index in range(1, 25):  # guided-diffusion takes the image to be at level 0, where our first row leads
-        x, out, z = draws(index)
-        same(execute(table, index, x, out, z, 1), theirs.ddim_reverse_sample(x, index - 1, out, predicts))
+    # guided-diffusion takes the image to be at level 0, where our first row leads
+    rows_are(table, lambda i, x, out, z: theirs.ddim_reverse_sample(x, i - 1, out, predicts), rows=range(1, 25))
 
 
 def lucidrains_predictions(x: np.ndarray, out: np.ndarray, bar: float, objective: str) -> tuple[np.ndarray, np.ndarray]:
@@ -159,16 +151,17 @@ def test_ddpm_is_that_of_denoising_diffusion_pytorch(objective: str) -> None:
     table = ddpm_table(
         schedule, schedule.timesteps(), prediction_type=objective, convention="denoising_diffusion_pytorch"
     )
-    for index in range(100):
+
+    def p_sample(index: int, x: np.ndarray, out: np.ndarray, z: np.ndarray) -> np.ndarray:
         t = 99 - index
-        x, out, z = draws(index)
         _, x0 = lucidrains_predictions(x, out, bars[t], objective)
         prev = bars[t - 1] if t > 0 else 1.0
         mean = betas[t] * math.sqrt(prev) / (1 - bars[t]) * x0
         mean = mean + (1 - prev) * math.sqrt(1 - betas[t]) / (1 - bars[t]) * x
         variance = max(betas[t] * (1 - prev) / (1 - bars[t]), 1e-20)
-        expected = mean + math.exp(0.5 * math.log(variance)) * (z if t > 0 else 0)
-        same(execute(table, index, x, out, z, 1), expected)
+        return mean + math.exp(0.5 * math.log(variance)) * (z if t > 0 else 0)
+
+    rows_are(table, p_sample)
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "sample", "v_prediction"])
@@ -185,18 +178,14 @@ def test_ddim_is_that_of_denoising_diffusion_pytorch(objective: str, eta: float)
         use_clipped_model_output=True,
     )
     assert table.timesteps.tolist() == times[:-1]
-    for index, (time, time_next) in enumerate(pairwise(times)):
-        x, out, z = draws(index)
+
+    def ddim_sample(index: int, x: np.ndarray, out: np.ndarray, z: np.ndarray) -> np.ndarray:
+        time, time_next = times[index : index + 2]
         noise, x0 = lucidrains_predictions(x, out, bars[time], objective)
         if time_next < 0:
-            expected = x0
-        else:
-            bar, bar_next = bars[time], bars[time_next]
-            sigma = eta * math.sqrt((1 - bar / bar_next) * (1 - bar_next) / (1 - bar))
-            expected = x0 * math.sqrt(bar_next) + math.sqrt(1 - bar_next - sigma**2) * noise + sigma * z
-        same(execute(table, index, x, out, z, 1), expected)
+            return x0
+        bar, bar_next = bars[time], bars[time_next]
+        sigma = eta * math.sqrt((1 - bar / bar_next) * (1 - bar_next) / (1 - bar))
+        return x0 * math.sqrt(bar_next) + math.sqrt(1 - bar_next - sigma**2) * noise + sigma * z
 
-
-def test_unknown_convention_is_named() -> None:
-    with pytest.raises(ValueError, match="convention is 'openai', must be one of diffusers, guided_diffusion"):
-        ddpm_table(NoiseSchedule.linear(), [5, 0], convention="openai")
+    rows_are(table, ddim_sample)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import NoiseSchedule, Sampler, UNet
-from fastddpm.process.tables import ddim_table, ddpm_table
+from fastddpm.process.tables import ddim_inversion_table, ddim_table, ddpm_table
 from fastddpm.sampling.editing import encode, image_to_image, inpaint, interpolate, super_resolution
 
 LINEAR = NoiseSchedule.linear()
@@ -64,7 +64,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"prediction_type": "score"}, "prediction_type is 'score'"),
     ({"variance_type": "none"}, "variance_type is 'none'"),
     ({"method": "ddim", "variance_type": "none"}, "variance_type is 'none'"),
-    ({"eta": 0.5}, "eta is 0.5 but method is 'ddpm', which has no such setting; 'ddim' has it"),
+    ({"eta": 0.5}, "eta is 0.5 but method is 'ddpm'; eta is a setting of method 'ddim'"),
     ({"method": "dpmsolver++", "eta": 0.5}, "eta is 0.5 but method is 'dpmsolver++'"),
     ({"method": "ddim", "solver_order": 1}, "solver_order is 1 but method is 'ddim'"),
     ({"use_clipped_model_output": True}, "use_clipped_model_output is True but method is 'ddpm'"),
@@ -156,6 +156,7 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"start": 1}, "start is 1 but x_T is None"),
     ({}, {"start": 2, "x_T": torch.zeros(2, 2, 4)}, "start is 2, must be from 0 to 1"),
     ({}, {"table": LEARNED}, "table has a learned variance but variance_type is 'fixed_small'"),
+    ({}, {"table": ddim_inversion_table(LINEAR, [500, 0])}, "table starts from clean samples but x_T is None"),
     ({}, {"table": LINEAR}, "TypeError: table is a NoiseSchedule"),
     ({}, {"return_trajectory": 0}, "return_trajectory is 0"),
     ({"variance_type": "learned_range"}, {}, "'learned_range' but the model returned 2 channels for samples of 2"),

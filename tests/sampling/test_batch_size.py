@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling import batch_size, run
 from fastddpm.sampling.batch_size import CUDA_SIZES, choose_chunk, even_chunk
+from fastddpm.sampling.loop import Loop
 from fastddpm.sampling.run import Run
 from fastddpm.sampling.runner import Runner
 from fastddpm.sampling.sampler import Sampler
@@ -273,9 +274,14 @@ def test_without_auto_the_error_says_what_helps() -> None:
 
 
 def test_memory_of_the_failed_pass_is_free_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error's traceback holds the frame, which holds tensors: they must be gone when the cache is emptied."""
+    """The error's traceback holds frames, which hold tensors and the loop: gone when the cache is emptied."""
     alive: list[weakref.ref] = []
-    seen: list[bool] = []
+    seen: list[list[object]] = []
+
+    class Noted(Loop):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            alive.append(weakref.ref(self))
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         big = torch.zeros_like(x)
@@ -284,13 +290,14 @@ def test_memory_of_the_failed_pass_is_free_before_the_next(monkeypatch: pytest.M
             raise torch.OutOfMemoryError("CUDA out of memory")
         return big
 
-    monkeypatch.setattr(run, "release_memory", lambda: seen.append(alive[-1]() is None))
+    monkeypatch.setattr("fastddpm.sampling.pool.Loop", Noted)
+    monkeypatch.setattr(run, "release_memory", lambda: seen.append([ref() for ref in alive]))
     gc.disable()  # so that it is the reference count that frees
     try:
         sampler(model, 2).sample(8, shape=(2,), batch_size="auto")
     finally:
         gc.enable()
-    assert seen == [True, True]
+    assert seen == [[None] * 2, [None] * 4]
 
 
 def test_loops_kept_for_later_make_room() -> None:

@@ -249,23 +249,6 @@ def test_learned_variance_itself_and_its_logarithm_are_the_same() -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_learned_variance_is_that_of_diffusers() -> None:
-    def variance(x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([toy(x, t), 0.01 + x.square()], 1)
-
-    scheduler = DDPMScheduler(variance_type="learned")
-    scheduler.set_timesteps(6)
-    x = x_T = torch.randn(2, 2, 4)
-    noise = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i in range(6)]
-    for index, t in enumerate(scheduler.timesteps):
-        generator = torch.Generator().manual_seed(index)
-        x = scheduler.step(variance(x, t.expand(2)), int(t), x, generator=generator).prev_sample
-    images = Sampler(variance, LINEAR, num_inference_steps=6, variance_type="learned").sample(
-        2, x_T=x_T, noise=torch.stack(noise)
-    )
-    torch.testing.assert_close(images, x, rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("method", ["ddim", "dpmsolver++"])
 def test_other_methods_do_not_read_the_learned_variance(method: str) -> None:
     one = Sampler(doubled, LINEAR, method, 5, variance_type="learned_range").sample(2, shape=(2, 4))

@@ -16,7 +16,6 @@ from fastddpm.networks.network import Network
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.tables import ddim_inversion_table
 from fastddpm.sampling.sampler import Sampler
 
 SMALL: dict[str, Any] = {
@@ -62,7 +61,7 @@ V_UNCLIPPED = {"variance_type": "fixed_small", "prediction_type": "v_prediction"
 @pytest.mark.parametrize(
     ("steps", "settings"),
     [
-        pytest.param(100, EPSILON_LARGE, id="google/ddpm-cifar10-32's settings"),
+        pytest.param(1000, EPSILON_LARGE, id="google/ddpm-cifar10-32's settings"),
         pytest.param(10, EPSILON_SMALL, id="fixed_small"),
         pytest.param(10, V_UNCLIPPED, id="v_prediction, no clipping"),
     ],
@@ -262,17 +261,6 @@ def test_repaint_with_a_learned_variance() -> None:
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
 
 
-def test_encoding_and_decoding() -> None:
-    schedule = NoiseSchedule.linear()
-    sampler = Sampler(lambda x, t: 0.2 * toy(x, t), schedule, "ddim", 500, clip_sample=False)
-    images = torch.rand(2, 3, 4) - 0.5
-    table = ddim_inversion_table(schedule, sampler.timesteps)
-    latents = sampler.sample(2, x_T=images, table=table)
-    torch.testing.assert_close(sampler.sample(2, x_T=latents), images, rtol=0, atol=0.02)
-    with pytest.raises(ValueError, match="table starts from clean samples but x_T is None"):
-        sampler.sample(2, shape=(3, 4), table=table)
-
-
 def test_sample_k_of_a_seed_does_not_depend_on_the_batch() -> None:
     sampler = Sampler(toy, NoiseSchedule.linear(), num_inference_steps=5)
     ten = sampler.sample(10, shape=(3, 5, 7), seed=42)
@@ -301,9 +289,18 @@ def test_any_shape_of_data(shape: tuple[int, ...]) -> None:
     assert float(images.abs().max()) <= 1
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("method", ["ddpm", "dpmsolver++"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "method", "dtype"),
+    [
+        (SHAPES["vector"], "ddpm", torch.float16),
+        (SHAPES["signal"], "dpmsolver++", torch.float32),
+        (SHAPES["points"], "ddpm", torch.float32),
+        (SHAPES["image"], "ddpm", torch.float32),
+        (SHAPES["image"], "dpmsolver++", torch.float16),
+        (SHAPES["video"], "ddpm", torch.float16),
+    ],
+    ids=str,
+)
 def test_any_shape_with_everything(
     shape: tuple[int, ...], method: str, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -362,17 +359,6 @@ def test_backends_agree() -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-def test_triton_backend_runs_the_same_loop(device: torch.device) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    for settings in ({}, {"method": "ddim"}):
-        sampler = [
-            Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3, device=device, backend=name, **settings)
-            for name in ("triton", "eager")
-        ]
-        one, other = (s.sample(2, shape=(3, 4, 5), seed=9) for s in sampler)
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
 class Conditional(nn.Module):
     """Predicts from its label alone; with a config as UNet has."""
 
@@ -415,17 +401,6 @@ def test_labels_go_to_their_images_in_every_chunk() -> None:
     assert model.seen == [[1, 1], [3]]  # without labels: the null class
 
 
-def test_learned_range_reads_the_second_half_of_the_channels() -> None:
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([toy(x, t), torch.ones_like(x)], dim=1)  # v = 1: the large variance
-
-    schedule = NoiseSchedule.linear()
-    learned = Sampler(model, schedule, num_inference_steps=6, variance_type="learned_range")
-    large = Sampler(toy, schedule, num_inference_steps=6, variance_type="fixed_large")
-    one, other = (s.sample(2, shape=(3, 4, 4), seed=1) for s in (learned, large))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("wrap", [lambda out: (out,), lambda out: type("Output", (), {"sample": out})()])
 def test_outputs_of_other_libraries_are_unwrapped(wrap: Callable[[Tensor], Any]) -> None:
     schedule = NoiseSchedule.linear()
@@ -455,13 +430,6 @@ def test_callback_sees_every_step_and_can_stop() -> None:
 
     Sampler(toy, NoiseSchedule.linear(), num_inference_steps=10).sample(1, shape=(1, 2, 2), callback=watch)
     assert seen == [(0, 900), (1, 800), (2, 700)]
-
-
-def test_progress_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    Sampler(toy, NoiseSchedule.linear(), num_inference_steps=3).sample(2, shape=(1, 2, 2), batch_size=1, progress=True)
-    captured = capsys.readouterr()
-    assert "6/6" in captured.err
-    assert captured.out == ""
 
 
 @pytest.mark.gpu

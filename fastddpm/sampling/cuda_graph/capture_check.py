@@ -85,7 +85,7 @@ class Finding(NamedTuple):
 
 
 def explain(body: Callable[[], None], *, random: bool = True) -> str | None:
-    """Runs `body` once and names the first thing in it that a CUDA graph cannot hold, or None if nothing was found.
+    """Run `body` once and name the first thing in it that a CUDA graph cannot hold; None if nothing was found.
 
     Works on any device: on the CPU it tells what would be wrong on a GPU. `body` advances its state by one step; if it
     raises and nothing was found before, the sentence says what it raised.
@@ -119,7 +119,7 @@ class _Notes:
         self.findings.append(Finding(what, *reason, self._where(), device))
 
     def first(self) -> Finding | None:
-        """The first finding, generators last. Where there is a GPU, what happens on the CPU alone is no matter."""
+        """Return the first finding, generators last. Beside a GPU, what happens on the CPU alone does not count."""
         beside = self.devices - {"cpu"}
         findings = [finding for finding in self.findings if not beside or finding.device != "cpu"]
         drawing = [finding for finding in findings if finding.why == _RANDOM[0]]
@@ -137,7 +137,7 @@ class _Notes:
 
 
 def _caller() -> FrameType | None:
-    """The innermost frame that is neither torch's nor of this file."""
+    """Return the innermost frame that is neither torch's nor of this file."""
     inside = str(Path(torch.__file__).parent)
     frame: FrameType | None = sys._getframe()
     while frame is not None and (
@@ -174,7 +174,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _reason(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[str, str] | None:
-    """Why a graph cannot hold this operation, and the way out, or None."""
+    """Return why a graph cannot hold this operation, and the way out; or None."""
     name = func._schema.name
     if name in _OPERATIONS:
         return _OPERATIONS[name]
@@ -201,7 +201,7 @@ def _reason(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[s
 
 
 def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether this is attention without dropout, which could draw but does not."""
+    """Return whether this is attention without dropout, which could draw but does not."""
     names = [argument.name for argument in func._schema.arguments]
     if "dropout_p" not in names:
         return False
@@ -225,7 +225,7 @@ class _Methods(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _module_stack(notes: _Notes) -> Iterator[None]:
-    """Keeps `notes.modules`, the modules whose forward is running, with their names within the outermost one."""
+    """Keep `notes.modules`, the modules whose forward is running, with their names within the outermost one."""
     thread = threading.get_ident()
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -250,7 +250,7 @@ def _module_stack(notes: _Notes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _synchronizing(notes: _Notes) -> Iterator[None]:
-    """Notes calls that wait for a device, a stream or an event; without CUDA they do nothing else."""
+    """Note calls that wait for a device, a stream or an event; without CUDA they do nothing else."""
     thread = threading.get_ident()
     places: list[tuple[Any, str]]
     places = [(torch.cuda, "torch.cuda"), (torch.cuda.Stream, "Stream"), (torch.cuda.Event, "Event")]

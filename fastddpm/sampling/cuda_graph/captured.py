@@ -44,7 +44,7 @@ _tuned = {"depth": 0, "before": False}
 
 
 def why_not(mode: str, device: torch.device) -> str | None:
-    """Why `mode`, one of `MODES`, cannot be used on `device`, or None if it can. Never raises."""
+    """Return why `mode`, one of `MODES`, cannot be used on `device`, or None if it can. Never raises."""
     if mode not in MODES:
         return f"it is none of {', '.join(MODES)}"
     if device.type != "cuda":
@@ -56,7 +56,7 @@ def why_not(mode: str, device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def tuned() -> Iterator[None]:
-    """Within it cuDNN measures its algorithms for each new shape and keeps the fastest, as it does for a capture.
+    """Let cuDNN measure its algorithms for each new shape inside and keep the fastest, as for a capture.
 
     A plain loop that enters this too runs the same algorithms as a captured one in the same thread, and gives the same
     bits. Does nothing without CUDA. Threads may be in it at the same time; the last one that leaves puts the setting
@@ -101,7 +101,7 @@ class CapturedBody:
         pool: Any = None,
         max_steps: int = _STEPS,
     ) -> None:
-        """Warms `body` up and captures it, on a stream of its own; waits for the current stream before.
+        """Warm `body` up and capture it on a stream of its own, after waiting for the current stream.
 
         Afterwards the state is as `reset` leaves it; without `reset` only `step` is back where it was.
 
@@ -154,7 +154,7 @@ class CapturedBody:
         self._run = run
 
     def advance(self, count: int) -> None:
-        """Enqueues `count` >= 0 steps on the current stream, after those enqueued before. The host does not wait."""
+        """Enqueue `count` >= 0 steps on the current stream, after those enqueued before. The host does not wait."""
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"count is a {type(count).__name__}, must be an int")
         if count < 0:
@@ -171,7 +171,7 @@ class CapturedBody:
             self._stream = stream
 
     def close(self) -> None:
-        """Waits for the steps enqueued, then frees the graphs and their memory. Also done when the object dies."""
+        """Wait for the steps enqueued, then free the graphs and their memory. Also done when the object dies."""
         run, self._run = self._run, None
         if run is not None:
             # Within someone's capture no one can wait; what is freed then is freed in the order of the streams.
@@ -185,7 +185,7 @@ class CapturedBody:
                 self.close()
 
     def _warm_up(self, runs: int) -> bool:
-        """Runs the body and checks that it counts. Returns whether it draws from torch's generator."""
+        """Run the body and check that it counts. Returns whether it draws from torch's generator."""
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         for _ in range(runs):
             self._rewind()
@@ -197,7 +197,7 @@ class CapturedBody:
         return draws
 
     def _choose(self, wanted: list[str], auto: bool, draws: bool) -> tuple[str, Callable[[int], None]]:
-        """Captures what the modes `wanted` need. Returns the fastest and what runs it; frees what only others need."""
+        """Capture what the modes `wanted` need. Returns the fastest and what runs it; frees what only others need."""
         self._graphs[1] = self._capture(1, keep="while" in wanted)
         runs: dict[str, Callable[[int], None]] = {}
         for mode in wanted:
@@ -220,7 +220,7 @@ class CapturedBody:
         return chosen, runs[chosen]  # the graph of one step stays in any case: the memory of all is counted with it
 
     def _runner(self, mode: str, draws: bool) -> Callable[[int], None]:
-        """What runs steps in `mode`; captures what is missing for it."""
+        """Return what runs steps in `mode`, after capturing what is missing for it."""
         single, unroll = self._graphs[1], self._unroll
         if mode == "while":
             if draws:  # each step would get the same numbers
@@ -243,7 +243,7 @@ class CapturedBody:
         return run
 
     def _capture(self, steps: int, *, keep: bool) -> torch.cuda.CUDAGraph:
-        """A graph of `steps` steps; `keep` its description too, for a WHILE node. Raises CaptureError."""
+        """Capture a graph of `steps` steps; `keep` its description too, for a WHILE node. Raises CaptureError."""
         graph = torch.cuda.CUDAGraph(keep_graph=keep)
         self._rewind()
         said = ""
@@ -276,7 +276,7 @@ class CapturedBody:
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Cleans up after a failed capture.
+        """Clean up after a failed capture.
 
         torch < 2.12 leaves its allocator capturing (pytorch pull request 180395), and < 2.14 the pool in use (190348).
         """
@@ -302,7 +302,7 @@ class CapturedBody:
             self._step.add_(0)
 
     def _try(self, mode: str, run: Callable[[int], None]) -> None:
-        """Runs a few steps, the first of which are slow, and raises CaptureError unless they were so many."""
+        """Run a few steps (the first ones are slow) and raise CaptureError unless the body counted them all."""
         count = min(self._max_steps, self._unroll + 1)
         self._rewind()
         before = int(self._step)
@@ -312,7 +312,7 @@ class CapturedBody:
             raise CaptureError(f"mode {mode!r} took {taken} steps for {count}: is all the body's work on one stream?")
 
     def _measure(self, runs: dict[str, Callable[[int], None]]) -> None:
-        """Fills `measured` with the medians over a few rounds, in which the modes take turns."""
+        """Fill `measured` with the medians over a few rounds, in which the modes take turns."""
         count = min(self._max_steps, _STEPS)
         times: dict[str, list[float]] = {mode: [] for mode in runs}
         for _ in range(_ROUNDS):
@@ -343,7 +343,7 @@ class CapturedBody:
 
 
 def _usable(mode: str, device: torch.device, unroll: int, max_steps: int) -> list[str]:
-    """The modes to try on `device`. Raises CaptureError if there is none."""
+    """Return the modes to try on `device`. Raises CaptureError if there is none."""
     if mode != "auto":
         reason = why_not(mode, device)
         if reason is not None:
@@ -361,7 +361,7 @@ def _usable(mode: str, device: torch.device, unroll: int, max_steps: int) -> lis
 
 
 def _check(body: object, step: object, mode: object, reset: object, **counts: tuple[object, int]) -> None:
-    """Raises TypeError or ValueError unless these are arguments of `CapturedBody`; `counts` with their minima."""
+    """Raise TypeError or ValueError unless these are arguments of `CapturedBody`; `counts` with their minima."""
     if not callable(body):
         raise TypeError(f"body is a {type(body).__name__}, must be callable")
     if reset is not None and not callable(reset):

@@ -33,7 +33,7 @@ _kernels: dict[int, Any] = {}  # by index of the device; modules stay loaded
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why there can be no WHILE node on `device`, a CUDA device that is there, or None. Never raises."""
+    """Return why there can be no WHILE node on `device`, an existing CUDA device, or None. Never raises."""
     if torch.version.hip is not None:
         return "ROCm has no conditional graph nodes"
     try:
@@ -56,7 +56,7 @@ def why_not(device: torch.device) -> str | None:
 
 @functools.lru_cache
 def compile_kernel(capability: tuple[int, int]) -> bytes:
-    """The kernel that ends the body, compiled by NVRTC: a cubin for GPUs of `capability`, no GPU needed.
+    """Compile the kernel that ends the body with NVRTC: a cubin for GPUs of `capability`, no GPU needed.
 
     PTX would be refused by a driver older than the toolkit, so it is made only where NVRTC does not know the GPU.
 
@@ -97,7 +97,7 @@ class WhileGraph:
     """
 
     def __init__(self, body: int, device: torch.device) -> None:
-        """Builds the graph around `body`, the `cudaGraph_t` of one step on `device`, the current device.
+        """Build the graph around `body`, the `cudaGraph_t` of one step on `device`, the current device.
 
         The memory that `body` works on must outlive this object.
 
@@ -138,19 +138,19 @@ class WhileGraph:
             driver.cuGraphDestroy(graph)  # the executable graph is a copy
 
     def launch(self, count: int, stream: torch.cuda.Stream) -> None:
-        """Enqueues `count` >= 1 runs of the body on `stream`, the current stream."""
+        """Enqueue `count` >= 1 runs of the body on `stream`, the current stream."""
         self._remaining.fill_(count)  # a kernel argument: no copy, nothing to wait for
         _call(self._launch, self._executable, stream.cuda_stream)
 
     def close(self) -> None:
-        """Frees the graph, which must not be running."""
+        """Free the graph, which must not be running."""
         executable, self._executable = self._executable, None
         if executable is not None:
             self._destroy(executable)
 
 
 def _kernel(device: torch.device) -> Any:
-    """The loaded kernel for `device`, the current device. The caller keeps other threads out."""
+    """Return the loaded kernel for `device`, the current device. The caller keeps other threads out."""
     from cuda.bindings import driver
 
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -162,14 +162,14 @@ def _kernel(device: torch.device) -> Any:
 
 
 def _no_dependencies() -> tuple[Any, ...]:
-    """The arguments of `cuGraphAddNode` for a node that depends on none: CUDA 13 has edge data among them."""
+    """Return the arguments of `cuGraphAddNode` for a node without dependencies: CUDA 13 has edge data among them."""
     from cuda import bindings
 
     return ([], [], 0) if int(bindings.__version__.split(".")[0]) >= 13 else ([], 0)
 
 
 def _call(function: Any, *args: Any) -> Any:
-    """What a call of cuda-bindings returns after its status: nothing, one value or a tuple. Raises CaptureError."""
+    """Return what a call of cuda-bindings returns after its status: None, a value or a tuple. Raises CaptureError."""
     status, *values = function(*args)
     if int(status) != 0:
         raise CaptureError(f"{function.__name__} returned {status.name}")
@@ -177,5 +177,5 @@ def _call(function: Any, *args: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Return the first line of what an exception says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
