@@ -44,12 +44,14 @@ class Body(NamedTuple):
         guided: whether the unconditional half is computed.
         multistep: whether the x0 of the step before is read.
         variance: whether the network predicts the variance itself, and not its logarithm.
+        first: whether the network is given no x0 of the step before, and not zeros.
     """
 
     network: bool
     guided: bool
     multistep: bool = False
     variance: bool = False
+    first: bool = False
 
 
 def buffer_shapes(
@@ -147,15 +149,18 @@ class Loop:
         # A classifier may guide a U-Net without classes: then the labels are the classifier's alone.
         classless = settings.classifier is not None and not getattr(network.config, "has_classes", True)
         labels = None if classless else self._labels
-        self._bound: dict[bool, BoundNetwork] = {}  # by whether a step is guided
+        self._bound: dict[tuple[bool, bool], BoundNetwork] = {}  # by whether a step is guided, and the first
         guidable, always = "guidance_scale" in b, settings.guidance_interval is None
+        conditions = "self_condition" in b and not concatenates
+        starts = (False, True) if conditions and network.starts_without else (False,)
         for guided in ((True,) if always else (True, False)) if guidable else (False,):
-            self._bound[guided] = network.bind(
-                self._half(b["inputs"], guided),
-                b["timesteps"],
-                None if labels is None else self._half(labels, guided),
-                None if concatenates or "self_condition" not in b else self._half(b["self_condition"], guided),
-            )
+            for without in starts:
+                self._bound[guided, without] = network.bind(
+                    self._half(b["inputs"], guided),
+                    b["timesteps"],
+                    None if labels is None else self._half(labels, guided),
+                    self._half(b["self_condition"], guided) if conditions and not without else None,
+                )
 
     def load(self, table: StepTable, x: Tensor, batch: Batch, start: int = 0) -> None:
         """Put a batch into the buffers, before the step of row `start`, at whose level `x` [N, ...] is.
@@ -200,13 +205,15 @@ class Loop:
             Body(True, guidable and low <= t <= high, multistep, variance) if needed else Body(False, False)
             for needed, t in zip(rest.needs_network.tolist(), rest.timesteps.tolist(), strict=True)
         ]
+        if any(without for _, without in self._bound):
+            self.bodies[start] = self.bodies[start]._replace(first=True)
         for bound in self._bound.values():
             bound.load()
 
     def body(self, kind: Body) -> None:
         """Run one step in place, x_t to x_{t-1}. `kind` is that of the row which `step` is at."""
         if kind.network:
-            self._reverse(kind, self._bound[kind.guided](self.step))
+            self._reverse(kind, self._bound[kind.guided, kind.first](self.step))
         else:
             self._renoise()
         self.step += 1

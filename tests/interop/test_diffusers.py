@@ -23,7 +23,8 @@ from diffusers_objects import CLOSE, ddpm, draw, quiet, seeded, unet
 from torch import Tensor
 
 from fastddpm.interop import accelerate
-from fastddpm.interop.diffusers.scheduler import StepNoise, recognise
+from fastddpm.interop.diffusers.scheduler import recognise
+from fastddpm.interop.shared import StepNoise
 from fastddpm.networks.precision import tf32
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "accelerate_diffusers.py"

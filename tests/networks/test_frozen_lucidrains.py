@@ -257,7 +257,7 @@ def test_default_unet_takes_few_kernels() -> None:
 
 def test_what_cannot_be_frozen_is_named() -> None:
     for make, reason in (
-        (lambda: Unet1D(8, dim_mults=(1, 2)), "it is a Unet1D, neither a fastddpm.UNet nor a Unet of denoising"),
+        (lambda: Unet1D(8, dim_mults=(1, 2)), "it is a Unet1D, must be a fastddpm.UNet or a Unet of denoising"),
         (lambda: _with(make_unet("default"), "final_conv", nn.ConvTranspose2d(8, 3, 1)), "its layer final_conv is a"),
         (lambda: _with(make_unet("default"), "forward", lambda x: x), "its forward has been replaced"),
         (
@@ -295,7 +295,7 @@ def test_one_that_computes_something_else_runs_as_it_is(option: str, monkeypatch
     assert Network(unet, freeze=True).frozen is not None
     own = type(unet).forward
     monkeypatch.setattr(type(unet), "forward", lambda self, x, t, x_self_cond=None: 1.01 * own(self, x, t, x_self_cond))
-    assert "frozen it differs from itself by" in str(frozen.differs())
+    assert "frozen it differs by" in str(frozen.differs())
     network = Network(unet, freeze=True)
     assert network.frozen is None
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([3])

@@ -19,9 +19,8 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastddpm.interop import not_supported
 from fastddpm.interop.diffusers.engine import Engine, Options, Plan
-from fastddpm.interop.diffusers.scheduler import StepNoise
+from fastddpm.interop.shared import StepNoise, not_supported
 
 _log = logging.getLogger(__name__)
 

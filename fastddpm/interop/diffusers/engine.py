@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastddpm.interop.diffusers.scheduler import Recognised, recognise
-from fastddpm.interop.diffusers.unet import AsUNet2D, check_unet, share_unet, unwrapped
+from fastddpm.interop.diffusers.scheduler import Recognised, recognise, state_of
+from fastddpm.interop.diffusers.unet import AsUNet2D, check_same, check_unet, share_unet, unwrapped
+from fastddpm.interop.shared import check_noise
+from fastddpm.networks.comparing import Settings, changed, settings_of
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.sampler import Sampler
-
-NOISE = ("philox", "torch")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Options:
     cuda_graph: str | bool = "auto"
 
     def __post_init__(self) -> None:
-        if self.noise not in NOISE:
-            raise ValueError(f"noise is {self.noise!r}, must be one of {', '.join(map(repr, NOISE))}")
+        check_noise(self.noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ class Engine:
     """
 
     options: Options
-    _unet: tuple[list[nn.Parameter], nn.Module, str] | None = field(default=None, init=False)
+    _unet: tuple[list[nn.Parameter], Settings, nn.Module, str] | None = field(default=None, init=False)
     _scheduler: tuple[Any, Recognised | str] | None = field(default=None, init=False)
     _sampler: tuple[Any, Sampler] | None = field(default=None, init=False)
 
@@ -139,27 +138,30 @@ class Engine:
         return sampler
 
     def _find_unet(self, theirs: Any) -> tuple[nn.Module, str]:
-        """(fastddpm's U-Net, "") or (theirs, why not)."""
-        parameters = list(theirs.parameters())
+        """Return fastddpm's U-Net and "", or theirs and why that has to do.
+
+        Both are compared where the U-Net is another one or its layers have other settings; weights may change.
+        """
+        parameters, settings = list(theirs.parameters()), settings_of(theirs)
         try:
             check_unet(theirs)
             if self._unet is not None:
-                known, model, reason = self._unet
-                if not reason and len(known) == len(parameters) and all(map(_same, known, parameters)):
+                known, seen, model, reason = self._unet
+                same = len(known) == len(parameters) and all(a is b for a, b in zip(known, parameters, strict=True))
+                if not reason and same and changed(seen, settings) is None:
                     return model, ""
             shared = share_unet(theirs)
             if self.options.backend != "auto":
                 shared.backend = self.options.backend
-            self._unet = (parameters, shared, "")
+            check_same(theirs, shared)
+            self._unet = (parameters, settings, shared, "")
         except ValueError as error:
-            self._unet = (parameters, theirs, str(error))
-        return self._unet[1:]
+            self._unet = (parameters, settings, theirs, str(error))
+        return self._unet[2:]
 
     def _recognise(self, scheduler: Any) -> Recognised | str:
-        """What the scheduler does, or why it is not supported."""
-        levels = getattr(scheduler, "alphas_cumprod", None)
-        levels = levels.cpu().numpy().tobytes() if isinstance(levels, torch.Tensor) else None
-        key = (type(scheduler), repr(sorted(scheduler.config.items(), key=str)), levels)
+        """Return what the scheduler does, or why it is not supported."""
+        key = state_of(scheduler)
         if self._scheduler is None or self._scheduler[0] != key:
             try:
                 self._scheduler = (key, recognise(scheduler))
@@ -172,7 +174,3 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"])  # type: ignore[misc]
-
-
-def _same(one: nn.Parameter, other: nn.Parameter) -> bool:
-    return one is other

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from fastddpm.interop.scheduler_config import scheduler_settings
+from fastddpm.interop.shared import StepNoise
+from fastddpm.networks.comparing import difference
 from fastddpm.process.multistep import dpmsolver_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable, ddim_table, ddpm_table
+from fastddpm.sampling.sampler import Sampler
 
+# Rounding of float32 grows by the gain of the first step, from noise to x0: 160 for 1000 steps.
+_SAME_TO = 1e-3
+_OF_A_LOOP = ("timesteps", "sigmas")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
 
 
@@ -120,12 +126,70 @@ def recognise(scheduler: Any) -> Recognised:
             f"{settings['prediction_type']!r}, must be 'epsilon'"
         )
     result = Recognised(name, method, schedule, settings)
-    middle = schedule.num_train_timesteps // 2
+    first, middle = schedule.num_train_timesteps - 1, schedule.num_train_timesteps // 2
     try:
         result.table(torch.tensor([middle, 0] if middle else [0]), 1)  # raises for what no table is made of
+        if schedule.zero_terminal_snr and result.settings.get("timestep_spacing") == "trailing":
+            result.table(torch.tensor([first]), 1)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    _check_same(scheduler, result)
     return result
+
+
+def state_of(scheduler: Any) -> tuple[Any, ...]:
+    """Return what decides what a scheduler does: class, config, values and methods, but not where a loop stands."""
+    kind = type(scheduler)
+    methods = tuple(id(getattr(kind, name)) for name in dir(kind) if callable(getattr(kind, name)))
+    own: list[Any] = [kind, methods, repr(sorted(scheduler.config.items(), key=str))]
+    for name, value in vars(scheduler).items():
+        if isinstance(value, Tensor) and name not in _OF_A_LOOP:
+            own += [name, value.cpu().numpy().tobytes()]
+        elif callable(value):
+            own += [name, id(value)]
+    return tuple(own)
+
+
+@torch.no_grad()
+def _check_same(scheduler: Any, recognised: Recognised) -> None:
+    """Take a few steps of a small network with a copy of the scheduler and with the table, at the same noise.
+
+    Raises:
+        ValueError: a method has been replaced, or the results differ by more than rounding.
+    """
+    theirs, name = copy.deepcopy(scheduler), recognised.name
+    if replaced := [own for own, value in vars(theirs).items() if callable(value) and hasattr(type(theirs), own)]:
+        raise ValueError(f"{name}: its {', '.join(replaced)} has been replaced, must be that of its class")
+    steps = max(1, min(5, recognised.schedule.num_train_timesteps // 4))
+    theirs.set_timesteps(steps)
+    timesteps, copies = theirs.timesteps.cpu(), 2 if recognised.learned_variance else 1
+    eta, call = 0.0, {}
+    if recognised.method == "ddim":
+        eta = call["eta"] = 0.5
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        out = torch.tanh(x + 1e-3 * t.view(-1, 1, 1, 1))
+        return torch.cat([out, out.abs() / 2], dim=1) if copies == 2 else out  # variances are positive
+
+    shape, theirs_noise, ours_noise = (1, 3, 4, 4), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    start = x = torch.randn(shape, generator=theirs_noise)
+    x = x * theirs.init_noise_sigma
+    for t in timesteps:
+        out = network(theirs.scale_model_input(x, t), t[None])
+        x = theirs.step(out, t, x, generator=theirs_noise, **call).prev_sample
+    table = recognised.table(timesteps, steps, eta=eta)
+    torch.randn(shape, generator=ours_noise)  # the start
+    draws = recognised.draws(timesteps, eta)
+    ours = Sampler(
+        network, recognised.schedule, timesteps=timesteps, device="cpu", backend="eager", **recognised.settings
+    ).sample(
+        1, shape=shape[1:], x_T=start, table=table,
+        noise=StepNoise(draws, lambda: torch.randn(shape, generator=ours_noise)) if any(draws) else None,
+    )  # fmt: skip
+    if apart := difference(x, ours, torch.float32, floor=_SAME_TO):
+        raise ValueError(
+            f"{name}: its steps are not those of its config ({apart} after {steps}): a method or a value was changed"
+        )
 
 
 def _rounded_ddpm_table(table: StepTable, schedule: NoiseSchedule, variance_type: str) -> StepTable:
@@ -159,30 +223,3 @@ def _strided_ddim_table(schedule: NoiseSchedule, timesteps: Tensor, stride: int,
         step = ddim_table(schedule, pair, **options)
         rows[index], levels[index] = step.rows[0], step.levels[0]
     return replace(table, rows=rows, levels=levels)
-
-
-class StepNoise:
-    """Noise of steps from a generator, drawn in the order of diffusers' loop: a `NoiseSource` of `Sampler.sample`.
-
-    Args:
-        draws: at which rows diffusers draws. At some of them the noise has no weight, and the sampler does not ask.
-        draw: draws the noise of one step, [N, ...].
-    """
-
-    def __init__(self, draws: Sequence[bool], draw: Callable[[], Tensor]) -> None:
-        self._draws, self._draw, self._next = draws, draw, 0
-
-    def __call__(self, row: int, shape: tuple[int, ...]) -> Tensor:
-        self._pass_to(row)
-        self._next = row + 1
-        return self._draw()
-
-    def finish(self) -> None:
-        """Draws what is left, so that the generator ends where diffusers would leave it."""
-        self._pass_to(len(self._draws))
-
-    def _pass_to(self, row: int) -> None:
-        for draws in self._draws[self._next : row]:
-            if draws:
-                self._draw()
-        self._next = row
