@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from fastddpm_kernels import native as _native
+from fastddpm_kernels import native
 from torch import Tensor, nn
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize
@@ -28,9 +28,9 @@ def fingerprint(module: nn.Module) -> object:
     for device, group in by_device.items():
         if device.type == "meta":
             continue
-        if device.type == "cpu" and _native.is_loaded():
+        if device.type == "cpu" and native.is_loaded():
             dense = [w for w in group if _is_dense(w)]
-            sums += _native.checksums(dense)
+            sums += native.checksums(dense)
             group = [w for w in group if not _is_dense(w)]
             if not group:
                 continue

@@ -58,7 +58,7 @@ def interpreting() -> bool:
 
 
 def _find_triton() -> str | None:
-    """Why triton cannot be imported, or None; without importing it."""
+    """Return why triton cannot be imported, or None; without importing it."""
     try:
         found = importlib.util.find_spec("triton") is not None
     except ValueError:  # something else stands under that name in sys.modules

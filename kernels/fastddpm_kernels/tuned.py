@@ -1,12 +1,12 @@
-"""Choices found by measuring: tables that `fastddpm tune` writes, in which ops look up how to run a shape.
+"""Tables of measured choices, written by `fastddpm tune`, in which ops look up how to run a shape.
 
-A choice changes how fast an op is. What it computes stays the same but for rounding: other tiles or splits sum in
-another order, and the vendor's matrix product rounds after each source. What is not in a table is chosen by heuristics.
+A choice changes the speed of an op, and its result only by rounding: other tiles or splits sum in another order, and
+the vendor's matrix product rounds after each source. Without an entry heuristics choose.
 
 There are two tables for a device: `tuned_tables/<device>.json` of this package, and `tuned/<device>.json` in the
-user's cache (`cache_folder`), which comes first. Each begins with what it was measured with; where that has changed, it
-is ignored, and that is logged once. `FASTDDPM_TUNED=0` ignores all. Files are read when the first op asks; to tune a
-shape later on is seen after `forget`.
+user's cache (`cache_folder`), which comes first. The header of a table says what it was measured with; if that has
+changed, the table is ignored, and that is logged once. `FASTDDPM_TUNED=0` ignores all. Files are read at the first
+look-up, and again after `forget`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OPS = tuple(FOLDERS)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEMA = "fastddpm.tuned/1"
 PACKAGE = Path(__file__).with_name("tuned_tables")
-# Of a table's header: what must be as it was. All others say where it comes from.
+# The fields of a header that must not have changed. The others say where the table comes from.
 _MUST_BE = ("schema", "device", "triton", "driver", "cuda", "kernels", "native")
 
 log = logging.getLogger("fastddpm.kernels")
@@ -95,13 +95,13 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What a file holds.
+    """A table file.
 
     Attributes:
         path: of the file.
         ignored: why it is not used, or None.
         header: all but the entries.
-        entries: a choice for each key, or None where the heuristics' is the best.
+        entries: a choice for each key, or None if the heuristics' is the best.
         records: the entries as they were written.
     """
 
@@ -117,7 +117,7 @@ _recorders: list[dict[Key, int]] = []
 
 
 def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Choice | None:
-    """What was found to be the best for a shape on a device; None: heuristics are to choose.
+    """Return the best choice that was measured for a shape on a device; None if heuristics choose.
 
     Args:
         op: one of `OPS`.
@@ -136,7 +136,7 @@ def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, 
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[Key, int]]:
-    """Inside, counts how often every key is looked up, in any thread."""
+    """Count how often every key is looked up inside, in any thread."""
     seen: dict[Key, int] = {}
     _recorders.append(seen)
     try:
@@ -147,7 +147,7 @@ def recording() -> Iterator[dict[Key, int]]:
 
 @contextlib.contextmanager
 def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterator[None]:
-    """Inside, `choices` are all that there is for a device, in any thread: whatever tables it has."""
+    """Replace the tables of a device by `choices` inside, in any thread."""
     before = _loaded.get(device)
     _loaded[device] = dict(choices)
     try:
@@ -159,17 +159,17 @@ def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterato
 
 
 def known(device: torch.device) -> set[Key]:
-    """The keys for which there is an answer, be it that heuristics choose best."""
+    """Return the keys with an entry, also those for which heuristics choose best."""
     return set(_load(device))
 
 
 def forget() -> None:
-    """Reads the files again at the next look-up."""
+    """Read the files again at the next look-up."""
     _loaded.clear()
 
 
 def user_path(device: torch.device) -> Path:
-    """The user's own table for a device.
+    """Return the path of the user's own table for a device.
 
     Raises:
         RuntimeError: there is no home folder to keep it in.
@@ -178,12 +178,12 @@ def user_path(device: torch.device) -> Path:
 
 
 def package_path(device: torch.device) -> Path:
-    """The table for a device that comes with the package."""
+    """Return the path of the package's table for a device."""
     return PACKAGE / f"{slug(device_name(device))}.json"
 
 
 def tables(device: torch.device) -> list[Table]:
-    """The tables that there are for a device, the package's first."""
+    """Return the existing tables for a device, the package's first."""
     paths = [package_path(device)]
     with contextlib.suppress(RuntimeError):
         paths.append(user_path(device))
@@ -191,7 +191,7 @@ def tables(device: torch.device) -> list[Table]:
 
 
 def describe(device: torch.device) -> list[str]:
-    """A line on every table for a device, used or not."""
+    """Return a line on every table for a device, used or not."""
     if not _enabled():
         return ["tuned tables are ignored: FASTDDPM_TUNED is 0"]
     lines = []
@@ -203,9 +203,9 @@ def describe(device: torch.device) -> list[str]:
 
 
 def read(path: Path, device: torch.device | None) -> Table:
-    """A table; `device` None: of whatever device it is.
+    """Return the table at `path`, of any device if `device` is None.
 
-    What cannot be read is a table without entries that is ignored.
+    A file that cannot be read is an ignored table without entries.
     """
     header: dict[str, Any] = {}
     records: dict[Key, dict[str, Any]] = {}
@@ -225,13 +225,13 @@ def read(path: Path, device: torch.device | None) -> Table:
 
 
 def record(key: Key, found: Choice | None, **measured: Any) -> dict[str, Any]:
-    """An entry of a table, as it is written."""
+    """Return an entry of a table, as it is written."""
     dtype = next(name for name, dtype in DTYPES.items() if dtype == key.dtype)
     return {"op": key.op, "dtype": dtype, "shape": key.named(), "choice": found, **measured}
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """What a table begins with, but for the time: what it holds for."""
+    """Return the header of a table, without the time: what it holds for."""
     now: dict[str, Any] = {"schema": SCHEMA, "device": device_name(device), "torch": torch.__version__}
     if device.type == "cuda":
         now |= {"triton": _version("triton"), "driver": _driver(), "cuda": torch.version.cuda or torch.version.hip}
@@ -240,7 +240,7 @@ def header(device: torch.device) -> dict[str, Any]:
 
 
 def target(device: torch.device) -> str:
-    """What kernels are compiled for on a GPU: "sm_90", "gfx942"."""
+    """Return the target of kernels on a GPU: "sm_90", "gfx942"."""
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -248,7 +248,7 @@ def target(device: torch.device) -> str:
 
 
 def packaged(op: str) -> list[tuple[str, Key, Choice]]:
-    """(target, key, choice) of every entry of an op in the package's tables that are of its present kernels."""
+    """Return (target, key, choice) of every entry of an op in those of the package's tables that fit its kernels."""
     found = []
     for path in sorted(PACKAGE.glob("*.json")):
         table = read(path, None)
@@ -259,7 +259,7 @@ def packaged(op: str) -> list[tuple[str, Key, Choice]]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's after the device's type."""
+    """Return the GPU's name, or the processor's after the device's type."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -271,7 +271,7 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
+    """Return a device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
@@ -292,10 +292,10 @@ def _load(device: torch.device) -> dict[Key, Choice | None]:
 
 
 def entry(record: Mapping[str, Any]) -> tuple[Key, Choice | None]:
-    """The key and choice of an entry as `record` writes it.
+    """Return the key and choice of an entry as `record` writes it.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none.
+        ValueError, KeyError, TypeError: it is not an entry.
     """
     op, dtype = record["op"], record["dtype"]
     if op not in OPS or dtype not in DTYPES:
@@ -332,7 +332,7 @@ def _version(package: str) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _kernels() -> str:
-    """A digest of the sources that choose and run Triton kernels."""
+    """Return a digest of the sources that choose and run Triton kernels."""
     root, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted([*root.glob("*/triton*.py"), *root.glob("device/*.py"), root / "group_norm_silu" / "plan.py"]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -341,7 +341,7 @@ def _kernels() -> str:
 
 @functools.lru_cache(maxsize=1)
 def _driver() -> str | None:
-    """The version of the GPU's driver, as its module tells it, else the version of CUDA that it can do."""
+    """Return the version of the GPU's driver, by its module, else the version of CUDA that it supports."""
     versions = (("/proc/driver/nvidia/version", r"\s(\d+\.\d+[.\d]*)\s"), ("/sys/module/amdgpu/version", r"(\S+)"))
     for path, pattern in versions:
         try:
@@ -354,7 +354,7 @@ def _driver() -> str | None:
 
 
 def _native() -> str | None:
-    """What tells one build of the native library from another."""
+    """Return the name of the native library, which differs from build to build."""
     try:
         return library_name()
     except BuildError:

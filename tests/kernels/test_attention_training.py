@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fastddpm_kernels import native as _native
-from fastddpm_kernels.attention.training import _attention, attention, why_not_native
+from fastddpm_kernels.attention.training import _attention, attention, resolve_attention
 from fastddpm_kernels.backend import BackendError
 from fastddpm_kernels.testing import FLOORS, assert_close, errors, poisoned_memory
 from torch import Tensor
@@ -109,7 +109,7 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
     assert torch.equal(eager, expected)
     assert attention(*[t.double() for t in tensors], 2).dtype == torch.float64
-    monkeypatch.setattr("fastddpm_kernels.native.training._why_no_library", lambda: "there is no C++ compiler")
+    monkeypatch.setattr("fastddpm_kernels.native.why_not", lambda: "there is no C++ compiler")
     assert torch.equal(attention(*tensors, 2), eager)
     with pytest.raises(BackendError, match="attention: backend 'native' cannot run here: there is no C"):
         attention(*tensors, 2, backend="native")
@@ -118,15 +118,18 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("native")
 def test_what_native_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 4, 6)
-    assert why_not_native(q, q, q, 2) is None
-    assert "native kernels compute in" in str(why_not_native(*[q.half()] * 3, 2))
+    assert resolve_attention(q, q, q, 2) == "native"
+    with pytest.raises(BackendError, match="native kernels compute in"):
+        resolve_attention(*[q.half()] * 3, 2, "native")
     monkeypatch.setattr(_native.get(), "bfloat16", 1)
     half = q.bfloat16()
-    assert why_not_native(half, half, half, 1) is None
-    assert why_not_native(half, half, half, 2) == "heads have an odd number of channels, must be even in bfloat16"
-    monkeypatch.setattr(_native.get(), "bfloat16", 2)
-    assert "AMX" in str(why_not_native(half, half, half, 1))
-    assert why_not_native(half, half, half, 1, slower=True) is None
+    assert resolve_attention(half, half, half, 1) == "native"
+    assert resolve_attention(half, half, half, 2) == "eager"
+    with pytest.raises(BackendError, match="an odd number of channels, must be even in bfloat16"):
+        resolve_attention(half, half, half, 2, "native")
+    monkeypatch.setattr(_native.get(), "bfloat16", 2)  # torch's own is faster
+    assert resolve_attention(half, half, half, 1) == "eager"
+    assert resolve_attention(half, half, half, 1, "native") == "native"
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from fastddpm_kernels import native as _native
-from fastddpm_kernels.backend import BackendError
+from fastddpm_kernels.backend import BackendError, why_not
 from fastddpm_kernels.conv import error_factor, packed_values
 from fastddpm_kernels.conv.packing import _transforms
-from fastddpm_kernels.conv.training import _conv3x3, conv3x3
+from fastddpm_kernels.conv.training import _conv3x3, conv3x3, resolve_conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
-from fastddpm_kernels.native.training import why_not_native
 from fastddpm_kernels.testing import FLOORS, assert_close, errors, poisoned_memory
 from torch import Tensor
 
@@ -269,7 +268,8 @@ def test_compiled_without_graph_breaks() -> None:
 
     def both(x: Tensor, weight: Tensor, bias: Tensor, x2: Tensor) -> Tensor:
         h = conv3x3(x, weight, bias, x2)
-        return group_norm_silu(h, bias, bias, 3, backend="native" if why_not_native(h) is None else "eager")
+        backend = "native" if why_not("native", "cpu", "group_norm_silu", h.dtype) is None else "eager"
+        return group_norm_silu(h, bias, bias, 3, backend=backend)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     tensors: list[Tensor | None] = [x, weight, bias, x2]
@@ -302,12 +302,15 @@ def test_where_torch_is_faster_in_bfloat16_it_is_taken(monkeypatch: pytest.Monke
     (x, weight, bias, _), _ = make("two_by_three")
     assert x is not None
     half = x.bfloat16()
-    for kind, reason in ((2, "this CPU has AMX, with which torch is faster"), (0, "has no AVX512-BF16")):
+    for kind, reason in ((2, ""), (0, "has no AVX512-BF16")):
         monkeypatch.setattr(_native.get(), "bfloat16", kind)
-        assert reason in str(why_not_native(half, float32=(weight, bias)))
-        assert why_not_native(x, float32=(weight, bias)) is None
-        slower = why_not_native(half, float32=(weight, bias), slower=True)
-        assert slower is None if kind == 2 else reason in str(slower)
+        assert resolve_conv3x3(half, weight, bias) == "eager"
+        assert resolve_conv3x3(x, weight, bias) == "native"
+        if kind == 2:
+            assert resolve_conv3x3(half, weight, bias, backend="native") == "native"
+        else:
+            with pytest.raises(BackendError, match=reason):
+                resolve_conv3x3(half, weight, bias, backend="native")
 
 
 def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +330,7 @@ def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
         conv3x3(x.half(), weight, bias, x2.half(), backend="native")
     with pytest.raises(BackendError, match=r"native kernels compute in torch.float32 or torch.bfloat16, not"):
         conv3x3(x, weight, bias, x2.bfloat16(), backend="native")
-    monkeypatch.setattr("fastddpm_kernels.native.training._why_no_library", lambda: "there is no C++ compiler")
+    monkeypatch.setattr("fastddpm_kernels.native.why_not", lambda: "there is no C++ compiler")
     assert torch.equal(conv3x3(x, weight, bias, x2), expected)
     with pytest.raises(BackendError, match="conv3x3: backend 'native' cannot run here: there is no C"):
         conv3x3(x, weight, bias, x2, backend="native")

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.attention import attention_by_torch, bind_attention
-from fastddpm_kernels.conv import PackedWeight, bind_conv
+from fastddpm_kernels.attention import attention_, attention_by_torch
+from fastddpm_kernels.conv import PackedWeight, conv_
 from fastddpm_kernels.conv.upsampling import cudnn_conv, cudnn_conv_transpose, double_
-from fastddpm_kernels.group_norm_silu import bind_group_norm_silu, group_norm_silu
-from fastddpm_kernels.pointwise_conv import bind_pointwise_conv
-from fastddpm_kernels.residual_add import bind_residual_add
+from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
+from fastddpm_kernels.pointwise_conv import pointwise_conv_
+from fastddpm_kernels.residual_add import residual_add_
 from torch import Tensor
 
 
@@ -35,7 +35,7 @@ class Instruction:
         kernels: kernels that it launches on CUDA.
         flops: multiplications and additions of its matrix products and convolutions.
         bytes: each operand, weights included, read once and each result written once.
-        run: does it.
+        run: runs it.
         size: (height, width) of what it writes; None of the time table.
     """
 
@@ -52,7 +52,7 @@ class Instruction:
 
 @dataclass
 class Machine:
-    """What instructions run on.
+    """The state that instructions run on.
 
     Attributes:
         fused: whether the fused kernels run, whose results go to given places; else plain torch.
@@ -80,7 +80,7 @@ class Machine:
         return self.backend == "native"
 
     def place(self, slot: int, like: Tensor, channels: int) -> Tensor:
-        """Where a fused kernel puts its result: the slot's own place, or new memory."""
+        """Return where a fused kernel writes its result: the slot's own place, or new memory."""
         if not self.static:
             n, _, h, w = like.shape
             self.slots[slot] = like.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
@@ -109,7 +109,7 @@ def bound_once(
 def conv(
     m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None, stride: int, padding: int
 ) -> Callable[[], object]:
-    """A convolution. On CUDA without bias, which would be a kernel of its own there."""
+    """Convolve. On CUDA without bias, which would be a kernel of its own there."""
 
     def run_static() -> None:
         cudnn_conv(m.slots[source], weight, stride, padding, m.allow_tf32, m.slots[target])
@@ -131,10 +131,10 @@ def native_conv(
     second: int | None = None,
     residual: int | None = None,
 ) -> Callable[[], object]:
-    """A convolution of concat(source, second), plus residual, which may be the target, by the native backend."""
+    """Convolve concat(source, second) by the native backend and add residual, which may be the target."""
 
     def bind() -> Callable[[], object]:
-        return bind_conv(
+        return conv_.bind(
             m.slots[target], m.slots[source], weight, x2=None if second is None else m.slots[second], bias=bias,
             residual=None if residual is None else m.slots[residual], stride=stride, padding=padding,
             upsample=weight.upsample, backend="native",
@@ -144,7 +144,7 @@ def native_conv(
 
 
 def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
-    """Upsampling by two and a 3x3 convolution, as a transposed convolution (`transposed_weight`).
+    """Upsample by two and convolve by 3x3, as one transposed convolution (`transposed_weight`).
 
     Where a table holds `double` and the convolution as it is written to be faster, the builder takes those.
     """
@@ -160,7 +160,7 @@ def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor 
 
 
 def double(m: Machine, source: int, target: int) -> Callable[[], object]:
-    """Nearest-neighbour upsampling by two, in one copy."""
+    """Upsample by two (nearest neighbour), in one copy."""
 
     return bound_once(m, (source, target), lambda: partial(double_, m.slots[target], m.slots[source]))
 
@@ -180,13 +180,13 @@ def norm(
     shift: Tensor | None,
     activation: str | None,
 ) -> Callable[[], object]:
-    """Group norm, FiLM and SiLU of concat(source + residual, second); the sum takes the place of `source`."""
+    """Apply group norm, FiLM and SiLU to concat(source + residual, second); the sum replaces `source`."""
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
         added = None if residual is None else m.slots[residual]
-        return bind_group_norm_silu(
+        return group_norm_silu_.bind(
             m.place(target, x, len(weight)), x, weight, bias, groups, eps=eps,
             x2=None if second is None else m.slots[second], residual=added, total=None if added is None else x, **rows,
             activation=activation, backend=m.backend, workspace=m.workspace,
@@ -214,11 +214,11 @@ def pointwise(
     weight2: Tensor | None = None,
     residual: int | None = None,
 ) -> Callable[[], object]:
-    """A 1x1 convolution of concat(source, second), plus residual, which may be the target."""
+    """Convolve concat(source, second) by 1x1 and add residual, which may be the target."""
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
-        return bind_pointwise_conv(
+        return pointwise_conv_.bind(
             m.slots[target] if residual == target else m.place(target, x, len(weight)), x, weight,
             x2=None if second is None else m.slots[second], weight2=weight2, bias=bias,
             residual=None if residual is None else m.slots[residual], allow_tf32=m.allow_tf32, backend=m.backend,
@@ -228,7 +228,7 @@ def pointwise(
 
 
 def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -> Callable[[], object]:
-    """A 1x1 convolution with bias by the vendor's matrix product. `weight` is [I, O]."""
+    """Convolve by 1x1, with bias, by the vendor's matrix product. `weight` is [I, O]."""
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
@@ -239,10 +239,10 @@ def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -
 
 
 def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -> Callable[[], object]:
-    """softmax(q k / sqrt(head_dim)) v of [q, k, v] in the channels of `source`."""
+    """Compute softmax(q k / sqrt(head_dim)) v of [q, k, v], which are channels of `source`."""
 
     def bind() -> Callable[[], object]:
-        return bind_attention(m.slots[target], m.slots[source], heads, head_dim)
+        return attention_.bind(m.slots[target], m.slots[source], heads, head_dim)
 
     def run() -> None:
         m.slots[target] = attention_by_torch(m.slots[source], heads, head_dim)
@@ -253,11 +253,11 @@ def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -
 def residual_add(
     m: Machine, source: int, residual: int | None, bias: Tensor | None, padded: int | None
 ) -> Callable[[], object]:
-    """source += residual + bias; if `padded`, also into the upper left of a slot with a zero border below and right."""
+    """Add residual and bias to source; if `padded`, write it there too, a zero border below and to the right."""
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
-        return bind_residual_add(
+        return residual_add_.bind(
             x if padded is None else m.slots[padded], x, residual=None if residual is None else m.slots[residual],
             bias=bias, total=None if padded is None else x, backend="eager" if m.native else m.backend,
         )  # fmt: skip
@@ -275,7 +275,7 @@ def residual_add(
 
 
 def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..., Tensor]) -> Callable[[], object]:
-    """Anything rare, in plain torch."""
+    """Run any rare function in plain torch."""
 
     def run() -> None:
         m.slots[target] = channels_last(function(*(m.slots[slot] for slot in sources)))
@@ -284,7 +284,7 @@ def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..
 
 
 def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], object]:
-    """Adds a bias [C] in place."""
+    """Add a bias [C] in place."""
     shaped = bias.view(-1, 1, 1)
 
     def run() -> None:
@@ -294,10 +294,10 @@ def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], object]:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x`, copied where it is not channels-last."""
+    """Return `x`, copied unless it is channels-last."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[N, C, H, W], channels-last, as the matrix [N * H * W, C] that it is."""
+    """Return [N, C, H, W], channels-last, as a matrix [N * H * W, C] in the same memory."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])

@@ -109,7 +109,7 @@ class Program:
             channels, height, width = builder.shapes[slot]
             block = self.arena[offset : offset + sizes[slot]].view(dtype)
             m.slots[slot] = block.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        m.fixed = {lowering.INPUT} | bordered | placed
+        m.fixed = {slot for slot, place in enumerate(m.slots) if place is not None}
         for slot in set(first) - bordered - placed - {self._result}:
             self._clear[last[slot]].append(slot)
 

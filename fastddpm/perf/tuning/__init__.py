@@ -1,5 +1,5 @@
-"""Finds, for the shapes that a model runs, the fastest choices of its ops on this device, and keeps them.
+"""Find the fastest choices of ops for the shapes that a model runs on this device, and keep them.
 
-`task`, `norms` and `convolutions` say what there is to choose, `shapes` which shapes there are, `search` measures,
-`store` writes the table that `fastddpm_kernels.tuned` reads, and `automatic` does all that before a loop that asks.
+What an op may choose stands in its own `tuning.py`. `shapes` says which shapes a model runs, `search` measures,
+`compiling` compiles ahead, `store` writes the table that `fastddpm_kernels.tuned` reads.
 """

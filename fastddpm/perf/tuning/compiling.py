@@ -1,8 +1,7 @@
-"""Compiles choices ahead in other processes: it takes longer than to time them, and says which spill.
+"""Compile choices ahead in other processes: compiling takes longer than timing, and shows which choices spill.
 
-What is compiled stands in triton's cache on disk, where this process finds what it would make of the same arguments.
-The processes are plain ones that this module starts, not those of `multiprocessing`, which would run the script of
-whoever asked a sampler to tune once more.
+The kernels are left in triton's cache on disk, where this process finds them. The processes are plain ones: those of
+`multiprocessing` would run the caller's script once more.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ MOST = 14  # processes
 
 
 class Compiling:
-    """Compiles the choices of tasks, in their order, while it is entered.
+    """Compile the choices of tasks, in their order, while it is entered.
 
     Args:
         tasks: those to come.
-        target: "sm_90", "gfx942", ...; None: there is nothing to compile.
-        workers: processes; None: as many as there are processors, but for two.
+        target: "sm_90", "gfx942", ...; None compiles nothing.
+        workers: processes; None for two fewer than the processors.
     """
 
     def __init__(self, tasks: Sequence[Task], target: str | None, workers: int | None = None) -> None:
@@ -64,13 +63,15 @@ class Compiling:
             process.communicate()
 
     def start(self, end: float) -> None:
-        """Begins with the first task, and waits for its first choice until `end`: the processes take seconds to be
-        there, which would be those of the first shape, the one that most time is spent on."""
+        """Begin with the first task, and wait for its first choice until `end`.
+
+        The processes take seconds to start, at the cost of the first shape, the most important one.
+        """
         if self._pool is not None:
             self.why_not(self._tasks[0], self._tasks[0].candidates()[0], end)
 
     def why_not(self, task: Task, choice: Choice, end: float) -> str | None:
-        """Why a choice is not to be run, or None; waits for its compilation until `end`, of `time.monotonic`."""
+        """Return why a choice must not run, or None; wait for its compilation until `end`, of `time.monotonic`."""
         if self._pool is None:
             return None
         self._submit(task)
@@ -83,7 +84,7 @@ class Compiling:
             return f"the process that compiled it has died: {error}"
 
     def _submit(self, task: Task) -> None:
-        """Queues the choices of a task and of the next ones; those of tasks that are past are not wanted any more."""
+        """Queue the choices of a task and of the next ones; cancel those of earlier tasks."""
         assert self._pool is not None
         index = self._tasks.index(task)
         for other in self._tasks[:index]:
@@ -123,7 +124,7 @@ class Compiling:
 
 
 def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
-    """Why the kernels of a choice are not to be used on a target ("sm_90", ...), or None.
+    """Return why the kernels of a choice must not be used on a target ("sm_90", ...), or None.
 
     Only in a process without `TRITON_INTERPRET`: the interpreter's stand-ins for kernels cannot be compiled.
     """
@@ -145,9 +146,9 @@ def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
 
 
 def main() -> None:
-    """Answers lines of [target, entry] with a reason or null, until there are no more."""
+    """Answer each line [target, entry] with a reason or null, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a compiler prints is no answer
+    os.dup2(2, 1)  # a compiler's output is no answer
     for line in sys.stdin:
         target, entry = json.loads(line)
         key, choice = tuned.entry(entry)

@@ -1,8 +1,8 @@
-"""Finds the fastest right choice for every shape, within a budget of seconds.
+"""Find the fastest right choice for every shape, within a budget of seconds.
 
-A choice is compiled (and refused if it spills), run, held against float64, and only then timed. The fastest of a short
-timing meet what the heuristics choose in a longer one, in turn, so that both see the same other work on the machine. A
-winner must be faster in nearly all rounds, and by more than a trifle; else the heuristics' choice stays.
+A choice is compiled (and refused if it spills), run, compared with float64, and only then timed. The fastest of a short
+timing meet the heuristics' choice in a longer one, in turn, so that both see the same other work on the machine. A
+winner must be faster in nearly all rounds, and by more than 2 %; else the heuristics' choice stays.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fastddpm.perf.tuning.compiling import Compiling
 FINALISTS = 3
 ROUNDS = (7, 25)  # of the finals, least and most
 CERTAIN = 0.9  # of the rounds in which a winner is faster
-GAIN = 0.98  # the most of the heuristics' time that a winner may take, median of the rounds
-# For a shape, at least: less would not do to compile anything. So with little time the last shapes are not reached.
+GAIN = 0.98  # a winner takes at most this part of the heuristics' time, median of the rounds
+# The least for a shape: less is not enough to compile anything. With little time the last shapes are not reached.
 LEAST_S = {"cuda": 2.0}
-START_S = 20.0  # at most, for the processes that compile to be there
+START_S = 20.0  # at most, until the processes that compile have started
 SHARES = (0.55, 0.75)  # of a shape's time: when no further choice is tried, and when the finals begin
 SETS = 16  # of operands at most; in turn, so that none is still in a cache
 GRAPH_CALLS = 20  # at least, between two events on a GPU
@@ -44,14 +44,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """What became of a shape.
+    """The outcome of a shape.
 
     Attributes:
         key: op, dtype, shape.
         title: the same in words.
         calls: how often a step runs it.
         heuristic: the heuristics' choice.
-        winner: what is faster beyond the noise, or None.
+        winner: the choice that is faster beyond the noise, or None.
         heuristic_us, winner_us: medians.
         tried: choices that were timed.
         refused: (choice, why) of those that were not.
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def stopwatch(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float]:
-    """A function that gives the seconds of one of `calls`, all of which it runs; on a GPU from a graph of them."""
+    """Return a function that runs all `calls`, on a GPU as a graph, and gives the seconds of one."""
     run = capture(calls, device)
     run()
     return lambda: timed(run, device) / len(calls)
@@ -89,14 +89,14 @@ def tune(
     clock: Stopwatch = stopwatch,
     done: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Searches the best choice for every key, those on which a step spends most first.
+    """Search the best choice for every key, beginning with those on which a step spends most.
 
     Args:
         keys: how often a step runs each.
         device: where.
-        seconds: in all; what is not reached by then is "out of time".
+        seconds: in all; a key that is not reached by then is "out of time".
         clock: times calls, as `stopwatch` does.
-        done: called with what became of each key, as soon as that is known.
+        done: called with the outcome of each key, as soon as it is known.
     """
     end = time.monotonic() + seconds
     tasks = [make_task(key, device) for key in keys]
@@ -152,7 +152,7 @@ def _search(
         return clock([task.call(choice, one) for one in sets] * times, device)
 
     def rounds(choices: Sequence[Choice], until: float, least: int, most: int) -> list[list[float]]:
-        """For each choice its seconds in every round, as many as all of them have had."""
+        """Return the seconds of each choice in every round that all choices had."""
         runs = {str(index): arm(choice) for index, choice in enumerate(choices)}
         found: dict[str, list[float]] = {name: [] for name in runs}
         left = max(until - time.monotonic(), 1e-3)
@@ -180,7 +180,7 @@ def _search(
 
 
 def why_wrong(task: Task, choice: Choice, operands: Operands, truth: dict[str, Any]) -> str | None:
-    """Why a choice is not to be used (it does not run, leaves something unwritten, is not near the truth), or None."""
+    """Return why a choice must not be used (it fails, leaves something unwritten, is not near the truth), or None."""
     for result in task.results(operands).values():
         result.fill_(math.nan)
     try:
@@ -201,14 +201,14 @@ def why_wrong(task: Task, choice: Choice, operands: Operands, truth: dict[str, A
 
 
 def _sets(task: Task, operands: Operands) -> list[Operands]:
-    """Operands that are twice as much as a cache holds, so that what is timed comes from memory."""
+    """Return operands of twice the size of the cache, so that timed calls read from memory."""
     size = task.cost()[0]
     count = min(max(math.ceil(2 * cache_bytes(task.device) / max(size, 1)), 1), SETS)
     return [operands, *(task.another(operands) for _ in range(count - 1))]
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory."""
+    """Return the size of the last cache before memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     units = {"K": 2**10, "M": 2**20}
@@ -223,13 +223,13 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _weight(task: Task) -> float:
-    """About how long a call takes, in bytes: what is worth the most comes first."""
+    """Return about how long a call takes, in bytes."""
     size, operations = task.cost()
     return size + operations / (200 if task.device.type == "cuda" else 5)
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """In one line, what was found."""
+    """Return in one line what was found."""
     done = [outcome for outcome in outcomes if outcome.done]
     better = [outcome for outcome in done if outcome.winner is not None]
     before = sum(outcome.calls * outcome.heuristic_us for outcome in done)

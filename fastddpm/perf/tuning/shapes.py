@@ -1,5 +1,4 @@
-"""The shapes that a model runs: what its ops look up while they are bound to a batch, and in one evaluation; in a step
-of a sampler; and in a step of training."""
+"""Find the shapes that a model runs: what its ops look up in an evaluation, a step of a sampler or of training."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _WHEN_BOUND = ("conv", "upsample_conv")  # whose weights are made for a choice; 
 def network_keys(
     network: Network, shape: Sequence[int], ops: Collection[str], precision: str | None = None
 ) -> dict[Key, int]:
-    """How often one evaluation of a network runs each shape of `ops`.
+    """Count how often one evaluation of a network runs each shape of `ops`.
 
     Args:
         network: a sampler's.
@@ -44,7 +43,7 @@ def network_keys(
 def sampler_keys(
     sampler: Any, batch: int, ops: Collection[str], precision: str | None = None
 ) -> dict[Key, int]:
-    """How often one step of a sampler runs each shape of `ops`: those of its network, and the step's own.
+    """Count how often one step of a sampler runs each shape of `ops`: those of its network, and the step's own.
 
     Args:
         sampler: a `Sampler`, which stands above this package. If its reverse step has choices, it draws samples, so
@@ -68,13 +67,13 @@ def training_keys(
     diffusion: GaussianDiffusion, shape: Sequence[int], labels: torch.Tensor | None, device: torch.device,
     ops: Collection[str], dtype: torch.dtype = torch.float32,
 ) -> dict[Key, int]:  # fmt: skip
-    """How often one step of training, forward and backward, runs each shape of `ops`.
+    """Count how often one step of training, forward and backward, runs each shape of `ops`.
 
     Args:
-        diffusion: what is trained; a copy of it runs, as a `Trainer` would run it.
+        diffusion: to be trained; a copy of it runs, as a `Trainer` would run it.
         shape: [N, C, H, W] of a batch.
         labels: int64 [N], where the network has classes.
-        device: where it is to be trained.
+        device: of the training.
         ops: of `tuned.OPS`.
         dtype: float16 or bfloat16: under autocast to it.
     """
@@ -95,7 +94,10 @@ def training_keys(
 
 
 def recorded(bind: Callable[[], Bound], run: Callable[[Bound], object], ops: Collection[str]) -> dict[Key, int]:
-    """How often `run`, of what `bind` returns, runs each shape of `ops`."""
+    """Count how often `run`, called with what `bind` returns, runs each shape of `ops`.
+
+    It is the first run of what was bound, in which a frozen network binds its ops.
+    """
     with tuned.recording() as when_bound:
         bound = bind()
     with tuned.recording() as when_run:

@@ -1,4 +1,4 @@
-"""Writes tables of choices."""
+"""Write tables of choices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastddpm.perf.tuning.search import Outcome
 
 
 def save(outcomes: Sequence[Outcome], device: torch.device, path: Path) -> int:
-    """Adds what was measured to the table at `path`, and makes ops see it. Returns how many shapes that were.
+    """Add what was measured to the table at `path`, for ops to see at once; return the number of shapes.
 
-    A shape that was there is replaced. A table that is stale is not added to, but replaced.
+    An entry replaces an older one of its shape. A stale table is replaced as a whole.
 
     Raises:
         OSError: the file cannot be written.

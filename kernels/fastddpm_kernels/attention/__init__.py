@@ -18,13 +18,14 @@ from fastddpm_kernels.attention.formula import attention_by_torch, parts
 from fastddpm_kernels.attention.native import bind_attention as bind_native
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.checks import check_operands
+from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.layout import not_channels_last
 
-__all__ = ["attention_", "attention_by_torch", "bind_attention"]
+__all__ = ["attention_", "attention_by_torch"]
 
 
-@torch.no_grad()
-def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: str = "auto") -> None:
+@InPlace
+def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: str = "auto") -> Callable[[], object]:
     """Write self-attention to `y`. Not differentiable.
 
     Args:
@@ -40,16 +41,6 @@ def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: st
         TypeError: an argument is not a tensor, or of a dtype that is not taken.
         ValueError: a shape, device or memory format that does not fit.
         BackendError: the backend that was named cannot run here.
-    """
-    bind_attention(y, qkv, heads, head_dim, backend=backend)()
-
-
-def bind_attention(
-    y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: str = "auto"
-) -> Callable[[], object]:
-    """Return what runs `attention_` on these tensors, checked once; their values may change, their memory may not.
-
-    Args and raises: as `attention_`.
     """
     _check(y, qkv, heads, head_dim)
 

@@ -12,7 +12,7 @@ from fastddpm_kernels.native.binding import THREADS, bind
 
 def bind_attention(
     y: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, statistics: Tensor | None = None
-) -> Callable[[], object]:
+) -> Callable[[], None]:
     """Return what writes the attention to `y` and, for gradients, `statistics` [N, heads, 2, P], float32.
 
     y, q, k and v are [N, P, heads * ..], channels adjacent and pixels one stride apart, also from one sample to the

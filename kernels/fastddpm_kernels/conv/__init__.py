@@ -37,13 +37,13 @@ from fastddpm_kernels.conv.packing import (
     packed_values,
     why_not_packed,
 )
+from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.layout import not_channels_last
 from fastddpm_kernels.native.binding import bind_with_floats
 
 __all__ = [
     "ALGORITHMS",
     "PackedWeight",
-    "bind_conv",
     "choose_algorithm",
     "conv_",
     "error_factor",
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
+@InPlace
 def conv_(
     y: Tensor,
     x: Tensor,
@@ -67,7 +67,7 @@ def conv_(
     padding: int = 1,
     upsample: bool = False,
     backend: str = "auto",
-) -> None:
+) -> Callable[[], object]:
     """Write the convolution of `concat(x, x2)`, plus bias and residual, to `y`. Not differentiable.
 
     Args:
@@ -89,29 +89,6 @@ def conv_(
         TypeError: an argument is not a tensor, or of a dtype that is not taken.
         ValueError: a shape, device, memory format or value that does not fit.
         BackendError: the backend that was named cannot run here.
-    """
-    bind_conv(
-        y, x, weight, x2=x2, bias=bias, residual=residual, stride=stride, padding=padding, upsample=upsample,
-        backend=backend,
-    )()  # fmt: skip
-
-
-def bind_conv(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    *,
-    x2: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    stride: int = 1,
-    padding: int = 1,
-    upsample: bool = False,
-    backend: str = "auto",
-) -> Callable[[], object]:
-    """Return what runs `conv_` on these tensors, checked once; their values may change, their memory may not.
-
-    Args and raises: as `conv_`. A weight that is not packed is packed once, for its present values.
     """
     kernel, inner = _check(y, x, weight, x2, bias, residual, stride, padding, upsample)
     packed, channels2, algorithm = False, 0 if x2 is None else x2.shape[1], ""

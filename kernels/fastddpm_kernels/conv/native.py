@@ -14,7 +14,7 @@ from fastddpm_kernels.native.binding import THREADS, bind
 def bind_conv(
     y: Tensor, x: Tensor, weight: PackedWeight, x2: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     stride: int, padding: int,
-) -> Callable[[], object]:  # fmt: skip
+) -> Callable[[], None]:  # fmt: skip
     """Return what writes the convolution of concat(x, x2), plus bias and residual, to `y`.
 
     In bfloat16 "direct" takes even numbers of channels, and there is no "winograd4".

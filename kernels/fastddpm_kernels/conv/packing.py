@@ -1,4 +1,4 @@
-"""What the native convolutions read: weights transformed and packed, and what an algorithm's transforms lose."""
+"""Transform and pack the weights that native convolutions read; bound the error of the transforms."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class PackedWeight:
 def pack(
     weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0
 ) -> PackedWeight:
-    """A weight [O, C + C2, k, k] made ready for an algorithm. See `packed_values`."""
+    """Return a weight [O, C + C2, k, k] packed for an algorithm. See `packed_values`."""
     out_channels, in_channels, kernel, _ = weight.shape
     values = packed_values(weight, algorithm, upsample, dtype=dtype, channels2=channels2)
     return PackedWeight(values, algorithm, in_channels, out_channels, kernel, upsample, channels2)
 
 
 def why_not_packed(algorithm: str, channels: int, channels2: int, dtype: torch.dtype) -> str | None:
-    """Why a weight for so many channels of x and x2 is not to be packed, or None."""
+    """Return why a weight for so many channels of x and x2 cannot be packed, or None."""
     if dtype == torch.bfloat16 and algorithm == "direct" and (channels % 2 or channels2 % 2):
         return f"there are {channels} + {channels2} input channels, must be even numbers in bfloat16 for 'direct'"
     if dtype == torch.bfloat16 and algorithm == "winograd4":
@@ -63,7 +63,7 @@ def why_not_packed(algorithm: str, channels: int, channels2: int, dtype: torch.d
 def packed_values(
     weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0
 ) -> Tensor:
-    """The values of a `PackedWeight`, one-dimensional, on the CPU.
+    """Return the values of a `PackedWeight`, one-dimensional, on the CPU.
 
     Panels of neighbouring output channels, as many as the kernel's registers hold: [points or phases, panels, taps,
     C, panel]. In bfloat16 two input channels are next to each other: [.., C / 2, panel, 2]; for winograd2 of every 32
@@ -112,7 +112,7 @@ def packed_values(
 
 
 def _order(channels: int, channels2: int) -> list[int]:
-    """Where winograd2 in bfloat16 reads its channels; those that fill up are one beyond the last."""
+    """Return the order in which winograd2 in bfloat16 reads channels; padding is one beyond the last."""
     found = []
     for begin, end in ((0, channels), (channels, channels + channels2)):
         for group in range(begin, end, 32):
@@ -122,7 +122,7 @@ def _order(channels: int, channels2: int) -> list[int]:
 
 
 def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T [m, m + 2], G [m + 2, 3] and B^T [m + 2, m + 2] in float64: y = A^T ((G w) * (B^T x)) is the convolution.
+    """Return A^T [m, m + 2], G [m + 2, 3] and B^T [m + 2, m + 2] in float64, with y = A^T ((G w) * (B^T x)).
 
     At a point p, A^T holds its powers, G those divided by the product of its differences to the others, and B^T the
     coefficients of the polynomial that has the other points for its zeros. At infinity, the highest powers.
@@ -141,7 +141,7 @@ def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _coefficients(zeros: list[float]) -> Tensor:
-    """Of the polynomial with these zeros, the constant first, the highest 1."""
+    """Return the coefficients of the polynomial with these zeros, the constant first, the highest 1."""
     result = torch.ones(1, dtype=torch.float64)
     for z in zeros:
         result = F.pad(result, (1, 0)) - z * F.pad(result, (0, 1))
@@ -149,7 +149,7 @@ def _coefficients(zeros: list[float]) -> Tensor:
 
 
 def error_factor(algorithm: str, *, worst: bool = False) -> float:
-    """How much more a result may differ from the exact one than that of the definition in the same precision.
+    """Return the factor between an algorithm's error and that of the definition in the same precision.
 
     Root mean square over the outputs of a tile, or of its `worst` output. For independent inputs and weights of
     variance 1, the sum of products at point j has the size |G_j| |B_j|, by the norms of the rows, and is rounded in

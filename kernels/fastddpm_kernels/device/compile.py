@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of kernel variants for a GPU that need not be there, and what the result uses."""
+"""Compile kernel variants ahead of time, for a GPU that need not be there, and say what each uses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Usage:
 
 
 def target(name: str) -> GPUTarget:
-    """triton's target for a name such as "sm_90" or "gfx942".
+    """Return triton's target for a name such as "sm_90" or "gfx942".
 
     Raises:
         ValueError: the name is of neither form.
@@ -51,7 +51,7 @@ def target(name: str) -> GPUTarget:
 
 
 def compile_variant(variant: Variant, target_name: str) -> Usage:
-    """Compiles `variant` as the JIT would on such a GPU.
+    """Compile `variant` as the JIT would on such a GPU.
 
     Raises:
         Exception: whatever triton raises for a kernel that does not compile.

@@ -62,7 +62,7 @@ class Launch:
         self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps)
 
     def variant(self, tag: str) -> Variant:
-        """The specialisation that the JIT would make of these arguments (meta tensors will do)."""
+        """Return the specialisation that the JIT would make of these arguments (meta tensors will do)."""
         signature: dict[str, str] = {}
         constexprs = dict(self.constexprs)
         divisible = []

@@ -47,13 +47,12 @@ from fastddpm_kernels.group_norm_silu.formula import (
 from fastddpm_kernels.group_norm_silu.gradients import group_norm, rms_norm
 from fastddpm_kernels.group_norm_silu.native import bind_group_norm, bind_rms_norm
 from fastddpm_kernels.group_norm_silu.plan import forward_workspace, in_place_plan
+from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.layout import empty_like, in_format_of, not_channels_last
 from fastddpm_kernels.native.binding import bind_with_floats
 
 __all__ = [
     "DTYPES",
-    "bind_group_norm_silu",
-    "bind_rms_norm_silu",
     "group_norm_silu",
     "group_norm_silu_",
     "group_norm_silu_launches",
@@ -117,7 +116,7 @@ def group_norm_silu(
     return in_format_of(x, forward(x, weight, bias, num_groups, eps, x2, time_bias, scale, shift, silu))
 
 
-@torch.no_grad()
+@InPlace
 def group_norm_silu_(
     y: Tensor,
     x: Tensor,
@@ -135,7 +134,7 @@ def group_norm_silu_(
     activation: str | None = "silu",
     workspace: Tensor | None = None,
     backend: str = "auto",
-) -> None:
+) -> Callable[[], object]:
     """Write `group_norm_silu` of `concat(x + residual, x2)` to `y`, `x + residual` to `total`. Not differentiable.
 
     The end of one residual block and the start of the next, for loops over static buffers: on `triton` one or two
@@ -161,34 +160,6 @@ def group_norm_silu_(
         TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
         ValueError: a shape, device, memory format, overlap or value that does not fit.
         BackendError: the backend that was named cannot run here.
-    """
-    bind_group_norm_silu(
-        y, x, weight, bias, num_groups, eps=eps, x2=x2, residual=residual, total=total, time_bias=time_bias,
-        scale=scale, shift=shift, activation=activation, workspace=workspace, backend=backend,
-    )()  # fmt: skip
-
-
-def bind_group_norm_silu(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    *,
-    eps: float = 1e-5,
-    x2: Tensor | None = None,
-    residual: Tensor | None = None,
-    total: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str | None = "silu",
-    workspace: Tensor | None = None,
-    backend: str = "auto",
-) -> Callable[[], object]:
-    """Return what runs `group_norm_silu_` on these tensors, checked once; values may change, their memory may not.
-
-    Args and raises: as `group_norm_silu_`.
     """
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
     channels = check_tensors(x, x2, {"weight": weight, "bias": bias}, rows)
@@ -316,7 +287,7 @@ def rms_norm_silu(
     return in_format_of(x, forward(x, weight, eps, x2, scale, shift, silu))
 
 
-@torch.no_grad()
+@InPlace
 def rms_norm_silu_(
     y: Tensor,
     x: Tensor,
@@ -330,7 +301,7 @@ def rms_norm_silu_(
     shift: Tensor | None = None,
     activation: str | None = "silu",
     backend: str = "auto",
-) -> None:
+) -> Callable[[], object]:
     """Write `rms_norm_silu` of `concat(x, x2) + bias`, plus `residual`, to `y`. Not differentiable.
 
     One pass on `triton` and (without `bias`) on `native`, in which the sum is rounded once.
@@ -345,30 +316,6 @@ def rms_norm_silu_(
 
     Raises:
         TypeError, ValueError, BackendError: as `group_norm_silu_`.
-    """
-    bind_rms_norm_silu(
-        y, x, weight, eps=eps, x2=x2, bias=bias, residual=residual, scale=scale, shift=shift, activation=activation,
-        backend=backend,
-    )()  # fmt: skip
-
-
-def bind_rms_norm_silu(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    eps: float = 1e-12,
-    x2: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str | None = "silu",
-    backend: str = "auto",
-) -> Callable[[], object]:
-    """Return what runs `rms_norm_silu_` on these tensors, checked once; their values may change, their memory may not.
-
-    Args and raises: as `rms_norm_silu_`.
     """
     rows = {"scale": scale, "shift": shift}
     vectors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}

@@ -18,18 +18,18 @@ from fastddpm_kernels.layout import channels_last, empty_channels_last, empty_li
 
 
 def _empty_gradients(dy: Tensor, x: Tensor, x2: Tensor | None, sums: int) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dx2 and `sums` sums over the pixels; dx2 has no elements if there is no x2: an op cannot return None."""
+    """Return empty dx, dx2 and `sums` sums over the pixels. Without x2, dx2 is empty: an op cannot return None."""
     dx2 = x.new_empty(0) if x2 is None else empty_like(x, x2.shape[1])
     return empty_like(x, x.shape[1]), dx2, x.new_empty(sums, *dy.shape[:2], dtype=torch.float32)
 
 
 def _dense(x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both in x's format, contiguous if it is neither that nor channels-last."""
+    """Return both in x's format, contiguous if it is neither that nor channels-last."""
     return in_format_of(x, x), None if x2 is None else in_format_of(x, x2)
 
 
 def _for_native(x: Tensor, x2: Tensor | None, *vectors: Tensor | None) -> tuple[Any, ...]:
-    """As native kernels take them: x and x2 channels-last, vectors and rows float32, neighbouring channels adjacent."""
+    """Return what native kernels take: x and x2 channels-last, vectors and rows float32, their channels adjacent."""
     dense = [None if v is None else v.float() if v.stride(-1) == 1 else v.float().contiguous() for v in vectors]
     return channels_last(x), None if x2 is None else channels_last(x2), *dense
 
@@ -37,7 +37,7 @@ def _for_native(x: Tensor, x2: Tensor | None, *vectors: Tensor | None) -> tuple[
 def _affine_gradients(
     sums: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of weight, bias, scale and shift from `sums[0] = sum dv` and `sums[1] = sum dv * u`, [N, C]."""
+    """Return gradients of weight, bias, scale and shift from `sums[0] = sum dv` and `sums[1] = sum dv * u`, [N, C]."""
     sum_dv, sum_dvu = sums[0], sums[1]
     dscale = dshift = None
     if scale is not None and shift is not None:
@@ -61,7 +61,7 @@ def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
     time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and the mean and 1 / standard deviation [N, num_groups] that its gradient needs; by triton or `native`."""
+    """Return y, and the mean and 1 / standard deviation [N, num_groups] that its gradient needs."""
     y, mean, rstd = _group_norm_fake(x, weight, bias, num_groups, eps, x2, time_bias, scale, shift, silu, native)
     if native:
         if y.numel():
@@ -98,7 +98,7 @@ def group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, x2: Tensor | None,
     time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dx2 and the sums [3, N, C] over the pixels from which every other gradient follows."""
+    """Return dx, dx2 and the sums [3, N, C] over the pixels from which every other gradient follows."""
     dx, dx2, sums = _group_norm_backward_fake(
         dy, x, weight, bias, mean, rstd, x2, time_bias, scale, shift, silu, native
     )
@@ -193,7 +193,7 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dx2 and the sums [2, N, C] over the pixels from which every other gradient follows."""
+    """Return dx, dx2 and the sums [2, N, C] over the pixels from which every other gradient follows."""
     from fastddpm_kernels.group_norm_silu.triton_rms import backward_launches
 
     dx, dx2, sums = _empty_gradients(dy, x, x2, 2)

@@ -15,7 +15,7 @@ def bind_group_norm(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
     residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
     shift: Tensor | None, silu: bool, *, mean: Tensor | None = None, rstd: Tensor | None = None,
-) -> Callable[[], object]:  # fmt: skip
+) -> Callable[[], None]:  # fmt: skip
     """Return what writes `y` and, with a residual, `total`; for gradients also `mean` and `rstd` [N, num_groups]."""
     return bind(
         "fastddpm_group_norm", y, x, x2, residual, total, weight, bias, time_bias, scale, shift,
@@ -40,7 +40,7 @@ def group_norm_gradient(
 def bind_rms_norm(
     y: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None, residual: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> Callable[[], object]:  # fmt: skip
+) -> Callable[[], None]:  # fmt: skip
     """Return what writes `y`."""
     return bind(
         "fastddpm_rms_norm", y, x, x2, residual, weight, scale, shift, row_stride(scale), row_stride(shift),
@@ -49,5 +49,5 @@ def bind_rms_norm(
 
 
 def _sizes(x: Tensor, x2: Tensor | None) -> tuple[int, int, int, int]:
-    """Samples, pixels, and channels of x and of x2."""
+    """Return samples, pixels, and channels of x and of x2."""
     return x.shape[0], math.prod(x.shape[2:]), x.shape[1], 0 if x2 is None else x2.shape[1]

@@ -1,4 +1,4 @@
-"""How a call of a normalisation is cut into programs: arithmetic on shapes, which needs no triton."""
+"""Cut a call of a norm into programs: arithmetic on shapes, which needs no triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastddpm_kernels import tuned
 
 @dataclass(frozen=True)
 class Limits:
-    """What a kernel may hold.
+    """Limits of what a kernel holds.
 
     Attributes:
         one_pass_elements: the largest slab that a program holds in registers.
@@ -52,7 +52,7 @@ class Plan:
 
 
 def make_plan(x: Tensor, channels: int, groups: int, processors: int, limits: Limits) -> Plan:
-    """Chooses the tiles. Heuristics, in the order of what matters: read once; fill the chip; whole sectors.
+    """Choose the tiles by heuristics, the most important first: read once; fill the chip; whole sectors.
 
     Args:
         x: gives batch, pixels, dtype and memory format.
@@ -78,7 +78,7 @@ def _make_plan(
     size, batch, pixels = channels // groups, max(batch, 1), max(pixels, 1)
 
     def narrowest(row_bytes: int) -> int:
-        """The fewest groups whose channels make whole blocks of `row_bytes` where channels are adjacent."""
+        """Return the fewest groups whose channels make whole blocks of `row_bytes` where channels are adjacent."""
         return min(math.lcm(size, max(row_bytes // itemsize, 1)) // size, groups) if channels_last else 1
 
     def slabs(slab: int) -> int:
@@ -120,7 +120,7 @@ def _make_plan(
 
 @functools.lru_cache(maxsize=64)
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units on AMD) to be filled."""
+    """Return the number of streaming multiprocessors (compute units on AMD)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     # An H100's for ahead-of-time compilation; few for the interpreter, which runs programs one by one.
@@ -139,16 +139,16 @@ LARGEST_TILE = 2**17
 
 
 def forward_plan(x: Tensor, channels: int, groups: int) -> Plan:
-    """The plan of `group_norm_silu`, forward, on x's device: a tuned one, or what heuristics choose."""
+    """Return the plan of `group_norm_silu`, forward, on x's device: a tuned one, or the heuristics'."""
     plan = _tuned_plan("group_norm_silu", x, channels, groups)
     return make_plan(x, channels, groups, num_processors(x.device), LIMITS) if plan is None else plan
 
 
 def in_place_plan(x: Tensor, channels: int, groups: int, workspace: int | None = None) -> Plan:
-    """The plan of `group_norm_silu_`, whether or not it has a residual.
+    """Return the plan of `group_norm_silu_`, whether or not it has a residual.
 
-    `workspace`: its elements, where there is one already. A tuned plan is not taken if it needs more: what was bound
-    before a shape was tuned goes on as it was.
+    `workspace`: its elements, if it exists. A tuned plan that needs more is not taken: what was bound before a shape
+    was tuned runs as before.
     """
     plan = _tuned_plan("group_norm_silu_", x, channels, groups)
     if plan is not None and (workspace is None or forward_workspace(x, groups, plan) <= workspace):
@@ -158,13 +158,13 @@ def in_place_plan(x: Tensor, channels: int, groups: int, workspace: int | None =
 
 
 def backward_plan(x: Tensor, channels: int, groups: int, limits: Limits = BACKWARD_LIMITS) -> Plan:
-    """The plan of the gradient of `group_norm_silu`."""
+    """Return the plan of the gradient of `group_norm_silu`."""
     plan = _tuned_plan("group_norm_silu_backward", x, channels, groups)
     return make_plan(x, channels, groups, num_processors(x.device), limits) if plan is None else plan
 
 
 def heuristic_plan(op: str, shape: tuple[int, ...], itemsize: int, processors: int) -> Plan:
-    """The plan of one of the `group_norm_silu` for a shape of `tuned.FIELDS`, where no table has one."""
+    """Return the heuristics' plan of one of the `group_norm_silu` for a tuned shape."""
     batch, pixels, channels, second, groups, last = shape
     if op != "group_norm_silu_":
         limits = LIMITS if op == "group_norm_silu" else BACKWARD_LIMITS
@@ -186,7 +186,7 @@ def derived_plan(
     splits: int = 1,
     per_channel: bool = False,
 ) -> Plan | None:
-    """The plan that a tuned choice stands for, right whatever the choice is; None where no kernel could hold it.
+    """Return the plan of a tuned choice, right whatever the choice is; None if no kernel could hold it.
 
     Args:
         batch, pixels, channels, groups: of the call; the channels of x and x2 together.
@@ -209,7 +209,7 @@ def derived_plan(
 
 
 def choice_of(plan: Plan) -> tuned.Choice:
-    """The choice that `derived_plan` makes `plan` of."""
+    """Return the choice from which `derived_plan` makes `plan`."""
     choice = {"one_pass": plan.one_pass, "slab_groups": plan.slab_groups, "num_warps": plan.num_warps}
     return choice if plan.one_pass else {**choice, "block_p": plan.block_p, "splits": plan.splits}
 
@@ -249,10 +249,10 @@ def _in_place_plan(
 
 
 def forward_workspace(x: Tensor, groups: int, plan: Plan) -> int:
-    """Elements, of float32, of what its two passes hand over: a mean and a sum of squares per split and group."""
+    """Return the float32 elements between the two passes: a mean and a sum of squares per split and group."""
     return 0 if plan.one_pass else 2 * x.shape[0] * plan.splits * groups
 
 
 def _power_of_2(n: int) -> int:
-    """The least that is not below n >= 1."""
+    """Return the least power of 2 that is not below n >= 1."""
     return 1 << (n - 1).bit_length()

@@ -39,7 +39,7 @@ from fastddpm_kernels.group_norm_silu.triton_tile import (
 
 @triton.jit
 def _load(x, x2, residual, total, n, p, c, mask, P, C1: tl.constexpr, C2: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """concat(x + residual, x2)[n, c, p] as float32; the sum as x's dtype can hold it, and also written to `total`."""
+    """Return concat(x + residual, x2)[n, c, p] as float32; the sum is rounded to x's dtype and written to `total`."""
     tile = tl.load(pointers(x, x2, n, p, c, P, C1, C2, CHANNELS_LAST), mask=mask, other=0.0)
     if residual is not None:
         if C2 > 0:
@@ -100,7 +100,7 @@ def _statistics(
     C1: tl.constexpr, C2: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """partial[0, n, split, group]: the mean; partial[1, ...]: the sum of squared deviations from it."""
+    """Write partial[0, n, split, group], the mean, and partial[1, ...], the sum of squared deviations from it."""
     C: tl.constexpr = C1 + C2
     SIZE: tl.constexpr = C // GROUPS
     SLABS: tl.constexpr = (GROUPS + SLAB_GROUPS - 1) // SLAB_GROUPS
@@ -194,7 +194,7 @@ def forward_launches(
     y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, x2: Tensor | None,
     time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, plan: Plan | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write y, mean and rstd [N, groups]. x, x2 and y are dense and of one memory format.
+    """Return the launches that write y, mean and rstd [N, groups]. x, x2 and y are dense and of one memory format.
 
     `plan`: in place of the one that is chosen."""
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -209,9 +209,11 @@ def in_place_launches(
     residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
     shift: Tensor | None, silu: bool, workspace: Tensor | None, plan: Plan | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write y and, if it is given, total; as above, but nothing is copied or allocated, except for
-    the workspace where there is none. y, total and residual may be x, since a program reads what it overwrites, and
-    only it reads that (the second pass reads total, which the first has written)."""
+    """Return the launches that write y and, if given, total; nothing is copied or allocated but a missing workspace.
+
+    y, total and residual may be x: a program reads what it overwrites, and no other program reads that (the second
+    pass reads total, which the first has written).
+    """
     plan = plan or in_place_plan(x, len(weight), num_groups, None if workspace is None else workspace.numel())
     return _launches(
         plan, y, None, None, x, weight, bias, num_groups, eps, x2, residual, total, time_bias, scale, shift, silu,
@@ -254,7 +256,7 @@ def _launches(
 
 
 def aot_variants() -> list[Variant]:
-    """Every kernel of `group_norm_silu` and `rms_norm_silu`, at sizes of U-Nets that are in use, and tuned ones."""
+    """Return every kernel of `group_norm_silu` and `rms_norm_silu`, at sizes of U-Nets in use, and tuned ones."""
     from fastddpm_kernels.group_norm_silu import (
         triton_backward as group_norm_silu_backward,
     )
@@ -299,7 +301,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """The kernels that a tuned choice runs: with a residual and without, where the op takes one."""
+    """Return the kernels that a tuned choice runs: with a residual, if the op takes one, and without."""
     n, pixels, c1, c2, groups, last = key.shape
     x, x2, y, rows = _example(n, c1, c2, (1, pixels), bool(last), key.dtype)
     plan = derived_plan(n, pixels, c1 + c2, groups, **choice)
@@ -325,7 +327,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def _example(
     n: int, c1: int, c2: int, size: int | tuple[int, int], channels_last: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """x, x2, y and a row [N, C] on the meta device."""
+    """Return x, x2, y and a row [N, C] on the meta device."""
     size = (size, size) if isinstance(size, int) else size
 
     def image(channels: int) -> Tensor:
@@ -339,7 +341,7 @@ def _example(
 def _example_launches(
     x: Tensor, x2: Tensor | None, y: Tensor, time_bias: Tensor | None, film: Tensor | None
 ) -> list[Launch]:
-    """Forward and backward, with SiLU where there is a time bias or FiLM."""
+    """Return launches forward and backward, with SiLU if there is a time bias or FiLM."""
     from fastddpm_kernels.group_norm_silu import (
         triton_backward as group_norm_silu_backward,
     )

@@ -1,6 +1,6 @@
 """GroupNorm, FiLM and SiLU, backward, in one pass or two like the forward.
 
-With u the normalised input, v = a * u + b what SiLU sees, and dv the gradient there, all that is wanted follows from
+With u the normalised input, v = a * u + b what SiLU sees, and dv the gradient there, all gradients follow from
 three sums over the pixels of each sample's channel,
 
     sums[0] = sum dv      sums[1] = sum dv * u      sums[2] = sum u
@@ -41,7 +41,7 @@ LIMITS = BACKWARD_LIMITS
 
 @triton.jit
 def _normalisation(mean, rstd, time_bias, time_stride, n, c, mask, SIZE: tl.constexpr, GROUPS: tl.constexpr):
-    """(centre, rstd) per channel with u = (x - centre) * rstd."""
+    """Return (centre, rstd) per channel, with u = (x - centre) * rstd."""
     centre = tl.load(mean + n * GROUPS + c // SIZE, mask=mask, other=0.0)
     if time_bias is not None:
         centre -= row(time_bias, n, time_stride, c, mask)
@@ -63,7 +63,7 @@ def _u_and_dv(
 
 @triton.jit
 def _coefficients(a, rstd, mean_dv, mean_dvu, member, SIZE: tl.constexpr):
-    """Per channel, with dx = ka * dv - (kb + u * ku)."""
+    """Return (ka, kb, ku) per channel, with dx = ka * dv - (kb + u * ku)."""
     group_dv = to_channels(to_groups(a * mean_dv, member) / SIZE, member)
     group_dvu = to_channels(to_groups(a * mean_dvu, member) / SIZE, member)
     return rstd * a, rstd * group_dv, rstd * group_dvu
@@ -109,7 +109,7 @@ def _partial_sums(
     C1: tl.constexpr, C2: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial[0..2, n, split, c]: the three sums over `tiles` tiles of pixels."""
+    """Write partial[0..2, n, split, c], the three sums over `tiles` tiles of pixels."""
     C: tl.constexpr = C1 + C2
     SLABS: tl.constexpr = (GROUPS + SLAB_GROUPS - 1) // SLAB_GROUPS
     slab = tl.program_id(0) % SLABS
@@ -186,7 +186,7 @@ def backward_launches(
     rstd: Tensor, x2: Tensor | None, time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool,
     plan: Plan | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write dx, dx2 and sums [3, N, C]. dy, x, x2 and the results are dense and of one format.
+    """Return the launches that write dx, dx2 and sums [3, N, C]. dy, x, x2 and the results are dense and of one format.
 
     `plan`: in place of the one that is chosen."""
     (n, channels), groups = dy.shape[:2], mean.shape[1]
@@ -217,7 +217,7 @@ def backward_launches(
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """The kernels that a tuned choice runs: with a time bias, and with FiLM, as U-Nets have them."""
+    """Return the kernels that a tuned choice runs: with a time bias, and with FiLM, as U-Nets have them."""
     n, pixels, c1, c2, groups, last = key.shape
     plan = derived_plan(n, pixels, c1 + c2, groups, **choice, per_channel=True)
     if plan is None:

@@ -81,7 +81,7 @@ def _backward(
 
 
 def _tile(x: Tensor, channels: int, thread_elements: int, elements: int) -> tuple[dict[str, int], int]:
-    """Block sizes, and the warps for them: all channels of as many pixels as make a tile, of fewer to fill the chip."""
+    """Return block sizes and warps: all channels of as many pixels as make a tile, or of fewer to fill the chip."""
     block_c, pixels = triton.next_power_of_2(channels), math.prod(x.shape[2:])
     least = 1 if not x.is_contiguous() else 32 // x.itemsize  # pixels that fill a sector
     block_p = max(min(elements // block_c, triton.next_power_of_2(pixels)), 1)
@@ -96,7 +96,7 @@ def forward_launches(
     scale: Tensor | None, shift: Tensor | None, silu: bool, bias: Tensor | None = None, residual: Tensor | None = None,
     choice: tuned.Choice | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launch that writes y. x, x2, y and residual are dense and of one memory format.
+    """Return the launch that writes y. x, x2, y and residual are dense and of one memory format.
 
     `choice`: in place of what the tables or heuristics choose."""
     (n, channels), pixels = y.shape[:2], math.prod(x.shape[2:])
@@ -119,13 +119,13 @@ def forward_launches(
 
 
 def heuristic_choice(x: Tensor, channels: int) -> tuned.Choice:
-    """The choice that stands for what `forward_launches` does where no table has one."""
+    """Return the choice that `forward_launches` takes if no table has one."""
     tile, num_warps = _tile(x, channels, 32, TILE_ELEMENTS)
     return {"block_p": tile["BLOCK_P"], "num_warps": num_warps}
 
 
 def heuristic_backward(x: Tensor, channels: int) -> tuned.Choice:
-    """As `heuristic_choice`, of `backward_launches`."""
+    """Return the choice that `backward_launches` takes if no table has one."""
     # Of the sizes tried, the one that spills under neither triton 3.6 nor 3.9.
     tile, num_warps = _tile(x, channels, 16, 2 * TILE_ELEMENTS)
     splits, _ = _splits(-(-math.prod(x.shape[2:]) // tile["BLOCK_P"]), -(-4 * num_processors(x.device) // x.shape[0]))
@@ -133,13 +133,13 @@ def heuristic_backward(x: Tensor, channels: int) -> tuned.Choice:
 
 
 def _splits(blocks: int, wanted: int) -> tuple[int, int]:
-    """(splits, blocks to each): about as many as are wanted, none of them empty."""
+    """Return (splits, blocks to each): about as many as are wanted, none of them empty."""
     tiles = -(-blocks // min(wanted, blocks))
     return -(-blocks // tiles), tiles
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """The kernels that a tuned choice runs: with bias and residual and without, or with FiLM backward."""
+    """Return the kernels that a tuned choice runs: with bias and residual and without, or with FiLM backward."""
     n, pixels, c1, c2, last = key.shape
 
     def image(channels: int) -> Tensor:
@@ -163,7 +163,7 @@ def backward_launches(
     dx: Tensor, dx2: Tensor | None, dy: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, silu: bool, choice: tuned.Choice | None = None,
 ) -> tuple[list[Launch], Tensor]:  # fmt: skip
-    """The launch that writes dx, dx2 and the returned partial sums [2, N, splits, C].
+    """Return the launch that writes dx and dx2, and the partial sums that it writes, [2, N, splits, C].
 
     `choice`: in place of what the tables or heuristics choose."""
     (n, channels), pixels = dy.shape[:2], math.prod(x.shape[2:])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @triton.jit
 def pointers(x, x2, n, p, c, P, C1: tl.constexpr, C2: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Addresses of concat(x, x2)[n, c, p] as [pixel, channel]. `n` is int64, since N * C * P may pass 2^31."""
+    """Return addresses of concat(x, x2)[n, c, p] as [pixel, channel]; `n` is int64, since N * C * P may pass 2^31."""
     if CHANNELS_LAST:
         address = x + n * P * C1 + (p[:, None] * C1 + c[None, :])
     else:
@@ -30,13 +30,13 @@ def pointers(x, x2, n, p, c, P, C1: tl.constexpr, C2: tl.constexpr, CHANNELS_LAS
 
 @triton.jit
 def row(values, n, stride, c, mask):
-    """values[n, c] as float32."""
+    """Return values[n, c] as float32."""
     return tl.load(values + n * stride + c, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def affine(weight, bias, scale, shift, n, scale_stride, shift_stride, c, mask):
-    """(a, b) per channel with film(weight * h + bias) = a * h + b."""
+    """Return (a, b) per channel, with film(weight * h + bias) = a * h + b."""
     a = row(weight, 0, 0, c, mask)
     b = tl.zeros_like(a)
     if bias is not None:
@@ -61,7 +61,7 @@ def silu_gradient(dy, v):
 
 @triton.jit
 def slab_channels(slab, C: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels of a slab, and which of the block exist."""
+    """Return the channels of a slab, and a mask of those that exist."""
     WIDTH: tl.constexpr = SLAB_GROUPS * (C // GROUPS)
     local = tl.arange(0, BLOCK_C)
     c = slab * WIDTH + local
@@ -70,7 +70,7 @@ def slab_channels(slab, C: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.c
 
 @triton.jit
 def slab_groups(slab, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The groups of a slab, and which of the block exist."""
+    """Return the groups of a slab, and a mask of those that exist."""
     local = tl.arange(0, BLOCK_G)
     g = slab * SLAB_GROUPS + local
     return g, (local < SLAB_GROUPS) & (g < GROUPS)
@@ -78,24 +78,24 @@ def slab_groups(slab, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_G: 
 
 @triton.jit
 def membership(SIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """[channel, group]: which of a slab's channels are in which of its groups, of any SIZE."""
+    """Return a mask [channel, group]: which of a slab's channels are in which of its groups, of any SIZE."""
     return (tl.arange(0, BLOCK_C) // SIZE)[:, None] == tl.arange(0, BLOCK_G)[None, :]
 
 
 @triton.jit
 def to_groups(values, member):
-    """Sums of a per-channel vector over each group."""
+    """Return the sums of a per-channel vector over each group."""
     return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
 
 
 @triton.jit
 def to_channels(values, member):
-    """Each channel's copy of a per-group vector."""
+    """Return each channel's copy of a per-group vector."""
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
 
 def unit_rows(values: Tensor | None) -> tuple[Tensor | None, int]:
-    """`values` [N, C] with neighbouring channels adjacent, and the stride of its rows (0 where expanded)."""
+    """Return `values` [N, C] with adjacent channels, and the stride of its rows (0 if expanded)."""
     if values is None:
         return None, 0
     if values.stride(1) != 1 and values.shape[1] > 1:

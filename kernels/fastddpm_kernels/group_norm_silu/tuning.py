@@ -19,15 +19,15 @@ THREAD_ELEMENTS = range(4, 129)
 
 
 class _NormTask(Task):
-    """What the norms share: images of one memory format."""
+    """A norm at one shape: images of one memory format."""
 
     @property
     def channels(self) -> int:
-        """Of both sources."""
+        """Channels of both sources."""
         return self.named["channels"] + self.named["channels2"]
 
     def image(self, seed: int | None, channels: int) -> Tensor:
-        """[N, channels, 1, pixels], random or (seed None) to be written."""
+        """Return [N, channels, 1, pixels], random or (seed None) to be written."""
         n, pixels, last = self.named["batch"], self.named["pixels"], self.named["channels_last"]
         shape = (n, 1, pixels, channels) if last else (n, channels, 1, pixels)
         values = self.empty(*shape) if seed is None else self.random(seed, *shape)
@@ -215,7 +215,7 @@ class RMSNormTask(_NormTask):
 
 
 def _gradients(o: Operands, norm: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """dx, and dx2 where there is x2, by autograd of `norm` in `dtype`."""
+    """Return dx, and dx2 if there is x2, by autograd of `norm` in `dtype`."""
     x = [o[name].detach().to(dtype).requires_grad_() for name in ("x", "x2") if o[name] is not None]
     with torch.enable_grad():
         y = norm(x[0], x[1] if len(x) > 1 else None)
@@ -228,7 +228,7 @@ def _silu_gradient(dy: Tensor, v: Tensor) -> Tensor:
 
 
 def _of_samples(operands: Operands, samples: Tensor) -> Operands:
-    """What the truth needs of `operands`, for some samples."""
+    """Return `operands` of some samples."""
     names = ("x", "x2", "dy", "time_bias", "scale", "shift", "mean", "rstd")
     return {name: t[samples] if t is not None and name in names else t for name, t in operands.items()}
 
@@ -259,7 +259,7 @@ class GroupNormGradientTask(GroupNormTask):
         return found | {"mean": mean, "rstd": (variance + EPS).rsqrt()}
 
     def _groups(self, o: Operands, dtype: torch.dtype) -> Tensor:
-        """What is normalised, [N, groups, channels of a group, pixels]."""
+        """Return what is normalised, [N, groups, channels of a group, pixels]."""
         h = o["x"] if o["x2"] is None else torch.cat((o["x"], o["x2"]), 1)
         h = h.to(dtype) + o["time_bias"].to(dtype)[:, :, None, None]
         return h.flatten(2).unflatten(1, (self.named["groups"], -1))

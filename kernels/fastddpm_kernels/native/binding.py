@@ -13,7 +13,7 @@ from fastddpm_kernels import native
 THREADS = object()  # stands for torch's number of threads at the launch
 
 
-def bind(name: str, *arguments: Any) -> Callable[[], object]:
+def bind(name: str, *arguments: Any) -> Callable[[], None]:
     """Return a function without arguments that calls `name` of the library.
 
     Args:
@@ -42,8 +42,8 @@ def row_stride(row: Tensor | None) -> int:
 
 
 def bind_with_floats(
-    make: Callable[..., Callable[[], object]], *vectors: Tensor | None
-) -> Callable[[], object]:
+    make: Callable[..., Callable[[], None]], *vectors: Tensor | None
+) -> Callable[[], None]:
     """Return `make(*vectors)`, where native kernels read the vectors as float32.
 
     Vectors of another dtype are converted at every run, since their values may change between runs.

@@ -47,7 +47,7 @@ _ROUNDS = 10
 def sample_keys(
     seeds: Sequence[int] | Tensor, indices: Sequence[int] | Tensor, device: torch.device | str | None = None
 ) -> Tensor:
-    """The noise keys of N samples: int64 [N, 2], rows (seed, sample index).
+    """Return the noise keys of N samples: int64 [N, 2], rows (seed, sample index).
 
     Args:
         seeds: N seeds, 0 <= seed < 2^64 (stored wrapped into int64), or an int64 tensor [N].
@@ -82,7 +82,7 @@ def _key_column(name: str, values: Sequence[int] | Tensor, bits: int) -> Tensor:
 
 
 def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox-4x32-10 of int64 counters [..., 4] under int64 keys (two 32-bit words) [..., 2]: int64 [..., 4].
+    """Return Philox-4x32-10 of int64 counters [..., 4] under int64 keys (two 32-bit words) [..., 2]: int64 [..., 4].
 
     All words, given and returned, are in [0, 2^32). Readable and slow: the specification of the generator.
 
@@ -107,7 +107,7 @@ def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def random_words(keys: Tensor, step: int | Tensor, stream: int, num_words: int, backend: str = "auto") -> Tensor:
-    """The first `num_words` 32-bit words of each sample's noise: int64 [N, num_words], equal on every backend.
+    """Return the first `num_words` 32-bit words of each sample's noise: int64 [N, num_words], equal on every backend.
 
     Args:
         keys: int64 [N, 2], from `sample_keys`.
@@ -135,7 +135,7 @@ def random_words(keys: Tensor, step: int | Tensor, stream: int, num_words: int, 
 
 
 def normal(keys: Tensor, shape: Sequence[int], *, step: int | Tensor, stream: int, backend: str = "auto") -> Tensor:
-    """Standard normal noise for N samples: float32 [N, *shape], contiguous.
+    """Return standard normal noise for N samples: float32 [N, *shape], contiguous.
 
     Args:
         keys: int64 [N, 2], from `sample_keys`.
@@ -164,7 +164,7 @@ def normal(keys: Tensor, shape: Sequence[int], *, step: int | Tensor, stream: in
 
 
 def torch_normal(keys: Tensor, shape: Sequence[int], step: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
-    """`normal` in plain torch, without validation, in `dtype`: what `eager` and `reference` of every op use.
+    """Return `normal` in plain torch, unchecked, in `dtype`, as `eager` and `reference` of every op use it.
 
     It is computed in float64 (but where the device has none) and then rounded, so in float64 it is the value of
     the formula itself. int64 `step` has shape [1].
@@ -178,7 +178,7 @@ def torch_normal(keys: Tensor, shape: Sequence[int], step: Tensor, stream: int, 
 
 
 def _box_muller(radius_words: Tensor, angle_words: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two normals of each pair of words, computed in `dtype` from u and a, which are float32 by definition."""
+    """Return the two normals of each pair of words, in `dtype`, from u and a, which are float32 by definition."""
     u = radius_words.float() * 2.0**-32 + 2.0**-33
     radius = (-2 * u.to(dtype).log()).sqrt()
     angle = angle_words.float().to(dtype) * (2 * math.pi * 2.0**-32)
@@ -194,7 +194,7 @@ def _reference_words(keys: Tensor, step: Tensor, stream: int, num_words: int) ->
 
 
 def _paired_words(keys: Tensor, step: Tensor, stream: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Words (r0, r2) and (r1, r3), each int64 [2, N, groups].
+    """Return the words (r0, r2) and (r1, r3), each int64 [2, N, groups].
 
     The two halves of Philox's state do the same arithmetic, so they are rows of one tensor: half as many, larger
     operations, which is what counts on the CPU in a sampling loop. All constants are made on the device, so that a
@@ -216,7 +216,7 @@ def _paired_words(keys: Tensor, step: Tensor, stream: int, groups: int) -> tuple
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
-    """Pairs, as [2, N, groups] twice, to [N, 4 * groups], in the order of the elements."""
+    """Return pairs, [2, N, groups] twice, as [N, 4 * groups], in the order of the elements."""
     return torch.stack([first[0], second[0], first[1], second[1]], dim=-1).flatten(1)
 
 

@@ -22,7 +22,7 @@ from fastddpm_kernels.device.variant import Variant
 
 @triton.jit
 def words(seed, index, step, stream, group):
-    """Philox-4x32-10: the four words (uint32) of every counter (group, index, step, stream).
+    """Return the four words (uint32) of Philox-4x32-10 of every counter (group, index, step, stream).
 
     `seed`, `index` and `step` are int64 scalars, `stream` an integer constant, `group` a block of int32.
     """
@@ -33,7 +33,7 @@ def words(seed, index, step, stream, group):
 
 @triton.jit
 def log_unit(u):
-    """Natural logarithm of a normal float32 in (0, 1], to 1 ulp, without cancellation near 1."""
+    """Return the natural logarithm of a normal float32 in (0, 1], to 1 ulp, without cancellation near 1."""
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # u = m 2^exponent with m in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -53,7 +53,7 @@ def log_unit(u):
 
 @triton.jit
 def box_muller(radius_word, angle_word):
-    """Two blocks of standard normals (float32) from two blocks of words: see `fastddpm_kernels.philox`."""
+    """Return two blocks of standard normals (float32) from two blocks of words: see `fastddpm_kernels.philox`."""
     u = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, 2^-33
     # The hardware's square root is good to 2^-23. A Newton step on its inverse makes that half as much, nearly.
     squared = -2.0 * log_unit(u)
@@ -85,7 +85,7 @@ def box_muller(radius_word, angle_word):
 
 @triton.jit
 def normals(key, step, stream, first_element, BLOCK: tl.constexpr):
-    """Elements first_element .. first_element + BLOCK - 1 (multiples of 4) of one sample's noise, float32 [BLOCK].
+    """Return elements first_element .. first_element + BLOCK - 1 (multiples of 4) of a sample's noise, float32.
 
     `key` points to the sample's (seed, index); `step` is an int64 scalar.
     """
@@ -98,7 +98,7 @@ def normals(key, step, stream, first_element, BLOCK: tl.constexpr):
 
 @triton.jit
 def box_muller_kernel(cos, sin, radius_words, angle_words, count, BLOCK: tl.constexpr):
-    """`box_muller` of given words (int64), so that a test can choose them."""
+    """Write `box_muller` of given words (int64), which a test chooses."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     r = tl.load(radius_words + i, mask=mask, other=0).to(tl.uint32)
@@ -125,7 +125,7 @@ def _fill(result, keys, step, stream, numel, WORDS: tl.constexpr, BLOCK: tl.cons
 
 
 def fill(keys: Tensor, step: Tensor, stream: int, numel: int, dtype: torch.dtype) -> Tensor:
-    """[N, numel] normals (`dtype` float32) or words (int64). `keys` int64 [N, 2], `step` int64 [1]."""
+    """Return [N, numel] normals (`dtype` float32) or words (int64). `keys` int64 [N, 2], `step` int64 [1]."""
     result = torch.empty(keys.shape[0], numel, dtype=dtype, device=keys.device)
     if result.numel() == 0:
         return result
@@ -144,7 +144,7 @@ def fill(keys: Tensor, step: Tensor, stream: int, numel: int, dtype: torch.dtype
 
 
 def aot_variants() -> list[Variant]:
-    """The normals, and the words they are made from."""
+    """Return the variants of normals and of words."""
     return [
         Variant(
             f"philox.fill[{name}]",

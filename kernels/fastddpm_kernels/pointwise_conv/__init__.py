@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.checks import check_operands, not_float64, same_memory
+from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.layout import rows
 from fastddpm_kernels.pointwise_conv.formula import by_matmul, reference
 
 
-@torch.no_grad()
+@InPlace
 def pointwise_conv_(
     y: Tensor,
     x: Tensor,
@@ -36,7 +37,7 @@ def pointwise_conv_(
     residual: Tensor | None = None,
     allow_tf32: bool = False,
     backend: str = "auto",
-) -> None:
+) -> Callable[[], object]:
     """Write the 1x1 convolution of `concat(x, x2)` with `concat(weight, weight2)`, plus bias and residual, to `y`.
 
     Not differentiable. On `triton` one launch that allocates nothing: all products are summed in float32, and the
@@ -59,27 +60,6 @@ def pointwise_conv_(
         TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
         ValueError: a shape, device, memory format or value that does not fit.
         BackendError: the backend that was named cannot run here.
-    """
-    bind_pointwise_conv(
-        y, x, weight, x2=x2, weight2=weight2, bias=bias, residual=residual, allow_tf32=allow_tf32, backend=backend
-    )()
-
-
-def bind_pointwise_conv(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    x2: Tensor | None = None,
-    weight2: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    allow_tf32: bool = False,
-    backend: str = "auto",
-) -> Callable[[], object]:
-    """Return what runs `pointwise_conv_` on these tensors, checked once; values may change, their memory may not.
-
-    Args and raises: as `pointwise_conv_`.
     """
     _check(y, x, weight, x2, weight2, bias, residual)
     backend = resolve("pointwise_conv", backend, x.device.type, x.dtype)

@@ -34,7 +34,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 @triton.jit
 def _to_tf32(x):
-    """x rounded to TensorFloat-32, ties away from zero. The hardware's own truncation would shrink every product."""
+    """Return x rounded to TensorFloat-32, ties away from zero: the hardware would truncate and shrink every product."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)  # the carry could make a number of NaN
@@ -45,7 +45,7 @@ def _accumulate(
     acc, x, weight, row, column,
     STRIDE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + x[row, :] weight[column, :]^T. Rows and columns beyond the end must have been brought back inside."""
+    """Return acc + x[row, :] weight[column, :]^T. All rows and columns must be inside."""
     k = tl.arange(0, BLOCK_K)
     a_pointers = x + row[:, None] * STRIDE + k[None, :]
     b_pointers = weight + column[None, :] * C + k[:, None]
@@ -112,7 +112,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What multiplies: how fast, and in which tiles.
+    """A unit that multiplies: its speed and tiles.
 
     Attributes:
         rate: multiply-adds per cycle of one processor.
@@ -143,13 +143,13 @@ SHARED = 96 * 1024  # bytes a program may fill: two fit a data-centre GPU's proc
 
 @lru_cache
 def choose_tile(m: int, o: int, c: int, c2: int, itemsize: int, unit: Unit, processors: int) -> Tile:
-    """The tile with the least predicted time; of equals the largest, whose programs read the least.
+    """Return the tile of least predicted time; of equals the largest, whose programs read the least.
 
-    Predicted are the cycles of the processor that is given most programs. A program takes, for each of its K
-    channels, those of multiplying `block_m * block_n` pairs and of reading `block_m + block_n` values from L2 (which
-    overlap, but never wholly), and then moves its result. So a large call gets large tiles, and a small one tiles
-    so small that it fills the chip. Splitting K over programs would fill it further, at the price of a second launch
-    or of an order of summation that changes from run to run.
+    The prediction is the cycles of the processor with the most programs. For each of its K channels a program
+    multiplies `block_m * block_n` pairs and reads `block_m + block_n` values from L2 (which overlap, but never
+    wholly); then it moves its result. So a large call gets large tiles, and a small one tiles so small that it fills
+    the chip. Splitting K over programs would fill it further, but costs a second launch, or a sum whose order changes
+    from run to run.
 
     Args:
         m, o: rows (pixels of the whole batch) and columns (output channels).
@@ -174,7 +174,7 @@ def choose_tile(m: int, o: int, c: int, c2: int, itemsize: int, unit: Unit, proc
 
 
 def _depth(c: int, c2: int, deepest: int) -> int:
-    """A power of two: the largest that divides both, if that is not much less than `deepest`, else masked loads."""
+    """Return the largest power of two that divides both, unless far below `deepest`; else one with masked loads."""
     block_k = deepest
     while block_k > max(deepest // 4, 16) and (c % block_k or c2 % block_k):
         block_k //= 2
@@ -187,7 +187,7 @@ def make_launch(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, allow_tf32: bool, processors: int, tile: Tile | None = None,
 ) -> tuple[Launch, Tile]:  # fmt: skip
-    """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do).
+    """Return the one launch, also for ahead-of-time compilation (meta tensors will do).
 
     `tile`: in place of the one that is predicted to be the fastest."""
     (o, c), c2 = weight.shape, 0 if weight2 is None else weight2.shape[1]
@@ -206,7 +206,7 @@ def make_launch(
 
 
 def unit_of(dtype: torch.dtype, allow_tf32: bool) -> Unit:
-    """What multiplies values of a dtype."""
+    """Return what multiplies values of a dtype."""
     return HALF if dtype.itemsize == 2 else TF32 if allow_tf32 else FMA
 
 
@@ -230,7 +230,7 @@ def bind_choice(
     choice: tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, allow_tf32: bool,
 ) -> Callable[[], object]:  # fmt: skip
-    """As `bind`, in the way of a choice; None for the heuristics'."""
+    """Return what writes y in the way of a choice; None for the heuristics'."""
     if choice == MATMUL and x.itemsize == 2:  # torch's own switch, not `allow_tf32`, would decide for float32
         return torch.no_grad()(lambda: by_matmul(y, x, weight, x2, weight2, bias, residual))
     tile, processors = tile_of(choice), num_processors(x.device)
@@ -252,7 +252,7 @@ MATMUL = {"implementation": "addmm"}
 
 
 def tile_of(choice: tuned.Choice | None) -> Tile | None:
-    """The tile that a choice names, if it names one that a kernel can hold."""
+    """Return the tile of a choice, if it names one that a kernel can hold."""
     if choice is None or choice == MATMUL or choice["block_m"] * choice["block_n"] > LARGEST_TILE:
         return None
     return Tile(**choice)
@@ -266,7 +266,7 @@ def warps_of_64(device: torch.device) -> bool:
 
 
 def aot_variants() -> list[Variant]:
-    """Every precision at a large call, and the tiles and tails of small ones."""
+    """Return every precision at a large call, and the tiles and tails of small ones."""
     variants = []
     for tag, m, o, c, c2, bias, residual, dtype, allow_tf32 in (
         ("32x32", 262144, 128, 256, 0, True, False, torch.float16, False),
@@ -310,7 +310,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """The kernel that a tuned choice runs; none where it is the vendor's."""
+    """Return the kernel that a tuned choice runs; none if it is the vendor's."""
     tile = tile_of(choice)
     if tile is None:
         return []

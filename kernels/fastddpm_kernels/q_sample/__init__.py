@@ -1,4 +1,4 @@
-"""The noising step: x_t, and what the network is trained to predict, from x_0 in one pass.
+"""The noising step: x_t and the training target from x_0, in one pass.
 
     x_t    = signal * x_0 + sigma * z            (signal, sigma) = table[t[n]] for sample n
     target = z                                   prediction_type "epsilon"
@@ -47,7 +47,7 @@ def q_sample(
     prediction_type: str = "epsilon",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Noises `x0` to the levels `t`: returns (x_t, target), both in `x0`'s shape, dtype and memory format.
+    """Noise `x0` to the levels `t`; return (x_t, target), both in `x0`'s shape, dtype and memory format.
 
     Differentiable in `x0` and `noise`. The arithmetic is float32 (float64 for float64 input).
 
@@ -126,7 +126,7 @@ def _coefficients(table: Tensor, t: Tensor, ndim: int, dtype: torch.dtype) -> tu
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format of outputs made like `x`: contiguous, or channels-last (2-D, 3-D) if `x` is that alone."""
+    """Return the memory format of outputs like `x`: contiguous, or channels-last (2-D, 3-D) if `x` is that alone."""
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     if x.ndim == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
@@ -193,7 +193,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor) -> tuple[Tensor | None, ...]:
-    """In torch, not fused: x_0 and the noise are data, and are rarely differentiated through."""
+    """Differentiate in torch, not fused: x_0 and the noise are data, and rarely need gradients."""
     table, t = ctx.saved_tensors
     signal, sigma = _coefficients(table, t, grad_x_t.ndim, torch.float32)
     grad_x_t = grad_x_t.float()

@@ -67,7 +67,7 @@ def launch(
     x_t: Tensor,
     target: Tensor | None,
 ) -> None:
-    """Writes `x_t` and, unless None, `target`, both of one memory format; `x0` and `noise` may have any."""
+    """Write `x_t` and, unless None, `target`, both of one memory format; `x0` and `noise` may have any."""
     if x_t.numel():
         run(make_launch(x0, table, t, noise, keys, step, prediction_type, x_t, target), x_t)
 
@@ -76,7 +76,7 @@ def make_launch(
     x0: Tensor, table: Tensor, t: Tensor, noise: Tensor | None, keys: Tensor | None, step: Tensor | None,
     prediction_type: str, x_t: Tensor, target: Tensor | None, choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
-    """The one launch. `choice`: in place of what the tables or heuristics choose."""
+    """Return the one launch; `choice` replaces that of the tables or heuristics."""
     numel = x_t.numel() // x_t.shape[0]
     x0, x0_walk = walkable(x0)
     x_t, y_walk = walkable(x_t)
@@ -102,7 +102,7 @@ def make_launch(
 
 
 def aot_variants() -> list[Variant]:
-    """Every dtype with its own noise, the three targets, given noise, and channels-last."""
+    """Return every dtype with its own noise, the three targets, given noise, and channels-last."""
     cases: list[tuple[str, dict[str, bool]]] = [
         ("fp32", {}), ("fp16", {}), ("bf16", {}),
         ("fp32", {"v": True}), ("fp16", {"v": True}), ("bf16", {"v": True}),
@@ -115,7 +115,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """The kernel that a tuned choice runs, with a training step to read."""
+    """Return the kernel that a tuned choice runs, with a training step to read."""
     n, channels, pixels, last, source, written = key.shape
     given = source == 1
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.checks import check_operands, not_float64
+from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.residual_add.formula import eager, reference
 
 
-@torch.no_grad()
+@InPlace
 def residual_add_(
     y: Tensor,
     x: Tensor,
@@ -31,7 +32,7 @@ def residual_add_(
     bias: Tensor | None = None,
     total: Tensor | None = None,
     backend: str = "auto",
-) -> None:
+) -> Callable[[], object]:
     """Write `x + residual + bias` to the first pixels of `y` and to `total`, if given. Not differentiable.
 
     On `triton` one launch that allocates nothing, summed in float32 and rounded once; accesses are of 16 bytes where
@@ -50,22 +51,6 @@ def residual_add_(
         TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
         ValueError: a shape, device, memory format or value that does not fit.
         BackendError: the backend that was named cannot run here.
-    """
-    bind_residual_add(y, x, residual=residual, bias=bias, total=total, backend=backend)()
-
-
-def bind_residual_add(
-    y: Tensor,
-    x: Tensor,
-    *,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    total: Tensor | None = None,
-    backend: str = "auto",
-) -> Callable[[], object]:
-    """Return what runs `residual_add_` on these tensors, checked once; their values may change, their memory may not.
-
-    Args and raises: as `residual_add_`.
     """
     _check(y, x, residual, bias, total)
     backend = resolve("residual_add", backend, x.device.type, x.dtype)

@@ -81,7 +81,7 @@ class Walk(NamedTuple):
 
 
 def make_walk(tensors: list[Tensor]) -> Walk:
-    """Orders the dimensions by the first tensor's strides and merges those that all tensors walk as one."""
+    """Order the dimensions by the first tensor's strides and merge those that all tensors walk as one."""
     shape = tensors[0].shape
     views = [tensor.expand(shape) for tensor in tensors]
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -views[0].stride(d))
@@ -104,7 +104,7 @@ def make_launch(
     y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None,
     choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
-    """The one launch, from which ahead-of-time compilation starts as well (meta tensors will do).
+    """Return the one launch, also for ahead-of-time compilation (meta tensors will do).
 
     `choice`: in place of what the tables or heuristics choose.
 
@@ -139,7 +139,7 @@ def make_launch(
 
 
 def heuristic_choice(itemsize: int) -> tuned.Choice:
-    """What `make_launch` does where no table has a choice: a thread's accesses are as wide as they can be."""
+    """Return the choice if no table has one: a thread's accesses are as wide as possible."""
     return {"block": NUM_WARPS * 32 * THREAD_BYTES // itemsize, "num_warps": NUM_WARPS}
 
 
@@ -151,7 +151,7 @@ def bind(
 
 
 def aot_variants() -> list[Variant]:
-    """Channels-last: a plain sum, with everything, and into a padded image; contiguous; very large."""
+    """Return variants, channels-last: a plain sum, with everything, and into a padded image; contiguous; very large."""
     variants = []
     for tag, dtype, n, side, pad, channels_last, residual, bias, total in (
         ("plain", torch.float16, 64, 32, 0, True, True, False, False),
@@ -175,7 +175,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """The kernel that a tuned choice runs."""
+    """Return the kernel that a tuned choice runs."""
     n, channels, height, width, last, padded, residual, bias, total = key.shape
     x = _image(n, (height, width), key.dtype, bool(last), channels)
     y = _image(n, (height + padded, width + padded), key.dtype, bool(last), channels)[..., :height, :width]

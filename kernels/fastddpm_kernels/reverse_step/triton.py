@@ -155,7 +155,7 @@ def launch(
     options: Options,
     history: Tensor | None = None,
 ) -> None:
-    """Writes `x_next` and, unless None, `x0` and `net_in`. `x_next` may be `x`, and `x0` may be `x0_prev`.
+    """Write `x_next` and, unless None, `x0` and `net_in`. `x_next` may be `x`, and `x0` may be `x0_prev`.
 
     Raises:
         ValueError: `net_in` is laid out so that its pixels have no one stride.
@@ -172,7 +172,7 @@ def make_launch(
     x_next: Tensor, x0: Tensor | None, net_in: Tensor | None, x: Tensor, out: Tensor, table: Tensor, step: Tensor,
     o: Options, choice: tuned.Choice | None = None, history: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """The one launch. `choice`: in place of what the tables or heuristics choose.
+    """Return the one launch; `choice` replaces that of the tables or heuristics.
 
     Raises:
         ValueError: as `launch`.
@@ -221,7 +221,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def aot_variants() -> list[Variant]:
-    """Every dtype of the network's output, every flag alone, and the combinations that samplers use."""
+    """Return every dtype of the network's output, every flag alone, and the combinations that samplers use."""
     ancestral = {"philox", "clip", "net_in"}
     cases: list[tuple[str, set[str]]] = [
         ("fp32", ancestral), ("fp16", ancestral), ("bf16", ancestral),
@@ -240,7 +240,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """The kernels that a tuned choice runs: x0 clipped to a given bound, and to one of each sample."""
+    """Return the kernels that a tuned choice runs: x0 clipped to a given bound, and to one of each sample."""
     return [
         replace(made.variant(f"tuned, {key.dtype}, {key.shape}, {index}"), **aot(made.num_warps))
         for index, (clip_range, threshold) in enumerate(((1.0, False), (None, True)))
@@ -249,7 +249,7 @@ def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
 
 
 def example(key: tuned.Key, clip_range: float | None, threshold: bool) -> tuple[Any, ...]:
-    """Arguments of `make_launch`, on the meta device, laid out as sampling loops have them."""
+    """Return arguments of `make_launch`, on the meta device, laid out as sampling loops have them."""
     n, channels, pixels, last, noise, guided, learned, multistep, x0, net_in, known = key.shape
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels.group_norm_silu import bind_rms_norm_silu, rms_norm_silu
+from fastddpm_kernels.group_norm_silu import rms_norm_silu, rms_norm_silu_
 from torch import Tensor
 
 from fastddpm.networks.frozen.instructions import Machine, bound_once
 
 
 class Projections(NamedTuple):
-    """What queries, keys and values of linear attention are made with.
+    """The weights that make queries, keys and values of linear attention.
 
     Attributes:
         query, key, value: [C, heads * head_dim].
@@ -28,7 +28,7 @@ class Projections(NamedTuple):
     memory_value: Tensor
 
     def of(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Writes queries [N, P, I], keys and values [N, M + P, I] of pixels [N, P, C]."""
+        """Write queries [N, P, I], keys and values [N, M + P, I] of pixels [N, P, C]."""
         torch.mm(x.flatten(0, 1), self.query, out=queries.flatten(0, 1))
         for out, memory, weight in ((keys, self.memory_key, self.key), (values, self.memory_value, self.value)):
             if count := len(memory):
@@ -37,7 +37,7 @@ class Projections(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Slots for what linear attention makes on its way, [N, I, H, W] or, of keys and values, [N, I, M + P, 1].
+    """Slots for the intermediate results of linear attention, [N, I, H, W] or, for keys and values, [N, I, M + P, 1].
 
     `queries2` and `keys2` are for their softmax.
     """
@@ -53,7 +53,7 @@ def linear_attention(
     m: Machine, source: int, target: int, projections: Projections, scratch: Scratch, heads: int, mask: Tensor | None,
     weight: Tensor, bias: Tensor | None,
 ) -> Callable[[], object]:  # fmt: skip
-    """Linear attention (Shen et al. 2018, arXiv:1812.01243) and the projection of its result.
+    """Compute linear attention (Shen et al. 2018, arXiv:1812.01243) and the projection of its result.
 
     softmax of the queries over their features, of the keys over the positions. Values and output projection meet
     before the positions do: softmax(q) (softmax(k)^T v Wo) has no product with both heads and positions.
@@ -95,7 +95,7 @@ def linear_attention(
 def attention(
     m: Machine, source: int, target: int, scratch: int, weight: Tensor, memory: Tensor, heads: int
 ) -> Callable[[], object]:
-    """softmax(q k / sqrt(head_dim)) v, before its projection.
+    """Compute softmax(q k / sqrt(head_dim)) v, before its projection.
 
     Args:
         scratch: slot of [N, 3 I, M + P, 1] for queries, keys and values, the learned ones before those of the pixels.
@@ -119,12 +119,12 @@ def attention(
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """[N, C, H, W], channels-last, as [N, H * W, C]."""
+    """Return [N, C, H, W], channels-last, as [N, H * W, C]."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _place(m: Machine, slot: int, like: Tensor, pixels: int, channels: int) -> Tensor:
-    """[N, pixels, channels] of a slot."""
+    """Return a slot as [N, pixels, channels]."""
     if not m.static:
         m.slots[slot] = like.new_empty(len(like), pixels, 1, channels).permute(0, 3, 1, 2)
     return _pixels(m.slots[slot])
@@ -141,11 +141,11 @@ def rms_norm(
     shift: Tensor | None,
     activation: str | None,
 ) -> Callable[[], object]:
-    """RMS norm of source + bias, FiLM and SiLU, plus residual."""
+    """Apply RMS norm, FiLM and SiLU to source + bias, and add residual."""
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
-        return bind_rms_norm_silu(
+        return rms_norm_silu_.bind(
             m.place(target, x, len(weight)), x, weight, bias=bias,
             residual=None if residual is None else m.slots[residual], scale=scale, shift=shift, activation=activation,
             backend=m.backend,
@@ -160,7 +160,7 @@ def rms_norm(
 
 
 def concatenate(m: Machine, first: int, second: int, target: int) -> Callable[[], object]:
-    """concat(first, second) of their channels."""
+    """Concatenate the channels of first and second."""
 
     def run() -> None:
         x, y = m.slots[first], m.slots[second]
