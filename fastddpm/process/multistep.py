@@ -378,7 +378,7 @@ def _stored(algorithm_type: str) -> str:
 def _check_solver(algorithm_type: str, order: object, solver_type: str, grid: SigmaGrid, name: str = "") -> None:
     if algorithm_type not in ALGORITHMS:
         raise ValueError(f"algorithm_type is {algorithm_type!r}, must be one of {', '.join(ALGORITHMS)}")
-    if isinstance(order, bool) or not isinstance(order, numbers.Integral) or not 1 <= order <= 3:
+    if isinstance(order, bool) or not isinstance(order, numbers.Integral) or not 1 <= int(order) <= 3:
         raise ValueError(f"solver_order is {order!r}, must be 1, 2 or 3")
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"solver_type is {solver_type!r}, must be 'midpoint' or 'heun'")
