@@ -227,7 +227,7 @@ def read_npz(path: str | os.PathLike[str], names: Collection[str]) -> dict[str, 
 def load_image(
     path: str | os.PathLike[str], shape: tuple[int, int, int], *, invert: bool = False, average: bool = False
 ) -> Tensor:
-    """Reads a picture file as a sample; see `read_pixels` for how.
+    """Read a picture file as a sample; see `read_pixels` for how.
 
     Args:
         path: of a PNG, JPEG or any other file that PIL reads.
@@ -250,7 +250,7 @@ def load_image(
 
 
 def read_pixels(path: str | os.PathLike[str], shape: tuple[int, int, int], *, average: bool = False) -> np.ndarray:
-    """Reads a picture file as uint8 [C, H, W].
+    """Read a picture file as uint8 [C, H, W].
 
     It is turned upright as its EXIF data says, cut to the middle part of the wanted aspect ratio, resized with
     anti-aliasing if its size is another, and converted to grey or colour; what is transparent becomes black. A file
@@ -300,12 +300,12 @@ def _check_channels(shape: tuple[int, int, int]) -> None:
 
 
 def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
-    """Writes a picture to a PNG file."""
+    """Write a picture to a PNG file."""
     atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def save_grid(path: str | os.PathLike[str], images: Tensor, labels: Sequence[int] | None = None) -> None:
-    """Writes `grid(images, labels)` to a PNG file."""
+    """Write `grid(images, labels)` to a PNG file."""
     save_picture(path, grid(images, labels))
 
 
@@ -316,7 +316,7 @@ def save_npz(
     *,
     in_colour: bool = False,
 ) -> None:
-    """Writes `arr_0` uint8 [N, H, W, C] and, with labels, `arr_1` int64 [N].
+    """Write `arr_0` uint8 [N, H, W, C] and, with labels, `arr_1` int64 [N].
 
     Args:
         path: of the file.
@@ -339,7 +339,7 @@ def save_npz(
 
 
 def save_folder(path: str | os.PathLike[str], images: Tensor, labels: Sequence[int] | None = None) -> None:
-    """Writes one PNG per image into the folder `path`: 00000.png, or 00000-class3.png with labels."""
+    """Write one PNG per image into the folder `path`: 00000.png, or 00000-class3.png with labels."""
     pictures = to_pil(images)
     digits = max(5, len(str(len(pictures) - 1)))
     for index, picture in enumerate(pictures):
@@ -349,7 +349,7 @@ def save_folder(path: str | os.PathLike[str], images: Tensor, labels: Sequence[i
 
 
 def save_gif(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, seconds: float = 4.0) -> None:
-    """Writes an endless animation of about `seconds`, which rests on its last frame for a second."""
+    """Write an endless animation of about `seconds`, which rests on its last frame for a second."""
     if not frames:
         raise ValueError("frames is empty, must hold at least one picture")
     each = max(20, round(1000 * seconds / len(frames) / 10) * 10)

@@ -1,4 +1,4 @@
-"""Sets of 8-bit images, read or drawn a few at a time. What is held whole is held as uint8."""
+"""Set of 8-bit images, read or drawn a few at a time. What is held whole is held as uint8."""
 
 from __future__ import annotations
 

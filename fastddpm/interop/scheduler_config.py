@@ -1,4 +1,4 @@
-"""Configurations of diffusers' schedulers, read: the schedule, and the settings of `Sampler` that they state."""
+"""Read configurations of diffusers' schedulers: the noise schedule, and the settings of `Sampler` that they state."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
 
 
 def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """As `load_scheduler`, of a configuration at hand; errors begin with `where`."""
+    """Do the same for a configuration that is already read; errors begin with `where`."""
     name = config.get("_class_name", "DDPMScheduler")
     if name not in _KINDS:
         raise ValueError(f"{where}: _class_name is {name!r}, must be one of {', '.join(_KINDS)}")
@@ -120,7 +120,7 @@ def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSche
     for field in ("clip_sample", "thresholding"):
         if not isinstance(settings.get(field, False), bool):
             raise ValueError(f"{where}: {field} is {settings[field]!r}, must be true or false")
-    if settings.get("thresholding"):  # without it they say nothing
+    if settings.get("thresholding"):  # without it they have no meaning
         names = ("dynamic_thresholding_ratio", "sample_max_value")
         settings |= {field: config[field] for field in names if field in config}
     if "disable_corrector" in settings:

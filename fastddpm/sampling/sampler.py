@@ -79,7 +79,8 @@ class Sampler:
             to be fastest (up to 192 steps one by one, where measuring does not pay); a model that cannot be captured
             runs without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per launch) or
             "step" (one): only that way. False: no graphs, for models whose Python code does not do the same in every
-            call. The operations are the same in all. `graph_report` says what was done.
+            call. The operations are the same in all. `graph_report` says what was done. On the CPU "auto" hands the
+            steps of a network that runs natively to the native library, which needs Python no more for them.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.
@@ -202,8 +203,10 @@ class Sampler:
             self._tf32 = False  # its convolutions do not follow torch's switches, so its products must not either
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
-        step = "eager" if backend == "native" else backend  # a step has no native kernel: it costs next to nothing
-        self.backend = resolve("reverse_step", step, self.device.type)
+        # The native library is not built for the step alone: a network has to run on it.
+        native = self.network.frozen is not None and self.network.frozen.backend == "native"
+        step = backend if backend not in ("auto", "native") else "native" if native else "auto"
+        self.backend = resolve("reverse_step_", step, self.device.type)
         self.clip_range, threshold = clipping(
             clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value
         )
@@ -222,7 +225,6 @@ class Sampler:
             self_condition=self_condition,
         )
         check_out_channels(self.settings, getattr(self.config, "out_channels", None))
-        self._checked_finite = False
         self._graphs = GraphRecord.parse(cuda_graph, self.device)
         # Neither refers to the sampler: what refers to that keeps its memory past it.
         self._pool = LoopPool(self.network, self.settings, self._graphs)
@@ -232,7 +234,8 @@ class Sampler:
         """Return what became of `cuda_graph`.
 
         Returns:
-            "mode": how steps run, "while", "unrolled" or "step", "plain" without graphs, None before the first capture;
+            "mode": how steps run, "while", "unrolled" or "step", "native" on the CPU, "plain" without graphs, None
+            before the first capture;
             "measured_us": microseconds per step of every mode that was tried; "captures": how many were made so far;
             "why_not": why there are no graphs, or None.
         """
@@ -375,24 +378,35 @@ class Sampler:
         )
         with self.network.evaluating(), self._rounding():
             images = run.draw(self._sizes, batch_size, progress)
-        self._check_finite(images)
+            self._check_finite(images, run)
         return images if recorder is None else recorder.trajectory()
 
     def _rounding(self) -> AbstractContextManager[None]:
         """Set how CUDA rounds the factors of float32 products, where that was asked for."""
         return nullcontext() if self._tf32 is None or self.device.type != "cuda" else tf32(self._tf32)
 
-    def _check_finite(self, images: Tensor) -> None:
-        """Warn, once, of images that float16 has spoilt. Only the first call of `sample` waits for the device here."""
-        if self.dtype == torch.float16 and not self._checked_finite:
-            self._checked_finite = True
-            if not bool(images.isfinite().all()):
-                warnings.warn(
-                    "some samples are not finite: activations above 65504 overflow in float16. dtype='auto' tests for "
-                    "that and takes bfloat16",
-                    RuntimeWarning,
-                    stacklevel=5,  # past the decorators of `sample`
-                )
+    def _check_finite(self, images: Tensor, run: Run) -> None:
+        """Warn of samples that are not finite, and of the step at which the first of them became so.
+
+        The loop itself checks nothing: the step is found by walking one sample again.
+        """
+        bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()  # waits for the device, once
+        if not bad:
+            return
+        row = run.first_not_finite(bad[0])
+        step = ""
+        if row is not None:
+            at = f"step {row - run.start + 1} of {run.steps} (timestep {int(run.table.timesteps[row])})"
+            step = f", sample {bad[0]} since {at}"
+        few = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        reason = "the model's weights or inputs may have values that are not finite"
+        if self.dtype == torch.float16:
+            reason = "activations above 65504 overflow in float16; dtype='auto' tests for that and takes bfloat16"
+        warnings.warn(
+            f"{len(bad)} of {len(images)} samples are not finite ({few}){step}: {reason}",
+            RuntimeWarning,
+            stacklevel=5,  # past the decorators of `sample`
+        )
 
     def _sample_shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         if shape is not None:

@@ -7,7 +7,7 @@ import operator
 import os
 import random
 import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -223,32 +223,13 @@ def _label(label: Any) -> int:
 
 
 class _Reader:
-    """What a DataLoader calls, in its workers: one call per batch."""
+    """The dataset of a DataLoader, in its workers: an index is the list of picks of a batch."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def __getitems__(self, picks: list[Pick]) -> tuple[Tensor, Tensor | None]:
+    def __getitem__(self, picks: list[Pick]) -> tuple[Tensor, Tensor | None]:
         return self._source.read(picks)
-
-    def __getitem__(self, pick: Pick) -> tuple[Tensor, Tensor | None]:
-        return self._source.read([pick])
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-
-class _Picks:
-    """What a DataLoader asks for, batch by batch."""
-
-    def __init__(self, batches: Batches, start: int, stop: int) -> None:
-        self._batches, self._start, self._stop = batches, start, stop
-
-    def __iter__(self) -> Iterator[list[Pick]]:
-        return self._batches.picks(self._start, self._stop)
-
-    def __len__(self) -> int:
-        return (self._stop - self._start) * self._batches.passes
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -284,7 +265,8 @@ def load(
         num_workers = 0 if source.in_memory else min(8, max(1, _cores() // batches.processes))
     loader: DataLoader[Any] = DataLoader(
         _Reader(source),  # type: ignore[arg-type]
-        batch_sampler=_Picks(batches, start, stop),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=batches.picks(start, stop),  # type: ignore[arg-type]
         num_workers=int(num_workers),
         collate_fn=_as_it_is,
         pin_memory=pin_memory,

@@ -36,7 +36,7 @@ class DataLook:
 
 
 def look_at(data: str | os.PathLike[str]) -> DataLook:
-    """Looks at a folder of pictures or an `.npz`.
+    """Look at a folder of pictures or an `.npz`.
 
     Raises:
         FileNotFoundError, ValueError: there is nothing, or nothing that can be read.

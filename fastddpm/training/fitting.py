@@ -1,4 +1,4 @@
-"""Whether data and network fit each other, found out before anything is trained."""
+"""Check that data and network fit each other before anything is trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def data_shape(diffusion: GaussianDiffusion) -> tuple[int, int, int] | None:
-    """(C, H, W) of the data, as the network's config states it; None where it does not."""
+    """Return (C, H, W) of the data, as the network's config states it; None where it does not."""
     config = getattr(diffusion.unet, "config", None)
     size, channels = (getattr(config, name, None) for name in ("sample_size", "out_channels"))
     if size is None or channels is None:
@@ -28,7 +28,7 @@ def data_shape(diffusion: GaussianDiffusion) -> tuple[int, int, int] | None:
 
 
 def takes_labels(unet: nn.Module) -> bool:
-    """Whether a network is class-conditional: by its config, or if it has none by its parameters.
+    """Return whether a network is class-conditional: by its config or, if it has none, by its parameters.
 
     guided-diffusion's networks always have the parameter `y`, and `num_classes` None where it must not be given.
     """
@@ -41,7 +41,7 @@ def takes_labels(unet: nn.Module) -> bool:
 
 
 def check_network(diffusion: GaussianDiffusion) -> None:
-    """Raises ValueError where a U-Net cannot be run at the size that its config states."""
+    """Raise ValueError if a U-Net cannot run at the size that its config states."""
     unet, shape = diffusion.unet, data_shape(diffusion)
     if not isinstance(unet, UNet) or shape is None:
         return
@@ -55,7 +55,7 @@ def check_network(diffusion: GaussianDiffusion) -> None:
 
 
 def check_places(results: Path, data: str | None) -> None:
-    """Raises ValueError where what a run writes would come among the pictures that it reads."""
+    """Raise ValueError if the results would lie among the pictures that are trained on."""
     if data is not None and results.resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(
             f"results_folder is {str(results)!r}, which is inside {data!r}, whose pictures are trained on: it must be "
@@ -64,7 +64,7 @@ def check_places(results: Path, data: str | None) -> None:
 
 
 def check_processes(train_batch_size: int, processes: int) -> None:
-    """Raises ValueError where a batch cannot be split over the processes of a run."""
+    """Raise ValueError if a batch cannot be split over the processes of a run."""
     if train_batch_size % processes:
         raise ValueError(
             f"train_batch_size is {train_batch_size}, must be divisible by the number of processes, {processes}"
@@ -72,7 +72,7 @@ def check_processes(train_batch_size: int, processes: int) -> None:
 
 
 def check_guidance(diffusion: GaussianDiffusion, guidance_scale: float | None) -> None:
-    """Raises ValueError where samples are to be guided, but the network has no class that means none."""
+    """Raise ValueError for guidance of a network without a null class."""
     if guidance_scale is not None and diffusion.null_class is None:
         raise ValueError(f"guidance_scale is {guidance_scale}, must be None: the network has no null_class")
 
@@ -97,7 +97,7 @@ def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...
 
 
 def check_labels(labels: Tensor | None, unet: nn.Module) -> None:
-    """Raises ValueError unless there are labels int64 [N] (on the CPU) that a class-conditional network knows."""
+    """Raise ValueError unless there are labels int64 [N] (on the CPU) that a class-conditional network knows."""
     if labels is None:
         raise ValueError(
             "data has no labels, but the network has classes: put pictures into a folder per class, or use a Dataset "

@@ -53,7 +53,7 @@ class Listing:
 
 
 def list_pictures(folder: str | os.PathLike[str]) -> Listing:
-    """Finds the files below a folder that PIL could read, by their suffixes; hidden ones are left out.
+    """Find the files below a folder that PIL could read, by their suffixes; hidden ones are left out.
 
     Raises:
         FileNotFoundError: there is no such folder.

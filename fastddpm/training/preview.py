@@ -1,4 +1,4 @@
-"""What comes out of a run: samples while it goes on, and the model."""
+"""Write what comes out of a run: samples on the way, and the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def sample_labels(diffusion: GaussianDiffusion, classes: int, count: int) -> list[int] | None:
-    """`count` labels, of all classes in equal numbers, sorted; None for a network without classes."""
+    """Return `count` labels of all classes in equal numbers, sorted; None for a network without classes."""
     if not takes_labels(diffusion.unet):
         return None
     embeds = getattr(getattr(diffusion.unet, "config", None), "num_class_embeds", None)
@@ -33,7 +33,7 @@ def sample_labels(diffusion: GaussianDiffusion, classes: int, count: int) -> lis
 
 
 def sampler_settings(settings: TrainerSettings, timesteps: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run says of the sampler of its previews, as far as that fits the method in `overrides`."""
+    """Return a run's settings of its previews' sampler, as far as they fit the method in `overrides`."""
     chosen: dict[str, Any] = {}
     if overrides.get("method", "dpmsolver++") == "dpmsolver++":
         steps = min(settings.num_inference_steps, timesteps)
@@ -44,7 +44,7 @@ def sampler_settings(settings: TrainerSettings, timesteps: int, overrides: Mappi
 
 
 def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any) -> Sampler:
-    """A `Sampler` of `unet` (an average, say) as the diffusion was trained."""
+    """Return a `Sampler` of `unet` (an average, say) with the settings of the diffusion."""
     settings: dict[str, Any] = {
         "prediction_type": diffusion.prediction_type,
         "variance_type": diffusion.variance_type,
@@ -56,7 +56,7 @@ def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any
 
 
 def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
-    """Writes a model: a pipeline folder of diffusers for a `fastddpm.UNet`, for other networks their weights alone.
+    """Write a model: a pipeline folder of diffusers for a `fastddpm.UNet`, the weights alone of other networks.
 
     Raises:
         OSError: it cannot be written; what was there is as it was.
@@ -83,12 +83,12 @@ def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote a model left in the folder of a run."""
+    """Remove what a killed process left of a model in the folder of a run."""
     checkpoint.remove_leftovers(folder, r"model(?:-best|-ema-[0-9.e-]+)?")
 
 
 def export_averages(folder: Path, diffusion: GaussianDiffusion, averages: Sequence[ExponentialAverage]) -> None:
-    """Writes the first average to `folder`/model, and others to `folder`/model-ema-D with their decay D.
+    """Write the first average to `folder`/model, and others to `folder`/model-ema-D with their decay D.
 
     Raises:
         OSError: one cannot be written; what was there is as it was.
@@ -100,7 +100,7 @@ def export_averages(folder: Path, diffusion: GaussianDiffusion, averages: Sequen
 def draw_grid(
     sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], classes: int
 ) -> Image.Image:
-    """A picture of `count` samples of seed 0, of all classes in equal numbers."""
+    """Draw a picture of `count` samples of seed 0, of all classes in equal numbers."""
     from fastddpm.common.images import grid
 
     labels = sample_labels(diffusion, classes, count)
@@ -109,7 +109,7 @@ def draw_grid(
 
 
 def metric_values(result: float | Mapping[str, float]) -> dict[str, float]:
-    """What a metric returned, by name.
+    """Return the values of a metric by name.
 
     Raises:
         ValueError: it returned no number.

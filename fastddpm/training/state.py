@@ -1,4 +1,4 @@
-"""All that a run is made of besides its settings, as the content of a checkpoint and back."""
+"""Turn the state of a run into the content of a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def collect(
     random_states: list[dict[str, Any]],
     plain: dict[str, Any],
 ) -> Checkpoint:
-    """The content of a checkpoint; `meter` is its state, `random_states` are of all processes, `plain` is for JSON."""
+    """Return a checkpoint; `meter` is its state, `random_states` those of all processes, `plain` is for JSON."""
     weights: dict[str, dict[str, Tensor]] = {"diffusion": diffusion.state_dict()}
     weights |= {f"ema-{place}": average.module.state_dict() for place, average in enumerate(averages)}
     state = {
@@ -44,7 +44,7 @@ def restore(
     meter: Meter,
     process: int,
 ) -> dict[str, Any]:
-    """Sets all to what `collect` was given; returns the random states of this process, for `set_random_state`.
+    """Set all to what `collect` was given; return the random states of this process.
 
     Raises:
         ValueError: the checkpoint is of another network or of other averages; nothing but weights has been changed.
@@ -67,7 +67,7 @@ def restore(
 
 
 def _with_history(weights: dict[str, Tensor], diffusion: GaussianDiffusion) -> dict[str, Tensor]:
-    """Weights with what importance-sampled timesteps remember, or without, as this diffusion samples them."""
+    """Return the weights with the history of importance sampling if this diffusion has one, else without."""
     history = {name: value for name, value in diffusion.state_dict().items() if name.startswith("timestep_sampler.")}
     kept = {
         name: value for name, value in weights.items() if name in history or not name.startswith("timestep_sampler.")

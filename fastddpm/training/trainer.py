@@ -33,18 +33,18 @@ from fastddpm.training.stopping import stop_request
 
 _log = logging.getLogger(__name__)
 
-# What a run's samples are worth: one number, or several by name, of which the first decides which are best.
+# A number, or several by name: the first decides which weights are best.
 Metric = Callable[["Trainer"], float | Mapping[str, float]]
 
 
 class Trainer:
-    """Trains a diffusion on images, and writes everything down.
+    """Train a diffusion on images, and writes everything down.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
 
     In `results_folder`:
 
-        config.toml           what the run was told
+        config.toml           the settings of the run
         data.json             what is in a folder of pictures, and which of them are broken, and why
         log.jsonl             loss, rate, speed and metrics, a record per line
         samples/step-N.png    samples of the averaged weights, always of the same noise
@@ -63,7 +63,7 @@ class Trainer:
         data: a folder of pictures of any size and format, an `.npz`, or a map-style Dataset (see `DatasetSource`).
         settings: all that can be set; its defaults if None.
         metric: called with the trainer now and then (`metric_every`), in one process: its `sampler()` has the averaged
-            weights. Returns a number, or several by name of which the first decides which weights are best.
+            weights. Returns a number, or several by name: the first decides which weights are best.
         resume: go on from the last whole checkpoint in `results_folder`, if there is one.
         progress: draw a bar.
         **fields: fields of `TrainerSettings` that replace those of `settings`.
@@ -152,7 +152,7 @@ class Trainer:
     # -- the run --------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainResult:
-        """Trains until `train_num_steps` are done, or the process is told to stop.
+        """Train until `train_num_steps` are done, or the process is told to stop.
 
         Raises:
             SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
@@ -204,7 +204,7 @@ class Trainer:
         return TrainResult(self.step, self.folder / "model", self._loss, self._metrics)
 
     def _data(self) -> Generator[tuple[torch.Tensor, torch.Tensor | None], None, None]:
-        """Images and, for a class-conditional network, labels, from this step on."""
+        """Yield images and, for a class-conditional network, labels, from this step on."""
         loaded = load(
             self.source,
             self.batches,
@@ -220,7 +220,7 @@ class Trainer:
                 yield images, labels if self._labelled else None
 
     def _told_to_stop(self, told: bool) -> bool:
-        """Whether any process was told to; they find out together, on CUDA not every step, since it waits."""
+        """Return whether any process was told to stop; on CUDA ask only now and then, since it waits."""
         if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu" and self.step % 10:
             return False
         return in_any_process(self.accelerator, told)
@@ -241,7 +241,7 @@ class Trainer:
             self._meter.start_clock(self._training.waited)
 
     def _due_now(self) -> list[Callable[[RunLog | None], None]]:
-        """What is to be done at this step besides training and saving."""
+        """Return what is due at this step besides training and saving."""
         settings, measure_every = self.settings, self.settings.metric_every or self.settings.sample_every
         due: list[Callable[[RunLog | None], None]] = []
         if self._due(settings.sample_every):
@@ -251,7 +251,7 @@ class Trainer:
         return due
 
     def _draw_and_measure(self, log: RunLog | None) -> bool:
-        """Does what is due; whether this step is the best now."""
+        """Do what is due; return whether this step is the best now."""
         for act in self._due_now():
             self._in_main(functools.partial(act, log))
         self._owed = False
@@ -259,11 +259,11 @@ class Trainer:
         return in_any_process(self.accelerator, self._best is not None and self._best["step"] == self.step)
 
     def _due(self, every: int) -> bool:
-        """Whether something is to be done at this step; all is at the last one."""
+        """Return whether something is due at this step; all is at the last one."""
         return self.step == self.settings.train_num_steps or self.step % every == 0
 
     def _check_finite(self) -> None:
-        """Raises DivergedError where the gradient has not been finite for too long."""
+        """Raise DivergedError if the gradient has not been finite for too long."""
         check_finite(int(self._training.bad[0]), self.settings.max_bad_steps, self.step, self.checkpoints.latest)
 
     def _record(self, log: RunLog | None, bar: Bar) -> None:
@@ -292,7 +292,7 @@ class Trainer:
     # -- what is written ------------------------------------------------------------------------------------------
 
     def sampler(self, **overrides: Any) -> Sampler:
-        """A `Sampler` of the averaged weights, with `num_inference_steps` of DPM-Solver++ or as `overrides` say.
+        """Return a `Sampler` of the averaged weights: `num_inference_steps` of DPM-Solver++, or as `overrides` say.
 
         Raises:
             RuntimeError: in another process than the main one.
@@ -304,7 +304,7 @@ class Trainer:
         return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
 
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
-        """Does something that changes no random state, and whose failure is only told, unless it is `needed`."""
+        """Call `act` in the main process, keep random states, and only warn of a failure unless it is `needed`."""
         if self._main:
             try:
                 with randomness_kept():
@@ -343,7 +343,7 @@ class Trainer:
         self._in_main(act, needed=needed)
 
     def _save(self, *, needed: bool) -> None:
-        """Writes a checkpoint and the model. If it is not `needed`, a failure is an error by `stop_on_save_error`."""
+        """Write a checkpoint and the model; a failure is an error if it is `needed` or `stop_on_save_error` is set."""
         from accelerate.utils import gather_object
 
         self._check_finite()
@@ -366,7 +366,7 @@ class Trainer:
         self._export(needed=needed)
 
     def _resume(self) -> None:
-        """Goes on from the last whole checkpoint; without one, from the beginning.
+        """Go on from the last whole checkpoint; without one, from the beginning.
 
         Raises:
             ValueError: the checkpoint is not of this network, this prediction or these averages.
@@ -392,7 +392,7 @@ class Trainer:
         self._owed = saved.state.get("owed", False)
 
     def _order(self) -> dict[str, int]:
-        """What decides which image stands where."""
+        """Return what decides which image stands where."""
         return {
             "images": len(self.source),
             "seed": self.settings.seed,

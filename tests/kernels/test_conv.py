@@ -1,12 +1,13 @@
-"""`conv_`: every algorithm of the native backend against float64, on hard shapes; what it refuses.
+"""`conv_` and `conv3x3`: every native algorithm against float64, forward and gradients; what they refuse.
 
-A result may be as far from float64 as torch's own convolution in float32 is, times what the algorithm must lose
+A result may be as far from float64 as torch's own convolution in the same dtype is, times what the algorithm must lose
 (`error_factor`), times two.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,224 +16,175 @@ import torch.nn.functional as F
 from fastddpm_kernels import native as _native
 from fastddpm_kernels.backend import BackendError
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, conv_, error_factor, pack, packed_values
-from fastddpm_kernels.conv.packing import _transforms
-from fastddpm_kernels.testing import assert_close, errors
+from fastddpm_kernels.conv.training import conv3x3, resolve_conv3x3
+from fastddpm_kernels.group_norm_silu import group_norm_silu
+from fastddpm_kernels.testing import (
+    FLOORS,
+    Guarded,
+    assert_close,
+    assert_close_if_few,
+    check_compiles,
+    check_op,
+    check_refuses,
+    errors,
+    gradients,
+    same_on_any_threads,
+    to_layout,
+)
 from torch import Tensor
 
-# (N, C, O, H, W): less than a tile, less than a vector, one more than a vector or a panel, borders in all places,
-# so many tiles that threads take whole blocks, and nothing.
-SHAPES = {
-    "one_pixel": (1, 1, 1, 1, 1),
-    "two_by_two": (2, 3, 5, 2, 2),
-    "three_by_five": (2, 5, 17, 3, 5),
-    "seven_by_nine": (1, 17, 33, 7, 9),
-    "many_channels": (1, 130, 70, 6, 4),
-    "many_tiles": (3, 20, 40, 33, 34),
-    "empty": (0, 3, 4, 5, 5),
+SINGLE, BFLOAT = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    why: str
+    shape: tuple[int, ...]  # N, C, C2, O, H, W
+    residual: str | None = "own"  # None, "own" memory, or "y"
+    bias: bool = True
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    out: tuple[int, int] | None = None  # H and W of the result, where they are not those of the image
+
+
+# Each for every algorithm: their tiles, vectors and panels end at different places.
+CASES = {
+    "one_pixel": Case("less than a tile, all of it borders", (16, 1, 0, 1, 1, 1)),
+    "two_by_two": Case("one tile of winograd2, less than one of winograd4", (2, 3, 0, 5, 2, 2)),
+    "three_by_five": Case("less than a vector of channels; one more than a vector", (2, 5, 0, 17, 3, 5)),
+    "seven_by_nine": Case("one more than a panel of output channels", (1, 17, 0, 33, 7, 9)),
+    "many_channels": Case("long sums", (1, 130, 0, 70, 6, 4)),
+    "many_tiles": Case("threads take whole blocks", (3, 20, 0, 40, 33, 34)),
+    "empty": Case("nothing to do", (0, 3, 0, 4, 5, 5)),
+    "residual_is_y": Case("what is added is overwritten", (2, 8, 0, 12, 6, 5), residual="y"),
+    "x_is_small": Case("the second source begins within a vector", (2, 4, 19, 24, 5, 6), residual=None, bias=False),
+    "x_is_a_vector": Case("the second source begins with a vector", (2, 16, 19, 24, 5, 6), residual=None),
+    "x_is_no_vector": Case("the first source ends within a second vector", (2, 17, 19, 24, 5, 6), residual=None),
+    "x_is_32": Case("bfloat16 takes 32 channels at a time", (2, 32, 19, 24, 5, 6), residual=None, bias=False),
+    "x_is_more": Case("32 channels and a rest", (2, 50, 19, 24, 5, 6), residual=None, bias=False),
 }
-UPSAMPLED = [(a, up) for up in (False, True) for a in ALGORITHMS if not (up and a == "winograd2")]
-HALF = [(a, up) for up in (False, True) for a in ("winograd2", "direct")]
+KINDS = [
+    *(("native", SINGLE, a, up) for up in (False, True) for a in ALGORITHMS if not (up and a == "winograd2")),
+    *(("native_bfloat16", BFLOAT, a, up) for up in (False, True) for a in ("winograd2", "direct")),
+]
+OTHER_CASES = {
+    "pointwise": Case("no borders", (2, 6, 10, 35, 5, 3), kernel=1, padding=0),
+    "seven": Case("a kernel larger than the image is high", (2, 6, 10, 35, 5, 9), kernel=7, padding=3),
+    "two": Case("an even kernel", (2, 6, 10, 35, 6, 8), kernel=2, stride=2, padding=0, out=(3, 4)),
+    "downsample_0": Case("padded below and to the right alone", (2, 6, 10, 35, 6, 8), stride=2, padding=0, out=(3, 4)),
+    "downsample_1": Case("an odd height", (2, 6, 10, 35, 7, 8), stride=2, out=(4, 4)),
+    "valid": Case("smaller than the image", (2, 6, 10, 35, 7, 8), padding=0, out=(5, 6)),
+    "full": Case("larger than the image", (2, 6, 10, 35, 4, 4), padding=2, out=(6, 6)),
+}
 
 
 def last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return to_layout(x, "channels_last")
 
 
-def make(
-    n: int, c: int, o: int, h: int, w: int, c2: int = 0, kernel: int = 3
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """x, x2, weight and bias."""
-    x2 = last(torch.randn(n, c2, h, w)) if c2 else None
-    return (
-        last(torch.randn(n, c, h, w)), x2, torch.randn(o, c + c2, kernel, kernel) / math.sqrt(c * kernel**2),
-        torch.randn(o),
-    )  # fmt: skip
+def check(case: Case, dtype: torch.dtype, algorithm: str, upsample: bool) -> None:
+    """Compare the native backend with `reference`; nothing outside of y may be written."""
+    n, c, c2, o, h, w = case.shape
+    if dtype == BFLOAT and algorithm == "direct":
+        c, c2 = c + c % 2, c2 + c2 % 2
+    sizes = {"x": (n, c, h, w), "x2": (n, c2, h, w)}
+    out = case.out or (h * (1 + upsample), w * (1 + upsample))
+    images = {name: last(torch.randn(size).to(dtype)) for name, size in sizes.items() if size[1]}
+    residual = last(torch.randn(n, o, *out).to(dtype))
+    weight = torch.randn(o, c + c2, case.kernel, case.kernel) / math.sqrt((c + c2) * case.kernel**2)
+    packed = pack(weight, algorithm, upsample, dtype=dtype, channels2=c2)
+    options: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "upsample": upsample}
+    if case.bias:
+        options["bias"] = torch.randn(o)
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        given = {name: value.to(dtype) for name, value in images.items()}
+        y = Guarded((n, o, *out), dtype, layout="channels_last")
+        if case.residual == "y":
+            given["residual"] = y.tensor.copy_(residual)
+        elif case.residual:
+            given["residual"] = residual.to(dtype)
+        conv_(y.tensor, **given, weight=packed if backend == "native" else weight.to(dtype), backend=backend, **options)
+        y.check()
+        return {"y": y.tensor}
+
+    def compare(name: str, actual: Tensor, expected: Tensor, eager: Tensor) -> None:
+        mean, worst = (2 * error_factor(algorithm, worst=worst) for worst in (False, True))
+        assert_close(actual, expected, eager=eager, factor=mean, max_factor=worst, name=name)
+
+    check_op(run, "native", dtype, compare=compare)
 
 
-def check(
-    algorithm: str, x: Tensor, weight: Tensor, size: tuple[int, int], *, residual: bool = True, **options: Any
-) -> Tensor:
-    """Compares the native backend with `reference` and `eager`; nothing outside of y may be written."""
-    shape = (len(x), *size, len(weight))
-    added = last(torch.randn(len(x), len(weight), *size).to(x.dtype)) if residual else None
-    memory = torch.full((math.prod(shape) + 128,), 7.0, dtype=x.dtype)
-    y = memory[64:-64].fill_(float("nan")).view(shape).permute(0, 3, 1, 2)
-    eager, expected = torch.empty_like(y), torch.empty_like(y, dtype=torch.float64)
-    c2 = options["x2"].shape[1] if options.get("x2") is not None else 0
-    packed = pack(weight, algorithm, options.get("upsample", False), dtype=x.dtype, channels2=c2)
-    conv_(y, x, packed, residual=added, **options)
-    conv_(eager, x, weight.to(x.dtype), residual=added, backend="eager", **options)
-    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
-    added = None if added is None else added.double()
-    conv_(expected, x.double(), weight.double(), residual=added, backend="reference", **wide)
-    mean, worst = (2 * error_factor(algorithm, worst=worst) for worst in (False, True))
-    assert_close(y, expected, eager=eager, factor=mean, max_factor=worst, name=algorithm)
-    assert bool((memory[:64] == 7).all())
-    assert bool((memory[-64:] == 7).all())
-    return y
+@pytest.mark.parametrize(("backend", "dtype", "algorithm", "upsample"), KINDS, indirect=["backend"])
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.usefixtures("backend")
+def test_algorithms(case: Case, dtype: torch.dtype, algorithm: str, upsample: bool) -> None:
+    check(case, dtype, algorithm, upsample)
 
 
-@pytest.mark.parametrize(("algorithm", "upsample"), UPSAMPLED)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("native", SINGLE), ("native_bfloat16", BFLOAT)], indirect=["backend"], ids=str
+)
+@pytest.mark.parametrize("case", OTHER_CASES.values(), ids=list(OTHER_CASES))
+@pytest.mark.usefixtures("backend")
+def test_other_convolutions(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "direct", False)
+
+
 @pytest.mark.usefixtures("native")
-def test_hard_shapes(shape: str, algorithm: str, upsample: bool, threads: int) -> None:
-    n, c, o, h, w = SHAPES[shape]
-    x, _, weight, bias = make(n, c, o, h, w)
-    check(algorithm, x, weight, (h * (1 + upsample), w * (1 + upsample)), bias=bias, upsample=upsample)
+def test_a_weight_may_be_packed_for_the_call() -> None:
+    x, weight, (y, expected) = (
+        last(torch.randn(2, 6, 7, 8)),
+        torch.randn(35, 6, 3, 3),
+        last(torch.empty(4, 35, 4, 4)).chunk(2),
+    )
+    conv_(y, x, weight, stride=2, backend="native")
+    conv_(expected, x, pack(weight, "direct"), stride=2)
+    assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize(("algorithm", "upsample"), UPSAMPLED)
-@pytest.mark.parametrize("c", [4, 16, 17])
-@pytest.mark.usefixtures("native")
-def test_a_concatenation_is_read_where_it_is(algorithm: str, upsample: bool, c: int) -> None:
-    x, x2, weight, _ = make(2, c, 24, 5, 6, c2=19)
-    check(algorithm, x, weight, (5 * (1 + upsample), 6 * (1 + upsample)), x2=x2, upsample=upsample, residual=False)
+@pytest.mark.parametrize("upsample", [False, True])
+def test_reference_is_the_definition(upsample: bool) -> None:
+    x, x2, weight, bias = torch.randn(2, 6, 7, 5), torch.randn(2, 3, 7, 5), torch.randn(10, 9, 3, 3), torch.randn(10)
+    stride, padding, out = (1, 1, (14, 10)) if upsample else (2, 0, (3, 2))
+    whole = torch.cat((x, x2), 1).double()
+    whole = whole.repeat_interleave(2, 2).repeat_interleave(2, 3) if upsample else whole
+    expected = F.conv2d(whole, weight.double(), bias.double(), stride, padding)
+    for backend, floor in (("reference", 1e-7), ("eager", 3e-7)):  # y is float32
+        y = torch.empty(2, 10, *out)
+        options = {"stride": stride, "padding": padding, "upsample": upsample}
+        conv_(y, x, weight, x2=x2, bias=bias, **options, backend=backend)
+        assert errors(y, expected)[0] < floor, backend
 
 
-@pytest.mark.parametrize(("algorithm", "upsample"), HALF)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.usefixtures("native_bfloat16")
-def test_hard_shapes_in_bfloat16(shape: str, algorithm: str, upsample: bool, threads: int) -> None:
-    n, c, o, h, w = SHAPES[shape]
-    c += c % 2 if algorithm == "direct" else 0
-    x, _, weight, bias = make(n, c, o, h, w)
-    size = (h * (1 + upsample), w * (1 + upsample))
-    check(algorithm, last(x.bfloat16()), weight, size, bias=bias, upsample=upsample)
+@pytest.mark.parametrize(("backend", "dtype", "algorithm", "upsample"), KINDS, indirect=["backend"])
+@pytest.mark.usefixtures("backend")
+def test_results_do_not_depend_on_threads_or_batch(dtype: torch.dtype, algorithm: str, upsample: bool) -> None:
+    x, weight = last(torch.randn(5, 10, 21, 13).to(dtype)), torch.randn(40, 10, 3, 3)
+    packed = pack(weight, algorithm, upsample, dtype=dtype)
 
+    def run() -> dict[str, Tensor]:
+        y, one = (last(torch.empty(n, 40, 21 * (1 + upsample), 13 * (1 + upsample), dtype=dtype)) for n in (5, 1))
+        conv_(y, x, packed, upsample=upsample)
+        conv_(one, x[3:4], packed, upsample=upsample)
+        assert torch.equal(one, y[3:4])
+        return {"y": y}
 
-@pytest.mark.parametrize(("algorithm", "upsample"), HALF)
-@pytest.mark.parametrize("c", [4, 17, 32, 50])
-@pytest.mark.usefixtures("native_bfloat16")
-def test_a_concatenation_in_bfloat16(algorithm: str, upsample: bool, c: int) -> None:
-    direct = algorithm == "direct"
-    x, x2, weight, _ = make(2, c + c % 2 * direct, 24, 5, 6, c2=19 + direct)
-    assert x2 is not None
-    size = (5 * (1 + upsample), 6 * (1 + upsample))
-    check(algorithm, last(x.bfloat16()), weight, size, x2=last(x2.bfloat16()), upsample=upsample, residual=False)
+    same_on_any_threads(run, (1, 2, 5))
 
 
 @pytest.mark.usefixtures("native_bfloat16")
 def test_small_integers_are_exact_in_bfloat16() -> None:
     """Whatever is not exact then is in the wrong place."""
-    for algorithm, upsample in HALF:
+    for _, _, algorithm, upsample in KINDS[-4:]:
         x, x2 = (last(torch.randint(-2, 3, (2, c, 5, 7)).bfloat16()) for c in (34, 6))
         weight = 4.0 * torch.randint(-1, 2, (37, 40, 3, 3))
         expected = torch.empty(2, 37, 5 * (1 + upsample), 7 * (1 + upsample), dtype=torch.float64)
-        y = last(torch.empty_like(expected, dtype=torch.bfloat16))
-        options: dict[str, Any] = {"upsample": upsample}
-        conv_(expected, x.double(), weight.double(), x2=x2.double(), backend="reference", **options)
-        conv_(y, x, pack(weight, algorithm, upsample, dtype=x.dtype, channels2=6), x2=x2, **options)
+        y = last(torch.empty_like(expected, dtype=BFLOAT))
+        conv_(expected, x.double(), weight.double(), x2=x2.double(), upsample=upsample, backend="reference")
+        conv_(y, x, pack(weight, algorithm, upsample, dtype=BFLOAT, channels2=6), x2=x2, upsample=upsample)
         assert torch.equal(y, expected.bfloat16()), algorithm
-
-
-@pytest.mark.usefixtures("native_bfloat16")
-def test_an_odd_number_of_channels_in_bfloat16_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, _, weight, _ = (None if t is None else t.bfloat16() for t in make(1, 5, 6, 4, 4, kernel=1))
-    assert x is not None and weight is not None  # noqa: PT018
-    x, y, eager = last(x), last(torch.empty(1, 6, 4, 4).bfloat16()), last(torch.empty(1, 6, 4, 4).bfloat16())
-    conv_(eager, x, weight, padding=0, backend="eager")
-    conv_(y, x, weight, padding=0)
-    assert torch.equal(y, eager)
-    with pytest.raises(ValueError, match="there are 5 . 0 input channels, must be even numbers in bfloat16"):
-        conv_(y, x, weight, padding=0, backend="native")
-    with pytest.raises(ValueError, match="algorithm is 'winograd4', must be 'winograd2' or 'direct' in bfloat16"):
-        pack(torch.ones(1, 2, 3, 3), "winograd4", dtype=torch.bfloat16)
-    wide = pack(torch.ones(4, 6, 3, 3), "winograd2", dtype=torch.bfloat16, channels2=2)
-    y, six, four, two = (last(torch.zeros(1, c, 4, 4).bfloat16()) for c in (4, 6, 4, 2))
-    conv_(y, four, wide, x2=two)
-    with pytest.raises(ValueError, match="weight is packed for 2 channels of x2, must be for 0"):
-        conv_(y, six, wide)
-    with pytest.raises(TypeError, match=r"weight is packed for torch.bfloat16, must be for x's dtype, torch.float32"):
-        conv_(y.float(), four.float(), wide, x2=two.float())
-    monkeypatch.setattr(_native.get(), "bfloat16", 0)
-    with pytest.raises(BackendError, match="has no AVX512-BF16"):
-        pack(torch.ones(1, 2, 3, 3), "direct", dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "size", "out"),
-    [
-        (1, 1, 0, (5, 3), (5, 3)),
-        (7, 1, 3, (5, 9), (5, 9)),
-        (2, 2, 0, (6, 8), (3, 4)),
-        (3, 2, 0, (6, 8), (3, 4)),  # as if padded below and to the right alone
-        (3, 2, 1, (7, 8), (4, 4)),
-        (3, 1, 0, (7, 8), (5, 6)),
-        (3, 1, 2, (4, 4), (6, 6)),
-    ],
-)
-@pytest.mark.usefixtures("native")
-def test_other_convolutions(
-    kernel: int, stride: int, padding: int, size: tuple[int, int], out: tuple[int, int]
-) -> None:
-    x, x2, weight, bias = make(2, 6, 35, *size, c2=9, kernel=kernel)
-    y = check("direct", x, weight, out, x2=x2, bias=bias, stride=stride, padding=padding)
-    plain = torch.empty_like(y)
-    conv_(plain, x, weight, x2=x2, stride=stride, padding=padding, backend="native")  # packed for this call
-    conv_(y, x, pack(weight, "direct"), x2=x2, stride=stride, padding=padding)
-    assert torch.equal(y, plain)
-    if _native.why_not_bfloat16(slower=True) is None:
-        x, x2, weight, bias = make(2, 6, 35, *size, c2=10, kernel=kernel)
-        assert x2 is not None
-        x, x2 = last(x.bfloat16()), last(x2.bfloat16())
-        check("direct", x, weight, out, x2=x2, bias=bias, stride=stride, padding=padding)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.usefixtures("native")
-def test_the_residual_may_be_the_result(algorithm: str) -> None:
-    x, _, weight, bias = make(2, 8, 12, 6, 5)
-    residual = last(torch.randn(2, 12, 6, 5))
-    y, packed = residual.clone(), pack(weight, algorithm)
-    apart = torch.empty_like(y)
-    conv_(y, x, packed, bias=bias, residual=y)
-    conv_(apart, x, packed, bias=bias, residual=residual)
-    assert torch.equal(y, apart)
-
-
-@pytest.mark.parametrize(("algorithm", "upsample"), UPSAMPLED)
-@pytest.mark.usefixtures("native")
-def test_results_do_not_depend_on_threads_or_batch(algorithm: str, upsample: bool) -> None:
-    x, _, weight, _ = make(5, 9, 40, 21, 13)
-    packed, before = pack(weight, algorithm, upsample), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            y = last(torch.empty(5, 40, 21 * (1 + upsample), 13 * (1 + upsample)))
-            conv_(y, x, packed, upsample=upsample)
-            one = torch.empty_like(y[:1])
-            conv_(one, x[3:4], packed, upsample=upsample)
-            results += [y, one]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0][3:4] if len(result) == 1 else results[0]) for result in results)
-
-
-@pytest.mark.parametrize("m", [2, 4])
-def test_transforms_are_the_convolution(m: int) -> None:
-    a, g, b = _transforms(m)
-    x, w = torch.randn(2, m + 2, m + 2, dtype=torch.float64)[0], torch.randn(3, 3, dtype=torch.float64)
-    y = a @ ((g @ w @ g.T) * (b @ x @ b.T)) @ a.T
-    torch.testing.assert_close(y, F.conv2d(x[None, None], w[None, None])[0, 0], rtol=0, atol=1e-12)
-
-
-def test_point_minus_one_vanishes_on_an_upsampled_image() -> None:
-    _, _, b = _transforms(4)
-    x = torch.tensor([3.0, 5.0, 5.0, -2.0, -2.0, 7.0], dtype=torch.float64)
-    assert (b @ x)[2] == 0
-    assert bool(((b @ x)[[0, 1, 3, 4, 5]] != 0).all())
-
-
-def test_eager_is_the_reference_rounded() -> None:
-    x, x2, weight, bias = make(2, 6, 10, 7, 5, c2=3)
-    for options in ({"upsample": True, "out": (14, 10)}, {"stride": 2, "padding": 0, "out": (3, 2)}):
-        out = options.pop("out")
-        results = {}
-        for backend in ("eager", "reference"):
-            results[backend] = torch.empty(2, 10, *out)
-            conv_(results[backend], x, weight, x2=x2, bias=bias, backend=backend, **options)
-        assert errors(results["eager"], results["reference"])[0] < 3e-7
 
 
 def test_what_an_algorithm_loses() -> None:
@@ -248,59 +200,242 @@ def test_the_choice_weighs_products_and_weights() -> None:
     assert choose_algorithm(1, 4, 4, 256, 256, threads=64) == "direct"  # reading weights is all it costs
     assert choose_algorithm(16, 32, 32, 128, 128, kernel=1, padding=0) == "direct"
     assert choose_algorithm(16, 32, 32, 128, 128, stride=2) == "direct"
-    half = {"threads": 2, "dtype": torch.bfloat16}
+    half: dict[str, Any] = {"threads": 2, "dtype": BFLOAT}
     assert choose_algorithm(16, 32, 32, 128, 128, **half) == "winograd2"
     assert choose_algorithm(16, 16, 16, 256, 256, upsample=True, **half) == "winograd2"
     assert choose_algorithm(16, 32, 32, 8, 128, **half) == "direct"  # of 32 channels 24 would be zeros
 
 
+GOOD = {"y": torch.ones(2, 4, 6, 6), "x": torch.ones(2, 3, 6, 6), "weight": torch.ones(4, 3, 3, 3)}
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("error", "message", "changed"),
     [
-        ({"x": None}, "x is NoneType, must be a tensor"),
-        ({"weight": 3}, "weight is int, must be a tensor or a PackedWeight"),
-        ({"bias": torch.ones(4, dtype=torch.int64)}, "bias is torch.int64, must be float32"),
-        ({"x2": torch.ones(2, 1, 5, 5)}, r"x2 has shape \(2, 1, 5, 5\), must equal x's \(2, 3, 6, 6\)"),
-        ({"weight": torch.ones(4, 2, 3, 3)}, r"weight has shape \(4, 2, 3, 3\), must be \[O, 3, k, k\]"),
-        ({"stride": 0}, "stride is 0, must be at least 1"),
-        ({"padding": 3}, "padding is 3, must be from 0 to 2"),
-        ({"upsample": True, "stride": 2}, "upsample is True with kernel 3, stride 2, padding 1, must be 3, 1, 1"),
-        ({"y": torch.ones(2, 4, 3, 6)}, r"y has shape \(2, 4, 3, 6\), must be x's \(2, 3, 6, 6\) convolved"),
-        ({"y": torch.ones(2, 4, 12, 11), "upsample": True}, r"y has shape \(2, 4, 12, 11\), must be x's"),
-        ({"bias": torch.ones(3)}, r"bias has shape \(3,\), must be \[4\], one per row of weight"),
-        ({"residual": torch.ones(2, 4, 6, 5)}, r"residual has shape \(2, 4, 6, 5\), must be y's, \(2, 4, 6, 6\)"),
-        ({"backend": "cuda"}, "backend is 'cuda', must be 'auto' or one of triton, native, eager, reference"),
+        (TypeError, "x .*NoneType", {"x": None}),
+        (TypeError, "weight .*int", {"weight": 3}),
+        (TypeError, "bias .*int64", {"bias": torch.ones(4, dtype=torch.int64)}),
+        (ValueError, r"x2 .*\(2, 1, 5, 5\)", {"x2": torch.ones(2, 1, 5, 5)}),
+        (ValueError, r"weight .*\(4, 2, 3, 3\)", {"weight": torch.ones(4, 2, 3, 3)}),
+        (ValueError, "stride .*0", {"stride": 0}),
+        (ValueError, "padding .*3", {"padding": 3}),
+        (ValueError, "upsample .*stride", {"upsample": True, "stride": 2}),
+        (ValueError, r"y .*\(2, 4, 3, 6\)", {"y": torch.ones(2, 4, 3, 6)}),
+        (ValueError, r"y .*\(2, 4, 12, 11\)", {"y": torch.ones(2, 4, 12, 11), "upsample": True}),
+        (ValueError, "y is x", {"y": GOOD["x"], "weight": torch.ones(3, 3, 3, 3)}),
+        (ValueError, r"bias .*\(3,\)", {"bias": torch.ones(3)}),
+        (ValueError, r"residual .*\(2, 4, 6, 5\)", {"residual": torch.ones(2, 4, 6, 5)}),
+        (ValueError, "backend .*cuda", {"backend": "cuda"}),
     ],
 )
-def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    given = {"y": torch.ones(2, 4, 6, 6), "x": torch.ones(2, 3, 6, 6), "weight": torch.ones(4, 3, 3, 3)}
-    with pytest.raises((TypeError, ValueError), match=message):
-        conv_(**{**given, **change})
+def test_bad_input(error: type[Exception], message: str, changed: dict[str, Any]) -> None:
+    check_refuses(conv_, error, message, **GOOD | changed)
 
 
-def test_the_result_has_its_own_memory() -> None:
-    x = torch.ones(1, 2, 4, 4)
-    with pytest.raises(ValueError, match="y is x, must be other memory"):
-        conv_(x, x, torch.ones(2, 2, 3, 3))
-
-
-def test_bad_packed_weights_are_named(native: str) -> None:
-    x, _, weight, _ = make(1, 3, 4, 6, 6)
+@pytest.mark.usefixtures("native")
+def test_bad_input_of_native() -> None:
+    x, weight = last(torch.ones(1, 3, 6, 6)), torch.ones(4, 3, 3, 3)
     y, packed = last(torch.empty(1, 4, 6, 6)), pack(weight, "winograd4")
-    with pytest.raises(ValueError, match="weight is packed for the native backend, must be a tensor"):
-        conv_(y, x, packed, backend="eager")
-    with pytest.raises(ValueError, match="weight is packed for upsample=False, must be for True"):
-        conv_(last(torch.empty(1, 4, 12, 12)), x, packed, upsample=True)
-    with pytest.raises(ValueError, match="weight is packed for winograd4, must be for direct"):
-        conv_(last(torch.empty(1, 4, 3, 3)), x, packed, stride=2)
-    with pytest.raises(ValueError, match=r"strides \(108, 36, 6, 1\), must be channels-last on the native backend"):
-        conv_(y, x.contiguous(), weight, backend=native)
-    with pytest.raises(BackendError, match="in torch.float32 or torch.bfloat16, not torch.float16"):
-        conv_(y.half(), x.half(), weight.half(), backend=native)
-    with pytest.raises(ValueError, match="algorithm is 'fft', must be one of winograd4, winograd2, direct"):
-        packed_values(weight, "fft")
-    with pytest.raises(ValueError, match="weight is 5x5, must be 3x3 for winograd2"):
-        packed_values(torch.ones(1, 1, 5, 5), "winograd2")
-    with pytest.raises(ValueError, match="algorithm is 'winograd2', must be 'winograd4' or 'direct'"):
-        packed_values(weight, "winograd2", upsample=True)
     assert isinstance(packed, PackedWeight)
+    good = {"y": y, "x": x, "weight": packed}
+    twice, half = last(torch.empty(1, 4, 12, 12)), last(torch.empty(1, 4, 3, 3))
+    check_refuses(conv_, ValueError, "weight .*packed", **good, backend="eager")
+    check_refuses(conv_, ValueError, "weight .*upsample", **good | {"y": twice}, upsample=True)
+    check_refuses(conv_, ValueError, "weight .*winograd4", **good | {"y": half}, stride=2)
+    check_refuses(conv_, ValueError, "strides", **good | {"x": x.contiguous(), "weight": weight}, backend="native")
+    fp16 = {name: value.half() for name, value in {**good, "weight": weight}.items()}
+    check_refuses(conv_, BackendError, "float16", **fp16, backend="native")
+    check_refuses(packed_values, ValueError, "algorithm .*fft", weight=weight, algorithm="fft")
+    check_refuses(packed_values, ValueError, "weight .*5x5", weight=torch.ones(1, 1, 5, 5), algorithm="winograd2")
+    check_refuses(packed_values, ValueError, "algorithm", weight=weight, algorithm="winograd2", upsample=True)
+
+
+@pytest.mark.usefixtures("native_bfloat16")
+def test_bad_input_of_native_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = last(torch.randn(1, 5, 4, 4).bfloat16()), torch.randn(6, 5, 1, 1).bfloat16()
+    y, eager = last(torch.empty(2, 6, 4, 4).bfloat16()).chunk(2)
+    conv_(eager, x, weight, padding=0, backend="eager")
+    conv_(y, x, weight, padding=0)
+    assert torch.equal(y, eager)  # an odd number of channels is torch's
+    check_refuses(conv_, ValueError, "channels.* even", y=y, x=x, weight=weight, padding=0, backend="native")
+    three = torch.ones(4, 6, 3, 3)
+    check_refuses(pack, ValueError, "algorithm .*winograd4", weight=three, algorithm="winograd4", dtype=BFLOAT)
+    packed = pack(three, "winograd2", dtype=BFLOAT, channels2=2)
+    y, six, four, two = (last(torch.zeros(1, c, 4, 4).bfloat16()) for c in (4, 6, 4, 2))
+    conv_(y, four, packed, x2=two)
+    check_refuses(conv_, ValueError, "weight .*x2", y=y, x=six, weight=packed)
+    wide = {"y": y.float(), "x": four.float(), "x2": two.float()}
+    check_refuses(conv_, TypeError, "weight .*bfloat16", **wide, weight=packed)
+    monkeypatch.setattr(_native.get(), "bfloat16", 0)
+    check_refuses(pack, BackendError, "AVX512-BF16", weight=three, algorithm="direct", dtype=BFLOAT)
+
+
+# `conv3x3`, with gradients.
+
+TRAINING = {
+    "one_pixel": Case("torch adds fewer terms than the transforms do", (1, 1, 0, 1, 1, 1)),
+    "two_by_three": Case("as one_pixel", (2, 3, 0, 5, 2, 3)),
+    "seven_by_nine": Case("more output channels than panels hold", (1, 17, 0, 130, 7, 9)),
+    "one_more_than_a_panel": Case("the same of input channels, whose gradient it is", (2, 130, 0, 17, 7, 9)),
+    "two_sources": Case("the second source begins within a vector", (2, 17, 3, 33, 5, 4)),
+    "two_long_sources": Case("each source has 32 channels and a rest", (1, 37, 40, 70, 3, 3)),
+    "no_bias": Case("one gradient less", (2, 6, 2, 9, 4, 5), bias=False),
+    "many_tiles": Case("several chunks and blocks", (3, 80, 80, 96, 36, 33)),
+}
+
+
+def make(case: Case, layout: str = "contiguous") -> dict[str, Tensor | None]:
+    """Return x, weight, bias and x2."""
+    n, c, c2, o, h, w = case.shape
+    weight = to_layout(torch.randn(o, c + c2, 3, 3) / math.sqrt(9 * (c + c2)), layout)
+    x, x2 = to_layout(torch.randn(n, c, h, w), layout), to_layout(torch.randn(n, c2, h, w), layout) if c2 else None
+    return {"x": x, "weight": weight, "bias": torch.randn(o) if case.bias else None, "x2": x2}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("native", SINGLE), ("native_bfloat16", BFLOAT)], indirect=["backend"], ids=str
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", TRAINING.values(), ids=list(TRAINING))
+@pytest.mark.usefixtures("backend")
+def test_result_and_gradients(case: Case, layout: str, dtype: torch.dtype) -> None:
+    tensors = {name: value for name, value in make(case, layout).items() if value is not None}
+    tensors |= {name: tensors[name].to(dtype) for name in ("x", "x2") if name in tensors}
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        # The native op has parameters in float32, torch's in the dtype of the images.
+        parameters = SINGLE if backend == "native" else dtype
+        kinds = {"x": dtype, "x2": dtype, "weight": parameters, "bias": parameters}
+        leaves = {name: value.detach().to(kinds[name], copy=True).requires_grad_() for name, value in tensors.items()}
+        results = {"y": conv3x3(**leaves, backend=backend)}
+        assert results["y"].dtype == dtype
+        return results | gradients(results, leaves)
+
+    def compare(name: str, actual: Tensor, expected: Tensor, eager: Tensor) -> None:
+        if dtype == BFLOAT:
+            assert_close_if_few(
+                actual, expected, eager=eager, factor=2 * error_factor("winograd2"), dtype=dtype, name=name
+            )
+        elif case.shape[2:] in ((0, 1, 1, 1), (0, 5, 2, 3)):
+            assert all(got < 3 * floor for got, floor in zip(errors(actual, expected), FLOORS[SINGLE], strict=True)), (
+                name
+            )
+        else:
+            mean, worst = (2 * error_factor("winograd4", worst=worst) for worst in (False, True))
+            assert_close(actual, expected, eager=eager, factor=mean, max_factor=worst, name=name)
+
+    # For few pixels the number of threads is part of what chooses float32's algorithm.
+    chosen = dtype == SINGLE and case is not TRAINING["many_tiles"]
+    for threads in ((3,), (1,)) if chosen else ((5, 2, 1),):
+        check_op(run, "native", dtype, compare=compare, threads=threads)
+
+
+@pytest.mark.parametrize("case", TRAINING.values(), ids=list(TRAINING))
+@pytest.mark.usefixtures("native_bfloat16")
+def test_small_integers_and_their_gradients_are_exact_in_bfloat16(case: Case) -> None:
+    """Nothing is rounded where transformed values have eight bits: what is not exact is in the wrong place."""
+    n, c, c2, o, h, w = case.shape
+    given = {
+        "x": torch.randint(-2, 3, (n, c, h, w)).bfloat16(),
+        "weight": 4.0 * torch.randint(-1, 2, (o, c + c2, 3, 3)),
+    }
+    if c2:
+        given["x2"] = torch.randint(-2, 3, (n, c2, h, w)).bfloat16()
+    dy = torch.randint(-2, 3, (n, o, h, w)).bfloat16()
+    found = []
+    for backend, kind in (("native", None), ("reference", torch.float64)):
+        own = {name: value.to(kind or value.dtype, copy=True) for name, value in given.items()}
+        images = [own[name].requires_grad_() for name in ("x", "x2") if name in own]
+        y = conv3x3(**own, backend=backend)
+        found.append([value.bfloat16() for value in (y, *torch.autograd.grad(y, images, dy.to(y.dtype)))])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x2",), ("weight", "x2")], ids="-".join)
+@pytest.mark.usefixtures("native")
+def test_only_what_is_wanted_has_a_gradient(wanted: tuple[str, ...]) -> None:
+    found = []
+    tensors = make(TRAINING["two_sources"])
+    for names in (tuple(tensors), wanted):
+        leaves = {n: v.detach().clone().requires_grad_(n in names) for n, v in tensors.items() if v is not None}
+        conv3x3(**leaves, backend="native").sum().backward()
+        found.append({name: leaf.grad for name, leaf in leaves.items()})
+    for name, grad in found[1].items():
+        assert grad is None if name not in wanted else torch.equal(grad, found[0][name])
+
+
+@pytest.mark.usefixtures("native")
+def test_nothing_in_nothing_out() -> None:
+    weight = torch.ones(4, 3, 3, 3, requires_grad=True)
+    y = conv3x3(torch.ones(0, 3, 5, 5), weight, backend="native")
+    assert y.shape == (0, 4, 5, 5)
+    assert not torch.autograd.grad(y.sum(), weight)[0].any()
+
+
+@pytest.mark.usefixtures("native")
+def test_compiles_without_graph_breaks() -> None:
+    def both(x: Tensor, weight: Tensor, bias: Tensor, x2: Tensor) -> Tensor:
+        h = conv3x3(x, weight, bias, x2)
+        return group_norm_silu(h, bias, bias, 3, backend=resolve_conv3x3(x, weight, bias, x2))
+
+    check_compiles(
+        both, *(value.requires_grad_() for value in make(TRAINING["two_sources"]).values() if value is not None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("native", SINGLE), ("native_bfloat16", BFLOAT)], indirect=["backend"], ids=str
+)
+@pytest.mark.usefixtures("backend")
+def test_custom_op(dtype: torch.dtype) -> None:
+    x, weight, bias, x2 = (v for v in make(TRAINING["two_sources"], "channels_last").values() if v is not None)
+    leaves = tuple(value.requires_grad_() for value in (x.to(dtype), weight, bias, x2.to(dtype)))
+    torch.library.opcheck(torch.ops.fastddpm.conv3x3.default, leaves)
+
+
+@pytest.mark.usefixtures("native")
+def test_where_torch_is_faster_in_bfloat16_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = torch.ones(2, 3, 2, 3), torch.ones(5, 3, 3, 3), torch.ones(5)
+    half = x.bfloat16()
+    for kind, reason in ((2, ""), (0, "AVX512-BF16")):
+        monkeypatch.setattr(_native.get(), "bfloat16", kind)
+        assert resolve_conv3x3(half, weight, bias) == "eager"
+        assert resolve_conv3x3(x, weight, bias) == "native"
+        if kind == 2:
+            assert resolve_conv3x3(half, weight, bias, backend="native") == "native"
+        else:
+            with pytest.raises(BackendError, match=reason):
+                resolve_conv3x3(half, weight, bias, backend="native")
+
+
+def test_elsewhere_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {name: value for name, value in make(TRAINING["two_sources"]).items() if value is not None}
+    whole = torch.cat((given["x"], given["x2"]), 1)
+    expected = F.conv2d(whole, given["weight"], given["bias"], padding=1)
+    assert torch.equal(conv3x3(**given, backend="eager"), expected)
+    half = {name: value.bfloat16() for name, value in given.items()}  # the parameters, too
+    assert torch.equal(conv3x3(**half), F.conv2d(whole.bfloat16(), half["weight"], half["bias"], padding=1))
+    check_refuses(conv3x3, BackendError, "parameters .*bfloat16", **half, backend="native")
+    mixed = given | {"x2": half["x2"]}
+    check_refuses(conv3x3, BackendError, "bfloat16", **mixed, backend="native")
+    fp16 = given | {name: given[name].half() for name in ("x", "x2")}
+    check_refuses(conv3x3, BackendError, "float16", **fp16, backend="native")
+    monkeypatch.setattr("fastddpm_kernels.native.why_not", lambda: "there is no C++ compiler")
+    assert torch.equal(conv3x3(**given), expected)
+    check_refuses(conv3x3, BackendError, "no C.. compiler", **given, backend="native")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (TypeError, "x .*NoneType", {"x": None}),
+        (ValueError, r"x .*\(2, 3, 4\)", {"x": torch.ones(2, 3, 4)}),
+        (ValueError, r"weight .*\(4, 3, 1, 1\)", {"weight": torch.ones(4, 3, 1, 1)}),
+        (ValueError, r"bias .*\(3,\)", {"bias": torch.ones(3)}),
+        (ValueError, r"x2 .*\(2, 1, 5, 5\)", {"x2": torch.ones(2, 1, 5, 5)}),
+        (ValueError, "backend .*triton", {"backend": "triton"}),
+    ],
+)
+def test_bad_input_of_conv3x3(error: type[Exception], message: str, changed: dict[str, Any]) -> None:
+    check_refuses(conv3x3, error, message, **{"x": GOOD["x"], "weight": GOOD["weight"], **changed})

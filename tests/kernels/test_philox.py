@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from fastddpm_kernels.philox import (
     random_words,
     sample_keys,
 )
-from fastddpm_kernels.testing import poisoned_memory
+from fastddpm_kernels.testing import check_compiles, check_refuses, poisoned_memory
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
@@ -49,7 +51,7 @@ def parse(text: str) -> Tensor:
 
 
 def python_philox(counter: list[int], key: list[int]) -> list[int]:
-    """The generator once more, in Python's unbounded integers."""
+    """Compute the generator once more, in Python's unbounded integers."""
     for _ in range(10):
         low, high = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = [
@@ -63,7 +65,7 @@ def python_philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def formula(radius_words: np.ndarray, angle_words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two normals of pairs of words in float64, from u and a in float32, as they are defined."""
+    """Return the two normals of each pair of words, in float64 from u and a in float32, as they are defined."""
     u = (radius_words.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)).astype(np.float64)
     a = (angle_words.astype(np.float32) * np.float32(2.0**-32)).astype(np.float64)
     radius = np.sqrt(-2 * np.log(u))
@@ -71,7 +73,7 @@ def formula(radius_words: np.ndarray, angle_words: np.ndarray) -> tuple[np.ndarr
 
 
 def assert_within_ulps(actual: Tensor, expected: np.ndarray, ulps: float) -> None:
-    """|actual - expected| <= ulps * (float32's unit in the last place of expected), + 2e-15.
+    """Assert that |actual - expected| <= ulps * (float32's unit in the last place of expected), + 2e-15.
 
     The 2e-15 is what float64 itself loses where cos or sin cross 0, which it never meets exactly.
     """
@@ -95,26 +97,25 @@ def test_counter_is_element_sample_step_stream() -> None:
             assert words[4 * group : 4 * group + 4] == expected[: len(words) - 4 * group]
 
 
-@pytest.mark.parametrize("num_words", [0, 1, 7, 600])
-def test_words_are_equal_on_every_backend(backend: str, device: torch.device, num_words: int) -> None:
-    for step, stream in {(step, stream) for _, _, step, stream in COUNTERS}:
-        keys = sample_keys([c[0] for c in COUNTERS], [c[1] for c in COUNTERS], device)
-        keys = keys[:3] if num_words > 100 else keys  # the interpreter is slow
+@pytest.mark.parametrize("place", range(len(COUNTERS)))
+def test_words_are_equal_on_every_backend(backend: str, device: torch.device, place: int) -> None:
+    *_, step, stream = COUNTERS[place]
+    keys = sample_keys([c[0] for c in COUNTERS], [c[1] for c in COUNTERS], device)
+    # Nothing, less than a group of four, and not a multiple of it; then several programs of one sample.
+    for num_words, rows in ((0, keys), (1, keys), (7, keys), (600, keys[place : place + 1])):
         with poisoned_memory():
-            words = random_words(keys, step, stream, num_words, backend=backend)
+            words = random_words(rows, step, stream, num_words, backend=backend)
         assert words.dtype == torch.int64
-        assert torch.equal(words, random_words(keys, step, stream, num_words, backend="reference"))
-        on_device = torch.tensor([step], device=device)
-        assert torch.equal(words, random_words(keys, on_device, stream, num_words, backend=backend))
+        assert torch.equal(words, random_words(rows, step, stream, num_words, backend="reference"))
+    on_device = torch.tensor([step], device=device)
+    assert torch.equal(words, random_words(rows, on_device, stream, num_words, backend=backend))
 
 
-@pytest.mark.parametrize("name", ["reference", "eager", "triton"])
-def test_normals_follow_the_formula(name: str, device: torch.device, request: pytest.FixtureRequest) -> None:
-    if name == "triton":
-        pytest.importorskip("triton")
+@pytest.mark.parametrize("backend", ["reference", "eager", "triton"], indirect=True)
+def test_normals_follow_the_formula(backend: str, device: torch.device) -> None:
     keys = sample_keys([3, 2**64 - 5], [0, 1], device)
     with poisoned_memory():
-        z = normal(keys, (3, 41, 41), step=17, stream=STREAM_STEP, backend=name)
+        z = normal(keys, (3, 41, 41), step=17, stream=STREAM_STEP, backend=backend)
     assert z.shape == (2, 3, 41, 41)
     assert z.dtype == torch.float32
     assert z.is_contiguous()
@@ -122,11 +123,11 @@ def test_normals_follow_the_formula(name: str, device: torch.device, request: py
     pairs = [*formula(words[..., 0], words[..., 1]), *formula(words[..., 2], words[..., 3])]
     expected = np.stack(pairs, -1).reshape(2, -1)[:, :5043]
     # torch computes in float64 and rounds; the kernel adds up the roundings of log, sqrt, cos and their product.
-    assert_within_ulps(z.flatten(1), expected, 4 if name == "triton" else 0.5001)
+    assert_within_ulps(z.flatten(1), expected, 4 if backend == "triton" else 0.5001)
 
 
 def edge_words() -> np.ndarray:
-    """Words at and around every eighth of a turn and every power of two, the ends, and many others."""
+    """Return words at and around every eighth of a turn and every power of two, the ends, and many others."""
     eighths = [
         k * 2**29 + d for k in range(9) for d in (-257, -129, -128, -127, -65, -64, -1, 0, 1, 63, 64, 65, 128, 129)
     ]
@@ -137,18 +138,17 @@ def edge_words() -> np.ndarray:
     return np.concatenate([edges, rest])
 
 
-def test_device_math_at_the_edges(device: torch.device) -> None:
+def test_device_math_at_the_edges(on_triton: torch.device) -> None:
     """The kernel's Box-Muller, given chosen words: near u = 1, u = 0 and the zeros of sin and cos."""
-    triton = pytest.importorskip("triton")
     from fastddpm_kernels.philox.triton import box_muller_kernel
 
     words = edge_words()
     angles = np.random.default_rng(1).permutation(words)
     for radius_words, angle_words in ((words, angles), (angles, words), (words, words)):
-        r = torch.tensor(radius_words, device=device)
-        a = torch.tensor(angle_words, device=device)
-        cos, sin = torch.full((2, len(words)), math.nan, device=device)
-        box_muller_kernel[(triton.cdiv(len(words), 4096),)](cos, sin, r, a, len(words), BLOCK=4096)
+        r = torch.tensor(radius_words, device=on_triton)
+        a = torch.tensor(angle_words, device=on_triton)
+        cos, sin = torch.full((2, len(words)), math.nan, device=on_triton)
+        box_muller_kernel[(-(-len(words) // 4096),)](cos, sin, r, a, len(words), BLOCK=4096)
         for actual, expected in zip((cos, sin), formula(radius_words, angle_words), strict=True):
             assert_within_ulps(actual, expected, 4)
 
@@ -221,19 +221,14 @@ def test_distribution() -> None:
 
 
 def test_compiles(backend: str, device: torch.device) -> None:
-    keys = sample_keys([1, 2**63], [0, 5], device)
-
     def make(keys: Tensor, step: Tensor) -> Tensor:
         return normal(keys, (3, 5), step=step, stream=STREAM_STEP, backend=backend)
 
-    step = torch.tensor([3], device=device)
-    compiled = torch.compile(make, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(keys, step), make(keys, step))
+    check_compiles(make, sample_keys([1, 2**63], [0, 5], device), torch.tensor([3], device=device))
 
 
-def test_custom_ops(device: torch.device) -> None:
-    pytest.importorskip("triton")
-    keys, step = sample_keys([1, 2], [0, 5], device), torch.tensor([3], device=device)
+def test_custom_ops(on_triton: torch.device) -> None:
+    keys, step = sample_keys([1, 2], [0, 5], on_triton), torch.tensor([3], device=on_triton)
     for op in (torch.ops.fastddpm.normal, torch.ops.fastddpm.random_words):
         torch.library.opcheck(op.default, (keys, step, STREAM_STEP, 21))
 
@@ -246,40 +241,37 @@ def test_sample_keys() -> None:
     assert sample_keys([], []).shape == (0, 2)
 
 
-def test_bad_input() -> None:
-    keys = sample_keys([0], [0])
-    with pytest.raises(ValueError, match="seeds holds -1"):
-        sample_keys([-1], [0])
-    with pytest.raises(ValueError, match="seeds holds 18446744073709551616"):
-        sample_keys([2**64], [0])
-    with pytest.raises(ValueError, match="indices holds 4294967296"):
-        sample_keys([0], [2**32])
-    with pytest.raises(ValueError, match=r"indices is \[-1\]"):
-        sample_keys([0], torch.tensor([-1]))
-    with pytest.raises(ValueError, match="indices has 2 entries"):
-        sample_keys([0], [0, 1])
-    with pytest.raises(TypeError):
-        sample_keys([0.5], [0])
-    with pytest.raises(TypeError, match="seeds is torch.int32"):
-        sample_keys(torch.zeros(1, dtype=torch.int32), [0])
-    with pytest.raises(TypeError, match="keys is torch.float32"):
-        normal(keys.float(), (3,), step=0, stream=0)
-    with pytest.raises(ValueError, match="keys has shape"):
-        normal(keys[0], (3,), step=0, stream=0)
-    with pytest.raises(ValueError, match="step is -1"):
-        normal(keys, (3,), step=-1, stream=0)
-    with pytest.raises(TypeError, match="step is torch.float32"):
-        normal(keys, (3,), step=torch.zeros(1), stream=0)
-    with pytest.raises(ValueError, match="step has shape"):
-        normal(keys, (3,), step=torch.zeros(2, dtype=torch.int64), stream=0)
-    with pytest.raises(ValueError, match="stream is 4294967296"):
-        normal(keys, (3,), step=0, stream=2**32)
-    with pytest.raises(ValueError, match="num_words is -1"):
-        random_words(keys, 0, 0, -1)
-    with pytest.raises(ValueError, match="backend is 'fast'"):
-        normal(keys, (3,), step=0, stream=0, backend="fast")
-    for counter, key in (((3,), (2,)), ((4,), (4,))):
-        with pytest.raises(ValueError, match="has shape"):
-            philox_4x32(torch.zeros(counter, dtype=torch.int64), torch.zeros(key, dtype=torch.int64))
-    with pytest.raises(TypeError, match="counter is torch.float32"):
-        philox_4x32(torch.zeros(4), torch.zeros(2, dtype=torch.int64))
+KEYS, LONG = sample_keys([0], [0]), torch.int64
+GOOD: dict[Callable[..., Any], dict[str, Any]] = {
+    sample_keys: {"seeds": [0], "indices": [0]},
+    normal: {"keys": KEYS, "shape": (3,), "step": 0, "stream": 0},
+    random_words: {"keys": KEYS, "step": 0, "stream": 0, "num_words": 4},
+    philox_4x32: {"counter": torch.zeros(4, dtype=LONG), "key": torch.zeros(2, dtype=LONG)},
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message", "changed"),
+    [
+        (sample_keys, ValueError, "seeds .*-1", {"seeds": [-1]}),
+        (sample_keys, ValueError, "seeds .*18446744073709551616", {"seeds": [2**64]}),
+        (sample_keys, ValueError, "indices .*4294967296", {"indices": [2**32]}),
+        (sample_keys, ValueError, r"indices .*\[-1\]", {"indices": torch.tensor([-1])}),
+        (sample_keys, ValueError, "indices .*2", {"indices": [0, 1]}),
+        (sample_keys, TypeError, "", {"seeds": [0.5]}),
+        (sample_keys, TypeError, "seeds .*int32", {"seeds": torch.zeros(1, dtype=torch.int32)}),
+        (normal, TypeError, "keys .*float32", {"keys": KEYS.float()}),
+        (normal, ValueError, "keys .*shape", {"keys": KEYS[0]}),
+        (normal, ValueError, "step .*-1", {"step": -1}),
+        (normal, TypeError, "step .*float32", {"step": torch.zeros(1)}),
+        (normal, ValueError, "step .*shape", {"step": torch.zeros(2, dtype=LONG)}),
+        (normal, ValueError, "stream .*4294967296", {"stream": 2**32}),
+        (normal, ValueError, "backend .*fast", {"backend": "fast"}),
+        (random_words, ValueError, "num_words .*-1", {"num_words": -1}),
+        (philox_4x32, ValueError, "counter .*shape", {"counter": torch.zeros(3, dtype=LONG)}),
+        (philox_4x32, ValueError, "key .*shape", {"key": torch.zeros(4, dtype=LONG)}),
+        (philox_4x32, TypeError, "counter .*float32", {"counter": torch.zeros(4)}),
+    ],
+)
+def test_bad_input(function: Callable[..., Any], error: type[Exception], message: str, changed: dict[str, Any]) -> None:
+    check_refuses(function, error, message, **GOOD[function] | changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -10,35 +11,77 @@ import pytest
 import torch
 from fastddpm_kernels.philox import STREAM_KNOWN, STREAM_STEP, normal, sample_keys
 from fastddpm_kernels.reverse_step import reverse_step, reverse_step_
-from fastddpm_kernels.testing import SHAPES, assert_close, poisoned_memory
+from fastddpm_kernels.testing import (
+    SHAPES,
+    assert_close,
+    check_compiles,
+    check_op,
+    check_refuses,
+    gradients,
+    to_layout,
+)
 from torch import Tensor
 
+HALF, BFLOAT = torch.float16, torch.bfloat16
 # A row of every kind; in the second neither noise is added (S = 0) nor the x0 before read (F = 0).
 TABLE = torch.tensor([[1.1, -0.4, 0.6, 0.3, 0.0, 0.0, 0.25], [0.9, -0.2, 1.0, 0.1, -0.1, 0.0, 0.0],
                       [1.2, -0.7, 0.8, 0.2, 0.15, -0.3, 0.5], [0.0, 1.0, 0.5, 0.4, 0.0, 0.2, 1.0]])  # fmt: skip
 LOG_VARIANCE = torch.tensor([[-3.0, -2.5], [-46.0, -9.0], [-2.0, -1.0], [-1.5, -1.4]])
 KNOWN_TABLE = torch.tensor([[0.7, 0.7], [1.0, 0.0], [0.9, 0.3], [0.2, 0.95]])
-COMBINATIONS: dict[str, tuple[str, ...]] = {
-    "no_noise": (),
-    "philox": ("keys",),
-    "ancestral": ("keys", "clip_range"),
-    "given": ("noise", "clip_range"),
-    "multistep": ("x0_prev", "clip_range"),
-    "stochastic_multistep": ("x0_prev", "keys"),
-    "learned": ("keys", "clip_range", "learned"),
-    "learned_given": ("noise", "learned"),
-    "guided": ("keys", "guided"),
-    "guided_per_sample": ("noise", "guided", "per_sample"),
-    "guided_learned": ("keys", "clip_range", "guided", "learned"),
-    "known": ("keys", "clip_range", "known"),
-    "known_given": ("noise", "known", "known_noise"),
-    "known_noise_alone": ("known", "known_noise"),
-    "everything": ("keys", "x0_prev", "clip_range", "learned", "guided", "known", "per_sample"),
-}
+EVERYTHING = ("keys", "x0_prev", "clip_range", "learned", "guided", "known", "per_sample")
+
+
+@dataclass(frozen=True)
+class Case:
+    why: str
+    options: tuple[str, ...] = EVERYTHING
+    shape: tuple[int, ...] = (3, 3, 13, 17)
+    rows: tuple[int, ...] = (2,)
+    dtype: torch.dtype = torch.float32  # of the network: its output, and its next input
+    layout: str = "contiguous"  # of the same
+
+
+CASES = {
+    "no_noise": Case("three terms and nothing else: DDIM", ()),
+    "philox": Case("noise is made in registers", ("keys",)),
+    "ancestral": Case("the commonest loop, and its last row, without noise", ("keys", "clip_range"), rows=(1, 2)),
+    "given": Case("noise is read", ("noise", "clip_range")),
+    "multistep": Case("a row with F = 0 ignores x0_prev, others read it", ("x0_prev", "clip_range"), rows=(1, 2)),
+    "stochastic_multistep": Case("noise and x0_prev", ("x0_prev", "keys")),
+    "learned": Case("twice the channels; with S = 0 no variance", ("keys", "clip_range", "learned"), rows=(1, 2)),
+    "learned_given": Case("the gradient of the noise has the learned scale", ("noise", "learned")),
+    "guided": Case("twice the batch", ("keys", "guided")),
+    "guided_per_sample": Case("a scale for each sample", ("noise", "guided", "per_sample")),
+    "guided_learned": Case("v is the conditional half's", ("keys", "clip_range", "guided", "learned")),
+    "known": Case("a second noise, from its own stream", ("keys", "clip_range", "known"), rows=(1, 2)),
+    "known_given": Case("two given noises", ("noise", "known", "known_noise")),
+    "known_noise_alone": Case("noise of the known region alone", ("known", "known_noise")),
+    "threshold": Case("each sample is cut at its own bound, or not at all", ("threshold",), rows=(0, 2)),
+    "threshold_half": Case("a bound per sample, halves in and out", ("threshold", "keys"), dtype=HALF),
+    "threshold_guided": Case("all that goes with a threshold", ("threshold", "keys", "guided", "known", "x0_prev")),
+    "everything": Case("no option disturbs another", rows=(0, 1, 2, 3)),
+    "half": Case("x stays float32 between halves", shape=(2, 3, 8, 9), dtype=HALF),
+    "half_channels_last": Case("out and net_in in other strides than x", shape=(2, 3, 8, 9), dtype=HALF,
+                               layout="channels_last"),
+    "bfloat16": Case("as half", shape=(2, 3, 8, 9), dtype=BFLOAT),
+    "bfloat16_channels_last": Case("as half_channels_last", shape=(2, 3, 8, 9), dtype=BFLOAT, layout="channels_last"),
+    "channels_last": Case("as half_channels_last, in float32", layout="channels_last"),
+    "vector": Case("no space", shape=(3, 2), dtype=HALF, rows=(3,)),
+    "signal": Case("an odd number of pixels", shape=(2, 4, 19), dtype=HALF, rows=(3,)),
+    "many_channels": Case("more channels than pixels", shape=(2, 50, 3), dtype=HALF, rows=(3,)),
+    "volume": Case("three dimensions", shape=(2, 3, 2, 5, 4), dtype=HALF, rows=(3,)),
+    "one_value": Case("less than one vector", shape=(1, 1), dtype=HALF, rows=(3,)),
+    "one_pixel": Case("sizes of one", shape=SHAPES["one_pixel"][0]),
+    "one_channel": Case("contiguous and channels-last at once", shape=SHAPES["one_channel"][0], layout="channels_last"),
+    "wide": Case("many channels of few pixels", shape=SHAPES["wide"][0], layout="channels_last"),
+    "many_pixels": Case("several programs a sample", shape=SHAPES["many_pixels"][0]),
+    "empty_batch": Case("nothing to do", shape=SHAPES["empty_batch"][0]),
+    "threshold_empty_batch": Case("no bounds", ("threshold",), SHAPES["empty_batch"][0]),
+}  # fmt: skip
 
 
 def make(shape: tuple[int, ...], options: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of `reverse_step` for a state of this shape."""
+    """Return arguments of `reverse_step` for a state of this shape."""
     n = shape[0]
     learned, guided = "learned" in options, "guided" in options
     out = torch.randn(n * (1 + guided), shape[1] * (1 + learned), *shape[2:], device=device)
@@ -51,6 +94,8 @@ def make(shape: tuple[int, ...], options: tuple[str, ...], dtype: torch.dtype, d
             arguments[name] = torch.randn(shape, device=device)
     if "clip_range" in options:
         arguments["clip_range"] = 0.8
+    if "threshold" in options:  # cuts much, little and nothing
+        arguments["threshold"] = torch.tensor([0.6, 1.7, 100.0], device=device)[torch.arange(n, device=device) % 3]
     if learned:
         arguments["log_variance"] = LOG_VARIANCE.to(device)
     if guided:
@@ -64,25 +109,44 @@ def make(shape: tuple[int, ...], options: tuple[str, ...], dtype: torch.dtype, d
 
 
 def call(arguments: dict[str, Any], row: int, backend: str, **changes: Any) -> tuple[Tensor, Tensor]:
-    merged = arguments | changes
-    x, out, table = merged.pop("x"), merged.pop("out"), merged.pop("table")
-    return reverse_step(x, out, table, torch.tensor([row], device=x.device), backend=backend, **merged)
+    step = torch.tensor([row], device=arguments["x"].device)
+    return reverse_step(**arguments | changes, step=step, backend=backend)
 
 
-def check(arguments: dict[str, Any], row: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Runs `backend` and compares both results with the reference in float64."""
-    with poisoned_memory():
-        got = call(arguments, row, backend)
-    wide = {k: arguments[k].double() for k in ("x", "x0_prev") if k in arguments}
-    truth, eager = call(arguments, row, "reference", **wide), call(arguments, row, "eager")
-    for name, actual, expected, torchs in zip(("x_next", "x0"), got, truth, eager, strict=True):
-        assert actual.dtype == arguments["x"].dtype
-        assert_close(actual, expected, eager=torchs, name=name)
-    return got
+def call_in_place(arguments: dict[str, Any], row: int, backend: str, net_in: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `reverse_step_` on copies of the state, and return (x, x0)."""
+    options = {name: value for name, value in arguments.items() if name != "x0_prev"}
+    x, multistep = arguments["x"].detach().clone(), "x0_prev" in arguments
+    x0 = arguments["x0_prev"].detach().clone() if multistep else torch.full_like(x, math.nan)
+    step = torch.tensor([row], device=x.device)
+    reverse_step_(**options | {"x": x}, step=step, x0=x0, net_in=net_in, multistep=multistep, backend=backend)
+    return x, x0
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_results_gradients_and_in_place(case: Case, backend: str, device: torch.device) -> None:
+    arguments = make(case.shape, case.options, case.dtype, device)
+    for row in case.rows:
+
+        def run(backend: str, dtype: torch.dtype, row: int = row) -> dict[str, Tensor]:
+            leaves = {n: arguments[n].to(dtype).requires_grad_() for n in ("x", "x0_prev", "noise") if n in arguments}
+            of_network = dtype if dtype == torch.float64 else case.dtype
+            leaves["out"] = arguments["out"].detach().to(of_network, copy=True).requires_grad_()
+            given = arguments | leaves | {"out": to_layout(leaves["out"], case.layout)}
+            results = dict(zip(("x_next", "x0"), call(given, row, backend), strict=True))
+            assert all(value.dtype == dtype for value in results.values())
+            size = (len(given["out"]), *case.shape[1:])
+            net_in = to_layout(torch.full(size, math.nan, dtype=of_network, device=device), case.layout)
+            x, x0 = call_in_place(given, row, backend, net_in)
+            for half in net_in.split(len(x)) if len(x) else ():
+                assert torch.equal(half, x.to(of_network))
+            return results | {"x in place": x, "x0 in place": x0} | gradients(results, leaves)
+
+        check_op(run, backend, torch.float32, rounds=4)
 
 
 def restatement(arguments: dict[str, Any], row: int) -> tuple[Tensor, Tensor]:
-    """The formula once more, sample by sample, in float64 on the CPU."""
+    """Compute the formula once more, sample by sample, in float64 on the CPU."""
     a = {k: v.double().cpu() if isinstance(v, Tensor) and k != "keys" else v for k, v in arguments.items()}
     coefficient = a["table"][row].tolist()
     n, channels = a["x"].shape[:2]
@@ -97,6 +161,9 @@ def restatement(arguments: dict[str, Any], row: int) -> tuple[Tensor, Tensor]:
         x0 = coefficient[0] * x + coefficient[1] * prediction
         if "clip_range" in a:
             x0 = torch.where(x0.abs() > a["clip_range"], a["clip_range"] * x0.sign(), x0)
+        if "threshold" in a:
+            bound = a["threshold"][i]
+            x0 = torch.minimum(x0.abs(), bound).copysign(x0) / bound
         x_next = coefficient[2] * x0 + coefficient[3] * x + coefficient[4] * prediction
         if "x0_prev" in a:
             x_next = x_next + coefficient[5] * a["x0_prev"][i]
@@ -120,9 +187,9 @@ def made(keys: Tensor, x: Tensor, step: int, stream: int) -> Tensor:
     return normal(keys.cpu(), x.shape, step=step, stream=stream, backend="reference")[0].double()
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS)
-def test_reference_is_the_formula(combination: str) -> None:
-    arguments = make((3, 2, 4, 5), COMBINATIONS[combination], torch.float32, torch.device("cpu"))
+@pytest.mark.parametrize("combination", {case.options: name for name, case in CASES.items()}, ids="-".join)
+def test_reference_is_the_formula(combination: tuple[str, ...]) -> None:
+    arguments = make((3, 2, 4, 5), combination, torch.float32, torch.device("cpu"))
     wide = {k: arguments[k].double() for k in ("x", "x0_prev") if k in arguments}
     for row in range(len(TABLE)):
         for actual, expected in zip(
@@ -132,41 +199,10 @@ def test_reference_is_the_formula(combination: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=5e-7 if "keys" in arguments else 1e-12)
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS)
-def test_matches_reference(backend: str, device: torch.device, combination: str) -> None:
-    arguments = make((3, 3, 13, 17), COMBINATIONS[combination], torch.float32, device)
-    for row in (1, 2):
-        check(arguments, row, backend)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("combination", ["ancestral", "everything"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_half_precision_network(
-    backend: str, device: torch.device, dtype: torch.dtype, combination: str, channels_last: bool
-) -> None:
-    if dtype == torch.bfloat16 and backend == "triton" and device.type == "cpu":
-        pytest.skip("triton's interpreter rounds bfloat16 wrongly")
-    arguments = make((2, 3, 8, 9), COMBINATIONS[combination], dtype, device)
-    if channels_last:
-        arguments["out"] = arguments["out"].contiguous(memory_format=torch.channels_last)
-    check(arguments, 2, backend)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes(backend: str, device: torch.device, name: str) -> None:
-    check(make(SHAPES[name][0], COMBINATIONS["everything"], torch.float32, device), 2, backend)
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (2, 4, 19), (2, 50, 3), (2, 3, 2, 5, 4), (1, 1)])
-def test_ranks(backend: str, device: torch.device, shape: tuple[int, ...]) -> None:
-    check(make(shape, COMBINATIONS["everything"], torch.float16, device), 3, backend)
-
-
 def test_layouts(backend: str, device: torch.device) -> None:
-    """Where x_next comes from does not matter: out and masks in any strides give the same numbers."""
-    arguments = make((2, 3, 6, 10), COMBINATIONS["everything"], torch.float32, device)
-    expected = check(arguments, 2, backend)
+    """Out and masks in any strides, and masks that are broadcast, give the same bits."""
+    arguments = make((2, 3, 6, 10), EVERYTHING, torch.float32, device)
+    expected = call(arguments, 2, backend)
     out, mask = arguments["out"], arguments["known_mask"]
     wide = torch.full((4, 8, 6, 10), math.nan, device=device)
     wide[:, :6] = out
@@ -183,11 +219,13 @@ def test_layouts(backend: str, device: torch.device) -> None:
             assert torch.equal(one, other)
     for shape in [(6, 10), (1, 1, 6, 10), (2, 1, 1, 1), (3, 1, 1), (2, 3, 6, 1), ()]:
         arguments["known_mask"] = torch.rand(shape, device=device)
-        check(arguments, 2, backend)
+        whole = arguments | {"known_mask": arguments["known_mask"].expand(2, 3, 6, 10).contiguous()}
+        for one, other in zip(call(arguments, 2, backend), call(whole, 2, backend), strict=True):
+            assert torch.equal(one, other)
 
 
 def diffusers_rows(scheduler: diffusers.DDPMScheduler, prediction_type: str, variance_type: str) -> tuple[Tensor, ...]:
-    """Table and log-variances of ancestral sampling over all of the scheduler's steps (Ho et al. 2020, eq. 7)."""
+    """Return table and log-variances of ancestral sampling over the scheduler's steps (Ho et al. 2020, eq. 7)."""
     abar = scheduler.alphas_cumprod
     rows, log_variances = [], []
     for t in scheduler.timesteps.tolist():
@@ -207,9 +245,20 @@ def diffusers_rows(scheduler: diffusers.DDPMScheduler, prediction_type: str, var
     return torch.tensor(rows), torch.tensor(log_variances)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(
+    ("prediction_type", "variance_type", "clip"),
+    [
+        ("epsilon", "fixed_small", True),
+        ("epsilon", "learned_range", True),
+        ("epsilon", "fixed_large", False),
+        ("sample", "fixed_small", False),
+        ("sample", "learned_range", True),
+        ("v_prediction", "fixed_large", True),
+        ("v_prediction", "learned_range", False),
+        ("sample", "fixed_large", True),
+        ("v_prediction", "fixed_small", False),
+    ],
+)
 def test_agrees_with_diffusers(
     backend: str, device: torch.device, prediction_type: str, variance_type: str, clip: bool
 ) -> None:
@@ -239,22 +288,23 @@ def test_agrees_with_diffusers(
 
 
 def test_nan_of_the_network_is_not_hidden(backend: str, device: torch.device) -> None:
-    arguments = make((1, 2, 4, 4), COMBINATIONS["ancestral"], torch.float32, device)
-    arguments["out"][0, 1, 2, 3] = math.nan
-    for result in call(arguments, 2, backend):
-        assert int(result.isnan().sum()) == 1
+    for bound in ("clip_range", "threshold"):
+        arguments = make((1, 2, 4, 4), ("keys", bound), torch.float32, device)
+        arguments["out"][0, 1, 2, 3] = math.nan
+        for result in call(arguments, 2, backend):
+            assert int(result.isnan().sum()) == 1
 
 
 def test_unwritten_x0_is_not_read(backend: str, device: torch.device) -> None:
     """A row with F = 0, the first of every multistep sampler, finds in x0 whatever was there."""
-    arguments = make((2, 3, 4, 4), COMBINATIONS["multistep"], torch.float32, device)
+    arguments = make((2, 3, 4, 4), ("x0_prev", "clip_range"), torch.float32, device)
     arguments["x0_prev"].fill_(math.nan)
     assert not call(arguments, 1, backend)[0].isnan().any()
     assert call(arguments, 2, backend)[0].isnan().all()
 
 
 def test_samples_depend_on_their_key_alone(backend: str, device: torch.device) -> None:
-    arguments = make((4, 3, 9, 7), COMBINATIONS["known"], torch.float32, device)
+    arguments = make((4, 3, 9, 7), ("keys", "clip_range", "known"), torch.float32, device)
     x_next, x0 = call(arguments, 2, backend)
     for rows in (slice(0, 1), slice(1, 4)):
         part = {k: arguments[k][rows] for k in ("x", "out", "keys", "known_mask")}
@@ -262,85 +312,11 @@ def test_samples_depend_on_their_key_alone(backend: str, device: torch.device) -
             assert torch.equal(one, whole[rows])
 
 
-def in_place(
-    arguments: dict[str, Any], row: int, backend: str, dtype: torch.dtype = torch.float32, channels_last: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs `reverse_step_`: (x, x0, net_in)."""
-    options = {k: v for k, v in arguments.items() if k not in ("x", "out", "table", "x0_prev")}
-    x, multistep = arguments["x"].clone(), "x0_prev" in arguments
-    x0 = arguments["x0_prev"].clone() if multistep else torch.full_like(x, math.nan)
-    batch = 2 * len(x) if "guidance_scale" in arguments else len(x)
-    net_in = torch.full((batch, *x.shape[1:]), math.nan, dtype=dtype, device=x.device)
-    if channels_last:
-        net_in = net_in.contiguous(memory_format=torch.channels_last)
-    step = torch.tensor([row], device=x.device)
-    reverse_step_(
-        x,
-        arguments["out"],
-        arguments["table"],
-        step,
-        x0=x0,
-        net_in=net_in,
-        multistep=multistep,
-        backend=backend,
-        **options,
-    )
-    return x, x0, net_in
-
-
-@pytest.mark.parametrize("combination", ["no_noise", "ancestral", "multistep", "guided", "everything"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_in_place(backend: str, device: torch.device, combination: str, channels_last: bool) -> None:
-    arguments = make((2, 3, 6, 10), COMBINATIONS[combination], torch.float16, device)
-    wide = {k: arguments[k].double() for k in ("x", "x0_prev") if k in arguments}
-    truth = call(arguments, 2, "reference", **wide)
-    eager = in_place(arguments, 2, "eager")
-    x, x0, net_in = in_place(arguments, 2, backend, torch.float16, channels_last)
-    assert_close(x, truth[0], eager=eager[0], name="x")
-    assert_close(x0, truth[1], eager=eager[1], name="x0")
-    for half in net_in.chunk(len(net_in) // len(x)):
-        assert torch.equal(half, x.half())
-
-
-def test_in_place_minimal(backend: str, device: torch.device) -> None:
-    """Neither x0 nor net_in, an empty batch, and a float64 state where that is allowed."""
-    arguments = make((2, 3, 5), COMBINATIONS["ancestral"], torch.float32, device)
-    expected = call(arguments, 0, backend)[0]
-    options = {k: arguments[k] for k in ("keys", "clip_range")}
-    x, step = arguments["x"].clone(), torch.tensor([0], device=device)
-    reverse_step_(x, arguments["out"], arguments["table"], step, backend=backend, **options)
-    assert_close(x, expected.double(), name="x")
-    empty = x[:0].clone()
-    reverse_step_(empty, arguments["out"][:0], arguments["table"], step, backend=backend)
-    if backend == "eager":
-        x = arguments["x"].double()
-        reverse_step_(x, arguments["out"], arguments["table"], step, backend=backend, **options)
-        assert_close(x, call(arguments, 0, "reference", x=arguments["x"].double())[0], name="float64")
-
-
-GRADIENT_INPUTS = ("x", "out", "x0_prev", "noise")
-
-
-@pytest.mark.parametrize(
-    "combination", ["no_noise", "ancestral", "given", "multistep", "learned", "learned_given", "guided_per_sample",
-                    "guided_learned", "known", "everything"]
-)  # fmt: skip
-def test_gradients(backend: str, device: torch.device, combination: str) -> None:
-    arguments = make((3, 2, 3, 5), COMBINATIONS[combination], torch.float32, device)
-    names = [name for name in GRADIENT_INPUTS if name in arguments]
-    g = torch.randn(2, 3, 2, 3, 5, device=device)
-
-    def gradients(backend: str, dtype: torch.dtype, row: int) -> tuple[Tensor, ...]:
-        inputs = {name: arguments[name].to(dtype).requires_grad_() for name in names}
-        results = call(arguments, row, backend, **inputs)
-        return torch.autograd.grad(results, list(inputs.values()), tuple(g.to(dtype)), materialize_grads=True)
-
-    for row in (1, 2):
-        truth, eager = gradients("reference", torch.float64, row), gradients("eager", torch.float32, row)
-        for name, got, expected, torchs in zip(
-            names, gradients(backend, torch.float32, row), truth, eager, strict=True
-        ):
-            assert_close(got, expected, eager=torchs, name=f"gradient of {name}, row {row}")
+def test_in_place_needs_neither_x0_nor_net_in(backend: str, device: torch.device) -> None:
+    arguments = make((2, 3, 5), ("keys", "clip_range"), torch.float32, device)
+    given = arguments | {"x": arguments["x"].clone(), "step": torch.tensor([0], device=device), "backend": backend}
+    reverse_step_(**given)
+    assert_close(given["x"], call(arguments, 0, backend)[0].double())
 
 
 def test_gradient_stops_at_the_clip(backend: str, device: torch.device) -> None:
@@ -352,59 +328,52 @@ def test_gradient_stops_at_the_clip(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "combination"), [("triton", "ancestral"), ("eager", "everything")], indirect=["backend"]
+    ("backend", "options"),
+    [("triton", ("keys", "clip_range")), ("eager", EVERYTHING), ("triton", ("threshold",))],
+    indirect=["backend"],
+    ids=["triton-ancestral", "eager-everything", "triton-threshold"],
 )
-def test_compiles(backend: str, device: torch.device, combination: str) -> None:
-    arguments = make((2, 3, 4, 5), COMBINATIONS[combination], torch.float32, device)
-    x = arguments.pop("x").requires_grad_()
+def test_compiles(backend: str, options: tuple[str, ...], device: torch.device) -> None:
+    arguments = make((2, 3, 4, 5), options, torch.float32, device)
+    start = arguments.pop("x")
 
-    def functional(x: Tensor, row: int) -> Tensor:
-        x_next, x0 = call(arguments | {"x": x * 1.5}, row, backend)
+    def functional(x: Tensor) -> Tensor:
+        x_next, x0 = reverse_step(x * 1.5, **arguments, step=torch.tensor([2], device=device), backend=backend)
         return x_next.square() + x0
 
     def loop(x: Tensor, net_in: Tensor) -> Tensor:
-        x = x.detach() * 2
-        options = {k: v for k, v in arguments.items() if k not in ("out", "table", "x0_prev")}
+        x = x * 2
+        given = {name: value for name, value in arguments.items() if name not in ("out", "x0_prev")}
         for row in (0, 2):
-            reverse_step_(
-                x, arguments["out"] + net_in, arguments["table"], torch.tensor([row], device=device),
-                net_in=net_in[:, :3], backend=backend, **options,
-            )  # fmt: skip
+            step = torch.tensor([row], device=device)
+            out = arguments["out"] + net_in[:, :1]
+            reverse_step_(x, out, **given, step=step, net_in=net_in, backend=backend)
         return x
 
-    compiled = torch.compile(functional, fullgraph=True, backend="aot_eager")
-    one, other = functional(x, 2), compiled(x, 2)
-    assert_close(one, other.double())
-    grads = [torch.autograd.grad(result.sum(), x)[0] for result in (one, other)]
-    assert_close(grads[0], grads[1].double())
-    net_ins = [torch.zeros_like(arguments["out"]) for _ in range(2)]
-    results = [loop(x, net_ins[0]), torch.compile(loop, fullgraph=True, backend="aot_eager")(x, net_ins[1])]
-    assert_close(results[0], results[1].double())
-    assert_close(net_ins[0], net_ins[1].double())
+    check_compiles(functional, start.requires_grad_())
+    check_compiles(loop, start.detach(), torch.zeros(len(arguments["out"]), 3, 4, 5, device=device))
 
 
-@pytest.mark.parametrize("combination", ["learned_given", "everything"])
-def test_custom_ops(device: torch.device, combination: str) -> None:
-    pytest.importorskip("triton")
-    a = make((2, 3, 4, 5), COMBINATIONS[combination], torch.float32, device)
+@pytest.mark.parametrize("options", [("noise", "learned"), EVERYTHING, ("threshold",)], ids="-".join)
+def test_custom_ops(on_triton: torch.device, options: tuple[str, ...]) -> None:
+    a = make((2, 3, 4, 5), options, torch.float32, on_triton)
     names = ("keys", "noise", "x0_prev", "clip_range", "log_variance", "guidance_scale", "known", "known_mask",
-             "known_table", "known_noise")  # fmt: skip
-    options = [a.get(name) for name in names]
-    step = torch.tensor([2], device=device)
+             "known_table", "known_noise", "threshold")  # fmt: skip
+    given = {name: a.get(name) for name in names}
+    step = torch.tensor([2], device=on_triton)
     x, out = a["x"].clone().requires_grad_(), a["out"].clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fastddpm.reverse_step.default, (x, out, a["table"], step, *options))
-    options[2] = None
-    net_in = torch.zeros(len(a["out"]), 3, 4, 5, device=device).half()
-    arguments = (a["x"], a["out"], a["table"], step, torch.zeros_like(a["x"]), net_in, True, *options)
+    torch.library.opcheck(torch.ops.fastddpm.reverse_step.default, (x, out, a["table"], step, *given.values()))
+    given["x0_prev"] = None
+    net_in = torch.zeros(len(a["out"]), 3, 4, 5, device=on_triton).half()
+    arguments = (a["x"], a["out"], a["table"], step, torch.zeros_like(a["x"]), net_in, True, *given.values())
     torch.library.opcheck(torch.ops.fastddpm.reverse_step_inplace.default, arguments)
 
 
-def test_step_out_of_range_is_nan(device: torch.device) -> None:
+def test_step_out_of_range_is_nan(on_triton: torch.device) -> None:
     """Where the step is not checked, nothing that lies beyond the table is passed off as a result."""
-    pytest.importorskip("triton")
-    x, table = torch.zeros(2, 3, device=device), TABLE.to(device)
+    x, table = torch.zeros(2, 3, device=on_triton), TABLE.to(on_triton)
     for row in (-1, len(TABLE)):
-        step = torch.tensor([row], device=device)
+        step = torch.tensor([row], device=on_triton)
         x_next, x0 = torch.ops.fastddpm.reverse_step(x, x, table, step, *[None] * 10)
         assert x_next.isnan().all()
         assert x0.isnan().all()
@@ -413,7 +382,7 @@ def test_step_out_of_range_is_nan(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_cuda_graph(device: torch.device) -> None:
     """One captured step, replayed over the table with nothing changed but the counter on the device."""
-    arguments = make((2, 3, 8, 8), COMBINATIONS["ancestral"], torch.float16, device)
+    arguments = make((2, 3, 8, 8), ("keys", "clip_range"), HALF, device)
     options = {k: arguments[k] for k in ("keys", "clip_range")}
     start = arguments["x"]
 
@@ -421,11 +390,8 @@ def test_cuda_graph(device: torch.device) -> None:
         reverse_step_(x, arguments["out"], arguments["table"], step, net_in=net_in, **options)
         step.add_(1)
 
-    plain, step, net_in = (
-        start.clone(),
-        torch.zeros(1, dtype=torch.int64, device=device),
-        torch.empty_like(start).half(),
-    )
+    plain, net_in = start.clone(), torch.empty_like(start).half()
+    step = torch.zeros(1, dtype=torch.int64, device=device)
     for _ in range(len(TABLE)):
         body(plain, step, net_in)
     x, graph = start.clone(), torch.cuda.CUDAGraph()
@@ -439,70 +405,71 @@ def test_cuda_graph(device: torch.device) -> None:
     assert torch.equal(x, plain)
 
 
-def test_bad_input() -> None:
-    good = make((2, 3, 4), ("keys",), torch.float32, torch.device("cpu"))
-    x, step = good["x"], torch.tensor([0])
-
-    def fails(error: type[Exception], match: str, step: Tensor = step, **changes: Any) -> None:
-        merged = good | changes
-        with pytest.raises(error, match=match):
-            reverse_step(merged.pop("x"), merged.pop("out"), merged.pop("table"), step, **merged)
-
-    fails(TypeError, "x is torch.float16", x=x.half())
-    fails(ValueError, r"x has shape \[2\]", x=x[:, 0, 0])
-    fails(ValueError, "x has strides", x=torch.zeros(2, 4, 3).transpose(1, 2))
-    fails(TypeError, "out is torch.int64", out=x.long())
-    fails(ValueError, r"out has shape \[2, 3, 4\], must be \[4, 3, 4\]", guidance_scale=torch.ones(1))
-    fails(ValueError, r"out has shape \[2, 3, 4\], must be \[2, 6, 4\]", log_variance=LOG_VARIANCE)
-    fails(ValueError, r"table has shape \[4, 6\], must be \[rows, 7\]", table=TABLE[:, :6])
-    fails(TypeError, "table is torch.float64", table=TABLE.double())
-    fails(ValueError, r"step is 4, must be in \[0, 4\)", step=torch.tensor([4]))
-    fails(ValueError, r"step is -1", step=torch.tensor([-1]))
-    fails(ValueError, r"step has shape \[\]", step=torch.tensor(0))
-    fails(TypeError, "step is torch.int32", step=step.int())
-    fails(ValueError, r"keys has shape \[1, 2\], must be \[2, 2\]", keys=good["keys"][:1])
-    fails(ValueError, r"noise has shape", noise=x[:1])
-    fails(ValueError, "both noise and keys", noise=x)
-    fails(TypeError, "x0_prev is torch.float16", x0_prev=x.half())
-    for bad in (0.0, -1.0, math.inf, math.nan):
-        fails(ValueError, "clip_range is", clip_range=bad)
-    fails(
-        ValueError,
-        r"log_variance has shape \[3, 2\], must be \[4, 2\]",
-        log_variance=LOG_VARIANCE[:3],
-        out=x.repeat(1, 2, 1),
-    )
-    fails(ValueError, r"guidance_scale has shape \[3\]", guidance_scale=torch.ones(3), out=x.repeat(2, 1, 1))
-    fails(TypeError, "guidance_scale is torch.float64", guidance_scale=torch.ones(1).double(), out=x.repeat(2, 1, 1))
-    known = {"known": x, "known_mask": x, "known_table": KNOWN_TABLE}
-    fails(ValueError, "known_mask is None", known=x)
-    fails(ValueError, "known is None", known_noise=x)
-    fails(TypeError, "known_mask is torch.bool", **known | {"known_mask": x > 0})
-    fails(ValueError, r"known has shape \[2, 3, 5\], must be broadcastable", **known | {"known": torch.ones(2, 3, 5)})
-    fails(ValueError, r"known_table has shape \[1, 2\]", **known | {"known_table": KNOWN_TABLE[:1]})
-    fails(ValueError, "known_noise is None", **known, keys=None)
-    fails(ValueError, "backend is 'fast'", backend="fast")
-    fails(ValueError, "table is on meta", table=TABLE.to("meta"))
-
-    def fails_in_place(error: type[Exception], match: str, **changes: Any) -> None:
-        with pytest.raises(error, match=match):
-            reverse_step_(x.clone(), x, TABLE, step, **changes)
-
-    fails_in_place(ValueError, "x0 is None", multistep=True)
-    fails_in_place(ValueError, "x0 has strides", x0=torch.zeros(2, 4, 3).transpose(1, 2))
-    fails_in_place(TypeError, "x0 is torch.float16", x0=x.half())
-    fails_in_place(ValueError, r"net_in has shape \[1, 3, 4\]", net_in=x[:1])
-    fails_in_place(TypeError, "net_in is torch.int64", net_in=x.long())
+GOOD = {**make((2, 3, 4), ("keys",), torch.float32, torch.device("cpu")), "step": torch.tensor([0])}
+X, BOUND = GOOD["x"], torch.ones(2)
+KNOWN = {"known": X, "known_mask": X, "known_table": KNOWN_TABLE}
 
 
-def test_bad_input_of_triton(device: torch.device) -> None:
-    pytest.importorskip("triton")
-    a = make((2, 3, 4, 5), ("guided",), torch.float32, device)
-    with pytest.raises(TypeError, match="x is torch.float64"):
-        call(a, 0, "triton", x=a["x"].double())
-    with pytest.raises(ValueError, match="guidance_scale requires a gradient"):
-        call(a, 0, "triton", guidance_scale=torch.ones(1, device=device, requires_grad=True))
-    net_in = torch.zeros(4, 3, 5, 4, device=device).transpose(2, 3)
-    options = {"guidance_scale": a["guidance_scale"], "net_in": net_in, "backend": "triton"}
-    with pytest.raises(ValueError, match="net_in has strides"):
-        reverse_step_(a["x"], a["out"], a["table"], torch.tensor([0], device=device), **options)
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (TypeError, "x .*float16", {"x": X.half()}),
+        (ValueError, r"x .*\[2\]", {"x": X[:, 0, 0]}),
+        (ValueError, "x .*strides", {"x": torch.zeros(2, 4, 3).transpose(1, 2)}),
+        (TypeError, "out .*int64", {"out": X.long()}),
+        (ValueError, r"out .*\[4, 3, 4\]", {"guidance_scale": torch.ones(1)}),
+        (ValueError, r"out .*\[2, 6, 4\]", {"log_variance": LOG_VARIANCE}),
+        (ValueError, r"table .*\[4, 6\]", {"table": TABLE[:, :6]}),
+        (TypeError, "table .*float64", {"table": TABLE.double()}),
+        (ValueError, "table .*meta", {"table": TABLE.to("meta")}),
+        (ValueError, "step .*4", {"step": torch.tensor([4])}),
+        (ValueError, "step .*-1", {"step": torch.tensor([-1])}),
+        (ValueError, r"step .*\[\]", {"step": torch.tensor(0)}),
+        (TypeError, "step .*int32", {"step": torch.tensor([0]).int()}),
+        (ValueError, r"keys .*\[1, 2\]", {"keys": GOOD["keys"][:1]}),
+        (ValueError, "noise .*shape", {"noise": X[:1]}),
+        (ValueError, "both noise .*keys", {"noise": X}),
+        (TypeError, "x0_prev .*float16", {"x0_prev": X.half()}),
+        *((ValueError, "clip_range", {"clip_range": bad}) for bad in (0.0, -1.0, math.inf, math.nan)),
+        (ValueError, r"log_variance .*\[3, 2\]", {"log_variance": LOG_VARIANCE[:3], "out": X.repeat(1, 2, 1)}),
+        (ValueError, r"guidance_scale .*\[3\]", {"guidance_scale": torch.ones(3), "out": X.repeat(2, 1, 1)}),
+        (TypeError, "guidance_scale .*64", {"guidance_scale": torch.ones(1).double(), "out": X.repeat(2, 1, 1)}),
+        (ValueError, "known_mask .*None", {"known": X}),
+        (ValueError, "known .*None", {"known_noise": X}),
+        (TypeError, "known_mask .*bool", {**KNOWN, "known_mask": X > 0}),
+        (ValueError, "known .*broadcast", {**KNOWN, "known": torch.ones(2, 3, 5)}),
+        (ValueError, r"known_table .*\[1, 2\]", {**KNOWN, "known_table": KNOWN_TABLE[:1]}),
+        (ValueError, "known_noise .*None", {**KNOWN, "keys": None}),
+        (ValueError, "both clip_range .*threshold", {"clip_range": 1.0, "threshold": BOUND}),
+        (TypeError, "threshold .*float64", {"threshold": BOUND.double()}),
+        (ValueError, r"threshold .*\[1\]", {"threshold": BOUND[:1]}),
+        (ValueError, "threshold .*meta", {"threshold": BOUND.to("meta")}),
+        (ValueError, "backend .*fast", {"backend": "fast"}),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, changed: dict[str, Any]) -> None:
+    check_refuses(reverse_step, error, message, **GOOD | changed)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (ValueError, "x0 .*None", {"multistep": True}),
+        (ValueError, "x0 .*strides", {"x0": torch.zeros(2, 4, 3).transpose(1, 2)}),
+        (TypeError, "x0 .*float16", {"x0": X.half()}),
+        (ValueError, r"net_in .*\[1, 3, 4\]", {"net_in": X[:1]}),
+        (TypeError, "net_in .*int64", {"net_in": X.long()}),
+    ],
+)
+def test_bad_input_in_place(error: type[Exception], message: str, changed: dict[str, Any]) -> None:
+    check_refuses(reverse_step_, error, message, **GOOD | {"x": X.clone()} | changed)
+
+
+def test_bad_input_of_triton(on_triton: torch.device) -> None:
+    a = make((2, 3, 4, 5), ("guided",), torch.float32, on_triton)
+    a |= {"step": torch.tensor([0], device=on_triton), "backend": "triton"}
+    check_refuses(reverse_step, TypeError, "x .*float64", **a | {"x": a["x"].double()})
+    scale = torch.ones(1, device=on_triton, requires_grad=True)
+    check_refuses(reverse_step, ValueError, "guidance_scale .*gradient", **a | {"guidance_scale": scale})
+    net_in = torch.zeros(4, 3, 5, 4, device=on_triton).transpose(2, 3)
+    check_refuses(reverse_step_, ValueError, "net_in .*strides", **a, net_in=net_in)

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values
+from fastddpm_kernels.conv.upsampling import transposed_weight
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
-from fastddpm.networks.frozen.folding import upsample_conv
 from fastddpm.networks.frozen.instructions import Instruction, Machine
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Builder(ABC):
         plain, transposed = self._ways_to_double(layer, (height, width), f"{name}.plain", f"{name}.weight")
         if transposed:
             self.loose.add(target)
-            source, weight = x.slot, self.put(f"{name}.weight", lambda: upsample_conv(layer.weight))
+            source, weight = x.slot, self.put(f"{name}.weight", lambda: transposed_weight(layer.weight))
             run = ops.upsample(self.m, source, target, weight, own)
         if plain:
             source, weight = self.new(layer.in_channels, 2 * height, 2 * width), self.put(f"{name}.plain", layer.weight)
@@ -327,7 +327,7 @@ class Builder(ABC):
         choice = None
         if self.m.static:
             shape = (self.batch, *size, layer.in_channels, layer.out_channels, int(self.m.allow_tf32))
-            choice = _tuned.choice("upsample_conv", self.device, self.dtype, shape)
+            choice = tuned.choice("upsample_conv", self.device, self.dtype, shape)
         plain = choice is not None and choice["implementation"] == "plain"
         return plain, not plain
 

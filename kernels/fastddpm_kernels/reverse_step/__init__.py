@@ -41,8 +41,10 @@ from fastddpm_kernels.checks import (
     check_tensor,
     values_are_at_hand,
 )
+from fastddpm_kernels.native.binding import recording
 from fastddpm_kernels.reverse_step import op as _reverse_step_op  # noqa: F401  (registers the custom ops)
 from fastddpm_kernels.reverse_step.formula import Options, torch_step
+from fastddpm_kernels.reverse_step.native import bind_reverse_step, why_not_native
 
 
 def reverse_step(
@@ -148,6 +150,8 @@ def reverse_step_(
         history: float32 [k, N, C, ...], contiguous, k from 1 to 3, with `multistep`: the x0 before x0_prev, the newest
             first. It is read with the columns after S, [steps, 7 + k], and moves on by one: x0_prev becomes the first.
             Where a row's factor is 0 it may hold anything.
+        backend: "auto", "triton", "native" (`out` and `net_in` in float32 or bfloat16, all else in float32), "eager"
+            or "reference".
         others: as in `reverse_step`.
 
     Raises:
@@ -179,7 +183,12 @@ def reverse_step_(
     if net_in is not None:
         batch = x.shape[0] * (1 if guidance_scale is None else 2)
         check_tensor("net_in", net_in, (batch, *x.shape[1:]), x.device)
-    backend = resolve("reverse_step", backend, x.device.type, x.dtype)
+    backend = resolve(
+        "reverse_step_", backend, x.device.type, x.dtype, lambda: why_not_native(x, out, table, step, net_in, o)
+    )
+    if backend == "native":
+        bind_reverse_step(x, out, table, step, x0, net_in, multistep, o, history)()
+        return
     if backend == "triton":
         _check_triton(x, table, o)
         given = o._replace(x0_prev=None)
@@ -237,7 +246,7 @@ def _validate(x: Tensor, out: Tensor, table: Tensor, step: Tensor, o: Options, c
     check_table("table", table, None, columns, x.device)
     check_step(step, x.device)
     steps = table.shape[0]
-    if values_are_at_hand(step) and not 0 <= int(step) < steps:
+    if values_are_at_hand(step) and recording.program is None and not 0 <= int(step) < steps:
         raise ValueError(f"step is {int(step)}, must be in [0, {steps}), a row of the table")
     if o.keys is not None:
         check_keys(o.keys, n, x.device)

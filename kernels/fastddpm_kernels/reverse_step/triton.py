@@ -18,7 +18,6 @@ from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import (
     AOT,
     BLOCK,
-    Strides,
     aot,
     block_and_warps,
     num_programs,
@@ -27,6 +26,7 @@ from fastddpm_kernels.device.strided import (
     walkable,
 )
 from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
+from fastddpm_kernels.layout import Strides
 from fastddpm_kernels.philox import STREAM_KNOWN, STREAM_STEP
 from fastddpm_kernels.philox.triton import normals
 from fastddpm_kernels.reverse_step.formula import Options
