@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import struct
+import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from fastddpm.common.images import (
     read_npz,
 )
 from fastddpm.common.images import archives as archives_module
+from fastddpm.common.images import pictures as pictures_module
 from fastddpm.common.images import pixels as pixels_module
 from fastddpm.evaluation.reading import open_images
 from fastddpm.training.data import ArraySource, DatasetSource
@@ -295,6 +298,21 @@ def test_pictures_that_are_refused(tmp_path: Path, name: str, make: Any, message
         load_image(tmp_path / name, (3, 8, 7))
     assert str(refused.value).startswith(str(tmp_path / name))
     assert "\n" not in str(refused.value)
+
+
+def test_large_pictures_are_decoded_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_module, "MOST_PIXELS", 100)
+    turns, most = pictures_module._Decoding(), []
+
+    def decode(_: int) -> None:
+        with turns.of(40):
+            most.append(turns._pixels)
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, range(20)))
+    assert max(most) <= 80
+    assert turns._pixels == 0
 
 
 def huge(width: int, height: int) -> bytes:
