@@ -29,6 +29,7 @@ from fastddpm.common.images import (
     pixels_of_array,
     pixels_of_tensor,
     read_npz,
+    to_uint8,
 )
 from fastddpm.common.images import archives as archives_module
 from fastddpm.common.images import pictures as pictures_module
@@ -59,6 +60,7 @@ def all_of(source: Any) -> np.ndarray:
         (torch.from_numpy(RGB), RGB),
         (float_of(RGB), RGB),
         (float_of(RGB).double(), RGB),
+        (float_of(RGB) * 1.5, to_uint8((float_of(RGB) * 1.5).clamp(-1, 1))),  # samples overshoot
         (RGB[..., ::-1], RGB[..., ::-1]),  # negative strides
         (RGB[::-2, :, ::-1], RGB[::-2, :, ::-1]),
         (np.asfortranarray(RGB), RGB),
@@ -99,6 +101,7 @@ def test_archives_are_read_alike_for_training_and_evaluation(tmp_path: Path, suf
         (RGB[:0], r"uint8 \[0, 8, 7, 3\]"),
         (float_of(RGB) / 2 + 0.5, "none below 0"),  # [0, 1]
         ((float_of(RGB) + 1) * 127.5, r"must be in \[-1, 1\]"),  # [0, 255]
+        (float_of(RGB) * 127, r"must be in \[-1, 1\]"),
         (float_of(RGB).permute(0, 2, 3, 1), r"permute it by \(0, 3, 1, 2\)"),
         (float_of(RGB)[0], r"\[N, C, H, W\]"),
         (float_of(RGB) * float("nan"), "not finite"),
