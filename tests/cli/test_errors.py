@@ -85,7 +85,7 @@ BAD = [
     ("train PICTURES --steps 0", "at least 1"),
     ("train PICTURES --config none.toml", "none.toml is missing"),
     (f"train PICTURES {SMALL} -o PICTURES/results", "which is inside "),
-    (f"train PICTURES {SMALL} --set model.sample_size=9", "sample_size is 9"),
+    ("train PICTURES --width 8 --image-size 64 --steps 1 --set model.sample_size=63", "sample_size is 63"),
     (f"train PICTURES {SMALL} --learning-rate -1", "train_lr is -1.0"),
     ("train PICTURES --set lr", "'lr' must be SECTION.KEY=VALUE"),
     ("train PICTURES --set trainer.lr=1", "[trainer] has no key lr"),
