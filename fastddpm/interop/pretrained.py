@@ -24,7 +24,7 @@ from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
 from fastddpm.networks.unet.model import UNet, index_files, shards, weights_files
-from fastddpm.process.methods import own_settings
+from fastddpm.process.methods import find_method, own_settings
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
 
@@ -65,6 +65,8 @@ class Pretrained:
         """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
         own = own_settings(method, self.settings)
+        if not find_method(method).stores_x0:  # the model's own scheduler clips; this method has no x0 to clip
+            own = {name: value for name, value in own.items() if name not in ("clip_sample", "thresholding")}
         if overrides.get("timesteps") is not None:
             own.pop("num_inference_steps", None)
         return Sampler(self.unet, self.schedule, **{**own, **overrides})

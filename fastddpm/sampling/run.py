@@ -226,6 +226,7 @@ class Run:
         else:
             backend = self.pool.settings.backend
             x = philox.normal(batch.keys, self.shape[1:], step=0, stream=philox.STREAM_INITIAL, backend=backend)
+            x *= self.table.init_noise_sigma
         runner.load(self.table, x, batch, self.start, only_most=only_most)
         return runner.loop
 

@@ -19,6 +19,7 @@ from fastddpm.common.progress import Report
 from fastddpm.networks.network import Network
 from fastddpm.networks.overflow import choose_dtype
 from fastddpm.networks.precision import tf32
+from fastddpm.process.methods import find_method
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.batch import NoiseSource, check_noise, make_batch
@@ -47,18 +48,22 @@ class Sampler:
 
     Args:
         model: an `nn.Module` or any callable `model(x, t)`, or `model(x, t, class_labels=labels)` if it is
-            conditional. x is [N, ...] in the network's dtype, t is int64 [N]. It returns a tensor of x's shape (twice
+            conditional. x is [N, ...] in the network's dtype, t is int64 [N], or float32 where a method
+            visits levels between timesteps. It returns a tensor of x's shape (twice
             the channels for a learned variance), an object with such a `.sample`, or a tuple that begins with one.
         schedule: the forward process the model was trained on; or a `StepTable`, such as
             `ddim_table(schedule, timesteps, eta=0.5)`, in place of a schedule, a method and its settings.
-        method: the name of a function that makes the table: "ddpm" (ancestral sampling), "ddim" or "dpmsolver++"
-            (second-order multistep; for few steps). `fastddpm.process.methods.METHODS` has them all.
+        method: the name of a function that makes the table: "ddpm" (ancestral sampling), "ddim", "dpmsolver++"
+            (multistep, for few steps), "unipc", "deis", "plms", "euler", "euler_a", "heun", "dpm2", "lms", "edm", "lcm"
+            and others; `fastddpm.process.methods.METHODS` has them all.
         num_inference_steps: from 1 to T; None for all T. For spacing "guided_diffusion" also a string of its.
-        timestep_spacing: "leading", "trailing", "linspace", "denoising_diffusion_pytorch" or "guided_diffusion".
+        timestep_spacing: "leading", "trailing", "linspace", "denoising_diffusion_pytorch" or "guided_diffusion"; None
+            for the method's own, "linspace" for samplers in sigma and "leading" for the others.
         prediction_type: what the model predicts: "epsilon", "sample" or "v_prediction".
         variance_type: "fixed_small", "fixed_small_log", "fixed_large", "learned" or "learned_range", of method "ddpm".
             For the other methods a learned variance says that the second half of the model's channels is not read.
-        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range] at every step.
+        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range] at every step; None for the
+            method's default, as diffusers has it: True for "ddpm" and "ddim", False for the others.
         eta: of method "ddim": 0 is deterministic, 1 has DDPM's variance.
         guidance_scale: classifier-free guidance, out = uncond + scale * (cond - uncond); needs class labels and a
             null class. None or 1: no guidance, one evaluation per step. `sample` may override it.
@@ -120,10 +125,10 @@ class Sampler:
         schedule: NoiseSchedule | StepTable,
         method: str = "ddpm",
         num_inference_steps: int | str | None = None,
-        timestep_spacing: str = "leading",
+        timestep_spacing: str | None = None,
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
-        clip_sample: bool = True,
+        clip_sample: bool | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
         dtype: torch.dtype | str | None = None,
@@ -172,6 +177,11 @@ class Sampler:
             },
         )
         self.timesteps, self.prediction_type = self.table.timesteps, prediction_type
+        if clip_sample is None:
+            clip_sample = self.table.stores == "x0" and (isinstance(schedule, StepTable) or find_method(method).clips)
+        if self.table.stores != "x0" and (clip_sample or thresholding):
+            name = "clip_sample" if clip_sample else "thresholding"
+            raise ValueError(f"{name} is True but method is {method!r}, which stores no x0 to clip: must be False")
         self.schedule: NoiseSchedule | None = None if isinstance(schedule, StepTable) else schedule
         self.method = "table" if self.schedule is None else method
         if self.schedule is None and self.table.learned is not None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastddpm.networks.network import Network
 from fastddpm.networks.unet.model import UNet
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import repaint_table
 from fastddpm.sampling.sampler import Sampler
 
 SMALL: dict[str, Any] = {
