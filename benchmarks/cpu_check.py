@@ -19,10 +19,10 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,23 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what it shares with gpu_check.py
 
-from cpu_step import measure, versions
+import report
+from cpu_step import ARMS, measure, versions
 from fastddpm_kernels import backend as _backend
-from gpu.arms import Missing
-from gpu.networks import CONFIGS, make_problem
 from gpu.results import commit_here
+from measuring import Missing, peer
+from networks import CONFIGS, make_problem
 
 from fastddpm.common.files import write_json
 from fastddpm.perf.profiling.compare import CPU_SCHEMA
+from fastddpm.perf.profiling.timing import interleave, quantiles, timed
 
 Arm = Callable[[], np.ndarray]  # a whole call: images [N, H, W, 3] in [0, 1]
 NETWORKS = ("cifar10", "lucidrains", "step")
-STEP = "cifar10"  # the network of "step"
 
 
 def _random(model: nn.Module) -> nn.Module:
-    """Seeded weights; norms' weights and biases differ from 1 and 0, and no output is zero."""
+    """Give a model seeded weights: those of norms differ from 1 and 0, and no output is zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
@@ -60,15 +61,14 @@ def _random(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def cifar10(batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
-    """The pipeline, and accelerated ones."""
-    try:
-        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    except ImportError as error:
-        raise Missing(f"diffusers is not installed ({error})") from None
+def cifar10(base: str, batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
+    """Return the pipeline, and accelerated ones; `base` names the U-Net's configuration."""
+    peer("diffusers")
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
     from fastddpm.interop import accelerate
 
-    unet = _random(UNet2DModel(**CONFIGS["cifar10"]))
+    unet = _random(UNet2DModel(**CONFIGS[base]))
     scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, variance_type="fixed_large")
     original: Any = DDPMPipeline(unet=unet, scheduler=scheduler)
     pipelines = {"original": original}
@@ -84,15 +84,16 @@ def cifar10(batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
     return {name: arm(pipeline) for name, pipeline in pipelines.items()}
 
 
-def lucidrains(batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
-    """The diffusion, and accelerated ones."""
-    try:
-        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    except ImportError as error:
-        raise Missing(f"denoising_diffusion_pytorch is not installed ({error})") from None
+def lucidrains(base: str, batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
+    """Return the diffusion, and accelerated ones."""
+    peer("denoising_diffusion_pytorch")
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
     from fastddpm.interop.lucidrains import accelerate
 
-    original: Any = GaussianDiffusion(_random(Unet(dim=64)), image_size=32, timesteps=steps).eval()
+    original: Any = GaussianDiffusion(
+        _random(Unet(dim=64 if base == "cifar10" else 8)), image_size=32, timesteps=steps
+    ).eval()
     samplers = {"original": original}
     for dtype in dtypes:
         own = {} if dtype == "float32" else {"dtype": dtype}
@@ -110,7 +111,7 @@ def lucidrains(batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
 
 
 def differences(images: np.ndarray, original: np.ndarray) -> dict[str, float | int]:
-    """How far images in [0, 1] are from each other, as floats and as the 8-bit pixels that are saved."""
+    """Return how far images in [0, 1] are from each other, as floats and as the 8-bit pixels that are saved."""
     a, b = ((x * 255).round().astype(np.int32) for x in (images, original))
     return {
         "largest": float(np.abs(images.astype(np.float64) - original).max()),
@@ -122,68 +123,27 @@ def differences(images: np.ndarray, original: np.ndarray) -> dict[str, float | i
 
 
 def compare(arms: dict[str, Arm], rounds: int) -> list[dict[str, Any]]:
-    """Times the arms in turn; the first is what the others are compared with."""
+    """Time the arms in turn; the first is what the others are compared with."""
     images = {name: run() for name, run in arms.items()}  # builds what is built once
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, run in arms.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    runs = {name: partial(timed, run, torch.device("cpu")) for name, run in arms.items()}
+    for name, value in interleave(runs, seconds=float("inf"), least=rounds, most=rounds):
+        seconds[name].append(value)
     first = next(iter(arms))
     records = []
     for name, own in seconds.items():
-        ratios = sorted(a / b for a, b in zip(seconds[first], own, strict=True))
+        median, ratios = quantiles(own)["median"], [a / b for a, b in zip(seconds[first], own, strict=True)]
+        spread = quantiles(ratios)
         records.append(
             {
                 "arm": name,
-                "median_s": statistics.median(own),
-                "times_as_fast": statistics.median(seconds[first]) / statistics.median(own),
-                "times_as_fast_p20": ratios[int(0.2 * (rounds - 1))],
-                "times_as_fast_p80": ratios[round(0.8 * (rounds - 1))],
+                "median_s": median,
+                "times_as_fast": spread["median"],
+                "times_as_fast_p20": spread["p20"],
+                "times_as_fast_p80": spread["p80"],
                 "images": differences(images[name], images[first]),
             }
         )
-    return records
-
-
-def whole_calls(network: str, batch: int, steps: int, rounds: int, dtypes: list[str]) -> list[dict[str, Any]]:
-    """The records of a network and batch size, as they are printed.
-
-    Raises:
-        Missing: the library is not installed.
-    """
-    arms = {"cifar10": cifar10, "lucidrains": lucidrains}[network](batch, steps, dtypes)
-    line = "{:<11} {:>5} {:<9} {:>9} {:>7} {:>13} {:>9} {:>8} {:>4}".format
-    print(line("network", "batch", "arm", "seconds", "ratio", "p20 - p80", "largest", "pixels", ">1"))
-    records = [{"network": network, "batch": batch, **record} for record in compare(arms, rounds)]
-    for record in records:
-        own = record["images"]
-        band = f"{record['times_as_fast_p20']:.2f} - {record['times_as_fast_p80']:.2f}"
-        share = f"{100 * own['pixels_differ'] / own['pixels']:.3f}%"
-        ratio = f"{record['times_as_fast']:.2f}"
-        print(
-            line(network, batch, record["arm"], f"{record['median_s']:.3f}", ratio, band,
-                 f"{own['largest']:.1e}", share, own["pixels_differ_by_more_than_1"]), flush=True,
-        )  # fmt: skip
-    return records
-
-
-def evaluations(batch: int, rounds: int, dtypes: list[str]) -> list[dict[str, Any]]:
-    """The records of "step", as they are printed: seconds of an evaluation, ratios and errors of all arms."""
-    records = measure(make_problem(STEP, torch.device("cpu")), batch, rounds, dtypes)
-    line = "{:<13} {:<9} {:>5} {:>9} {:>7} {:>13} {:>9} {:>9}".format
-    print(line("arm", "precision", "batch", "ms", "ratio", "p20 - p80", "error", "compile s"))
-    for record in records:
-        if record["status"] != "ok":
-            continue
-        ratio, compile_s = record["times_as_fast"], record["compile_s"]
-        print(
-            line(record["arm"], record["dtype"], batch, f"{1e3 * record['seconds']['median']:.1f}",
-                 f"{ratio['median']:.2f}" if ratio else "-",
-                 f"{ratio['p20']:.2f} - {ratio['p80']:.2f}" if ratio else "-",
-                 f"{record['error']['rms']:.1e}", "-" if compile_s is None else f"{compile_s:.1f}"), flush=True,
-        )  # fmt: skip
     return records
 
 
@@ -195,7 +155,7 @@ def _counts(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 1 where something was not measured, as for want of a library."""
+    """Run the command; return its exit code: 1 where something was not measured, as for want of a library."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     parser.add_argument("--networks", default=",".join(NETWORKS), help="what is measured (default: %(default)s)")
@@ -205,8 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step-rounds", type=int, default=15, help="of all arms of step (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--no-bfloat16", action="store_true", help="leave out what is only for information")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of step (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="tiny U-Nets, to try the code")
     options = parser.parse_args(arguments)
-    networks = options.networks.split(",")
+    networks, base = options.networks.split(","), "small" if options.small else "cifar10"
     if unknown := set(networks) - set(NETWORKS):
         parser.error(f"--networks is {options.networks}, has unknown {', '.join(sorted(unknown))}")
     if min(options.steps, options.rounds, options.step_rounds, options.threads or 1) < 1:
@@ -233,19 +195,25 @@ def main(arguments: list[str] | None = None) -> int:
     for network in networks:
         for batch in options.batch_sizes:
             if network == "step":
-                found = evaluations(batch, options.step_rounds, dtypes)
+                problem, chosen = make_problem(base, torch.device("cpu")), options.arms.split(",")
+                arms = {name: build for name, build in ARMS.items() if name in chosen}
+                found = measure(problem, batch, options.step_rounds, dtypes, arms)
                 about = {"rounds": options.step_rounds, "versions": versions(), "records": []}
                 content.setdefault("step", about)["records"] += found
                 missing |= any(record["status"] not in ("ok", "unavailable") for record in found)
             else:
                 try:
-                    content["records"] += whole_calls(network, batch, options.steps, options.rounds, dtypes)
+                    make = partial(cifar10 if network == "cifar10" else lucidrains, base)
+                    arms = make(batch, options.steps, dtypes)
+                    found = compare(arms, options.rounds)
+                    content["records"] += [{"network": network, "batch": batch, **record} for record in found]
                 except Missing as error:
                     print(f"{network}: {error}")
                     missing = True
                     break
             if options.out:
                 write_json(options.out, content)
+    print(report.table([content]).removeprefix(report.NOTHING).strip())
     return int(missing)
 
 

@@ -15,8 +15,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from importlib import metadata
@@ -27,15 +27,15 @@ import torch
 from fastddpm_kernels import backend as _backend
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.testing import FLOORS
-from gpu.arms import Missing, Unavailable
-from gpu.baselines import matches, plain_unet, predict
-from gpu.networks import Problem
-from measuring import peer, ratio
+from measuring import Missing, Unavailable, matches, peer
+from networks import Problem, plain_unet, predict
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import freeze
 from fastddpm.perf.profiling.timing import first_lines, interleave, quantiles, release
 
+# OpenVINO reports its import and use over the network, but not where the environment says that this is CI.
+os.environ.setdefault("CI", "true")
 T = 500
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,7 +85,7 @@ def _timesteps(x: Tensor) -> Tensor:
 
 
 def diffusers(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """The library's own module."""
+    """Return the library's own module."""
     peer("diffusers")
     t, best = _timesteps(x), dtype != torch.float32
     unet = plain_unet(problem, dtype, channels_last=best, fused=best)
@@ -95,7 +95,7 @@ def diffusers(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
 
 
 def compiled(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """That under torch.compile, with the fastest of `COMPILE_OPTIONS`."""
+    """Return it under torch.compile, with the fastest of `COMPILE_OPTIONS`."""
     peer("diffusers")
     if not any(map(shutil.which, ("g++", "clang++"))):
         raise Unavailable("torch.compile finds no C++ compiler")
@@ -127,30 +127,15 @@ def compiled(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     return Ready(runs[best], given, tried[best]["compile_s"], tried)
 
 
-@contextmanager
-def _untold() -> Iterator[None]:
-    """OpenVINO reports its import and use over the network, but not where the environment says that this is CI."""
-    before = os.environ.get("CI")
-    os.environ["CI"] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CI"]
-        else:
-            os.environ["CI"] = before
-
-
 def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """The module converted and compiled by OpenVINO, which reads and writes memory that stays where it is."""
+    """Return the module converted and compiled by OpenVINO, which reads and writes memory that stays in place."""
     peer("diffusers")
     peer("openvino")
-    with _untold():
-        import openvino as ov
+    import openvino as ov
 
     unet, t = _Output(plain_unet(problem, torch.float32, channels_last=False, fused=True)), _timesteps(x)
     start = time.perf_counter()
-    with _untold(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, of checks of shapes
         model = ov.convert_model(unet, example_input=(x, t), input=[tuple(x.shape), tuple(t.shape)])
     hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
@@ -173,7 +158,7 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
 
 
 def fastddpm(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """The frozen U-Net, as the sampling loop runs it."""
+    """Return the frozen U-Net, as the sampling loop runs it."""
     _backend.why_not("native", "cpu")  # builds the library, once for all, if it never was
     start = time.perf_counter()
     frozen = freeze(problem.unet, [T], dtype, CPU)
@@ -188,7 +173,7 @@ ARMS: dict[str, Build] = {"diffusers": diffusers, "torch.compile": compiled, "op
 
 
 def versions() -> dict[str, str]:
-    """Those of the libraries that are there."""
+    """Return the versions of the libraries that are installed."""
     found = {}
     for name in ("torch", "diffusers", "openvino"):
         with suppress(metadata.PackageNotFoundError):
@@ -197,7 +182,7 @@ def versions() -> dict[str, str]:
 
 
 def _seconds(call: Callable[[], object], calls: int = 1) -> float:
-    """Of a call. The first is not counted: threads of another library's runtime may still be spinning."""
+    """Return the seconds of a call, but the first: threads of another library's runtime may still be spinning."""
     call()
     start = time.perf_counter()
     for _ in range(calls):
@@ -210,11 +195,10 @@ def measure(
     problem: Problem,
     batch: int,
     rounds: int,
-    dtypes: Sequence[str] = tuple(DTYPES),
-    arms: dict[str, Build] | None = None,
-    say: Callable[[str], None] = print,
+    dtypes: Sequence[str],
+    arms: dict[str, Build],
 ) -> list[dict[str, Any]]:
-    """A record for every arm and dtype: its status ("ok", "missing", "unavailable", "wrong" or "failed") and figures.
+    """Return a record for every arm and dtype: "ok", "missing", "unavailable", "wrong" or "failed", and its figures.
 
     `seconds` (of an evaluation) and `times_as_fast` (as `BASELINE`, by rounds) are quantiles, `error` the relative one
     against float64 with its bounds, `reason` why there are none.
@@ -229,11 +213,11 @@ def measure(
     for dtype in dtypes:
         own = x.to(DTYPES[dtype], memory_format=torch.channels_last)
         eager = predict(plain_unet(problem, DTYPES[dtype], channels_last=True), own, _timesteps(x)).clone()
-        for arm, build in (ARMS if arms is None else arms).items():
+        for arm, build in arms.items():
             record: dict[str, Any] = {"network": problem.name, "batch": batch, "arm": arm, "dtype": dtype}
             records.append(record)
             run = _prepare(build, record, problem, x, (truth, eager))
-            say(f"{problem.name}, batch {batch}: {arm} {dtype} " + (record.get("reason") or "is ready"))
+            print(f"{problem.name}, batch {batch}: {arm} {dtype} " + (record.get("reason") or "is ready"), flush=True)
             if run is not None:
                 ready[arm, dtype] = run
     samples: dict[str, list[float]] = {" ".join(key): [] for key in ready}
@@ -245,7 +229,8 @@ def measure(
         if record["status"] == "ok":
             own_samples = samples[f"{record['arm']} {record['dtype']}"]
             record["seconds"] = quantiles(own_samples)
-            record["times_as_fast"] = None if against is None else ratio(own_samples, against)
+            rounds = None if against is None else zip(own_samples, against, strict=True)
+            record["times_as_fast"] = None if rounds is None else quantiles([b / a for a, b in rounds])
     ready.clear()
     runs.clear()
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
@@ -257,7 +242,7 @@ def measure(
 def _prepare(
     build: Build, record: dict[str, Any], problem: Problem, x: Tensor, results: tuple[Tensor, Tensor]
 ) -> Callable[[], float] | None:
-    """Builds an arm, checks it against (float64, eager torch), completes its record; returns what takes a sample."""
+    """Build an arm, check it against (float64, eager torch), complete its record; return what takes a sample."""
     dtype = DTYPES[record["dtype"]]
     try:
         ready = build(problem, x, dtype)

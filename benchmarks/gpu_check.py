@@ -1,48 +1,71 @@
-"""Tests, measures, profiles and tunes fastddpm on this machine's GPU, beside its peers, in at most nine minutes.
+"""Test, measure, profile and tune fastddpm on this machine's GPU, beside its peers, in at most nine minutes.
 
     python benchmarks/gpu_check.py                            # all sections; results in benchmarks/results/<gpu>.json
     python benchmarks/gpu_check.py --section ops profile      # some of them
     python benchmarks/gpu_check.py --skip tune                # all but some
-    python benchmarks/gpu_check.py --section tune --resume    # more of the table of tuned choices, <results>.tuned.json
     python benchmarks/gpu_check.py --resume                   # only what is not there yet, of the same sources
-    python benchmarks/gpu_check.py --section cifar10 --resume --compile-batch 1 8 64 256   # compile for more sizes
     python benchmarks/gpu_check.py --device cpu --small --out /tmp/x.json    # the same code on a tiny network
 
-fastddpm is installed, or PYTHONPATH names the repository and its folder `kernels`. What is not installed to compare
-with is recorded as missing. Before loops are timed, their kernels are compiled in many processes at once. The file is
-written after every arm, so that a run that is killed keeps what it measured;
-what there was no time for is recorded as not run. Figures of the CPU say nothing about a GPU.
+fastddpm is installed, or PYTHONPATH names the repository and its folder `kernels`. The sections `ops`, `cifar10` and
+`celeba256` are the benchmarks of `pytest --benchmark-only --bench-size full`; what is not installed to compare with is
+recorded as unavailable. Everything that runs a kernel does so in a process of its own. The file is written after every
+arm, so that a run that is killed keeps what it measured; what there was no time for is recorded as not run.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.util
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from gpu import loops, machine, ops, precompile, profiler, pytest_run, summary, tune
-from gpu.results import ROOT, Results, Section, commit_here, source_digest
-from gpu.timing import OutOfTime, split_time, time_limit
+from gpu import children, precompile, summary, tune
+from gpu.results import Record, Results, Section, commit_here, source_digest
+from measuring import ROOT
+from networks import make_problem
 
+from fastddpm import save_pretrained
+from fastddpm.common.files import read_json
 from fastddpm.perf.profiling import ceilings
 from fastddpm.perf.profiling.timing import first_lines, release
 
-# Section -> its share of the time; what one leaves over goes to those after it. `tune` is the last, because it runs
-# what nobody has run before: should a kernel bring the device down, nothing else is lost.
-SHARES = {"machine": 20, "tests": 50, "ops": 80, "cifar10": 220, "celeba256": 60, "profile": 35, "tune": 55}
-BUDGET_S = 520
-PRECOMPILE_S = 75  # at most, of the whole
+# Section -> its share of the time; what one leaves over goes to those after it. Tests are the first and have time to
+# end: nothing else counts if they fail. `tune` is the last, because it runs what nobody has run before.
+SHARES = {"tests": 155, "machine": 15, "ops": 75, "cifar10": 145, "celeba256": 35, "profile": 40, "tune": 55}
+TESTS_S = 150  # at least
+BUDGET_S = 530
+PRECOMPILE_S = 45  # at most, before loops are timed
+TESTS = {
+    "marked gpu": ["-m", "gpu", "tests"],
+    "kernels": ["-m", "not gpu and not slow", "tests/kernels", "--ignore=tests/kernels/test_aot.py"],
+}
+OPS = ("reverse_step", "q_sample", "group_norm_silu", "pointwise_conv", "residual_add")
+NETWORKS = ["benchmarks/test_loop.py", "benchmarks/test_unet_step.py"]
+BENCHMARKS = {
+    "ops": [*(f"benchmarks/test_{op}.py" for op in OPS), "-k", "not reference"],
+    "cifar10": [*NETWORKS, "-k", "cifar10 and not reference"],
+    "celeba256": [*NETWORKS, "-k", "celeba256 and not reference"],
+}
+# On a CPU these say nothing of a GPU: a few, to try the code.
+SMALL_TESTS = {"a few": ["tests/process/test_schedule.py"]}
+SMALL_BENCHMARKS = {
+    "ops": ["benchmarks/test_residual_add.py"],
+    "cifar10": ["benchmarks/test_loop.py", "-k", "ddim and (fused or DDPMPipeline or eager)"],
+    "celeba256": ["benchmarks/test_unet_step.py", "-k", "small and (fused or eager)"],
+}
+MACHINE = ("device", "hardware", "state", "versions", "commit")  # of a benchmark's figures; the file's head has them
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the command line asks for; returns the exit status: 0, or 2 for bad arguments."""
+    """Run what the command line asks for; return the exit status: 0, or 2 for bad arguments."""
     options = _parse(arguments)
     started = time.monotonic()
     try:
@@ -65,63 +88,172 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(out, identity, options.resume, {"commit": commit, "dirty": dirty})
     if results.dropped:
         print(f"gpu_check: nothing of {out} is kept: {results.dropped}")
-    torch.manual_seed(0)
-    compiled = tuple(options.compile_batch)
-
-    def finished(section: str) -> bool:
-        if section in loops.PLANS:
-            return loops.finished(results, section, options.small, compiled)
-        return results.finished(section)
-
-    wanted = [s for s in SHARES if s in options.section and s not in options.skip]
-    weights = {s: float(SHARES[s]) for s in wanted if not finished(s)}
-    print(f"gpu_check: {name}, sections: {', '.join(weights) or 'none left to run'}; at most {options.budget:.0f} s")
-    plans = [loops.PLANS[section] for section in weights if section in loops.PLANS]
-    if plans and device.type == "cuda" and not options.small:
-        missed = ", ".join(precompile.run(plans, min(PRECOMPILE_S, options.budget / 5))) or "none"
-        print(f"gpu_check: {time.monotonic() - started:.0f} s for compiling kernels; not done: {missed}", flush=True)
-    while weights:
-        section = next(iter(weights))
-        seconds = split_time(options.budget - (time.monotonic() - started), weights)[section]
-        weights.pop(section)
-        run_section(results, section, seconds, device, options.small, compiled)
+    wanted = [s for s in SHARES if s in options.section and s not in options.skip and not results.finished(s)]
+    print(f"gpu_check: {name}, sections: {', '.join(wanted) or 'none left to run'}; at most {options.budget:.0f} s")
+    compile_for = not options.small and device.type == "cuda"
+    for index, section in enumerate(wanted):
+        left = options.budget - (time.monotonic() - started)
+        if compile_for and section in ("cifar10", "celeba256"):
+            compile_for = False
+            missed = children.side_by_side(
+                [["-m", "gpu.precompile", *job] for job in precompile.JOBS], min(PRECOMPILE_S, left / 5),
+                max(1, min(14, (os.cpu_count() or 1) - 2)),
+            )  # fmt: skip
+            print(f"gpu_check: kernels compiled beforehand; not done: {', '.join(missed) or 'none'}", flush=True)
+            left = options.budget - (time.monotonic() - started)
+        share = left * SHARES[section] / sum(SHARES[s] for s in wanted[index:])
+        share = min(max(share, TESTS_S), left) if section == "tests" else share
+        run_section(Section(results, section, share), device, options.small)
     results.save()
     summary.show(results.content)
     print(f"gpu_check: {time.monotonic() - started:.0f} s; results in {out}")
     return 0
 
 
-def run_section(
-    results: Results, name: str, seconds: float, device: torch.device, small: bool, compile_batches: tuple[int, ...]
-) -> None:
-    """Runs one section. Its failure is recorded and does not reach the others."""
-    if seconds < 3:
-        results.sections.setdefault(name, {"status": "not run", "reason": "not run: out of time", "records": []})
-        results.save()
-        return
-    section = Section(results, name, seconds)
-    print(f"gpu_check: {name} (at most {seconds:.0f} s)", flush=True)
+def run_section(section: Section, device: torch.device, small: bool) -> None:
+    """Run one section. Its failure is recorded and does not reach the others."""
+    print(f"gpu_check: {section.name} (at most {section.left():.0f} s)", flush=True)
     try:
-        with time_limit(seconds * 1.5 + 20):  # against a hang; arms watch their time themselves
-            if name == "machine":
-                machine.run(section, device, small)
-            elif name == "tests":
-                pytest_run.run(section, device, small)
-            elif name == "ops":
-                ops.run(section, device, small)
-            elif name == "profile":
-                profiler.run(section, device, small)
-            elif name == "tune":
-                tune.run(section, device, small)
-            else:
-                loops.run(section, device, small, compile_batches)
-    except OutOfTime as error:
-        section.close("partial", reason=f"stopped after {error}: out of time")
+        if section.left() < 3:
+            section.close("not run", reason="out of time")
+        elif section.name == "tests":
+            run_tests(section, SMALL_TESTS if small else TESTS)
+        elif section.name == "machine":
+            measure_machine(section, device, small)
+        elif section.name == "profile":
+            run_profile(section, device, small)
+        elif section.name == "tune":
+            tune.run(section, device, small)
+        else:
+            size = "small" if small else "full"
+            run_benchmarks(section, [*(SMALL_BENCHMARKS if small else BENCHMARKS)[section.name], "--bench-size", size])
     except Exception as error:
-        section.close("failed", error=first_lines(error))
-        print(f"gpu_check: {name} failed: {first_lines(error, 1)}", flush=True)
-    with contextlib.suppress(RuntimeError):  # a device that is lost gives nothing back
+        section.close("failed", reason=first_lines(error))
+    try:
         release(device)
+    except RuntimeError as error:  # a device that is lost gives nothing back
+        print(f"gpu_check: after {section.name}: {first_lines(error, 1)}", flush=True)
+
+
+def run_tests(section: Section, runs: dict[str, list[str]]) -> None:
+    """Record of each run of pytest how many tests passed, failed and were skipped, and the errors of the failed."""
+    workers = min(12, (os.cpu_count() or 1) - 2)
+    # A file that needs what is not installed is one failure, and no reason to run none of the others.
+    more = ["--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None and workers > 1:
+        more += ["-n", str(workers)]  # compiling kernels keeps the processors busy, not the GPU
+    for index, (name, arguments) in enumerate(runs.items()):
+        if section.has(name):
+            continue
+        lines: dict[tuple[str, str], dict[str, Any]] = {}  # workers repeat each other
+
+        def heard(line: dict[str, Any], lines: dict[Any, Any] = lines) -> bool:
+            lines[line["test"], line["outcome"]] = line
+            return True
+
+        # The first run takes what it needs; what it leaves is the others'.
+        seconds = section.left() * (0.75 if index + 1 < len(runs) else 1.0)
+        code, _, tail = children.run_pytest([*arguments, *more], seconds, heard)
+        counts = {kind: sum(o == kind for _, o in lines) for kind in ("passed", "failed", "skipped")}
+        failures = [
+            {"test": test, "error": first_lines(line.get("error", ""))}
+            for (test, outcome), line in lines.items()
+            if outcome == "failed"
+        ]
+        record: Record = {"group": name, "arm": "pytest", "status": "ok", **counts, "failures": failures[:50]}
+        if code is None:
+            record |= {"status": "not run", "reason": f"out of time after {seconds:.0f} s: {counts}"}
+        elif code:
+            named = [f"{failure['test']}: {failure['error']}" for failure in failures[:10]]
+            record |= {"status": "failed", "reason": f"{counts}\n" + "\n".join(named or tail)}
+        section.add(record)
+    section.close()
+
+
+def run_benchmarks(section: Section, arguments: list[str]) -> None:
+    """Record every benchmark as it ends. One that brings its process down is recorded so, and the others go on."""
+    known = {record["test"] for record in section.data["records"]}
+
+    def heard(line: dict[str, Any]) -> bool:
+        known.add(line["test"])
+        section.add(record_of(line))
+        return "CUDA error" not in line.get("error", "")  # after which the process can do nothing more
+
+    while section.left() > 5:
+        deselected = [word for test in sorted(known) for word in ("--deselect", test)]
+        command = ["--benchmark-only", *arguments, *deselected]
+        code, running, tail = children.run_pytest(command, section.left(), heard)
+        late = section.left() < 1
+        if running is not None:  # when the process ended or was killed
+            known.add(running)
+            status, reason = ("not run", "out of time") if late else ("failed", f"its process ended with {code}")
+            section.add({"group": running, "arm": "pytest", "test": running, "status": status, "reason": reason})
+        elif code in (0, 1, 5):  # all passed; some failed; none was left
+            return section.close()
+        elif code is not None:  # pytest itself failed
+            return section.close("failed", reason="\n".join(tail))
+    section.close("partial", reason="out of time")
+
+
+def record_of(line: dict[str, Any]) -> Record:
+    """Return the record of a line that `outcome_log` wrote of a benchmark."""
+    info = dict(line.get("benchmark", {}))
+    record: Record = {"group": info.pop("group", line["test"]), "arm": info.pop("arm", "pytest"), "test": line["test"]}
+    if line["outcome"] == "passed" and "seconds" in info:
+        seconds = info.pop("seconds")
+        times = {name: value * (1 if name == "samples" else 1e6) for name, value in seconds.items()}
+        about = {name: value for name, value in info.items() if name not in MACHINE}
+        return {**record, "status": "ok", "us_per_step": times, **about}
+    status = "unavailable" if line["outcome"] == "skipped" else "failed"
+    return {**record, "status": status, "reason": first_lines(line.get("error", ""))}
+
+
+def measure_machine(section: Section, device: torch.device, small: bool) -> None:
+    """Measure the ceilings: `matmul_tflops`, `copy_gb_s`, latencies in microseconds."""
+    section.set(versions=ceilings.versions(), **ceilings.hardware(device), state=ceilings.state(device))
+    section.set(copy_gb_s=ceilings.copy_bandwidth(device, 2**24 if small else 2**32))
+    rates = {}
+    for name in ceilings.MATMULS:
+        sizes = (256, 384) if small else (4096, 8192) if name == "fp32" else (4096, 8192, 12288)
+        rates[name] = ceilings.matmul(device, name, sizes, rounds=3 if small else 8)
+    section.set(matmul_tflops=rates)
+    if device.type == "cuda":
+        section.set(latency=ceilings.latencies(device))
+    section.close()
+
+
+def run_profile(section: Section, device: torch.device, small: bool) -> None:
+    """Record what `fastddpm profile` finds of the CIFAR-10 architecture: idle share, floor, causes, per batch size."""
+    problem = make_problem("small" if small else "cifar10", torch.device("cpu"))
+    batches = ["1", "2"] if small else ["1", "64", "256"]
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(f"{folder}/model", problem.unet, problem.schedule, variance_type="fixed_large")
+        command = ["-m", "fastddpm", "profile", f"{folder}/model", "--device", str(device), "--quick"]
+        command += ["--dtype", "float32" if small else "float16", "--steps", "20" if small else "1000"]
+        command += [
+            "--budget",
+            f"{max(section.left() - 8, 5):.0f}",
+            "--json",
+            f"{folder}/out.json",
+            "--batch",
+            *batches,
+        ]
+        wrong = children.run(command, section.left() + 5)
+        content = {} if wrong else read_json(Path(folder, "out.json"))
+    for found in content.get("batches", []):
+        record: Record = {"group": f"batch {found['batch']}", "arm": "fused", "batch": found["batch"]}
+        if found["status"] != "ok":
+            reason = found.get("error") or found.get("reason")
+            section.add({**record, "status": found["status"], "reason": reason})
+            continue
+        kernels = found["kernels"]
+        section.add({
+            **record, "status": "ok", "us_per_step": found["us_per_step"], "floor": found["floor"],
+            "idle_share": kernels.get("idle_share"), "kernels_per_step": kernels.get("kernels_per_step"),
+            "graph": found["graph"],
+            "causes": [f"{cause['us']:.0f} us: {cause['what']}" for cause in found["causes"][:3]],
+        })  # fmt: skip
+    section.close("failed" if wrong else None, **({"reason": wrong} if wrong else {}))
 
 
 def _parse(arguments: list[str] | None) -> Any:
@@ -133,9 +265,6 @@ def _parse(arguments: list[str] | None) -> Any:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help=f"seconds in all, {BUDGET_S} by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--small", action="store_true", help="a tiny network and few steps, to try the code")
-    parser.add_argument(
-        "--compile-batch", type=int, nargs="*", default=[8, 256], help="batch sizes to compile for (minutes each)"
-    )
     parser.add_argument("--commit", help="which commit this is, where git cannot tell")
     options = parser.parse_args(arguments)
     if options.budget <= 0:

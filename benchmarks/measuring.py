@@ -1,8 +1,6 @@
-"""How every benchmark measures: an arm is built and checked before it is timed, and the arms of a group take turns.
+"""What a benchmark measures: arms, each checked before it is timed, and the figures that follow from its times.
 
-pytest-benchmark keeps and prints the figures. It reads `CLOCK`, which stands still but for what is played to it: the
-samples that `Session` took, by CUDA events on a GPU, of all arms of a group in turn. So a ratio between arms is one of
-the same minutes, and a row of the table is the device's time, not that of asking for it.
+`conftest.py` times them by pytest-benchmark; on a GPU `triton.testing.do_bench` times the device alone besides.
 """
 
 from __future__ import annotations
@@ -12,25 +10,26 @@ import importlib.util
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from fastddpm_kernels.backend import why_not
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.testing import FLOORS, assert_close, errors
-from gpu.arms import Missing, Unavailable
-from gpu.op_cases import Case, Tensors
 from torch import Tensor
 
 from fastddpm.perf.profiling import ceilings
-from fastddpm.perf.profiling.timing import capture, interleave, quantiles, release, synchronize, timed
+from fastddpm.perf.profiling.timing import capture, quantiles
 
+ROOT = Path(__file__).parents[1]
 ARMS = ("fused", "eager", "compiled", "reference")
 PEERS = ("diffusers", "denoising_diffusion_pytorch")
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MOST_SETS = 64  # of inputs, however small they are
+LARGE = 32 * 2**20  # bytes; with fewer a call is over before a GPU has its memory busy
 # What torch.compile is given for whole networks: the best of its settings that fit into a session's minutes.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "cuda": {"options": {"max_autotune": True, "freezing": True, "conv_1x1_as_mm": True, "triton.cudagraphs": False}},
@@ -39,23 +38,12 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
 
 
-class Clock:
-    """A clock for pytest-benchmark that only moves by what is played to it, in seconds."""
-
-    __name__ = "samples of benchmarks/measuring.py"
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def __call__(self) -> float:
-        return self._now
-
-    def play(self, seconds: float) -> None:
-        """Lets `seconds` pass."""
-        self._now += seconds
+class Missing(Exception):
+    """The library that an arm compares with is not installed."""
 
 
-CLOCK = Clock()
+class Unavailable(Exception):
+    """An arm does not exist on this device or in this version."""
 
 
 @dataclass
@@ -70,7 +58,7 @@ class Candidate:
         flops: of a step's matrix products and convolutions, two to a multiplication and addition.
         precision: which of `ceilings.MATMULS` its products are held against.
         settings: what a reader must know to repeat it.
-        graph: on a GPU, all calls are replayed from one CUDA graph, without the gaps of launching.
+        graph: on a GPU, replay all calls from one CUDA graph, without the gaps of launching.
         device: where it runs, if not on the session's device.
     """
 
@@ -85,35 +73,18 @@ class Candidate:
     device: torch.device | None = None
 
 
-Build = Callable[[str], Candidate]
-
-
-@dataclass
-class Outcome:
-    """What came of an arm: samples in seconds per step, with what is said of them, or why there are none.
-
-    `cpu`: on a CPU, the same of all threads' time on it, which what else the machine does hardly changes.
-    """
-
-    samples: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
-    error: Exception | None = None
-
-
 class Session:
-    """The benchmarks of one run of pytest: the device, its ceilings, and the groups that have been measured.
+    """The benchmarks of one run of pytest.
 
     Args:
         device: what is timed.
         size: "small" or "full".
-        timed: False for a smoke test: every arm is built and checked, and called once.
+        timed: False for a smoke test: every arm is built, checked and called once.
         commit: of the sources, and whether they have been changed since.
     """
 
     def __init__(self, device: torch.device, size: str, timed: bool, commit: dict[str, Any]) -> None:
         self.device, self.size, self.timed, self.commit = device, size, timed, commit
-        self._groups: dict[str, dict[str, Outcome]] = {}
         self._tflops: dict[str, float] = {}
 
     @functools.cached_property
@@ -134,129 +105,67 @@ class Session:
         return float(ceilings.copy_rate(self.device, size, seconds=2.0)["best"])
 
     def matmul_tflops(self, precision: str) -> float:
-        """The ceiling of products in a precision, measured once."""
+        """Return the ceiling of products in a precision, measured once."""
         if precision not in self._tflops:
             sizes = ceilings.MATMUL_SIZES.get(self.device.type, ceilings.MATMUL_SIZES["cpu"])[:2]
             self._tflops[precision] = float(ceilings.matmul_rate(self.device, precision, sizes, seconds=2.0)["best"])
         return self._tflops[precision]
 
     def sets(self, size: int) -> int:
-        """How many sets of inputs of `size` bytes are more than the second-level cache holds, four times over."""
-        if not self.timed:
-            return 1
-        return min(max(2, math.ceil(4 * second_level_cache(self.device) / max(size, 1))), MOST_SETS)
+        """Return how many sets of inputs of `size` bytes are more than the cache holds, four times over."""
+        return (
+            min(max(2, math.ceil(4 * second_level_cache(self.device) / max(size, 1))), MOST_SETS) if self.timed else 1
+        )
 
-    def outcome(
-        self, group: str, arm: str, arms: Sequence[str], build: Build, *, seconds: float, least: int, most: int
-    ) -> Outcome:
-        """What came of `arm`; all `arms` of the group are measured when the first is asked for.
-
-        Args:
-            group: its name, unique in the session.
-            seconds: of timing, about, for each arm.
-            least, most: rounds.
-        """
-        if group not in self._groups:
-            self._groups[group] = self._measure(arms, build, seconds * len(arms), least, most)
-        return self._groups[group][arm]
-
-    def _measure(self, arms: Sequence[str], build: Build, seconds: float, least: int, most: int) -> dict[str, Outcome]:
-        outcomes = {arm: Outcome() for arm in arms}
-        ready: dict[str, Callable[[], float]] = {}
-        for arm in arms:
-            try:
-                ready[arm] = self._prepare(arm, build, outcomes[arm])
-            except Exception as error:  # it is the arm's own, and raised by its test
-                outcomes[arm].error = error
-        # Time for the least number of rounds, as long as they take.
-        round_s = sum(outcomes[arm].info["warmup_s"] for arm in ready)
-        for arm, value in interleave(ready, seconds=max(seconds, least * round_s), least=least, most=most):
-            outcomes[arm].samples.append(value)
-        for arm in [arm for arm in ready if not outcomes[arm].samples]:
-            outcomes[arm].error = Unavailable("not run: out of time")
-            del ready[arm]
-        for arm in ready:
-            self._rate(outcomes[arm])
-            ours, others = outcomes[arm], {other: outcomes[other] for other in ready if other != arm}
-            ours.info["times_as_fast_as"] = {other: ratio(ours.samples, o.samples) for other, o in others.items()}
-            if ours.cpu:
-                ours.info["cpu_seconds"] = quantiles(ours.cpu)
-                ours.info["times_less_cpu_than"] = {o: ratio(ours.cpu, v.cpu) for o, v in others.items() if v.cpu}
-        ready.clear()
-        release(self.device)
-        return outcomes
-
-    def _prepare(self, arm: str, build: Build, outcome: Outcome) -> Callable[[], float]:
-        """Builds an arm, checks it and warms it up; returns what takes one sample. Each part's seconds are kept."""
-        torch.manual_seed(0)
-        marks = [time.perf_counter()]
-        candidate = build(arm)
+    def ready(self, candidate: Candidate) -> Callable[[], object]:
+        """Return a function that runs all calls; it does not wait for the device."""
         device = candidate.device or self.device
-        synchronize(device)
-        marks.append(time.perf_counter())
-        (candidate.calls[0] if candidate.check is None else candidate.check)()
-        synchronize(device)
-        marks.append(time.perf_counter())
-        run = self._all(candidate)
-        run()
-        synchronize(device)
-        marks.append(time.perf_counter())
-        names = ("build_s", "first_call_s", "warmup_s")  # the first call, compared, compiles what has to be
-        outcome.info |= {name: round(b - a, 4) for name, a, b in zip(names, marks, marks[1:], strict=False)}
-        outcome.info |= {
+        if candidate.graph and device.type == "cuda":
+            return capture(candidate.calls, device)
+        return functools.partial(_in_turn, candidate.calls)
+
+    def figures(self, candidate: Candidate, seconds: Sequence[float]) -> dict[str, Any]:
+        """Return the times of a step, rates and shares of a roof that follow from the `seconds` of all calls."""
+        steps = len(candidate.calls) * candidate.steps
+        times = quantiles([value / steps for value in seconds])
+        info: dict[str, Any] = {
+            "seconds": times,
             "bytes": candidate.bytes,
             "flops": candidate.flops,
             "precision": candidate.precision,
             "settings": candidate.settings,
-            "calls_per_sample": len(candidate.calls),
-            "steps_per_call": candidate.steps,
+            "calls": len(candidate.calls),
+            "steps": candidate.steps,
+            "large": candidate.bytes >= LARGE,
         }
-        steps = len(candidate.calls) * candidate.steps
-
-        def sample() -> float:
-            before = time.process_time()
-            seconds = timed(run, device)
-            if device.type == "cpu":
-                outcome.cpu.append((time.process_time() - before) / steps)
-            return seconds / steps
-
-        return sample
-
-    def _all(self, candidate: Candidate) -> Callable[[], object]:
-        if candidate.graph:
-            return capture(candidate.calls, candidate.device or self.device)
-
-        def run() -> None:
-            for call in candidate.calls:
-                call()
-
-        return run
-
-    def _rate(self, outcome: Outcome) -> None:
-        """Adds the rates that follow from the median, and their share of the ceiling that is nearer."""
-        info, times = outcome.info, quantiles(outcome.samples)
-        info["seconds"] = times
-        median = float(times["median"])
-        floors = {}
-        if info["bytes"]:
-            info |= {"gb_per_s": info["bytes"] / median / 1e9, "copy_gb_s": self.copy_gb_s}
-            floors["copy"] = info["bytes"] / self.copy_gb_s / 1e9
-        if info["flops"]:
-            peak = self.matmul_tflops(info["precision"])
-            info |= {"tflops": info["flops"] / median / 1e12, "matmul_tflops": peak}
-            floors["matmul"] = info["flops"] / peak / 1e12
+        median, floors = float(times["median"]), {}
+        if candidate.bytes:
+            info |= {"gb_per_s": candidate.bytes / median / 1e9, "copy_gb_s": self.copy_gb_s}
+            floors["copy"] = candidate.bytes / self.copy_gb_s / 1e9
+        if candidate.flops:
+            peak = self.matmul_tflops(candidate.precision)
+            info |= {"tflops": candidate.flops / median / 1e12, "matmul_tflops": peak}
+            floors["matmul"] = candidate.flops / peak / 1e12
         if floors:
             nearer = max(floors, key=lambda name: floors[name])
             info |= {"roof": nearer, "percent_of_roof": 100 * floors[nearer] / median}
+        return info
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | int]:
-    """Quantiles of how many times our seconds theirs are, by rounds in which both ran."""
-    return quantiles([b / a for a, b in zip(ours, theirs, strict=False)])
+def _in_turn(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
+def device_seconds(run: Callable[[], object]) -> list[float]:
+    """Return samples of the GPU's own time for `run`, by triton's do_bench, which flushes the L2 before each."""
+    from triton.testing import do_bench
+
+    return [value / 1e3 for value in do_bench(run, rep=150, return_mode="all")]
 
 
 def second_level_cache(device: torch.device) -> int:
-    """Bytes of a GPU's L2, or of a core's where the system tells, else a megabyte."""
+    """Return the bytes of a GPU's L2, or of a core's where the system tells, else a megabyte."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     try:
@@ -265,44 +174,13 @@ def second_level_cache(device: torch.device) -> int:
         return 2**20
 
 
-def case_candidate(session: Session, arm: str, case: Case) -> Candidate:
-    """An arm of `ARMS` of one of `gpu.op_cases`, which holds what is right for it.
-
-    Raises:
-        Unavailable: there is no such arm here.
-    """
-    settings: dict[str, Any] = {}
-    if arm == "fused":
-        settings["backend"] = fused_backend(case.op + "_", session.device, case.dtype)
-        run: Callable[[Tensors], Any] = functools.partial(case.run, backend=settings["backend"])
-    elif arm == "reference":
-        run = case.truth
-    else:
-        run = case.eager
-        if arm == "compiled":
-            run, settings = compiled(session, case.eager)
-
-    def call(tensors: Tensors) -> Any:
-        with torch.no_grad():
-            return run(tensors)
-
-    def check() -> None:
-        tensors = case.make()
-        own, exact, eager = ({name: t.clone() for name, t in tensors.items()} for _ in range(3))
-        with torch.no_grad():
-            results = zip(call(own), case.truth(exact), case.run(eager, "eager"), strict=True)
-            for index, (got, expected, granted) in enumerate(results):
-                assert_close(got, expected, eager=granted, dtype=case.dtype, name=f"{case.op}, result {index}")
-
-    calls = [functools.partial(call, case.make()) for _ in range(session.sets(case.bytes))]
-    precision = {torch.float16: "fp16", torch.float32: "fp32"}[case.dtype]
-    return Candidate(
-        calls, check, bytes=case.bytes, flops=case.flops, precision=precision, settings=settings, graph=True
-    )
+def image(device: torch.device, dtype: torch.dtype, n: int, c: int, side: int) -> Tensor:
+    """Return a random [n, c, side, side], channels-last."""
+    return torch.randn(n, side, side, c, device=device).to(dtype).permute(0, 3, 1, 2)
 
 
 def fused_backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of the fused kernels of an op.
+    """Return the backend of the fused kernels of an op.
 
     Raises:
         Unavailable: there are none here. Triton's interpreter does not count: its speed says nothing.
@@ -317,7 +195,7 @@ def fused_backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
 def compiled(
     session: Session, function: Callable[..., Any], **options: Any
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """`function` under torch.compile without graph breaks, and its settings.
+    """Return `function` under torch.compile without graph breaks, and its settings.
 
     A smoke test only traces it (backend "aot_eager"): compiling takes longer than all that is tested.
 
@@ -333,18 +211,79 @@ def compiled(
 
 
 def compiled_network(session: Session, network: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A whole network under torch.compile, with its best settings.
+    """Return a whole network, or a step with it, under torch.compile, and the settings: its best.
 
     Raises:
         Unavailable: in a smoke test, or without a compiler.
     """
     if not session.timed:
-        raise Unavailable("networks are compiled with --benchmark-only alone; tests/sampling/test_counts.py traces one")
+        raise Unavailable("networks are compiled with --benchmark-only alone; tests/sampling traces one")
     return compiled(session, network, **COMPILE_OPTIONS[session.device.type])
 
 
+def op_candidate(
+    session: Session,
+    arm: str,
+    op: str,
+    dtype: torch.dtype,
+    make: Callable[[], dict[str, Tensor]],
+    run: Callable[[dict[str, Tensor], str], Tensor],
+    plain: Callable[[dict[str, Tensor]], Tensor],
+    *,
+    size: int,
+    flops: int = 0,
+) -> Candidate:
+    """Return an arm of `ARMS` of an op that writes into a tensor that it is given.
+
+    Args:
+        make: fresh random tensors for one call, in `dtype`.
+        run: the op with a backend; returns what it wrote.
+        plain: the same in idiomatic torch.
+        size: bytes of a call.
+        flops: of a call.
+
+    Raises:
+        Unavailable: there is no such arm here.
+    """
+    settings: dict[str, Any] = {}
+    if arm == "fused":
+        settings["backend"] = fused_backend(op, session.device, dtype)
+        function: Callable[..., Tensor] = functools.partial(run, backend=settings["backend"])
+    elif arm == "reference":
+        function = functools.partial(in_float64, run)
+    else:
+        function, settings = (plain, {}) if arm == "eager" else compiled(session, plain)
+
+    def call(tensors: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return function(tensors)
+
+    def check() -> None:
+        tensors = make()
+        own, eager = ({name: t.clone() for name, t in tensors.items()} for _ in range(2))
+        assert_close(call(own), in_float64(run, tensors), eager=run(eager, "eager"), dtype=dtype, name=op)
+
+    calls = [functools.partial(call, make()) for _ in range(session.sets(size))]
+    return Candidate(calls, check, 1, size, flops, PRECISIONS[dtype], settings, graph=True)
+
+
+def in_float64(run: Callable[[dict[str, Tensor], str], Tensor], tensors: dict[str, Tensor]) -> Tensor:
+    """Return what `run` computes by its specification."""
+    return run({name: t.double() for name, t in tensors.items()}, "reference")
+
+
+def matches(
+    got: Tensor, truth: Tensor, eager: Tensor, floor: tuple[float, float], factor: float = 2.0
+) -> dict[str, Any]:
+    """Return how far `got` is from `truth`, and whether within a dtype's floor or `factor` times what eager loses."""
+    ours, theirs = errors(got, truth), errors(eager, truth)
+    bounds = [max(f, factor * e) for f, e in zip(floor, theirs, strict=True)]
+    ok = ours[0] <= bounds[0] and ours[1] <= bounds[1]
+    return {"rms": ours[0], "max": ours[1], "bound_rms": bounds[0], "bound_max": bounds[1], "ok": ok}
+
+
 def assert_network_close(actual: Tensor, expected: Tensor, eager: Tensor, dtype: torch.dtype, backend: str) -> None:
-    """Asserts that what networks computed in `dtype` is as near to the truth as eager torch's, times two.
+    """Assert that what networks computed in `dtype` is as near to the truth as eager torch's, times two.
 
     `backend` "native" is granted, above that, what Winograd's convolutions lose (`conv.error_factor`).
     """
@@ -355,7 +294,7 @@ def assert_network_close(actual: Tensor, expected: Tensor, eager: Tensor, dtype:
 
 
 def assert_same_as_peer(actual: Tensor, expected: Tensor, name: str) -> None:
-    """Asserts that a peer's `actual` is our float64 result `expected`, to four times the floor of its dtype.
+    """Assert that a peer's `actual` is our float64 result `expected`, to four times the floor of its dtype.
 
     Peers multiply a thousand factors in float32 to have their coefficients: that alone loses up to 1e-6.
     """
@@ -364,7 +303,7 @@ def assert_same_as_peer(actual: Tensor, expected: Tensor, name: str) -> None:
 
 
 def peer(name: str) -> None:
-    """Makes sure that a library is there to compare with.
+    """Make sure that a library is there to compare with.
 
     Raises:
         Missing: it is not installed.

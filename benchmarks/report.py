@@ -1,12 +1,11 @@
-"""Result files as Markdown: the README's tables and plots of speed, and two files held against each other.
+"""Result files as Markdown: the README's table, docs/speed.md with plots, and two files held against each other.
 
-    python benchmarks/report.py                        # between the two marker comments of README.md; plots beside
-    python benchmarks/report.py --check                # exit status 1 if the README says anything else
+    python benchmarks/report.py                        # between the two marker comments of both files; plots beside
+    python benchmarks/report.py --check                # exit status 1 if they say anything else
     python benchmarks/report.py --compare OLD NEW      # a table of ratios and their noise, to standard output
 
-The README's figures are read from `benchmarks/results/`: <gpu>.json of a whole run of `gpu_check.py` on a GPU, and
-cpu.json of `cpu_check.py`. What was not measured is a dash. `--compare` takes those and what `fastddpm profile`
-writes.
+The figures are read from `benchmarks/results/`: <gpu>.json of a whole run of `gpu_check.py` on a GPU, and cpu.json of
+`cpu_check.py`. What was not measured is a dash. `--compare` takes those and what `fastddpm profile` writes.
 """
 
 from __future__ import annotations
@@ -17,14 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpu.marks import MAIN, Mark, judge, median, records
-from gpu.results import ROOT, SCHEMA
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu.marks import MAIN, Mark, judge
+from gpu.results import median, records
+from measuring import ROOT
 
 from fastddpm.common.files import atomic_write, read_json
 from fastddpm.perf.profiling import compare, plots
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-CPU_SCHEMA = compare.CPU_SCHEMA
+CPU_SCHEMA, GPU_SCHEMA = compare.CPU_SCHEMA, compare.GPU_SCHEMA
 NOTHING = "Speed has not been measured on a GPU yet."
 NETWORKS = {"cifar10": "google/ddpm-cifar10-32", "celeba256": "google/ddpm-celebahq-256"}
 CPU_NETWORKS = {
@@ -32,18 +34,19 @@ CPU_NETWORKS = {
     "lucidrains": "denoising_diffusion_pytorch's `GaussianDiffusion`, default `Unet`, 32x32",
 }
 STEPS = 1000  # of an image, in images per second
-# Arms of the plots, and their names there; each is interleaved with ours in its own group.
+# Arms of the plots, and their names there.
 PLOTTED = {
     MAIN: "fastddpm, float16",
-    "eager fp16 channels-last": "eager torch, float16",
+    "eager": "eager torch, float16",
     "DDPMPipeline": "diffusers' DDPMPipeline as it is",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes, checks or compares; returns the exit status: 0, 1 if a check fails, 2 for files that do not fit."""
+    """Write, check or compare; return the exit status: 0, 1 if a check fails, 2 for files that do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file that holds the markers")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="takes the short table")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "speed.md", help="takes all tables")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of results")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="write nothing, and fail if something would be written")
@@ -54,41 +57,43 @@ def main(arguments: list[str] | None = None) -> int:
             old, new = (read_json(path) for path in options.compare)
             print(compare.markdown(old, new, (options.compare[0].stem, options.compare[1].stem)))
             return 0
-        return _render(options.readme, options.results, options.check)
+        return _render(options.readme, options.page, options.results, options.check)
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
 
 
-def _render(readme: Path, folder: Path, check: bool) -> int:
+def _render(readme: Path, page: Path, folder: Path, check: bool) -> int:
     results = load(folder)
-    old = readme.read_text(encoding="utf-8")
-    new = replaced(old, table(results, folder.resolve(), readme.resolve().parent))
-    gpus = [content for content in results if content.get("schema") == SCHEMA]
+    tables = {readme: table(results, short=True), page: table(results, folder.resolve(), page.resolve().parent)}
+    old = {path: path.read_text(encoding="utf-8") for path in tables}
+    new = {path: replaced(old[path], text) for path, text in tables.items()}
+    gpus = [content for content in results if content.get("schema") == GPU_SCHEMA]
     drawings = {folder / f"{content['device']['slug']}.svg": content for content in gpus if _series(content)}
     if check:
-        stale = [str(path) for path in drawings if not path.exists()] + [str(readme)] * (new != old)
+        stale = [str(path) for path in drawings if not path.exists()] + [str(p) for p in tables if new[p] != old[p]]
         if stale:
             print(f"report: {stale[0]} differs from the results; run python benchmarks/report.py", file=sys.stderr)
         return int(bool(stale))
     for path, content in drawings.items():
         plots.check_plot(path, "the plot")
         draw(path, content)
-    if new != old:
-        atomic_write(readme, lambda path: _write(path, new))
+    for path, text in new.items():
+        if text != old[path]:
+            atomic_write(path, lambda temporary, text=text: _write(temporary, text))
     return 0
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The results in a folder that were measured at full size: of `gpu_check.py` on GPUs, then of `cpu_check.py`."""
+    """Return the results in a folder that were measured at full size: of GPUs, then of CPUs."""
     found = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    gpus = [c for c in found if c.get("schema") == SCHEMA and c["device"]["kind"] == "cuda" and not c["small"]]
+    gpus = [c for c in found if c.get("schema") == GPU_SCHEMA and c["device"]["kind"] == "cuda" and not c["small"]]
     cpus = [c for c in found if c.get("schema") == CPU_SCHEMA and c["rounds"] >= compare.LEAST_SAMPLES]
     return gpus + cpus
 
 
 def replaced(text: str, between: str) -> str:
-    """`text` with what stands between the two markers replaced.
+    """Return `text` with what stands between the two markers replaced.
 
     Raises:
         ValueError: the markers are not there once each, in order.
@@ -100,20 +105,21 @@ def replaced(text: str, between: str) -> str:
     return f"{before}{BEGIN}\n{between}\n{END}{after}"
 
 
-def table(all_results: list[dict[str, Any]], folder: Path = Path(), base: Path = Path()) -> str:
-    """Markdown for all GPUs, or a sentence that says that nothing has been measured on any, and for CPUs.
+def table(results: list[dict[str, Any]], folder: Path = Path(), base: Path = Path(), *, short: bool = False) -> str:
+    """Return Markdown for all GPUs, or a sentence that says that none was measured, and for CPUs.
 
-    `folder` is where the plots are, which is linked to from `base`.
+    `short`: only what our users call beside what they called before. `folder` is where the plots are, which is linked
+    to from `base`.
     """
     parts = []
-    if not any(content.get("schema") == SCHEMA and _one(content) for content in all_results):
+    if not any(content.get("schema") == GPU_SCHEMA and _gpu(content, short) for content in results):
         parts.append(NOTHING)
-    for content in all_results:
+    for content in results:
         if content.get("schema") == CPU_SCHEMA:
-            parts += [_cpu(content), _cpu_step(content)]
-        elif part := _one(content):
+            parts += [_cpu(content, short), "" if short else _cpu_step(content)]
+        elif part := _gpu(content, short):
             parts.append(part)
-            if _series(content):
+            if _series(content) and not short:
                 name = content["device"]["name"]
                 path = Path(os.path.relpath(folder / f"{content['device']['slug']}.svg", base))
                 parts.append(f"![images per second on {name}]({path.as_posix()})")
@@ -121,7 +127,7 @@ def table(all_results: list[dict[str, Any]], folder: Path = Path(), base: Path =
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:
-    """Draws images per second against the batch size, for each network that was measured on one GPU."""
+    """Draw images per second against the batch size, for each network that was measured on one GPU."""
     series = _series(content)
     figure = plots.new_figure(len(series), 5.5)
     for axes, (network, arms) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
@@ -131,78 +137,83 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     plots.save(path, figure)
 
 
+def _loops(content: dict[str, Any], network: str, arm: str) -> list[dict[str, Any]]:
+    """Return the records of an arm of the loops of a network, by batch size."""
+    found = [
+        r for r in records(content, network, arm=arm, status="ok") if r["group"].startswith(f"loop {network} fp16")
+    ]
+    return sorted(found, key=lambda record: record["settings"]["batch"])
+
+
 def _series(content: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, dict[str, Any]]]]]:
-    """{network: {arm: [(batch, microseconds per step)]}} of what was measured at two batch sizes or more."""
+    """Return {network: {arm: [(batch, microseconds per step)]}} of what was measured at two batch sizes or more."""
     found: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     for section, network in NETWORKS.items():
         for arm, name in PLOTTED.items():
-            rows = records(content, section, what="loop", arm=arm, status="ok")
-            points = sorted(((int(r["batch"]), r["us_per_step"]) for r in rows), key=lambda point: point[0])
+            points = [(r["settings"]["batch"], r["us_per_step"]) for r in _loops(content, section, arm)]
             if len(points) > 1:
                 found.setdefault(network, {})[name] = points
     return {network: arms for network, arms in found.items() if PLOTTED[MAIN] in arms}
 
 
-def _one(content: dict[str, Any]) -> str:
-    """One GPU; "" if its file holds no time of a loop."""
-    machine = content["sections"].get("machine", {})
-    tflops = (machine.get("matmul_tflops") or {}).get("fp16")
+def _gpu(content: dict[str, Any], short: bool) -> str:
+    """Return the table of one GPU; "" if its file holds no time of a loop."""
     rows = []
     for section, network in NETWORKS.items():
-        flops = (content["sections"].get(section, {}).get("problem") or {}).get("flops_per_image_and_step")
-        for record in records(content, section, what="loop", arm=MAIN, status="ok"):
-            batch, us = int(record["batch"]), float(record["us_per_step"]["median"])
-            pipeline = median(content, section, record["group"], "DDPMPipeline")
-            group = f"compiled batch {batch}"
-            ours, compiled = (median(content, section, group, arm) for arm in (MAIN, "torch.compile fp16"))
-            share = f"{100 * flops * batch / tflops / 1e6 / us:.0f} %" if flops and tflops else "-"
+        for record in _loops(content, section, MAIN):
+            batch, us = record["settings"]["batch"], float(record["us_per_step"]["median"])
+            pipeline, compiled = (median(content, section, record["group"], a) for a in ("DDPMPipeline", "compiled"))
+            share = f"{record['percent_of_roof']:.0f} %" if "percent_of_roof" in record else "-"
             speed = f"{batch / us * 1e6 / STEPS:.3g}"
             rows.append(
-                f"| {network} | {batch} | {_figure(us)} | {speed} | {_times(pipeline, us)} | {_times(compiled, ours)} "
+                f"| {network} | {batch} | {_figure(us)} | {speed} | {_times(pipeline, us)} | {_times(compiled, us)} "
                 f"| {share} |"
             )
     if not rows:
         return ""
-    versions = machine.get("versions", {})
+    versions = content["sections"].get("machine", {}).get("versions", {})
     names = [f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions.get(name)]
     commit = content["commit"] + (" with changes" if content.get("dirty") else "")
     head = f"**{content['device']['name']}**, {', '.join([*names, f'commit {commit}', str(content['written'])[:10]])}:"
     lines = [
         head,
         "",
-        f"| network | batch | us per step | images/s, {STEPS} steps | times as fast as `DDPMPipeline` "
+        f"| network, float16 | batch | us per step | images/s, {STEPS} steps | times as fast as `DDPMPipeline` "
         "| ... as `torch.compile` | of the compute floor |",
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
     shares = [mark for mark in judge(content) if mark.what.endswith("% of copy") and mark.found is not None]
-    if shares:
+    if shares and not short:
         lines += ["", f"Of the bandwidth of a copy, least among large shapes: {', '.join(map(_share, shares))}."]
     return "\n".join(lines)
 
 
-def _cpu(content: dict[str, Any]) -> str:
-    """One CPU's whole calls: the libraries' own samplers against accelerated ones; "" if its file holds no ratio."""
-    records_of = [r for r in content["records"] if r["arm"] != "original"]
+def _cpu(content: dict[str, Any], short: bool) -> str:
+    """Return the table of one CPU's whole calls, originals against accelerated ones; "" if its file has none."""
     originals = {(r["network"], r["batch"]): r["median_s"] for r in content["records"] if r["arm"] == "original"}
     rows = []
-    for record in records_of:
+    for record in content["records"]:
+        if record["arm"] == "original":
+            continue
         original, images = originals[record["network"], record["batch"]], record["images"]
         differ, more = (images[name] / images["pixels"] for name in ("pixels_differ", "pixels_differ_by_more_than_1"))
-        band = f"{record['times_as_fast_p20']:.2f} to {record['times_as_fast_p80']:.2f}"
-        rows.append(
+        band = "" if short else f" ({record['times_as_fast_p20']:.2f} to {record['times_as_fast_p80']:.2f})"
+        row = (
             f"| {CPU_NETWORKS.get(record['network'], record['network'])} | {record['batch']} | {record['arm']} "
             f"| {_figure(1e3 * original / content['steps'])} | {_figure(1e3 * record['median_s'] / content['steps'])} "
-            f"| **{record['times_as_fast']:.2f}** ({band}) | {100 * differ:.2g} % ({100 * more:.2g} %) |"
+            f"| **{record['times_as_fast']:.2f}**{band} |"
         )
+        rows.append(row if short else f"{row} {100 * differ:.2g} % ({100 * more:.2g} %) |")
     if not rows:
         return ""
+    more_columns = "" if short else " 8-bit pixels that differ (by more than 1) |"
     lines = [
         f"{_cpu_name(content)}; {content['steps']}-step calls with all that is in them:",
         "",
-        "| original, accelerated | batch | precision | original, ms per step | accelerated "
-        "| times as fast (20 % to 80 %) | 8-bit pixels that differ (by more than 1) |",
-        "|---|---|---|---|---|---|---|",
+        "| original, in float32 | batch | accelerated | original, ms per step | accelerated, ms "
+        f"| times as fast{'' if short else ' (20 % to 80 %)'} |{more_columns}",
+        "|---|---|---|---|---|---|" + ("" if short else "---|"),
         *rows,
     ]
     return "\n".join(lines)
@@ -218,7 +229,7 @@ def _cpu_name(content: dict[str, Any]) -> str:
 
 
 def _cpu_step(content: dict[str, Any]) -> str:
-    """One CPU's evaluations of a network, with what each library was given; "" if its file holds none."""
+    """Return the table of one CPU's evaluations of a network, and what each library was given; "" if there are none."""
     step = content.get("step", {})
     if step.get("rounds", 0) < compare.LEAST_SAMPLES:
         return ""
@@ -262,7 +273,7 @@ def _cpu_step(content: dict[str, Any]) -> str:
 
 
 def _given(texts: dict[str, list[tuple[str, int]]]) -> str:
-    """What an arm was given, said once where it is the same for all precisions and batch sizes."""
+    """Say what an arm was given, once where it is the same for all precisions and batch sizes."""
     every: dict[str, int] = {}
     for dtype, _ in (case for cases in texts.values() for case in cases):
         every[dtype] = every.get(dtype, 0) + 1

@@ -10,12 +10,9 @@ import torch
 from fastddpm_kernels import backend as _backend
 from fastddpm_kernels.conv import ALGORITHMS, conv_, error_factor, pack, possible_algorithms
 from fastddpm_kernels.testing import assert_close
-from gpu.arms import Unavailable
-from gpu.op_cases import image
-from measuring import Candidate
+from measuring import PRECISIONS, Candidate, Unavailable, image
 
 CPU = torch.device("cpu")
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Example(NamedTuple):

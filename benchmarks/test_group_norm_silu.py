@@ -22,9 +22,7 @@ from fastddpm_kernels.group_norm_silu import (
     rms_norm_silu_,
 )
 from fastddpm_kernels.testing import assert_close
-from gpu.arms import Unavailable
-from gpu.op_cases import image
-from measuring import ARMS, Candidate, Session, compiled, fused_backend, peer
+from measuring import ARMS, Candidate, Session, Unavailable, compiled, fused_backend, image, peer
 from torch import Tensor
 
 GROUPS = 32
@@ -61,7 +59,7 @@ Tensors = dict[str, Tensor]
 
 
 def tensors_of(of: Example, device: torch.device) -> Tensors:
-    """Arguments of the plain function, channels-last, and `residual`."""
+    """Return the arguments of the plain function, channels-last, and `residual`."""
     total = of.channels + of.more
 
     def vector(*shape: int) -> Tensor:
@@ -80,7 +78,7 @@ def tensors_of(of: Example, device: torch.device) -> Tensors:
 
 
 def plain(of: Example, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The function in `dtype`; the sum with a residual is rounded as the op's is."""
+    """Compute the function in `dtype`; the sum with a residual is rounded as the op's is."""
     rest = dict(tensors)
     if of.residual:
         rest["x"] = rest["x"] + rest.pop("residual")
@@ -91,7 +89,7 @@ def plain(of: Example, tensors: Tensors, backend: str, dtype: torch.dtype | None
 
 
 def in_place(of: Example, backend: str, device: torch.device) -> Callable[[Tensors], Tensor]:
-    """The op as a frozen network runs it: into a given place, which is returned."""
+    """Return the op as a frozen network runs it: it writes into a given place, and returns that."""
     channels = of.channels + of.more
     y = image(device, of.dtype, of.batch, channels, of.side)
     total = image(device, of.dtype, of.batch, of.channels, of.side) if of.residual else None
@@ -109,7 +107,7 @@ def in_place(of: Example, backend: str, device: torch.device) -> Callable[[Tenso
 
 
 def lucidrains(of: Example, device: torch.device) -> Callable[[Tensors], Tensor]:
-    """RMSNorm, FiLM and SiLU as denoising_diffusion_pytorch's `Block` has them behind its convolution."""
+    """Return RMSNorm, FiLM and SiLU as denoising_diffusion_pytorch's `Block` has them behind its convolution."""
     peer(LUCIDRAINS)
     if of.norm != "rms":
         raise Unavailable(f"{LUCIDRAINS} normalises by RMSNorm")
@@ -153,7 +151,7 @@ def test_forward(example: Example, arm: str, session: Session, compare: Callable
 
 
 def forward(session: Session, arm: str, of: Example) -> tuple[Callable[[Tensors], Tensor], dict[str, Any]]:
-    """What an arm calls, and its settings."""
+    """Return what an arm calls, and its settings."""
     if arm == "fused":
         backend = fused_backend("group_norm_silu_", session.device, of.dtype)
         return in_place(of, backend, session.device), {"backend": backend}
@@ -208,7 +206,7 @@ def test_backward(example: Example, arm: str, session: Session, compare: Callabl
 
 
 def differentiable(session: Session, arm: str, of: Example) -> tuple[Callable[[Tensors], Tensor], dict[str, Any]]:
-    """What an arm differentiates, and its settings."""
+    """Return what an arm differentiates, and its settings."""
     if arm == "fused":
         if session.device.type == "cpu":
             raise Unavailable("the native norms on the CPU are for sampling: they have no gradient")

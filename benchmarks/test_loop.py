@@ -1,8 +1,10 @@
-"""The whole reverse loop: DDPM on all 1000 steps and DDIM on 50, one network in every arm; times are of one step.
+"""The whole reverse loop, one network in every arm; times are of one step.
 
-"eager" is the loop as one writes it in torch, with the library's U-Net; "compiled" the same with that compiled;
-"reference" the same in float64, at our noise. The peers are called as their users call them and draw their own noise:
-their network's prediction is compared, and that what they return is an image.
+"fused" is fastddpm; on a GPU, large sizes also time it in other precisions and ways to run its graph. "eager" is the
+loop as one writes it in torch, with the library's U-Net; "compiled" a step of it, network and update, compiled as a
+whole and replayed from a graph; "reference" the same in float64, at our noise. The peers are called as their users
+call them, at the example's precision, "DDPMPipeline" in float32 as it is loaded. They draw their own noise: what is
+checked is their network's prediction, and that they return an image.
 """
 
 from __future__ import annotations
@@ -13,13 +15,23 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from gpu.baselines import plain_unet, predict, unet_name
-from gpu.engine import philox_noise
-from gpu.networks import Problem, make_problem
-from measuring import ARMS, PEERS, Candidate, Session, assert_network_close, compiled_network, peer
-from torch import Tensor, nn
+from measuring import (
+    ARMS,
+    COMPILE_OPTIONS,
+    PEERS,
+    PRECISIONS,
+    Candidate,
+    Session,
+    Unavailable,
+    assert_network_close,
+    compiled,
+    peer,
+)
+from networks import AsLucidrains, Problem, make_problem, philox_noise, plain_unet, predict, unet_name
+from torch import Tensor
 
 from fastddpm import Sampler
+from fastddpm.perf.profiling.timing import capture, first_lines
 
 TRAIN = 1000
 
@@ -27,9 +39,19 @@ TRAIN = 1000
 class Example(NamedTuple):
     method: str  # "ddpm" or "ddim" (eta 0)
     steps: int
-    network: str  # of gpu.networks.CONFIGS
+    network: str  # of networks.CONFIGS
     dtype: torch.dtype
     batch: int
+    slow_steps: int | None = None  # of all arms but ours, where they take many times longer
+    more: bool = False  # time the other precisions and graphs too
+    compile: bool = True  # minutes for a large network
+
+
+def _loops(network: str, *rows: tuple[int, int, int, bool, bool]) -> dict[str, Example]:
+    return {
+        f"{network} fp16 batch {n}": Example("ddpm", steps, network, torch.float16, n, slow, more, compile)
+        for n, steps, slow, more, compile in rows
+    }
 
 
 EXAMPLES = {
@@ -37,18 +59,32 @@ EXAMPLES = {
         "ddpm 1000 steps fp32 batch 1": Example("ddpm", 1000, "small", torch.float32, 1),
         "ddim 50 steps fp32 batch 4": Example("ddim", 50, "small", torch.float32, 4),
     },
-    "full": {
-        "ddpm 1000 steps cifar10 fp16 batch 8": Example("ddpm", 1000, "cifar10", torch.float16, 8),
-        "ddim 50 steps cifar10 fp16 batch 64": Example("ddim", 50, "cifar10", torch.float16, 64),
-    },
+    # (batch, steps, slow steps, more, compile), the most telling first.
+    "full": _loops(
+        "cifar10", (1, 1000, 50, True, False), (256, 50, 10, True, True), (8, 1000, 50, False, True),
+        (64, 200, 20, False, False), (1024, 20, 4, False, False),
+    )
+    | {"cifar10 ddim 50 steps fp16 batch 64": Example("ddim", 50, "cifar10", torch.float16, 64, 50, compile=False)}
+    | _loops("celeba256", (1, 100, 20, False, False), (8, 20, 4, False, False), (32, 10, 2, False, False)),
+}  # fmt: skip
+# Of a GPU, beside ours: name -> what `Sampler` is given.
+MORE: dict[str, dict[str, Any]] = {
+    **{f"fused {graph}": {"cuda_graph": graph} for graph in ("while", "unrolled", "step")},
+    "fused plain": {"cuda_graph": False},
+    **{f"fused {dtype}": {"dtype": dtype} for dtype in ("bfloat16", "tf32", "float32")},
 }
+CHECKED, CHECK_STEPS = 2, 20  # samples of a batch whose images are compared, after so many steps at most
 SMOKE_STEPS = 5  # of a smoke test, which times nothing
-PRECISIONS = {torch.float16: "fp16", torch.float32: "fp32"}
 Noise = Callable[[int], Tensor]  # of a row; of -1 the state that is started from
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("bench_size") == "full" or torch.cuda.is_available()
+    metafunc.parametrize("arm", ["fused", "DDPMPipeline", *ARMS[1:], *PEERS, *MORE] if full else [*ARMS, *PEERS])
+
+
 def rows_of(of: Example, betas: Tensor) -> tuple[list[int], list[list[float]]]:
-    """Timesteps of "leading" spacing and rows [a, b, c, d, e, s] in float64.
+    """Return timesteps of "leading" spacing and rows [a, b, c, d, e, s] in float64.
 
     x0 = clip(a x + b out), x_prev = c x0 + d x + e out + s z: Ho et al. 2020, eq. 7, with the posterior's variance;
     Song et al. 2021, eq. 12, with sigma 0.
@@ -79,7 +115,7 @@ class PlainLoop:
         self.shape = (of.batch, *problem.shape)
 
     def draw(self, row: int) -> Tensor:
-        """Noise of torch's generator."""
+        """Return noise of torch's generator."""
         return torch.randn(self.shape, device=self.problem.device, dtype=self.state)
 
     @torch.no_grad()
@@ -100,9 +136,72 @@ class PlainLoop:
         return x
 
 
+class CompiledLoop:
+    """The loop with a step compiled as a whole (network, update and noise), on a GPU replayed from a CUDA graph."""
+
+    def __init__(self, session: Session, problem: Problem, of: Example) -> None:
+        self.device, self.steps, self.settings = problem.device, of.steps, {"note": ""}
+        unet = plain_unet(problem, of.dtype, channels_last=True, fused=True)
+        timesteps, rows = rows_of(of, problem.schedule.betas)
+        self.timesteps = torch.tensor(timesteps, device=self.device)
+        self.rows = torch.tensor(rows, device=self.device)
+        self.x = torch.randn((of.batch, *problem.shape), device=self.device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+        def advance(x: Tensor, step: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
+            t = timesteps.index_select(0, step)
+            a, b, c, d, e, s = rows.index_select(0, step)[0].unbind()
+            given = x.to(of.dtype).contiguous(memory_format=torch.channels_last)
+            out = predict(unet, given, t.expand(len(x))).float()
+            return c * (a * x + b * out).clamp(-1, 1) + d * x + e * out + s * torch.randn_like(x)
+
+        options = dict(COMPILE_OPTIONS[self.device.type]["options"])
+        with torch.no_grad():
+            try:
+                self._prepare(session, advance, options)
+            except Exception as error:  # freezing does not work with everything
+                self.settings["note"] = f"without freezing, which failed: {first_lines(error, 1)}"
+                self._prepare(session, advance, options | {"freezing": False})
+
+    def _prepare(self, session: Session, advance: Callable[..., Tensor], options: dict[str, Any]) -> None:
+        run, settings = compiled(session, advance, options=options)
+
+        def step_once() -> None:
+            self.x.copy_(run(self.x, self.step, self.timesteps, self.rows))
+            self.step.add_(1)
+
+        self.step.zero_()
+        step_once()
+        self.step.zero_()
+        self.replay = capture([step_once], self.device)
+        self.settings |= settings | {"graph": "one step, replayed"}
+
+    @torch.no_grad()
+    def __call__(self, steps: int | None = None) -> Tensor:
+        self.step.zero_()
+        for _ in range(steps or self.steps):
+            self.replay()
+        return self.x
+
+    def check(self, problem: Problem, of: Example) -> None:
+        """Assert that a few steps without noise lead from one state to what eager torch and float64 have."""
+        rows, steps = self.rows.clone(), min(CHECK_STEPS, of.steps)
+        start = torch.randn(self.x.shape, device=self.device)
+        self.rows[:, 5] = 0
+        self.x.copy_(start)
+        got = self(steps)[:CHECKED].clone()
+        self.rows.copy_(rows)
+        found = []
+        for dtype in (torch.float64, of.dtype):
+            loop = PlainLoop(problem, plain_unet(problem, dtype, channels_last=True), of, dtype)
+            loop.rows = [[*row[:5], 0.0] for row in loop.rows[:steps]]
+            found.append(loop(lambda row: start[:CHECKED]))
+        assert_network_close(got, found[0], found[1], of.dtype, "")
+
+
 @functools.lru_cache(maxsize=2)
 def truth(of: Example, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The images of seed 0 in float64, and those of eager torch in the example's dtype, for what that loses."""
+    """Return the images of seed 0 in float64, and those of eager torch in the example's dtype, for what that loses."""
     problem = make_problem(of.network, device)
     noise = philox_noise(problem, of.batch)
     networks = {dtype: plain_unet(problem, dtype, channels_last=True) for dtype in (torch.float64, of.dtype)}
@@ -110,96 +209,94 @@ def truth(of: Example, device: torch.device) -> tuple[Tensor, Tensor]:
     return exact, eager
 
 
-@pytest.mark.parametrize("arm", [*ARMS, *PEERS])
 def test_loop(example: Example, arm: str, session: Session, compare: Callable[..., None]) -> None:
-    of = example if session.timed else example._replace(steps=SMOKE_STEPS)
+    ours = arm.startswith("fused")
+    steps = example.steps if ours or example.slow_steps is None else example.slow_steps
+    of = example._replace(steps=steps if session.timed else SMOKE_STEPS)
 
     def build(arm: str) -> Candidate:
+        if arm in MORE and (not of.more or session.device.type != "cuda"):
+            raise Unavailable("other precisions and graphs are timed at some batch sizes, on a GPU")
+        if arm == "compiled" and not (of.compile and session.timed):
+            raise Unavailable("a step is compiled with --benchmark-only alone, at some batch sizes: it takes minutes")
+        if arm == "reference" and of.slow_steps is not None:
+            raise Unavailable("float64 takes minutes at this size; two of its samples are what is compared with")
         problem = make_problem(of.network, session.device)
-        if arm in PEERS:
+        if ours:
+            call, check, settings = sampling(session, arm, problem, of)
+        elif arm in (*PEERS, "DDPMPipeline"):
             call, check, settings = pipeline(arm, problem, of)
+        elif arm == "compiled":
+            loop = CompiledLoop(session, problem, of)
+            call, check, settings = loop, functools.partial(loop.check, problem, of), loop.settings
         else:
-            call, images, settings = looping(session, arm, problem, of)
-
-            def check() -> None:
-                if arm == "reference":  # which is the truth
-                    images()
-                    return
-                exact, eager = truth(of, session.device)
-                # A loop's images are float32; they are as exact as what its network is computed in.
-                assert_network_close(images(), exact, eager, of.dtype, settings.get("backend", ""))
-
+            call, check, settings = plainly(arm, problem, of)
+        precision = {"bfloat16": "bf16", "tf32": "tf32", "float32": "fp32"}.get(arm.removeprefix("fused "))
+        settings |= {"steps": of.steps, "network": of.network, "batch": of.batch}
         flops = problem.flops * of.batch
-        settings |= {"steps": of.steps, "batch": of.batch}
-        return Candidate([call], check, of.steps, flops=flops, precision=PRECISIONS[of.dtype], settings=settings)
+        return Candidate([call], check, of.steps, 0, flops, precision or PRECISIONS[of.dtype], settings)
 
-    compare(build, seconds=4.0, least=2, most=7)
-
-
-def looping(
-    session: Session, arm: str, problem: Problem, of: Example
-) -> tuple[Callable[[], object], Callable[[], Tensor], dict[str, Any]]:
-    """What an arm calls, the images of seed 0, and its settings."""
-    noise = philox_noise(problem, of.batch)
-    if arm == "fused":
-        sampler = Sampler(problem.unet, problem.schedule, of.method, of.steps, dtype=of.dtype, device=session.device)
-
-        def call() -> Tensor:
-            return sampler.sample(of.batch, seed=0)
-
-        backend = getattr(getattr(sampler.network, "frozen", None), "backend", "")
-        return call, call, {"cuda_graph": sampler.graph_report()["mode"], "backend": backend}
-    if arm == "reference":
-        loop = PlainLoop(problem, plain_unet(problem, torch.float64, channels_last=True), of, torch.float64)
-        return lambda: loop(noise), lambda: loop(noise), {"dtype": "float64"}
-    unet = plain_unet(problem, of.dtype, channels_last=True, fused=True)
-    settings: dict[str, Any] = {"network": unet_name(unet), "channels_last": True}
-    run: Callable[..., Any] = unet
-    if arm == "compiled":
-        run, options = compiled_network(session, unet)
-        settings |= options
-    loop = PlainLoop(problem, run, of, of.dtype)
-    return loop, lambda: loop(noise), settings
+    compare(build, seconds=4.0 if session.device.type == "cpu" else 1.5, least=3, most=9)
 
 
-class _AsLucidrains(nn.Module):
-    """A network with the attributes that denoising_diffusion_pytorch asks for."""
-
-    channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 3, 3, False, False
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        return predict(self.unet, x, t)
+Ready = tuple[Callable[[], object], Callable[[], None], dict[str, Any]]  # what is called, its check, its settings
 
 
-def pipeline(name: str, problem: Problem, of: Example) -> tuple[Callable[[], Any], Callable[[], None], dict[str, Any]]:
-    """A peer's loop as its users call it, its check and its settings.
+def sampling(session: Session, arm: str, problem: Problem, of: Example) -> Ready:
+    """Return ours."""
+    options: dict[str, Any] = {"dtype": of.dtype, "device": session.device, **MORE.get(arm, {})}
+    # tf32 keeps ten bits of what it multiplies, as float16 does.
+    named = {"bfloat16": torch.bfloat16, "tf32": torch.float16, "float32": torch.float32}
+    like = named.get(options["dtype"], of.dtype)
+    sampler = Sampler(problem.unet, problem.schedule, of.method, of.steps, **options)
+    backend = getattr(getattr(sampler.network, "frozen", None), "backend", "")
+
+    def check() -> None:
+        # Sample k is the same image at any batch size: two samples hold the kernels of this one to what is right.
+        few = of._replace(steps=min(of.steps, CHECK_STEPS), batch=min(of.batch, CHECKED), dtype=like)
+        short = Sampler(problem.unet, problem.schedule, of.method, few.steps, **options)
+        # A loop's images are float32; they are as exact as what its network is computed in.
+        assert_network_close(short.sample(of.batch, seed=0)[:CHECKED], *truth(few, session.device), like, backend)
+
+    settings = {"cuda_graph": sampler.graph_report()["mode"], "backend": backend, "dtype": str(options["dtype"])}
+    return lambda: sampler.sample(of.batch, seed=0), check, settings
+
+
+def plainly(arm: str, problem: Problem, of: Example) -> Ready:
+    """Return the loop in eager torch: in the example's dtype, or in float64."""
+    dtype = torch.float64 if arm == "reference" else of.dtype
+    unet = plain_unet(problem, dtype, channels_last=True, fused=arm != "reference")
+    loop = PlainLoop(problem, unet, of, dtype)
+
+    def check() -> None:
+        few = of._replace(steps=min(of.steps, CHECK_STEPS), batch=min(of.batch, CHECKED))
+        if arm != "reference":  # which is the truth
+            images = PlainLoop(problem, unet, few, dtype)(philox_noise(problem, few.batch))
+            assert_network_close(images, *truth(few, problem.device), of.dtype, "")
+
+    return loop, check, {"network": unet_name(unet), "channels_last": True, "dtype": str(dtype)}
+
+
+def pipeline(name: str, problem: Problem, of: Example) -> Ready:
+    """Return a peer's loop as its users call it.
 
     Raises:
         Missing: it is not installed.
+        Unavailable: it is the same as another arm.
     """
-    peer(name)
-    unet = plain_unet(problem, of.dtype, channels_last=True, fused=True)
+    as_it_comes = name == "DDPMPipeline"
+    if as_it_comes and of.method == "ddim":
+        raise Unavailable("it samples by DDPM")
+    peer("diffusers" if as_it_comes else name)
+    dtype = torch.float32 if as_it_comes else of.dtype
+    unet = plain_unet(problem, dtype, channels_last=not as_it_comes, fused=not as_it_comes)
     size, ddim = problem.shape[1], of.method == "ddim"
-    if name == "diffusers":
-        from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
-
-        scheduler = (DDIMScheduler if ddim else DDPMScheduler)(TRAIN, beta_start=1e-4, beta_end=0.02)
-        pipe: Any = (DDIMPipeline if ddim else DDPMPipeline)(unet=unet, scheduler=scheduler)
-        pipe.set_progress_bar_config(disable=True)
-
-        def call() -> Any:
-            return pipe(batch_size=of.batch, num_inference_steps=of.steps, output_type="np").images
-
-        settings = {"call": f"{type(pipe).__name__}()", "channels_last": True, "projections": "fused"}
-    else:
+    settings: dict[str, Any] = {"network_of": unet_name(unet), "channels_last": not as_it_comes, "dtype": str(dtype)}
+    if name == "denoising_diffusion_pytorch":
         from denoising_diffusion_pytorch import GaussianDiffusion
 
-        network: Any = _AsLucidrains(unet)
-        # Its DDPM cannot leave out steps: a smoke test's is a schedule of that length, which "linear" cannot be.
+        network: Any = AsLucidrains(unet)
+        # Its DDPM cannot leave out steps: a shorter loop is a schedule of that length, which "linear" cannot be.
         train = TRAIN if ddim else of.steps
         diffusion: Any = GaussianDiffusion(
             network, image_size=size, timesteps=train, sampling_timesteps=of.steps,
@@ -213,19 +310,28 @@ def pipeline(name: str, problem: Problem, of: Example) -> tuple[Callable[[], Any
             with torch.autocast(problem.device.type, of.dtype if autocast else None, enabled=autocast):
                 return diffusion.sample(batch_size=of.batch)
 
-        settings = {"call": "GaussianDiffusion.sample()", "network": unet_name(unet), "channels_last": True}
+        settings |= {"call": "GaussianDiffusion.sample()"}
+    else:
+        from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+
+        scheduler = (DDIMScheduler if ddim else DDPMScheduler)(TRAIN, beta_start=1e-4, beta_end=0.02)
+        pipe: Any = (DDIMPipeline if ddim else DDPMPipeline)(unet=unet, scheduler=scheduler)
+        pipe.set_progress_bar_config(disable=True)
+
+        def call() -> Any:
+            return pipe(batch_size=of.batch, num_inference_steps=of.steps, output_type="np").images
+
+        settings |= {"call": f"{type(pipe).__name__}()"}
 
     def check() -> None:
         images = torch.as_tensor(call())
         assert images.numel() == of.batch * problem.shape[0] * size * size
         assert bool(((images >= 0) & (images <= 1)).all())
-        x = torch.randn(of.batch, *problem.shape, device=problem.device)
-        exact, eager = (plain_unet(problem, dtype, channels_last=True) for dtype in (torch.float64, of.dtype))
+        x = torch.randn(CHECKED, *problem.shape, device=problem.device)
+        t = torch.full((CHECKED,), 500, device=x.device)
+        exact, eager = (plain_unet(problem, other, channels_last=True) for other in (torch.float64, dtype))
         with torch.no_grad():
-            outs = [
-                predict(network, x.to(dtype), torch.full((of.batch,), 500, device=x.device))
-                for network, dtype in ((unet, of.dtype), (exact, torch.float64), (eager, of.dtype))
-            ]
-        assert_network_close(outs[0], outs[1], outs[2], of.dtype, "")
+            outs = [predict(net, x.to(of), t) for net, of in ((unet, dtype), (exact, torch.float64), (eager, dtype))]
+        assert_network_close(outs[0], outs[1], outs[2], dtype, "")
 
     return call, check, settings

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from gpu.op_cases import pointwise_case
-from measuring import ARMS, Session, case_candidate
+import torch.nn.functional as F
+from fastddpm_kernels.pointwise_conv import pointwise_conv_
+from measuring import ARMS, Session, image, op_candidate
+from torch import Tensor
 
 
 class Example(NamedTuple):
@@ -19,11 +21,11 @@ class Example(NamedTuple):
 
 
 SHAPES = {
-    "cifar 32x32 shortcut batch 1": (1, 128, 128, 128, 32),
     "cifar 32x32 shortcut batch 256": (256, 128, 128, 128, 32),
-    "cifar 16x16 shortcut batch 1": (1, 256, 256, 256, 16),
     "cifar 16x16 qkv batch 256": (256, 256, 0, 768, 16),
     "cifar 16x16 out batch 256": (256, 256, 0, 256, 16),
+    "cifar 32x32 shortcut batch 1": (1, 128, 128, 128, 32),
+    "cifar 16x16 shortcut batch 1": (1, 256, 256, 256, 16),
     "cifar 4x4 shortcut batch 1": (1, 256, 256, 256, 4),
     "celeba 256x256 shortcut batch 16": (16, 128, 128, 128, 256),
     "celeba 16x16 qkv batch 1": (1, 512, 0, 1536, 16),
@@ -40,5 +42,33 @@ EXAMPLES["full"]["fp32 cifar 32x32 shortcut batch 64"] = Example(torch.float32, 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_pointwise_conv(example: Example, arm: str, session: Session, compare: Callable[..., None]) -> None:
-    case = pointwise_case(session.device, example.dtype, example.shape, residual=example.residual)
-    compare(lambda arm: case_candidate(session, arm, case))
+    device, dtype, (n, c, c2, o, side) = session.device, example.dtype, example.shape
+
+    def weight(inputs: int) -> Tensor:
+        return (torch.randn(o, inputs, device=device) * (c + c2) ** -0.5).to(dtype)
+
+    def make() -> dict[str, Tensor]:
+        tensors = {"y": image(device, dtype, n, o, side), "x": image(device, dtype, n, c, side), "weight": weight(c)}
+        tensors["bias"] = torch.randn(o, device=device).to(dtype)
+        if c2:
+            tensors |= {"x2": image(device, dtype, n, c2, side), "weight2": weight(c2)}
+        if example.residual:
+            tensors["residual"] = image(device, dtype, n, o, side)
+        return tensors
+
+    def run(tensors: dict[str, Tensor], backend: str) -> Tensor:
+        rest = dict(tensors)
+        pointwise_conv_(rest.pop("y"), rest.pop("x"), rest.pop("weight"), **rest, backend=backend)
+        return tensors["y"]
+
+    def plain(tensors: dict[str, Tensor]) -> Tensor:
+        x, weight = tensors["x"], tensors["weight"]
+        if c2:
+            x, weight = torch.cat([x, tensors["x2"]], 1), torch.cat([weight, tensors["weight2"]], 1)
+        y = F.conv2d(x, weight[:, :, None, None], tensors["bias"])
+        return y + tensors["residual"] if example.residual else y
+
+    pixels = n * side * side
+    size = (pixels * (c + c2 + o * (1 + example.residual)) + o * (c + c2)) * dtype.itemsize
+    flops = 2 * pixels * (c + c2) * o
+    compare(lambda arm: op_candidate(session, arm, "pointwise_conv_", dtype, make, run, plain, size=size, flops=flops))

@@ -45,13 +45,13 @@ SCHEDULE = NoiseSchedule.linear(1000)
 
 
 def levels(device: torch.device) -> Tensor:
-    """float32 [1000, 2], rows (signal, sigma)."""
+    """Return the levels of noise: float32 [1000, 2], rows (signal, sigma)."""
     abar = SCHEDULE.alphas_cumprod
     return torch.stack([abar.sqrt(), (1 - abar).sqrt()], 1).float().to(device)
 
 
 def noised(session: Session, arm: str, of: Example) -> tuple[Noised, dict[str, object]]:
-    """What an arm calls, and its settings."""
+    """Return what an arm calls, and its settings."""
     device, v = session.device, of.prediction_type == "v_prediction"
     table = levels(device)
     if arm in ("fused", "reference"):
@@ -93,7 +93,7 @@ def noised(session: Session, arm: str, of: Example) -> tuple[Noised, dict[str, o
 
 
 def lucidrains(of: Example) -> nn.Module:
-    """denoising_diffusion_pytorch's process without a network."""
+    """Return denoising_diffusion_pytorch's process without a network."""
     from denoising_diffusion_pytorch import GaussianDiffusion
 
     class Nothing(nn.Module):
@@ -122,7 +122,7 @@ def test_q_sample(example: Example, arm: str, session: Session, compare: Callabl
 
 
 def check(run: Noised, arm: str, of: Example, x0: Tensor, t: Tensor, noise: Tensor | None) -> None:
-    """Both results at the noise that was drawn, which is recovered where torch's generator made it."""
+    """Check both results at the noise that was drawn, which is recovered where torch's generator made it."""
     table = levels(x0.device)
     x_t, target = run(x0, t, noise)
     signal, sigma = table.double()[t].view(-1, 2, 1, 1, 1).unbind(1)

@@ -14,8 +14,17 @@ import torch
 from fastddpm_kernels.philox import STREAM_STEP, normal, sample_keys
 from fastddpm_kernels.reverse_step import reverse_step_
 from fastddpm_kernels.testing import assert_close
-from gpu.arms import Unavailable
-from measuring import ARMS, PEERS, Candidate, Session, assert_same_as_peer, compiled, fused_backend, peer
+from measuring import (
+    ARMS,
+    PEERS,
+    Candidate,
+    Session,
+    Unavailable,
+    assert_same_as_peer,
+    compiled,
+    fused_backend,
+    peer,
+)
 from torch import Tensor, nn
 
 from fastddpm.process.schedule import NoiseSchedule
@@ -49,7 +58,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]  # (x, out, net_in, st
 
 
 def rows_of(sampler: str) -> Tensor:
-    """float32 [2, 7]: the step from T, and the same without noise."""
+    """Return float32 [2, 7]: the step from T, and the same without noise."""
     schedule = NoiseSchedule.linear(1000)
     table = ddim_table(schedule, [T, T - 20]) if sampler == "ddim" else ddpm_table(schedule, [T, T - 1])
     rows = table.rows[:1].float().repeat(2, 1)
@@ -58,7 +67,7 @@ def rows_of(sampler: str) -> Tensor:
 
 
 def stepping(session: Session, arm: str, of: Example, table: Tensor) -> tuple[Step, dict[str, Any]]:
-    """What an arm calls, and its settings."""
+    """Return what an arm calls, and its settings."""
     device, guided = session.device, of.sampler == "guided"
     if arm in ("fused", "reference"):
         backend = arm if arm == "reference" else fused_backend("reverse_step_", device, of.dtype)
@@ -114,7 +123,7 @@ class LucidStep:
         )
 
     def p_sample(self, x: Tensor, out: Tensor) -> Tensor:
-        """x_{t-1} of x_t and epsilon."""
+        """Return x_{t-1} of x_t and epsilon."""
         self.model.out = out.float()
         return self.diffusion.to(x.device).p_sample(x, T)[0]
 
@@ -130,12 +139,12 @@ class DiffusersStep:
             self.scheduler.set_timesteps(50)
 
     def step(self, x: Tensor, out: Tensor) -> Tensor:
-        """x_{t-1} of x_t and epsilon."""
+        """Return x_{t-1} of x_t and epsilon."""
         return self.scheduler.step(out.float(), T, x, return_dict=False)[0]
 
 
 def theirs(name: str, of: Example) -> Any:
-    """The peer's bound method.
+    """Return the peer's bound method.
 
     Raises:
         Unavailable: it has no such step.
@@ -181,7 +190,7 @@ def test_reverse_step(example: Example, arm: str, session: Session, compare: Cal
 
 
 def check(run: Step, arm: str, of: Example, table: Tensor, x: Tensor, out: Tensor, net_in: Tensor) -> None:
-    """At equal noise; where that cannot be had, exactly without noise, and the noise by its moments."""
+    """Check the step at equal noise; where that cannot be had, without noise, and the noise by its moments."""
     noise, step = torch.zeros_like(x), torch.zeros(1, dtype=torch.int64, device=x.device)
     free = of.sampler != "ddim"
     if free and arm in ("fused", "reference"):
@@ -212,7 +221,7 @@ def check(run: Step, arm: str, of: Example, table: Tensor, x: Tensor, out: Tenso
 
 
 def mean(of: Example, table: Tensor, x: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """The step of row 0 without noise, in `dtype`."""
+    """Compute the step of row 0 without noise, in `dtype`."""
     a, b, c, d, e, _, _ = table[0].to(dtype).unbind()
     x, prediction = x.to(dtype), out.to(dtype)
     if of.sampler == "guided":

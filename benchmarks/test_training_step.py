@@ -16,25 +16,14 @@ import torch
 import torch.nn.functional as F
 from denoising_diffusion_pytorch import GaussianDiffusion as LucidrainsDiffusion
 from diffusers import DDPMScheduler, UNet2DModel
-from gpu.arms import Unavailable
-from gpu.networks import flops_of
-from measuring import ARMS, PEERS, Candidate, Session, compiled
+from measuring import ARMS, PEERS, Candidate, Session, Unavailable, compiled
+from networks import CONFIGS, AsLucidrains, flops_of
 from torch import Tensor, nn
 
 from fastddpm import GaussianDiffusion, NoiseSchedule, UNet
 
-CIFAR = {
-    "sample_size": 32,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-}
 # Of smoke tests, and for torch.compile on a CPU.
+CIFAR = CONFIGS["cifar10"]
 SMALL = {**CIFAR, "sample_size": 8, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -62,19 +51,6 @@ EXAMPLES = {
 Losses = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x0, t, noise) -> the mean loss
 
 
-class _AsLucidrains(nn.Module):
-    """A UNet2DModel with the attributes that denoising_diffusion_pytorch asks for."""
-
-    channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 3, 3, False, False
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        return self.model(x, t).sample
-
-
 def _ours(model: Any, backend: str) -> tuple[GaussianDiffusion, Callable[[Tensor], Tensor], Losses]:
     unet = UNet.from_diffusers(model).train().to(memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(unet, NoiseSchedule.linear(), backend=backend)
@@ -98,7 +74,7 @@ def _diffusers(model: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor], Losse
 
 def _lucidrains(model: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor], Losses]:
     diffusion = LucidrainsDiffusion(
-        _AsLucidrains(model),
+        AsLucidrains(model),
         image_size=model.config.sample_size,
         objective="pred_noise",
         beta_schedule="linear",
@@ -108,7 +84,7 @@ def _lucidrains(model: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor], Loss
 
 
 def _arm(session: Session, name: str, model: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor], Losses, dict]:
-    """A module, its loss at noise of its own and at given noise, and the settings of an arm.
+    """Return a module, its loss at noise of its own and at given noise, and the settings of an arm.
 
     Raises:
         Missing, Unavailable: there is no such arm here.

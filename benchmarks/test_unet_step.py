@@ -12,10 +12,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from gpu.arms import Unavailable
-from gpu.baselines import plain_unet, unet_name
-from gpu.networks import Problem, flops_of, make_problem
-from measuring import ARMS, PEERS, Candidate, Session, assert_network_close, compiled_network, peer
+from measuring import (
+    ARMS,
+    PEERS,
+    PRECISIONS,
+    Candidate,
+    Session,
+    Unavailable,
+    assert_network_close,
+    compiled_network,
+    peer,
+)
+from networks import Problem, flops_of, make_problem, plain_unet, unet_name
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import freeze
@@ -40,13 +48,13 @@ EXAMPLES = {
     },
     "full": {
         "cifar10 fp16 batch 1": Example("cifar10", torch.float16, 1, compile=False),
+        "cifar10 fp16 batch 8": Example("cifar10", torch.float16, 8, compile=False),
         "cifar10 fp16 batch 64": Example("cifar10", torch.float16, 64),
         "cifar10 fp16 batch 256": Example("cifar10", torch.float16, 256, compile=False),
         "celeba256 fp16 batch 8": Example("celeba256", torch.float16, 8, compile=False),
         "lucidrains dim 64 fp16 batch 64": Example("lucidrains", torch.float16, 64, compile=False),
     },
 }
-PRECISIONS = {torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Network(NamedTuple):
@@ -57,13 +65,13 @@ class Network(NamedTuple):
     problem: Problem | None
 
     def library(self, dtype: torch.dtype) -> nn.Module:
-        """The library's own, channels-last, with the projections of attention fused where it can."""
+        """Return the library's own, channels-last, with the projections of attention fused where it can."""
         if self.problem is not None:
             return plain_unet(self.problem, dtype, channels_last=True, fused=True)
         return deepcopy(self.unet).to(memory_format=torch.channels_last)
 
     def evaluate(self, unet: Callable[..., Any], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Its output at T. denoising_diffusion_pytorch's embeds time in float32: lower precision is autocast's."""
+        """Return its output at T. denoising_diffusion_pytorch's embeds time in float32: autocast lowers the rest."""
         autocast = self.problem is None and dtype.itemsize < 4
         t = torch.full((len(x),), T, device=x.device, dtype=dtype if dtype == torch.float64 else torch.int64)
         given = x.to(torch.float32 if autocast else dtype).contiguous(memory_format=torch.channels_last)
@@ -73,7 +81,7 @@ class Network(NamedTuple):
 
 
 def network_of(of: Example, device: torch.device) -> Network:
-    """The network of an example.
+    """Return the network of an example.
 
     Raises:
         Missing: its library is not installed.
@@ -123,7 +131,7 @@ def test_unet_step(example: Example, arm: str, session: Session, compare: Callab
 
 
 def in_float64(network: Network, x: Tensor) -> Tensor:
-    """What is right."""
+    """Evaluate the network in float64."""
     exact = deepcopy(network.unet).double()
     if network.problem is not None:
         exact.backend = "reference"  # type: ignore[assignment]
@@ -133,7 +141,7 @@ def in_float64(network: Network, x: Tensor) -> Tensor:
 def evaluating(
     session: Session, arm: str, of: Example, network: Network, x: Tensor
 ) -> tuple[Callable[[], Tensor], dict[str, Any], dict[str, int]]:
-    """What an arm calls, its settings, and what is counted of it."""
+    """Return what an arm calls, its settings, and what is counted of it."""
     if arm == "fused":
         frozen = freeze(network.unet, [T], of.dtype, session.device)
         inputs = frozen.new_input(x.shape)

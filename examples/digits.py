@@ -30,13 +30,13 @@ SIZE, CLASSES = 16, 10
 
 @functools.cache
 def source() -> tuple[Tensor, Tensor]:
-    """The data set as it is: ink counts 0..16, float32 [1797, 1, 8, 8], and labels int64 [1797]."""
+    """Return the data set as it is: ink counts 0..16, float32 [1797, 1, 8, 8], and labels int64 [1797]."""
     digits = load_digits()
     return torch.from_numpy(digits.images).float()[:, None], torch.from_numpy(digits.target).long()
 
 
 def render(counts: Tensor, affine: Tensor | None = None) -> Tensor:
-    """Draws 8x8 ink counts [N, 1, 8, 8] at 16x16 by one bicubic interpolation; in [-1, 1].
+    """Draw 8x8 ink counts [N, 1, 8, 8] at 16x16 by one bicubic interpolation; in [-1, 1].
 
     Args:
         counts: ink counts 0..16.
@@ -52,7 +52,7 @@ def render(counts: Tensor, affine: Tensor | None = None) -> Tensor:
 
 
 def random_affine(n: int, *, degrees: float, scale: float, shift: float, generator: torch.Generator) -> Tensor:
-    """[n, 2, 3] small affine maps: rotation, relative size and shift (in pixels of 16), uniform in +- the given."""
+    """Return [n, 2, 3] small affine maps: rotation, relative size, shift (in pixels of 16), uniform in +- the given."""
     angle, size, dx, dy = (torch.rand(4, n, generator=generator) * 2 - 1).unbind()
     angle, size = angle * np.deg2rad(degrees), 1 + size * scale
     dx, dy = dx * shift * 2 / SIZE, dy * shift * 2 / SIZE
@@ -61,13 +61,13 @@ def random_affine(n: int, *, degrees: float, scale: float, shift: float, generat
 
 
 def flat(images: Tensor) -> np.ndarray:
-    """Images [N, 1, 16, 16] as rows [N, 256], float64."""
+    """Return images [N, 1, 16, 16] as rows [N, 256], float64."""
     return images.flatten(1).double().numpy()
 
 
 @functools.cache
 def classifier() -> tuple[SVC, float]:
-    """A support-vector machine on 70 % of the real digits, and its accuracy on the other 30 %."""
+    """Return a support-vector machine trained on 70 % of the real digits, and its accuracy on the other 30 %."""
     counts, labels = source()
     seen, unseen, seen_labels, unseen_labels = train_test_split(
         flat(render(counts)), labels.numpy(), test_size=0.3, random_state=0, stratify=labels.numpy()
@@ -77,12 +77,12 @@ def classifier() -> tuple[SVC, float]:
 
 
 def recognised(images: Tensor, labels: Tensor) -> np.ndarray:
-    """Whether the classifier takes each image for the digit that was asked for: bool [N]."""
+    """Return whether the classifier takes each image for the digit that was asked for: bool [N]."""
     return classifier()[0].predict(flat(images)) == labels.numpy()
 
 
 def nearest(queries: np.ndarray, points: np.ndarray, *, same: bool = False) -> np.ndarray:
-    """Euclidean distance [N] from each query [N, D] to the nearest point; with `same`, to the nearest other one."""
+    """Return the distance [N] from each query [N, D] to the nearest point; with `same`, to the nearest other one."""
     squared = (queries**2).sum(1)[:, None] - 2 * queries @ points.T + (points**2).sum(1)
     if same:
         np.fill_diagonal(squared, np.inf)
@@ -90,7 +90,7 @@ def nearest(queries: np.ndarray, points: np.ndarray, *, same: bool = False) -> n
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to features [N, D] and [M, D] (Heusel et al. 2017)."""
+    """Return the Fréchet distance between Gaussians fitted to features [N, D] and [M, D] (Heusel et al. 2017)."""
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     # The trace of sqrtm(cov_a @ cov_b): that product is similar to a positive one, so its eigenvalues are real.
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
@@ -98,12 +98,12 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def spread(features: np.ndarray) -> float:
-    """Total variance of features [N, D]."""
+    """Return the total variance of features [N, D]."""
     return float(features.var(0, ddof=1).sum())
 
 
 def evaluate(samples: Tensor, labels: Tensor) -> dict[str, Any]:
-    """How samples [N, 1, 16, 16], asked for as `labels` [N], compare with the real digits; plain numbers, for JSON.
+    """Compare samples [N, 1, 16, 16], asked for as `labels` [N], with the real digits; return numbers, for JSON.
 
     Features are 32 principal components of the real images. The copies that nearest neighbours are judged against are
     real images turned by up to 3 degrees and shifted by up to half a pixel: what a model that repeats its training
@@ -162,7 +162,7 @@ def evaluate(samples: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def report_on(folder: Path, samples: int, *, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """Samples a saved model, all its DDPM steps, no guidance, as many of each digit; prints how good they are.
+    """Sample a saved model, all its DDPM steps, no guidance, as many of each digit; print how good they are.
 
     Returns what `evaluate` does. A hundred samples are drawn to `samples.png` in the folder.
     """
@@ -177,7 +177,7 @@ def report_on(folder: Path, samples: int, *, seed: int = 0, device: str = "cpu")
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """Prints what `evaluate` returned."""
+    """Print what `evaluate` returned."""
     table = Table(title=f"{report['samples']} samples against the real digits")
     for column in ("digit", "recognised", "variance", "real variance", "ratio"):
         table.add_column(column, justify="right")

@@ -1,4 +1,4 @@
-"""Draws a run of `fastddpm.Trainer`: its loss and metric, and what it drew on the way from one and the same noise.
+"""Draw a run of `fastddpm.Trainer`: its loss and metric, and what it drew on the way from one and the same noise.
 
     python examples/draw_training.py digits-run -o digits-run.png
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def draw(run: Path, path: Path, metric: str) -> None:
-    """The loss (left scale) and a metric (right) against the steps; then the left of some sample grids, in order.
+    """Draw the loss (left scale) and a metric (right) against the steps; then the left of some sample grids, in order.
 
     The first, the last, and others that are about evenly spaced between.
     """

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def begin(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings and references, with the points that --output holds."""
+    """Return the settings and references, with the points that --output holds."""
     result: dict[str, Any] = {"samples": args.samples, "spacing": args.spacing, "seed": args.seed}
     points = []
     if args.output.exists():
@@ -77,7 +77,7 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(model: Pretrained, result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Adds what is missing to the points of `result`, and writes --output after each."""
+    """Add what is missing to the points of `result`, and write --output after each."""
     labels = torch.arange(args.samples) % digits.CLASSES
     distances = Distances(args.samples)
     known = {(point["method"], point["steps"]) for point in result["points"]}
@@ -114,17 +114,17 @@ class Distances:
         self.splits = [np.split(rng.permutation(len(real)), [count]) for _ in range(SPLITS)]
 
     def to_real(self, images: np.ndarray) -> float:
-        """Of images [count, 256]."""
+        """Return the distance of images [count, 256]."""
         features = self.components.transform(images)
         return float(np.mean([digits.frechet(features, self.real[rest]) for _, rest in self.splits]))
 
     def between_real(self) -> float:
-        """Of as many real digits to the other ones."""
+        """Return the distance of as many real digits to the other ones."""
         return float(np.mean([digits.frechet(self.real[some], self.real[rest]) for some, rest in self.splits]))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Quality against steps, one panel for each of the two figures."""
+    """Draw quality against steps, one panel for each of the two figures."""
     figure = Figure(figsize=(9.6, 3.8), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     for (method, name), colour, marker in zip(METHODS.items(), ("C7", "C0", "C3"), ("s", "o", "D"), strict=True):

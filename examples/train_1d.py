@@ -1,4 +1,4 @@
-"""Trains a diffusion model on real one-dimensional data, and plots its samples against that data.
+"""Train a diffusion model on real one-dimensional data, and plots its samples against that data.
 
     python examples/train_1d.py                     train (a few minutes on one CPU core), report and plot
 
@@ -50,13 +50,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def profiles(images: Tensor) -> Tensor:
-    """Images [N, 1, 16, 16] as curves [N, 2, 16]: the mean of each row and of each column, within [-1, 1]."""
+    """Return images [N, 1, 16, 16] as curves [N, 2, 16]: the mean of each row and of each column, within [-1, 1]."""
     return torch.cat([images.mean(3), images.mean(2)], dim=1)
 
 
 @functools.cache
 def source() -> tuple[Tensor, Tensor]:
-    """The curves of the real digits [1797, 2, 16], and their labels."""
+    """Return the curves of the real digits [1797, 2, 16], and their labels."""
     counts, labels = digits.source()
     return profiles(digits.render(counts)), labels
 
@@ -103,7 +103,7 @@ class CurveNet(nn.Module):
 
 
 def draw_batch(n: int, generator: torch.Generator, *, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Curves of augmented digits, and their labels."""
+    """Return curves of augmented digits, and their labels."""
     counts, labels = digits.source()
     chosen = torch.randint(len(counts), (n,), generator=generator)
     affine = digits.random_affine(n, degrees=args.rotation, scale=args.scale, shift=args.shift, generator=generator)
@@ -115,7 +115,7 @@ def predict(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
 
 
 def train(args: argparse.Namespace) -> tuple[nn.Module, NoiseSchedule, dict[str, Any]]:
-    """The averaged model, its schedule, and a record of how it came about."""
+    """Return the averaged model, its schedule, and a record of how it came about."""
     torch.manual_seed(args.seed)
     schedule = NoiseSchedule.cosine(1000)
     model, record = fit(
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> tuple[nn.Module, NoiseSchedule, dict[str,
 
 @functools.cache
 def classifier() -> tuple[SVC, float]:
-    """A support-vector machine on 70 % of the real curves, and its accuracy on the other 30 %."""
+    """Return a support-vector machine trained on 70 % of the real curves, and its accuracy on the other 30 %."""
     curves, labels = source()
     seen, unseen, seen_labels, unseen_labels = train_test_split(
         digits.flat(curves), labels.numpy(), test_size=0.3, random_state=0, stratify=labels.numpy()
@@ -142,13 +142,13 @@ def classifier() -> tuple[SVC, float]:
 
 
 def ink_mismatch(curves: Tensor) -> float:
-    """Root mean square of the difference between the ink of the rows and that of the columns, as share of the ink."""
+    """Return the rms difference between the ink of the rows and that of the columns, as a share of the ink."""
     ink = ((curves + 1) / 2).sum(2)
     return float((ink[:, 0] - ink[:, 1]).square().mean().sqrt() / ink.mean())
 
 
 def telling_apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Accuracy, over unseen rows, of a classifier trained to tell a from b; one half where it cannot.
+    """Return the accuracy, over unseen rows, of a classifier trained to tell a from b; one half where it cannot.
 
     The classifier two-sample test of Lopez-Paz & Oquab 2017, with a support-vector machine and five folds.
     """
@@ -160,7 +160,7 @@ def telling_apart(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def evaluate(samples: Tensor, labels: Tensor) -> dict[str, Any]:
-    """How curves [N, 2, 16], asked for as `labels` [N], compare with the real ones; plain numbers, for JSON."""
+    """Compare curves [N, 2, 16], asked for as `labels` [N], with the real ones; return numbers, for JSON."""
     curves, _ = source()
     real, fake = digits.flat(curves), digits.flat(samples)
     rng, half = np.random.default_rng(0), len(real) // 2
@@ -191,7 +191,7 @@ def evaluate(samples: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def plot(path: Path, samples: Tensor, labels: Tensor, *, curves_each: int = 20) -> None:
-    """Draws real curves (grey) and samples (blue) of each digit, and their means."""
+    """Draw real curves (grey) and samples (blue) of each digit, and their means."""
     from matplotlib.figure import Figure
 
     real, real_labels = source()

@@ -1,4 +1,4 @@
-"""Trains the bundled model: a small class-conditional U-Net on 1,797 real handwritten digits.
+"""Train the bundled model: a small class-conditional U-Net on 1,797 real handwritten digits.
 
     python examples/train_digits.py --output digits-run [--resume]    train (about half an hour on a CPU), then report
     python examples/train_digits.py --evaluate-only digits-run/digits
@@ -45,14 +45,14 @@ class Digits(Dataset[Any]):
 
 
 def metric(run: Trainer) -> dict[str, float]:
-    """Of 200 samples: the Frechet distance to the real digits, and the share that is recognised."""
+    """Return, of 200 samples, the Fréchet distance to the real digits and the share that is recognised."""
     labels = torch.arange(200) % digits.CLASSES
     figures = digits.evaluate(run.sampler().sample(200, seed=1, class_labels=labels).cpu(), labels)
     return {"frechet": figures["frechet"]["samples_to_real"], "recognised": figures["recognised"]}
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Trains; returns the folder of the model in float16, with a record of how it came about."""
+    """Train; return the folder of the model in float16, with a record of how it came about."""
     torch.manual_seed(args.seed)
     # Few channels at 16x16, where an 8x8 drawing has little to say; most of the weights work at 4x4.
     unet = UNet(

@@ -1,4 +1,4 @@
-"""Trains the bundled upscaler: a U-Net that draws 16x16 digits which a given 4x4 image may be a reduction of.
+"""Train the bundled upscaler: a U-Net that draws 16x16 digits which a given 4x4 image may be a reduction of.
 
     python examples/train_upscale.py --output digits-upscale     train (about ten minutes on one CPU core), then report
     python examples/train_upscale.py --evaluate-only digits-upscale
@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def shrink(images: Tensor) -> Tensor:
-    """Images [N, 1, 16, 16] as [N, 1, 4, 4]: each pixel the mean of a cell."""
+    """Return images [N, 1, 16, 16] as [N, 1, 4, 4]: each pixel the mean of a cell."""
     return avg_pool2d(images, digits.SIZE // LOW)
 
 
@@ -84,14 +84,14 @@ def enlarge(low: Tensor) -> Tensor:
 
 @functools.cache
 def split() -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the digits to train on and of those held out: the split that `digits.classifier` makes."""
+    """Return the indices of the digits to train on and of those held out: the split that `digits.classifier` makes."""
     labels = digits.source()[1].numpy()
     seen, unseen = train_test_split(np.arange(len(labels)), test_size=0.3, random_state=0, stratify=labels)
     return seen, unseen
 
 
 def draw_batch(n: int, generator: torch.Generator, *, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Augmented images, and what the network is given of them."""
+    """Return augmented images, and what the network is given of them."""
     seen = torch.from_numpy(split()[0])
     chosen = seen[torch.randint(len(seen), (n,), generator=generator)]
     affine = digits.random_affine(n, degrees=args.rotation, scale=args.scale, shift=args.shift, generator=generator)
@@ -106,7 +106,7 @@ def predict(model: nn.Module, x: Tensor, t: Tensor, condition: Tensor) -> Tensor
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains; saves the averaged model, and a record of how it came about, in `args.output`."""
+    """Train; save the averaged model, and a record of how it came about, in `args.output`."""
     (args.output / "training.json").unlink(missing_ok=True)
     torch.manual_seed(args.seed)
     schedule = NoiseSchedule.cosine(1000)
@@ -125,19 +125,19 @@ def train(args: argparse.Namespace) -> None:
 
 
 def upscale(sampler: Sampler, low: Tensor, *, samples: int = 1, seed: int = 0, progress: bool = False) -> Tensor:
-    """Draws `samples` images for each of the low-resolution images [N, 1, 4, 4]: [N, samples, 1, 16, 16]."""
+    """Draw `samples` images for each of the low-resolution images [N, 1, 4, 4]: [N, samples, 1, 16, 16]."""
     repeated = low.repeat_interleave(samples, dim=0)
     images = super_resolution(sampler, repeated, seed=seed, batch_size=100, progress=progress)
     return images.cpu().unflatten(0, (-1, samples))
 
 
 def squared(difference: Tensor) -> float:
-    """Mean square of a difference."""
+    """Return the mean square of a difference."""
     return float(difference.square().mean())
 
 
 def evaluate(samples: Tensor, low: Tensor, truth: Tensor, labels: Tensor) -> dict[str, Any]:
-    """How samples [N, K, 1, 16, 16], drawn for `low` [N, 1, 4, 4], fit it and the digits; plain numbers, for JSON.
+    """Return how samples [N, K, 1, 16, 16], drawn for `low` [N, 1, 4, 4], fit it and the digits: numbers, for JSON.
 
     Not their distance to the truth: the mean of all plausible images is nearer to it than any of them, and blurred.
     For a sampler of the exact posterior, truth and sample are interchangeable, so that two samples for one image are
@@ -184,7 +184,7 @@ def evaluate(samples: Tensor, low: Tensor, truth: Tensor, labels: Tensor) -> dic
 
 
 def report(folder: Path, args: argparse.Namespace) -> None:
-    """Upscales the held-out digits with the saved model; prints and records figures, and draws some."""
+    """Upscale the held-out digits with the saved model; print and record figures, and draw some."""
     sampler = load_pretrained(folder).sampler(device=args.device, num_inference_steps=args.inference_steps)
     counts, labels = digits.source()
     _, unseen = split()

@@ -36,7 +36,7 @@ Predict = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 def add_training_arguments(
     parser: argparse.ArgumentParser, *, steps: int, batch_size: int = 128, dtype: str = "float32"
 ) -> None:
-    """The command line's settings of `fit`."""
+    """Add the command line's settings of `fit`."""
     add = parser.add_argument
     add("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
     add("--batch-size", type=int, default=batch_size, help="(default: %(default)s)")
@@ -61,7 +61,7 @@ def fit(
     prediction_type: str,
     not_settings: tuple[str, ...] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains `model` in place, by AdamW on the mean squared error.
+    """Train `model` in place, by AdamW on the mean squared error.
 
     Args:
         args: what `add_training_arguments` declares.
@@ -121,7 +121,7 @@ def fit(
 
 
 def versions() -> dict[str, Any]:
-    """When something was made, and by which versions."""
+    """Return when something was made, and by which versions."""
     return {
         "date": date.today().isoformat(),
         "versions": {
@@ -134,7 +134,7 @@ def versions() -> dict[str, Any]:
 
 
 def write_record(folder: Path, **entries: Any) -> None:
-    """Adds entries to `training.json` in the model's folder, or replaces them."""
+    """Add entries to `training.json` in the model's folder, or replace them."""
     path = folder / "training.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(record | entries, indent=2) + "\n")

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -116,15 +116,6 @@ def digits() -> ModuleType:
 def openai() -> ModuleType:
     """`openai_restated.py`: the networks and loops of guided-diffusion, and weights for them."""
     return _module(Path(__file__).parent / "shared" / "openai_restated.py")
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[SimpleNamespace]:
-    """The modules of `benchmarks/gpu`, and `gpu_check.py` and `report.py` beside it."""
-    from gpu_check_parts import modules
-
-    with pytest.MonkeyPatch.context() as patch:
-        yield modules(patch)
 
 
 def _module(path: Path) -> ModuleType:

@@ -1,104 +1,83 @@
-"""Imports point one way, and need neither triton, a compiler nor CUDA."""
+"""The rooms' order, the absence of circles, and imports that need neither triton, a compiler nor CUDA."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-import fastddpm_kernels
+import grimp
 import pytest
+from importlinter.cli import lint_imports
 
 import fastddpm
 
-PACKAGES = {"fastddpm": Path(fastddpm.__file__).parent, "fastddpm_kernels": Path(fastddpm_kernels.__file__).parent}
-FILES = [(name, path) for name, root in PACKAGES.items() for path in sorted(root.rglob("*.py"))]
-
-# A module imports only modules of its own package that stand before it here.
-ORDER = [
-    "_files",
-    "progress",
-    "checks",
-    "hub",
-    "timesteps",
-    "schedule",
-    "scheduler_config",
-    "coefficients",
-    "solvers",
-    "images",
-    "layers",
-    "unet_config",
-    "unet",
-    "precision",
-    "weights",
-    "frozen",
-    "network",
-    "diffusion",
-    "overflow",
-    "guidance",
-    "settings",
-    "batch",
-    "trajectory",
-    "cuda_graph",
-    "profiling",
-    "engine",
-    "tuning",
-    "sampler",
-    "evaluation",
-    "editing",
-    "fusing",
-    "interop",
-    "pretrained",
-    "training",
-    "__init__",
-    "cli",
-    "__main__",
-]
+ROOT = Path(__file__).parents[1]
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, also inside functions."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+@cache
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph(
+        "fastddpm", "fastddpm_kernels",
+        include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(("package", "path"), FILES, ids=lambda value: getattr(value, "name", value))
-def test_only_device_code_imports_triton(package: str, path: Path) -> None:
-    if path.parent.name != "device" and not path.name.startswith("triton"):
-        assert not {name for name in imported(path) if name.split(".")[0] == "triton"}
+def test_contracts(capsys: pytest.CaptureFixture[str]) -> None:
+    """`lint-imports` finds that all contracts of pyproject.toml are kept: the order of rooms, kernels apart."""
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == 0, capsys.readouterr().out
 
 
-def test_kernels_know_nothing_of_models() -> None:
-    for package, path in FILES:
-        if package == "fastddpm_kernels":
-            assert not {name for name in imported(path) if name.split(".")[0] == "fastddpm"}, path
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """No circle exists anywhere, within rooms and between a package and its modules too."""
+    circles = set()
+    for module in graph().modules:
+        for imported in graph().find_modules_directly_imported_by(module):
+            if back := graph().find_shortest_chain(imported, module):
+                circles.add(" -> ".join([module, *back]))
+    assert not circles, "\n".join(sorted(circles, key=len))
 
 
-def test_order_of_modules() -> None:
-    root = PACKAGES["fastddpm"]
-    files = {path.stem: [path] for path in root.glob("*.py")}
-    files |= {path.parent.name: list(path.parent.glob("*.py")) for path in root.glob("*/__init__.py")}
-    assert sorted(ORDER) == sorted(files), "ORDER must name every module"
-    for module, paths in files.items():
-        for path in paths:
-            names = {name.split(".")[1] for name in imported(path) if name.startswith("fastddpm.")} & set(ORDER)
-            names.discard(module if len(paths) > 1 else "")  # within a package
-            later = {name for name in names if ORDER.index(name) >= ORDER.index(module)}
-            assert not later, f"{path} imports {later}"
+def test_only_device_code_imports_triton() -> None:
+    importers = graph().find_modules_that_directly_import("triton")
+    assert importers, "grimp saw no import of triton"
+    for module in importers:
+        assert module.startswith("fastddpm_kernels."), module
+        assert ".device." in module or module.rpartition(".")[2].startswith("triton"), module
 
 
-def test_files_can_be_read_in_a_sitting() -> None:
-    long = {
-        path.name: count for _, path in FILES if (count := len(path.read_text(encoding="utf-8").splitlines())) > 400
-    }
-    assert not long
+def test_no_room_imports_the_whole_package() -> None:
+    assert graph().find_modules_that_directly_import("fastddpm") <= {"fastddpm.__main__"}
+
+
+NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}  # are public in spite of the underscore
+
+
+def private_names(source: str) -> set[str]:
+    """Return the private names of `fastddpm_kernels` that a module imports, or reads from a module of it."""
+    tree, found, bound = ast.parse(source), set[str](), set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fastddpm_kernels":
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+            bound |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+            found.add(node.attr)
+    return {name for name in found if name.startswith("_") and not name.endswith("__")} - NAMED_TUPLES
+
+
+def test_private_names_are_seen() -> None:
+    assert private_names("from fastddpm_kernels.conv import _cost, pack as _pack") == {"_cost"}
+    assert private_names("from fastddpm_kernels import tuned as t\nt._cache, t.read, t.__name__") == {"_cache"}
+
+
+def test_no_private_name_of_the_kernels_is_used() -> None:
+    files = Path(fastddpm.__file__).parent.rglob("*.py")
+    found = {path.name: names for path in files if (names := private_names(path.read_text(encoding="utf-8")))}
+    assert not found
 
 
 WITHOUT = """

@@ -1,1 +1,1 @@
-"""Parts of `benchmarks/gpu_check.py`: what is measured, how it is timed, and where it is written."""
+"""Parts of `benchmarks/gpu_check.py`: how benchmarks are run, and what is kept and shown of them."""

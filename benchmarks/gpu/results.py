@@ -1,4 +1,4 @@
-"""The results file: what has been measured, written after every arm, and what of it may be kept by a later run."""
+"""The results file: what was measured, written after every arm, and what of it a later run may keep."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measuring import ROOT
+
 from fastddpm.common.files import read_json, write_json
 from fastddpm.perf.profiling.compare import GPU_SCHEMA
 
-SCHEMA = GPU_SCHEMA
-ROOT = Path(__file__).parents[2]
 # What a measurement depends on: another digest of these, and nothing is kept.
-SOURCES = ("fastddpm", "kernels", "benchmarks/gpu")
-STATUSES = ("ok", "failed", "missing", "unavailable", "not run")
+SOURCES = ("fastddpm", "kernels", "benchmarks")
+STATUSES = ("ok", "failed", "unavailable", "not run")
+FINAL = ("ok", "unavailable")
 
 Record = dict[str, Any]
 
 
 def source_digest(root: Path = ROOT) -> str:
-    """Twelve hex digits of all sources that a measurement depends on."""
+    """Return twelve hex digits of all sources that a measurement depends on."""
     digest = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted(p for p in (root / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")):
@@ -31,7 +32,7 @@ def source_digest(root: Path = ROOT) -> str:
 
 
 def commit_here() -> tuple[str, bool | None]:
-    """The commit, and whether its sources have been changed since; ("unknown", None) outside a git checkout."""
+    """Return the commit, and whether its sources have changed since; ("unknown", None) outside a git checkout."""
     try:
         commit, status = (
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
@@ -56,20 +57,16 @@ class Results:
         dropped: why nothing was kept although `resume` asked for it, or None.
     """
 
-    def __init__(
-        self, path: Path, identity: dict[str, Any], resume: bool = False, header: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], resume: bool, header: dict[str, Any]) -> None:
         self.path, self.dropped = path, None
-        self.content: dict[str, Any] = {"schema": SCHEMA, **identity, **(header or {}), "sections": {}}
+        self.content: dict[str, Any] = {"schema": GPU_SCHEMA, **identity, **header, "sections": {}}
         if resume and path.exists():
             old = read_json(path)
             different = [name for name in ("schema", *identity) if old.get(name) != self.content[name]]
-            if different:
-                self.dropped = "; ".join(
-                    f"{name} was {old.get(name)!r}, is {self.content[name]!r}" for name in different
-                )
-            else:
+            if not different:
                 self.content["sections"] = old.get("sections", {})
+            else:
+                self.dropped = "; ".join(f"{n} was {old.get(n)!r}, is {self.content[n]!r}" for n in different)
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
@@ -77,17 +74,17 @@ class Results:
         return self.content["sections"]
 
     def finished(self, section: str) -> bool:
-        """Whether a section needs no further run."""
+        """Return whether a section needs no further run."""
         return self.sections.get(section, {}).get("status") in ("done", "skipped")
 
     def save(self) -> None:
-        """Writes the file, whole or not at all."""
+        """Write the file, whole or not at all."""
         self.content["written"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_json(self.path, self.content)
 
 
 class Section:
-    """One section while it runs: its records, its time, and the groups of arms that an earlier run finished.
+    """One section while it runs: its time, its records, of which those of an earlier run that are final are kept.
 
     Args:
         results: where it is kept.
@@ -96,60 +93,48 @@ class Section:
     """
 
     def __init__(self, results: Results, name: str, seconds: float) -> None:
-        self.results, self.name, self.allotted = results, name, seconds
-        self.started = time.monotonic()
+        self.results, self.name, self.end = results, name, time.monotonic() + seconds
         old = results.sections.get(name, {})
-        self.before = float(old.get("seconds", 0.0))
-        done = [group for group, state in old.get("groups", {}).items() if state == "done"]
-        self.data: dict[str, Any] = {
-            **{key: value for key, value in old.items() if key not in ("error", "reason")},
-            "status": "running",
-            "groups": {group: "done" for group in done},
-            "records": [record for record in old.get("records", []) if record.get("group") in done],
-        }
+        kept = [record for record in old.get("records", []) if record["status"] in FINAL]
+        own = {key: value for key, value in old.items() if key not in ("error", "reason")}
+        self.data: dict[str, Any] = {**own, "status": "running", "records": kept}
         results.sections[name] = self.data
         results.save()
 
     def left(self) -> float:
-        """Seconds that remain of the section's share."""
-        return self.allotted - (time.monotonic() - self.started)
+        """Return the seconds that remain of the section's share."""
+        return self.end - time.monotonic()
 
-    def records(self, **fields: Any) -> list[Record]:
-        """The records whose fields have these values."""
-        return [r for r in self.data["records"] if all(r.get(name) == value for name, value in fields.items())]
-
-    def add(self, record: Record) -> Record:
-        """Appends a record, or replaces the one of the same group, arm and what it measures; and saves."""
+    def add(self, record: Record) -> None:
+        """Append a record, or replace the one of the same group and arm; and save."""
         assert record["status"] in STATUSES, record
-        same = ("group", "arm", "batch", "what")
-        records = self.data["records"]
-        records[:] = [r for r in records if any(r.get(name) != record.get(name) for name in same)]
-        records.append(record)
-        self.save()
-        return record
-
-    def set(self, **fields: Any) -> None:
-        """Sets fields of the section itself, and saves."""
-        self.data.update(fields)
-        self.save()
+        same = (record["group"], record["arm"])
+        self.data["records"] = [r for r in self.data["records"] if (r["group"], r["arm"]) != same] + [record]
+        self.results.save()
 
     def has(self, group: str) -> bool:
-        """Whether an earlier run finished this group."""
-        return self.data["groups"].get(group) == "done"
+        """Return whether a group has a final record."""
+        return any(r["group"] == group and r["status"] in FINAL for r in self.data["records"])
 
-    def close_group(self, group: str) -> None:
-        """Marks a group as done, or as partial if any of its arms was not run."""
-        partial = any(r["status"] == "not run" for r in self.records(group=group))
-        self.data["groups"][group] = "partial" if partial else "done"
-        self.save()
+    def set(self, **fields: Any) -> None:
+        """Set fields of the section itself, and save."""
+        self.data.update(fields)
+        self.results.save()
 
     def close(self, status: str | None = None, **fields: Any) -> None:
-        """Ends the section: "done", or "partial" if anything was not run for want of time, or as given."""
-        if status is None:
-            partial = any(r["status"] == "not run" for r in self.data["records"])
-            status = "partial" if partial else "done"
-        self.set(status=status, **fields)
+        """End the section: "done", or "partial" if anything was not run for want of time, or as given."""
+        partial = any(r["status"] == "not run" for r in self.data["records"])
+        self.set(status=status or ("partial" if partial else "done"), **fields)
 
-    def save(self) -> None:
-        self.data["seconds"] = round(self.before + time.monotonic() - self.started, 2)
-        self.results.save()
+
+def records(content: dict[str, Any], section: str, **fields: Any) -> list[Record]:
+    """Return the records of a section whose fields have these values."""
+    found = content.get("sections", {}).get(section, {}).get("records", [])
+    return [r for r in found if all(r.get(name) == value for name, value in fields.items())]
+
+
+def median(content: dict[str, Any], section: str, group: str, arm: str) -> float | None:
+    """Return the median microseconds per step of an arm, None if it was not measured."""
+    for record in records(content, section, group=group, arm=arm, status="ok"):
+        return float(record["us_per_step"]["median"])
+    return None

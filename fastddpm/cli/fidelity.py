@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.options import best_device, classes_of, device_name, make_sampler, report_device
+from fastddpm.cli.options import chosen_device, device_name, labels_in_turn, make_sampler, plain, report_device
+from fastddpm.cli.outputs import NotFinite, finite_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,10 +18,11 @@ if TYPE_CHECKING:
     from fastddpm.interop.pretrained import Pretrained
 
 DIGIT_SAMPLES, SAMPLES = 500, 10_000
+FEATURES = 2048  # of Inception v3, kept of every sample
 
 
 def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
-    """Completes the options from each other, before anything is loaded.
+    """Complete the options from each other, before anything is loaded.
 
     Raises:
         ValueError: REAL is missing, a metric is not known, or two options contradict each other.
@@ -30,8 +33,8 @@ def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
     if options.real is None:
         if not is_bundled:
             raise ValueError(
-                "REAL is missing, what to compare with: a folder of pictures, a .npz or 'digits' (or --precision, "
-                "which needs none)"
+                "REAL is missing, the real images: a folder of pictures, a .npz or 'digits' (or --precision, which "
+                "needs none)"
             )
         options.real = DIGITS
     if options.metrics is not None:
@@ -40,25 +43,22 @@ def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
         raise ValueError("--inception-weights is given and so is --feature-network; distances are measured in one")
 
 
-def labels_in_turn(model: Pretrained, count: int) -> list[int] | None:
-    """All classes in equal numbers."""
-    classes = classes_of(model.unet.config)
-    return [classes[i % len(classes)] for i in range(count)] if classes else None
-
-
 def measure_fidelity(
-    options: argparse.Namespace, model: Pretrained | None, console: Console, *, is_bundled: bool
-) -> dict[str, Any]:
-    """Compares what `model` draws, or without one the images that MODEL names, with REAL; prints and returns it."""
+    options: argparse.Namespace, model: Pretrained | None, *, is_bundled: bool
+) -> tuple[dict[str, Any], Callable[[Console], None]]:
+    """Compare samples of `model`, or without one the images that MODEL names, with REAL.
+
+    Returns:
+        The figures, and a function that prints them.
+    """
     import torch
 
-    from fastddpm.common.images import save_npz
+    from fastddpm.common.images import check_memory, save_npz
     from fastddpm.evaluation import Evaluator
     from fastddpm.evaluation.image_sets import of_sampler
     from fastddpm.evaluation.reading import open_images
-    from fastddpm.networks.network import usable_device
 
-    device = usable_device(options.device or best_device())
+    device = chosen_device(options)
     drawn: list[Tensor] = []
     labels = sampler = None
     if model is None:
@@ -66,31 +66,38 @@ def measure_fidelity(
     else:
         sampler = make_sampler(options, model)
         count = options.num_samples or (DIGIT_SAMPLES if is_bundled else SAMPLES)
+        check_memory(4 * FEATURES * count, f"--num-samples {count}: features")
         labels = labels_in_turn(model, count)
         samples = of_sampler(
-            sampler,
-            count,
-            seed=options.seed,
-            class_labels=labels,
-            decode=None if model.decoder is None else model.decode,
+            sampler, count, seed=options.seed, class_labels=labels,
+            decode=lambda x: _finite(model.decode(x)),
             keep=None if options.save_samples is None else drawn,
-            name=options.model or "the bundled model",
-            progress=True,
-            batch_size=options.batch_size,
-        )
+            name=options.model or "the bundled model", progress=True, batch_size=options.batch_size,
+        )  # fmt: skip
     evaluator = Evaluator(options.real, metrics=options.metrics, features=_features(options, device), device=device)
     try:
         result = evaluator(samples, progress=True)
-    finally:  # what took hours to draw is written also where its figures cannot be had
+    finally:  # samples that took hours are kept even where measuring them fails
         if options.save_samples is not None and sum(map(len, drawn)) == samples.count:
             save_npz(options.save_samples, torch.cat(drawn), labels, in_colour=True)
             print(f"wrote {options.save_samples}")
-    _print(result, console)
     about: dict[str, Any] = {"device_name": device_name(device)}
     if sampler is not None:
-        report_device(sampler)
         about |= {"seed": options.seed, "method": sampler.method, "steps": len(sampler.timesteps)}
-    return {**result.to_dict(), **about}
+
+    def show(console: Console) -> None:
+        _print(result, console)
+        if sampler is not None:
+            report_device(sampler)
+
+    return {**result.to_dict(), **about}, show
+
+
+def _finite(images: Tensor) -> Tensor:
+    """Return `images`, which must be finite: figures of black pictures would be wrong."""
+    if bad := int((~finite_rows(images)).sum()):
+        raise NotFinite(f"{bad} of {len(images)} samples are not finite, so nothing is measured")
+    return images
 
 
 def _features(options: argparse.Namespace, device: Any) -> Features | str | None:
@@ -99,14 +106,10 @@ def _features(options: argparse.Namespace, device: Any) -> Features | str | None
 
     if options.inception_weights is not None:
         return InceptionFeatures(options.inception_weights, device=device)
-    if options.feature_network is None or options.feature_network == DIGITS:
+    if options.feature_network in (None, DIGITS):
         return options.feature_network
-    return NetworkFeatures(
-        options.feature_network,
-        feature_input=options.feature_input,
-        feature_channels=options.feature_channels,
-        device=device,
-    )
+    taken = {"feature_input": options.feature_input, "feature_channels": options.feature_channels}
+    return NetworkFeatures(options.feature_network, **taken, device=device)
 
 
 def _print(result: Evaluation, console: Console) -> None:
@@ -130,9 +133,8 @@ def _print(result: Evaluation, console: Console) -> None:
         if value is not None:
             table.add_row(name, form.format(value), remark)
     console.print(table)
-    console.print(f"samples: {result.samples}; real: {result.real}", highlight=False, markup=False)
-    console.print(f"features: {result.features}", highlight=False, markup=False)
+    plain(console, f"samples: {result.samples}; real: {result.real}\nfeatures: {result.features}")
     for name, reason in result.not_measured.items():
-        console.print(f"{name}: not measured, {reason}", highlight=False, markup=False)
+        plain(console, f"{name}: not measured, {reason}")
     for note in result.notes:
-        console.print(f"warning: {note}", highlight=False, markup=False)
+        plain(console, f"warning: {note}")

@@ -1,4 +1,4 @@
-"""What the commands that start from images share: their inputs, read from files or drawn for class labels."""
+"""The inputs of the commands that start from images: read from files, or drawn for class labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import check_labels, check_outputs, classes_of, integer, make_sampler
+from fastddpm.cli.options import check_labels, classes_of, integer, make_sampler
+from fastddpm.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,45 +24,34 @@ INPUT_STEPS = 25  # of the sampler that draws an input for a class label
 def add_command(
     commands: Any, name: str, help: str, description: str, run: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
+    """Add a command that takes inputs, and return its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(run=run)
     parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
+        "inputs", nargs="*", metavar="INPUT",
         help="picture files of any size, or class labels: the model then draws one (default: one of each class)",
-    )
+    )  # fmt: skip
     return parser
 
 
 def add_input_options(parser: argparse.ArgumentParser, *, variants: int | None, labels: str | None) -> None:
-    """Options on inputs; those that do not apply to a command are None in it."""
-    parser.add_argument("--model", help=f"{MODEL_HELP} (default: a bundled one)")
+    """Add the options on inputs; `variants` or `labels` None leaves out the option, whose value is then fixed."""
+    add = parser.add_argument
+    add("--model", help=f"{MODEL_HELP} (default: a bundled one)")
     add_model_options(parser)
-    parser.add_argument("--invert", action="store_true", help="exchange black and white in picture files")
-    parser.add_argument(
-        "--input-seed", type=integer(0), default=0, metavar="SEED", help="of inputs drawn for class labels (default: 0)"
-    )
+    add("--invert", action="store_true", help="exchange black and white in picture files")
+    add("--input-seed", type=integer(0), default=0, metavar="SEED",
+        help="of inputs drawn for class labels (default: 0)")  # fmt: skip
     if variants is None:
         parser.set_defaults(num_samples=1)
     else:
-        parser.add_argument(
-            "-n",
-            "--num-samples",
-            type=integer(1),
-            default=variants,
-            metavar="N",
-            help=f"results per input (default: {variants})",
-        )
+        add("-n", "--num-samples", type=integer(1), default=variants, metavar="N",
+            help=f"results per input (default: {variants})")  # fmt: skip
     if labels is None:
         parser.set_defaults(class_label=None)
     else:
-        parser.add_argument(
-            "--class-label",
-            type=_label_or_none,
-            metavar="L",
-            help=f"{labels}, or none (default: that of an input given as a label, else none)",
-        )
+        add("--class-label", type=_label_or_none, metavar="L",
+            help=f"{labels}, or none (default: the label given as input, else none)")  # fmt: skip
 
 
 def _label_or_none(text: str) -> int | str:
@@ -75,8 +65,8 @@ class Inputs:
     Attributes:
         names: as given.
         images: float32 [K, C, H, W] in [-1, 1].
-        labels: the class of those that were given as one.
-        originals: for upscaling, what the small images that were drawn for a label are reductions of.
+        labels: the class of each input that was given as a label; None for a file.
+        originals: for upscaling, the full-size drawing of which each small image is a reduction; None for a file.
     """
 
     names: list[str]
@@ -88,9 +78,9 @@ class Inputs:
 def open_inputs(
     options: argparse.Namespace, reduced: int = 1, **settings: Any
 ) -> tuple[str, Pretrained, Sampler, Inputs]:
-    """Kind of output, model, sampler and inputs, once they are known to be right.
+    """Check the outputs, then return their suffix, the model, its sampler and the inputs.
 
-    With `reduced` F > 1 the model enlarges: it is by default the bundled upscaler, and the inputs are of 1/F its size.
+    With `reduced` F > 1 the model enlarges: by default it is the bundled upscaler, and inputs have 1/F of its size.
     `settings` are further ones of the sampler.
     """
     from fastddpm.interop.pretrained import BUNDLED, load_pretrained
@@ -106,28 +96,14 @@ def open_inputs(
 def _read_inputs(
     options: argparse.Namespace, model: Pretrained, source: Pretrained, sampler: Sampler, reduced: int
 ) -> Inputs:
-    """The pictures named, and drawn by `source` those given as labels."""
+    """Read the pictures, and let `source` draw the inputs given as labels."""
     import torch
     from torch.nn.functional import avg_pool2d
 
     from fastddpm.common.images import load_image
 
-    config = model.unet.config
-    size = config.sample_size
-    if size is None:
-        raise ValueError("--model has no sample_size in its config, which images must be resized to")
-    height, width = (size, size) if isinstance(size, int) else size
-    if height % reduced or width % reduced:
-        raise ValueError(f"--factor is {reduced}, must divide the model's size {height} x {width}")
-    channels = config.out_channels // (2 if sampler.settings.learned_variance else 1)
-    if reduced > 1:
-        reads = getattr(config, "in_channels", channels)
-        channels = reads - channels
-        if channels < 1:
-            raise ValueError(f"--model reads {reads} channels, no small image beside those it draws")
-    shape = (channels, height // reduced, width // reduced)
-
-    classes = classes_of(source.unet.config)
+    shape = _input_shape(model.unet.config, sampler, reduced)
+    classes = source.labels()
     names = options.inputs or [str(label) for label in classes]
     if not names:
         raise ValueError("INPUT is missing: the model has no classes to draw one of each, name picture files")
@@ -144,12 +120,9 @@ def _read_inputs(
     drawn: list[Tensor] = []
     if wanted:
         draw = source.sampler(
-            method="dpmsolver++",
-            num_inference_steps=INPUT_STEPS,
-            device=sampler.device,
-            dtype=sampler.dtype,
+            method="dpmsolver++", num_inference_steps=INPUT_STEPS, device=sampler.device, dtype=sampler.dtype,
             backend=options.backend,
-        )
+        )  # fmt: skip
         drawn = list(draw.sample(len(wanted), seed=options.input_seed, class_labels=wanted).cpu())
     images: list[Tensor] = []
     originals: list[Tensor | None] = []
@@ -160,8 +133,25 @@ def _read_inputs(
     return Inputs([Path(name).stem for name in names], torch.stack(images), labels, originals)
 
 
+def _input_shape(config: Any, sampler: Sampler, reduced: int) -> tuple[int, int, int]:
+    """Return (C, H, W) of an input."""
+    size = config.sample_size
+    if size is None:
+        raise ValueError("--model has no sample_size in its config, which images must be resized to")
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % reduced or width % reduced:
+        raise ValueError(f"--factor is {reduced}, must divide the model's size {height} x {width}")
+    channels = config.out_channels // (2 if sampler.settings.learned_variance else 1)
+    if reduced > 1:
+        reads = getattr(config, "in_channels", channels)
+        channels = reads - channels
+        if channels < 1:
+            raise ValueError(f"--model reads {reads} channels, no small image beside those it draws")
+    return channels, height // reduced, width // reduced
+
+
 def labels_of(options: argparse.Namespace, model: Pretrained, inputs: Inputs) -> list[int] | None:
-    """The class of each result's input: the one asked for, that of the input, or the one that means none."""
+    """Return a class per input: --class-label, the input's own label, or the null class."""
     config = model.unet.config
     asked = options.class_label
     if isinstance(asked, int):
@@ -179,10 +169,6 @@ def labels_of(options: argparse.Namespace, model: Pretrained, inputs: Inputs) ->
 
 
 def call_options(options: argparse.Namespace, labels: list[int] | None, each: int) -> dict[str, Any]:
-    """What all tasks pass on to `Sampler.sample`, with `each` results per input."""
-    return {
-        "seed": options.seed,
-        "class_labels": None if labels is None else [label for label in labels for _ in range(each)],
-        "batch_size": options.batch_size,
-        "progress": True,
-    }
+    """Return what every command passes on to `Sampler.sample`, with `each` results per input."""
+    labels = None if labels is None else [label for label in labels for _ in range(each)]
+    return {"seed": options.seed, "class_labels": labels, "batch_size": options.batch_size, "progress": True}

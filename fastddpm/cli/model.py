@@ -1,4 +1,4 @@
-"""The model that a command runs: how it is named, and what its files do not say."""
+"""How a command is told which model to run, and what the model's files do not say."""
 
 from __future__ import annotations
 
@@ -17,42 +17,29 @@ MODEL_HELP = (
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options on how a model is loaded, which every command that takes one has."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=True,
+    """Add the options on how a model is loaded, which every command that runs a model has."""
+    add = parser.add_argument_group("model").add_argument
+    add("--ema", action=argparse.BooleanOptionalAction, default=True,
         help="take the moving average of the weights where there are both: unet_ema/ beside unet/, or in a Trainer's "
-        "file (default: --ema)",
-    )
-    group.add_argument(
-        "--variant", metavar="NAME", help="of a folder's weights, as diffusers names files: fp16, ema, non_ema"
-    )
-    group.add_argument(
-        "--image-size", metavar="S[,S]", help="pixels of an image, or height,width: for files, which do not say it"
-    )
-    group.add_argument(
-        "--flags",
-        type=_flags,
-        default={},
-        metavar="'--NAME VALUE ...'",
+             "file (default: --ema)")  # fmt: skip
+    add("--variant", metavar="NAME", help="of a folder's weights, as diffusers names files: fp16, ema, non_ema")
+    add("--image-size", metavar="S[,S]", help="pixels of an image, or height,width: for files, which do not say it")
+    add("--flags", type=_flags, default={}, metavar="'--NAME VALUE ...'",
         help="what else a file does not say: the published flags of guided-diffusion or improved-diffusion (with "
-        "--library improved_diffusion); of a Trainer's file --objective, where it is not to be seen, and "
-        "--sinusoidal_pos_emb_theta",
-    )
+             "--library improved_diffusion); of a Trainer's file --objective, where the file does not show it, and "
+             "--sinusoidal_pos_emb_theta")  # fmt: skip
 
 
 def open_model(options: argparse.Namespace, bundled: Path | None = None, *, latents: bool = False) -> Pretrained:
-    """The model that `options.model` names, or the bundled one if it names none.
+    """Load the model that `options.model` names, or the bundled one if it names none.
 
     Args:
         options: of a command that has `add_model_options`.
         bundled: the folder of another bundled model than that of digits.
-        latents: whether the command can do with a model whose samples have to be decoded.
+        latents: whether the command accepts a model whose samples must be decoded.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: as `load_pretrained`; or it draws latents and must not.
+        ValueError, OSError, ModuleNotFoundError: as `load_pretrained`; or the model draws latents and must not.
     """
     from fastddpm.interop.pretrained import BUNDLED, load_pretrained
 
@@ -69,7 +56,7 @@ def open_model(options: argparse.Namespace, bundled: Path | None = None, *, late
 
 
 def _flags(text: str) -> dict[str, str]:
-    """A type for an option: options of another library's command line, by name."""
+    """Parse options of another library's command line into a dictionary."""
     wrong = argparse.ArgumentTypeError(f"{text!r} must be names and values, such as '--image_size 64 --use_fp16 True'")
     try:
         words = shlex.split(text)

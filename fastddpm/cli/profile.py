@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import (
     BACKENDS,
+    DEVICE_HELP,
     DTYPES,
     GRAPHS,
     METHODS,
-    best_device,
-    check_output,
-    classes_of,
+    chosen_device,
     integer,
+    labels_in_turn,
     make_sampler,
     seconds,
+    wide_console,
 )
+from fastddpm.cli.outputs import check_output
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fastddpm.sampling.sampler import Sampler
 
-# By kind of device: batch sizes, and of --quick.
+# By kind of device: batch sizes, and those of --quick.
 BATCHES = {"cuda": ((1, 8, 64, 256), (1, 64)), "mps": ((1, 8, 32), (1, 8)), "cpu": ((1, 4, 16), (1, 8))}
 BUDGET_S, QUICK_S = 240.0, 35.0
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the command to the parser."""
+    """Add the command to the parser."""
     parser = commands.add_parser(
         "profile",
         help="measure this machine and a model on it, and what keeps it from the machine's limits",
@@ -42,50 +42,42 @@ def add_commands(commands: Any) -> None:
         "kernels against them: images/s, ms/step, the share of what is possible, and what costs most. Without MODEL "
         "it is the bundled model of handwritten digits. With --compare, hold it against an earlier profile.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--batch", type=integer(1), nargs="+", metavar="B",
-        help="batch sizes; MODEL stands before them (default: by device, such as 1 4 16)",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="fewer batch sizes and rounds; less than a minute")
-    parser.add_argument(
-        "--budget", type=seconds, metavar="SECONDS",
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    add("--batch", type=integer(1), nargs="+", metavar="B",
+        help="batch sizes; MODEL stands before them (default: by device, such as 1 4 16)")  # fmt: skip
+    add("--quick", action="store_true", help="fewer batch sizes and rounds; less than a minute")
+    add("--budget", type=seconds, metavar="SECONDS",
         help=f"in all; what does not fit is recorded as not run (default: {BUDGET_S:.0f}, quick {QUICK_S:.0f})",
-    )  # fmt: skip
-    group = parser.add_argument_group("sampler")
-    group.add_argument("--steps", type=integer(1), metavar="S", help="of an image (default: all trained ones)")
-    group.add_argument("--method", choices=METHODS, help="sampler (default: the model's)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the network (default: auto, as for sample)")
-    group.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that there is)")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="as for sample (default: auto)")
-    group.add_argument("--cuda-graph", choices=GRAPHS, default="auto", help="as for sample (default: auto)")
-    # What `make_sampler` asks for and nothing here changes.
+        )  # fmt: skip
+    add = parser.add_argument_group("sampler").add_argument
+    add("--steps", type=integer(1), metavar="S", help="of an image (default: all trained ones)")
+    add("--method", choices=METHODS, help="sampler (default: the model's)")
+    add("--dtype", choices=DTYPES, help="of the network (default: auto, as for sample)")
+    add("--device", help=DEVICE_HELP)
+    add("--backend", choices=BACKENDS, default="auto", help="as for sample (default: auto)")
+    add("--cuda-graph", choices=GRAPHS, default="auto", help="as for sample (default: auto)")
+    # `make_sampler` reads these; this command has no options for them.
     parser.set_defaults(
         default_steps=None, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False
     )
     add_model_options(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--json", type=Path, metavar="PATH.json",
-        help="all figures (default: profile-DEVICE.json, numbered where there is one already)",
-    )  # fmt: skip
-    group.add_argument("--plot", type=Path, metavar="PATH", help="draw roofline and throughput as .png or .svg")
-    group.add_argument(
-        "--trace", type=Path, metavar="PATH.json", help="a Chrome trace of the largest batch size, for ui.perfetto.dev"
-    )
-    group.add_argument(
-        "--compare", type=Path, nargs="+", metavar="OLD.json",
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="PATH.json",
+        help="all figures (default: profile-DEVICE.json, with a number where that file exists)")  # fmt: skip
+    add("--plot", type=Path, metavar="PATH", help="draw roofline and throughput as .png or .svg")
+    add("--trace", type=Path, metavar="PATH.json",
+        help="a Chrome trace of the largest batch size, for ui.perfetto.dev")  # fmt: skip
+    add("--compare", type=Path, nargs="+", metavar="OLD.json",
         help="also hold it against an earlier profile, as a Markdown table with ratios and their noise; with a second "
-        "file, hold that one against the first and measure nothing",
-    )  # fmt: skip
+             "file, hold that one against the first and measure nothing")  # fmt: skip
     parser.set_defaults(run=_profile)
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from fastddpm.common.files import read_json
-    from fastddpm.perf.profiling import compare
+    from fastddpm.cli.profile_report import show
+    from fastddpm.common.files import read_json, write_json
+    from fastddpm.perf.profiling import compare, plots
     from fastddpm.perf.profiling.model import SCHEMA
 
     if options.compare is not None and len(options.compare) > 2:
@@ -100,41 +92,42 @@ def _profile(options: argparse.Namespace) -> None:
     if earlier and earlier[0]["schema"] != SCHEMA:
         raise ValueError(f"--compare is {options.compare[0]}, which `fastddpm profile` did not write")
     _check_outputs(options)
-    console = Console(width=None if sys.stdout.isatty() else 140)
     content = _measure(options)
-    _write(options, content, console)
+    path = options.json or _free_name(f"profile-{content['device']['slug']}")
+    write_json(path, content)  # before printing, which could lose it
+    show(content, wide_console())
+    print(f"wrote {path}")
+    if options.plot is not None:
+        plots.save_profile(options.plot, content)
+        print(f"wrote {options.plot}")
+    measured = [record for record in content["batches"] if record["status"] == "ok"]
+    if options.trace is not None and measured and "error" not in measured[-1]["kernels"]:
+        print(f"wrote {options.trace}")
     if earlier:
-        print()
-        print(compare.markdown(earlier[0], content, (options.compare[0].stem, "now")))
+        print("\n" + compare.markdown(earlier[0], content, (options.compare[0].stem, "now")))
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     from fastddpm.common.progress import progress_bar
     from fastddpm.common.version import __version__
-    from fastddpm.networks.network import usable_device
     from fastddpm.perf.profiling.model import Plan, profile
 
     model = open_model(options, latents=True)
-    options.device = str(usable_device(options.device or best_device()))
+    options.device = str(chosen_device(options))
     first = make_sampler(options, model)
-    if options.dtype != "tf32":  # found once: "auto" tries the network
+    if options.dtype != "tf32":  # chosen once: "auto" tries the network
         options.dtype = str(first.dtype).removeprefix("torch.")
 
     def make(graph: str | bool | None) -> Sampler:
         return make_sampler(options, model, **({} if graph is None else {"cuda_graph": graph}))
 
-    def labels(count: int) -> list[int] | None:
-        classes = classes_of(model.unet.config)
-        return [classes[k % len(classes)] for k in range(count)] if classes else None
-
-    kind = first.device.type
-    batches = options.batch or BATCHES.get(kind, BATCHES["cpu"])[bool(options.quick)]
+    batches = options.batch or BATCHES.get(first.device.type, BATCHES["cpu"])[bool(options.quick)]
     plan = Plan(
         make=make,
         shape=first.network.sample_shape(first.settings.learned_variance),
         precision=options.dtype,
         batches=sorted(set(batches)),
-        labels=labels,
+        labels=partial(labels_in_turn, model),
         seconds=options.budget or (QUICK_S if options.quick else BUDGET_S),
         quick=options.quick,
         trace=options.trace,
@@ -147,24 +140,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     return {**content, **about}
 
 
-def _write(options: argparse.Namespace, content: dict[str, Any], console: Console) -> None:
-    from fastddpm.common.files import write_json
-    from fastddpm.perf.profiling import plots, report
-
-    report.show(content, console)
-    path = options.json or _free_name(f"profile-{content['device']['slug']}")
-    write_json(path, content)
-    print(f"wrote {path}")
-    measured = [record for record in content["batches"] if record["status"] == "ok"]
-    if options.plot is not None:
-        plots.save_profile(options.plot, content)
-        print(f"wrote {options.plot}")
-    if options.trace is not None and measured and "error" not in measured[-1]["kernels"]:
-        print(f"wrote {options.trace}")
-
-
 def _free_name(stem: str) -> Path:
-    """A file that is not there yet, so that an earlier profile stays to be compared with."""
+    """Return the name of a file that does not exist yet, so that earlier profiles stay."""
     names = (Path(f"{stem}{f'-{count}' if count > 1 else ''}.json") for count in itertools.count(1))
     return next(path for path in names if not path.exists())
 
@@ -172,12 +149,9 @@ def _free_name(stem: str) -> Path:
 def _check_outputs(options: argparse.Namespace) -> None:
     from fastddpm.perf.profiling.plots import check_plot
 
-    for option in ("json", "trace"):
-        path = getattr(options, option)
+    for option, path in (("--json", options.json), ("--trace", options.trace)):
         if path is not None:
-            if path.suffix.lower() != ".json":
-                raise ValueError(f"--{option} is {path}, its suffix must be .json")
-            check_output(f"--{option}", path)
+            check_output(option, path, ".json")
     if options.trace is not None and options.json is not None and options.trace.resolve() == options.json.resolve():
         raise ValueError(f"--trace is {options.trace}, as is --json; they must be different files")
     if options.plot is not None:

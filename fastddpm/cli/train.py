@@ -16,93 +16,52 @@ RESULTS = "results"
 METRICS = ("none", "frechet")
 # Options that are keys of [trainer].
 _TRAINER = (
-    "results_folder",
-    "train_num_steps",
-    "train_batch_size",
-    "train_lr",
-    "mixed_precision",
-    "metric",
-    "augment_horizontal_flip",
-    "device",
-    "seed",
+    *("results_folder", "train_num_steps", "train_batch_size", "train_lr", "mixed_precision", "metric"),
+    *("augment_horizontal_flip", "device", "seed"),
 )
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the command to the parser."""
+    """Add the command to the parser."""
     train = commands.add_parser(
         "train",
         help="train a model on a folder of pictures",
-        description="Train a model on pictures of any size and format, or on an .npz. What is not said is chosen from "
-        "the data: the size, grey or colour, the U-Net. Everything is written to one folder: the model, samples on the "
-        "way, the loss, and checkpoints, from which --resume goes on. SIGTERM and Ctrl-C write a checkpoint first.",
+        description="Train a model on pictures of any size and format, or on an .npz. Settings that are not given are "
+        "chosen from the data: the size, grey or colour, the U-Net. Everything is written to one folder: the model, "
+        "samples on the way, the loss, and checkpoints, from which --resume goes on. SIGTERM and Ctrl-C write a "
+        "checkpoint first.",
     )
     add = train.add_argument
-    add(
-        "folder",
-        nargs="?",
-        metavar="FOLDER",
+    add("folder", nargs="?", metavar="FOLDER",
         help="pictures, also in subfolders: if all are in one, each subfolder is a class; or an .npz (arr_0 uint8 "
-        "NHWC, arr_1 labels)",
-    )
+             "NHWC, arr_1 labels)")  # fmt: skip
     add("--config", type=Path, metavar="FILE.toml", help="settings, as --print-config shows them")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        dest="assignments",
-        metavar="SECTION.KEY=VALUE",
-        help="one of these settings, such as trainer.train_lr=2e-4; may be repeated",
-    )
+    add("--set", action="append", default=[], dest="assignments", metavar="SECTION.KEY=VALUE",
+        help="one of these settings, such as trainer.train_lr=2e-4; may be repeated")  # fmt: skip
     add("--print-config", action="store_true", help="print all settings as they would be used, and do nothing else")
     add("--resume", action="store_true", help="go on from the last checkpoint in the results, if there is one")
     add("-o", "--results-folder", "--output", metavar="DIR", help=f"where everything goes (default: {RESULTS})")
-    group = train.add_argument_group("model (default: chosen from the data)")
-    group.add_argument("--image-size", type=integer(1), metavar="PIXELS", help="a side; pictures are cut and resized")
-    group.add_argument("--channels", type=int, choices=(1, 3, 4), help="1 for grey, 3 for colour, 4 with opacity")
-    group.add_argument("--width", type=integer(1), metavar="C", help="channels of the U-Net at full size")
-    group.add_argument(
-        "--class-labels",
-        action=argparse.BooleanOptionalAction,
-        help="whether the model is told classes (default: if there are)",
-    )
-    group = train.add_argument_group("training")
-    group.add_argument(
-        "--steps",
-        "--train-num-steps",
-        type=integer(1),
-        dest="train_num_steps",
-        metavar="N",
-        help="in all (default: 100000)",
-    )
-    group.add_argument(
-        "--batch-size",
-        "--train-batch-size",
-        type=integer(1),
-        dest="train_batch_size",
-        metavar="B",
-        help="images at once, over all processes (default: 16)",
-    )
-    group.add_argument(
-        "--learning-rate", "--train-lr", type=float, dest="train_lr", metavar="R", help="at its peak (default: 1e-4)"
-    )
-    group.add_argument(
-        "--mixed-precision",
-        choices=("no", "bf16", "fp16"),
-        help="(default: bf16 on a CUDA device that has it, else no)",
-    )
-    group.add_argument(
-        "--flip", "--augment-horizontal-flip", action="store_true", default=None, dest="augment_horizontal_flip",
-        help="mirror half of the images, at random",
-    )  # fmt: skip
-    group.add_argument(
-        "--metric",
-        choices=METRICS,
+    add = train.add_argument_group("model (default: chosen from the data)").add_argument
+    add("--image-size", type=integer(1), metavar="PIXELS", help="a side; pictures are cut and resized")
+    add("--channels", type=int, choices=(1, 3, 4), help="1 for grey, 3 for colour, 4 with opacity")
+    add("--width", type=integer(1), metavar="C", help="channels of the U-Net at full size")
+    add("--class-labels", action=argparse.BooleanOptionalAction,
+        help="whether the model is told classes (default: where the data has them)")  # fmt: skip
+    add = train.add_argument_group("training").add_argument
+    add("--steps", "--train-num-steps", type=integer(1), dest="train_num_steps", metavar="N",
+        help="in all (default: 100000)")  # fmt: skip
+    add("--batch-size", "--train-batch-size", type=integer(1), dest="train_batch_size", metavar="B",
+        help="images at once, over all processes (default: 16)")  # fmt: skip
+    add("--learning-rate", "--train-lr", type=float, dest="train_lr", metavar="R", help="at its peak (default: 1e-4)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"),
+        help="(default: bf16 on a CUDA device that has it, else no)")  # fmt: skip
+    add("--flip", "--augment-horizontal-flip", action="store_true", default=None, dest="augment_horizontal_flip",
+        help="mirror half of the images, at random")  # fmt: skip
+    add("--metric", choices=METRICS,
         help="measured with every grid of samples; the best model is kept: the Frechet distance to the data in their "
-        "principal components (default: none, or that of the run that is resumed)",
-    )
-    group.add_argument("--device", help="cuda, mps, cpu (default: the first of these that there is)")
-    group.add_argument("--seed", type=integer(0), help="of weights, order, flips and noise")
+             "principal components (default: none, or that of the run that is resumed)")  # fmt: skip
+    add("--device", help="cuda, mps, cpu (default: the first of these that this machine has)")
+    add("--seed", type=integer(0), help="of weights, order, flips and noise")
     train.set_defaults(run=_train)
 
 
@@ -139,7 +98,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    """Defaults from the data, then the file, then the options."""
+    """Return the settings: defaults from the data, then the file, then the options."""
     from fastddpm.training.config import RunConfig, parse_assignment, read_tables
 
     path = options.config
@@ -177,7 +136,7 @@ def _bf16(device: str | None) -> bool:
 
 
 def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> None:
-    """Adds what is chosen from the data to the settings that were given; `assigned`: keys of [model] by --set."""
+    """Add the settings that the data decide to those given; `assigned` has the keys of [model] that --set gave."""
     from dataclasses import replace
 
     from fastddpm.networks.unet.config import UNetConfig
@@ -212,7 +171,7 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
         fixed |= set(structure)
     if options.channels:
         fixed.add("out_channels")
-    # Options stand above a file, and --set, which is the most exact, above the others.
+    # Options overrule a file, and --set, the most exact, overrules both.
     kept = {key: value for key, value in model.items() if key not in fixed or key in assigned}
     given["model"] = {**defaults, **kept}
     given["diffusion"] = {**default_diffusion(look), **given.get("diffusion", {})}
@@ -224,10 +183,14 @@ def _describe(trainer: Any) -> None:
     from fastddpm.cli.options import device_name
 
     source, settings = trainer.source, trainer.settings
-    classes = f", {len(source.classes)} classes" if source.classes else ""
+    names = trainer.label_names
+    classes = f", {len(names)} classes" if names else ""
     size = " x ".join(str(side) for side in trainer.shape)
     parameters = sum(p.numel() for p in trainer.diffusion.unet.parameters()) / 1e6
     print(f"{len(source)} images of {size}{classes}; a network of {parameters:.1f} million parameters")
+    if names:
+        shown = [f"{label} {name}" if name != str(label) else name for label, name in names.items()]
+        print(f"labels: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}")
     processes = trainer.accelerator.num_processes
     print(
         f"{settings.train_num_steps} steps of {settings.images_per_step} images, from step {trainer.step}, on "

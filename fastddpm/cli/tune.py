@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import DTYPES, METHODS, best_device, check_output, integer, make_sampler, seconds
+from fastddpm.cli.options import (
+    DTYPES,
+    METHODS,
+    chosen_device,
+    integer,
+    make_sampler,
+    seconds,
+    wide_console,
+)
+from fastddpm.cli.outputs import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +29,11 @@ if TYPE_CHECKING:
 BATCHES = {"cuda": (1, 8, 64), "cpu": (1, 4, 16)}
 TRAINING_BATCHES = (16,)  # as the Trainer's default
 BUDGET_S = 300.0
-STEPS = 3  # that are run to see what the reverse step is asked for: the second of a multistep method has more to read
+STEPS = 3  # run to see the shapes of the reverse step: the second step of a multistep method reads more
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the command to the parser."""
+    """Add the command to the parser."""
     parser = commands.add_parser(
         "tune",
         help="find the fastest tiles, warps and algorithms for a model's shapes on this device",
@@ -34,37 +42,29 @@ def add_commands(commands: Any) -> None:
         "in the user's cache, where sampling and training find them. Without MODEL it is the bundled model of "
         "handwritten digits.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--batch", type=integer(1), nargs="+", metavar="B",
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    add("--batch", type=integer(1), nargs="+", metavar="B",
         help="batch sizes as the network sees them, twice the samples with guidance; MODEL stands before them "
-        "(default: 1 8 64 on cuda, 1 4 16 on cpu; 16 with --training)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--training", action="store_true",
-        help="the shapes of a step of training, forward and backward, in place of those of sampling",
-    )  # fmt: skip
-    parser.add_argument("--method", choices=METHODS, help="sampler whose step is tuned (default: the model's)")
-    parser.add_argument("--guidance-scale", type=float, metavar="W", help="tune for classifier-free guidance")
-    parser.add_argument(
-        "--dtype", choices=DTYPES,
+             "(default: 1 8 64 on cuda, 1 4 16 on cpu; 16 with --training)")  # fmt: skip
+    add("--training", action="store_true",
+        help="the shapes of a training step, forward and backward, in place of those of sampling")  # fmt: skip
+    add("--method", choices=METHODS, help="sampler whose step is tuned (default: the model's)")
+    add("--guidance-scale", type=float, metavar="W", help="tune for classifier-free guidance")
+    add("--dtype", choices=DTYPES,
         help="of the network (default: auto, as for sample; with --training as for train: autocast to bfloat16 where "
-        "the GPU has it)",
-    )  # fmt: skip
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the first of these that there is)")
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these, such as group_norm_silu_ (default: all)")
-    parser.add_argument(
-        "--budget", type=seconds, metavar="SECONDS", default=BUDGET_S,
-        help=f"for the search; what is not reached keeps what it had (default: {BUDGET_S:.0f})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--into-package", action="store_true", help="write tuned/<gpu>.json of the package, to be committed, instead"
-    )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--dry-run", action="store_true", help="list the shapes and their choices, and measure nothing")
-    group.add_argument("--show", action="store_true", help="print the tables there are for the device")
-    group.add_argument("--clear", action="store_true", help="delete the user's table for the device")
-    # What `make_sampler` asks for and nothing here changes.
+             "the GPU has it)")  # fmt: skip
+    add("--device", help="cuda, cuda:1, cpu (default: the first of these that this machine has)")
+    add("--ops", nargs="+", metavar="OP", help="only these, such as group_norm_silu_ (default: all)")
+    add("--budget", type=seconds, metavar="SECONDS", default=BUDGET_S,
+        help=f"for the search; shapes that it does not reach keep their choices (default: {BUDGET_S:.0f})",
+        )  # fmt: skip
+    add("--into-package", action="store_true", help="write tuned/<gpu>.json of the package, to be committed, instead")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--dry-run", action="store_true", help="list the shapes and their choices, and measure nothing")
+    add("--show", action="store_true", help="print the tables that exist for the device")
+    add("--clear", action="store_true", help="delete the user's table for the device")
+    # `make_sampler` reads these; this command has no options for them.
     parser.set_defaults(
         steps=None, default_steps=STEPS, timesteps=None, spacing=None, eta=None, thresholding=False, cuda_graph="off",
         backend="auto",
@@ -74,22 +74,19 @@ def add_commands(commands: Any) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from fastddpm_kernels import tuned as _tuned
+    from fastddpm_kernels import tuned
     from fastddpm_kernels.tuning import tuned_ops
-    from rich.console import Console
 
-    from fastddpm.networks.network import usable_device
 
-    device = usable_device(options.device or best_device())
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    device, console = chosen_device(options), wide_console()
     if options.show or options.clear:
         for given, name in ((options.model, "MODEL"), (options.batch, "--batch"), (options.ops, "--ops")):
             if given is not None:
                 raise ValueError(f"{name} is given, but --{'show' if options.show else 'clear'} is of a whole table")
         return _show(device, console) if options.show else _clear(device)
-    unknown = [op for op in options.ops or () if op not in _tuned.OPS]
+    unknown = [op for op in options.ops or () if op not in tuned.OPS]
     if unknown:
-        raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(_tuned.OPS)}")
+        raise ValueError(f"--ops has {unknown[0]!r}, must be of {', '.join(tuned.OPS)}")
     if options.into_package and device.type == "cpu":
         raise ValueError("--into-package is given, but a CPU's table holds for one build of the native library alone")
     if options.training and (options.method or options.guidance_scale is not None):
@@ -102,7 +99,7 @@ def _tune(options: argparse.Namespace) -> None:
     ops = tuple(op for op in ops if op in (options.ops or ops))
     if not ops:
         raise ValueError(f"--ops is {' '.join(options.ops)}; on {device} there is {', '.join(tuned_ops(device))}")
-    path = _tuned.package_path(device) if options.into_package else _tuned.user_path(device)
+    path = tuned.package_path(device) if options.into_package else tuned.user_path(device)
     if not options.dry_run:
         check_output("--into-package" if options.into_package else "the table", path)
     keys = _keys(options, device, ops)
@@ -117,13 +114,12 @@ def _tune(options: argparse.Namespace) -> None:
 def _why_nothing(device: torch.device) -> str:
     from fastddpm_kernels.backend import why_not
 
-    if device.type == "cpu":
-        return f"the native backend cannot run, {why_not('native', 'cpu')}"
-    return f"the triton backend cannot run, {why_not('triton', device.type)}"
+    backend = "native" if device.type == "cpu" else "triton"
+    return f"the {backend} backend cannot run, {why_not(backend, device.type)}"
 
 
 def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...]) -> dict[Key, int]:
-    """The shapes of the model at all batch sizes, of sampling or of training."""
+    """Return the shapes of the model at all batch sizes, of sampling or of training, and how often each is called."""
     from fastddpm.perf.tuning.shapes import sampler_keys
 
     model = open_model(options, latents=True)
@@ -141,7 +137,7 @@ def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...
 def _training_keys(
     options: argparse.Namespace, model: Pretrained, device: torch.device, ops: tuple[str, ...]
 ) -> dict[Key, int]:
-    """The shapes of a step of training of such a model."""
+    """Return the shapes of a training step of the model."""
     import torch
 
     from fastddpm.networks.frozen import blueprint_of
@@ -175,9 +171,10 @@ def _search(keys: dict[Key, int], device: torch.device, budget: float, path: Pat
 
     with progress_bar(len(keys), "tune") as bar:
         outcomes = tune(keys, device, budget, done=lambda outcome: bar())
+    saved = save(outcomes, device, path)  # before printing, which could lose it
     _print(outcomes, console)
     print(summary(outcomes))
-    if save(outcomes, device, path):
+    if saved:
         print(f"wrote {path}")
 
 
@@ -196,7 +193,7 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
     console.print(table)
     refused = sum(len(outcome.refused) for outcome in outcomes)
     timed = sum(outcome.tried for outcome in outcomes)
-    console.print(f"{timed} choices timed, {refused} refused: they spill, do not run here or are not right")
+    console.print(f"{timed} choices timed, {refused} refused: they spill, do not run here or give wrong results")
 
 
 def _list(keys: dict[Key, int], device: torch.device, console: Console) -> None:
@@ -216,16 +213,16 @@ def _words(choice: Choice) -> str:
 
 
 def _show(device: torch.device, console: Console) -> None:
-    from fastddpm_kernels import tuned as _tuned
+    from fastddpm_kernels import tuned
     from rich.table import Table
 
-    found = _tuned.tables(device)
-    none = f"There is no tuned table for {_tuned.device_name(device)}; heuristics choose."
-    for line in _tuned.describe(device) or [none]:
+    found = tuned.tables(device)
+    none = f"There is no tuned table for {tuned.device_name(device)}; heuristics choose."
+    for line in tuned.describe(device) or [none]:
         print(line)
-    for tuned in found:
+    for each in found:
         table = Table("op", "dtype", "shape", "choice", "us", "heuristic us")
-        for key, record in tuned.records.items():
+        for key, record in each.records.items():
             shape = " ".join(f"{name}={value}" for name, value in key.named().items())
             choice = "the heuristics'" if record["choice"] is None else _words(record["choice"])
             times = (str(record.get(name, "")) for name in ("tuned_us", "heuristic_us"))
@@ -234,12 +231,12 @@ def _show(device: torch.device, console: Console) -> None:
 
 
 def _clear(device: torch.device) -> None:
-    from fastddpm_kernels import tuned as _tuned
+    from fastddpm_kernels import tuned
 
-    path = _tuned.user_path(device)
+    path = tuned.user_path(device)
     if not path.is_file():
         print(f"There is no {path}")
         return
     path.unlink()
-    _tuned.forget()
+    tuned.forget()
     print(f"deleted {path}")

@@ -1,4 +1,4 @@
-"""Checks of what users pass to a sampler: one line each, naming the argument, what it was, what it may be.
+"""Check what users pass: each error is one line that names the argument, what it was and what it may be.
 
 Where two settings contradict each other the message names both.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 def positive(value: Any, name: str) -> int:
-    """`value` as an int of at least 1."""
+    """Return `value` as an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}, must be a positive integer")
     return int(value)
 
 
 def batch_size(value: Any) -> int | str | None:
-    """`value` as an int of at least 1, "auto" or None."""
+    """Return `value` as an int of at least 1, "auto" or None."""
     if value is None or (isinstance(value, str) and value == "auto"):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
@@ -31,23 +31,27 @@ def batch_size(value: Any) -> int | str | None:
 
 
 def sample_shape(value: Any) -> tuple[int, ...]:
-    """`value` as the sizes of one sample."""
+    """Return `value` as the sizes of one sample."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
         raise ValueError(f"shape is {value!r}, must be the sizes of one sample, such as (3, 32, 32)")
     return tuple(positive(size, "every size of shape") for size in value)
 
 
 def finite(value: Any, name: str) -> float:
-    """`value` as a finite float."""
+    """Return `value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, must be a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, must be a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, must be a finite number")
+    return number
 
 
 def in_range(value: Any, name: str, *, above: float | None = None, most: float = math.inf) -> float:
-    """`value` as a finite float from 0 to `most`, or, where `above` is given, greater than that."""
+    """Return `value` as a finite float from 0 to `most` or, if `above` is given, above that."""
     value = finite(value, name)
     if above is not None and value <= above:
         raise ValueError(f"{name} is {value}, must be above {above:g}")
@@ -57,14 +61,14 @@ def in_range(value: Any, name: str, *, above: float | None = None, most: float =
 
 
 def floating(value: Any, shape: tuple[int, ...], name: str) -> None:
-    """Raises TypeError or ValueError unless `value` is a floating-point tensor of `shape`."""
+    """Raise TypeError or ValueError unless `value` is a floating-point tensor of `shape`."""
     _check_floating(value, name)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}, must have {list(shape)}")
 
 
 def broadcastable(value: Any, shape: tuple[int, ...], name: str, device: torch.device) -> Tensor:
-    """`value` in float32 on `device`, of the rank of `shape`, to which it can be broadcast."""
+    """Return `value` in float32 on `device`, reshaped so that it broadcasts to `shape`."""
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         value = value.float()
     _check_floating(value, name)
@@ -77,7 +81,7 @@ def broadcastable(value: Any, shape: tuple[int, ...], name: str, device: torch.d
 
 
 def condition(value: Any, shape: tuple[int, ...]) -> None:
-    """Raises TypeError or ValueError unless `value` can stand beside samples of `shape` as further channels."""
+    """Raise TypeError or ValueError unless `value` can stand beside samples of `shape` as further channels."""
     _check_floating(value, "condition")
     if value.ndim != len(shape) or value.shape[0] != shape[0] or tuple(value.shape[2:]) != shape[2:]:
         wanted = ["any", *shape[2:]]
@@ -88,7 +92,7 @@ def condition(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def labels(value: Any, count: int, num_classes: int | None) -> Tensor:
-    """`value`, one label or one per sample, as integers [count] from 0 to `num_classes` - 1 (any if that is None)."""
+    """Return one label, or one per sample, as int64 [count] from 0 to `num_classes` - 1 (any, if that is None)."""
     result = torch.as_tensor(value)
     if result.dtype.is_floating_point or result.dtype.is_complex or result.dtype == torch.bool:
         raise TypeError(f"class_labels has dtype {result.dtype}, must be integers")
@@ -104,7 +108,7 @@ def labels(value: Any, count: int, num_classes: int | None) -> Tensor:
 
 
 def real_labels(value: Any, count: int, width: int | None, kind: str) -> Tensor:
-    """What a network of `class_embed_type` "timestep" or "identity" takes as labels, in float32.
+    """Return the labels of a network of `class_embed_type` "timestep" or "identity", in float32.
 
     Args:
         value: one number or [count] for "timestep", [count, width] for "identity".
@@ -129,19 +133,31 @@ def real_labels(value: Any, count: int, width: int | None, kind: str) -> Tensor:
 
 
 def scales(value: Any, count: int) -> Tensor:
-    """`value`, one guidance scale or one per sample, as float32 [1] or [count]."""
+    """Return one guidance scale, or one per sample, as float32 [1] or [count]."""
     try:
         result = torch.as_tensor(value, dtype=torch.float32).detach()
+    except OverflowError:
+        raise ValueError("guidance_scale is inf, must be a finite number") from None
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"guidance_scale is {value!r}, must be a number or one per sample") from None
+        raise TypeError(f"guidance_scale is {_short(value)}, must be a number or one per sample") from None
     result = result[None] if result.ndim == 0 else result
     if tuple(result.shape) not in ((1,), (count,)):
         raise ValueError(
             f"guidance_scale has shape {list(result.shape)}, must be one number or one per sample ({count})"
         )
     if not bool(result.isfinite().all()):
-        raise ValueError(f"guidance_scale is {value}, must be a finite number")
+        wrong = result[~result.isfinite()][0].item()
+        raise ValueError(f"guidance_scale has {wrong}, every one must be a finite number")
     return result
+
+
+def _short(value: object) -> str:
+    """Return the repr of `value` for a message, its type where that is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = ""
+    return text if 0 < len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _check_floating(value: Any, name: str) -> None:
@@ -151,7 +167,7 @@ def _check_floating(value: Any, name: str) -> None:
 
 
 def listed(names: Iterable[str], most: int = 32) -> str:
-    """Names for a message, in order: all of them, or the first `most` and how many more there are."""
+    """Return names for a message in order: the first `most`, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more

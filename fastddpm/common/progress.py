@@ -10,7 +10,7 @@ Report = Callable[[int, int], object]
 
 
 class Bar:
-    """Counts steps that are done, and those that are to be done.
+    """Count the steps done and the steps to do.
 
     Args:
         total: how many are to be done.
@@ -27,12 +27,12 @@ class Bar:
         self._report = report
 
     def __call__(self, steps: int = 1) -> None:
-        """`steps` more are done."""
+        """Count `steps` more as done."""
         self.done += steps
         self._tell()
 
     def extend(self, steps: int) -> None:
-        """`steps` more are to be done than was known."""
+        """Add `steps` to those to do."""
         self.total += steps
         self._tell()
 
@@ -43,7 +43,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(total: int, description: str, *, done: int = 0, enabled: bool | Report = True) -> Iterator[Bar]:
-    """Yields the function that moves a bar with rate and remaining time on standard error.
+    """Draw a bar with rate and remaining time on standard error; yield what moves it.
 
     On something that is not a terminal, nothing is drawn until the end. Where `enabled` is False nothing is drawn at
     all; where it is a function, that is told of the progress in place of a bar. `done` of the `total` steps were done
@@ -89,6 +89,6 @@ def progress_bar(total: int, description: str, *, done: int = 0, enabled: bool |
 
 
 def check_progress(progress: Any) -> None:
-    """Raises TypeError unless `progress` is something that `progress_bar` can be enabled by."""
+    """Raise TypeError unless `progress` can be the `enabled` of `progress_bar`."""
     if not isinstance(progress, bool) and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}, must be True, False or a function (done, total)")

@@ -1,4 +1,4 @@
-"""What samples are worth, and what lower precision costs."""
+"""Measure how good samples are, and what a lower precision costs."""
 
 from fastddpm.evaluation.fidelity import Evaluation, Evaluator, evaluate
 

@@ -1,4 +1,4 @@
-"""What a lower precision costs, measured against float32: in each prediction, in images, in distribution."""
+"""Measure what a lower precision costs against float32: in each prediction, in images, in distribution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
 
 LABELS = ("class_labels", "classes", "y")  # what models call them; see `Network`
-# Settings of `Sampler` that are no one's to set here.
+# Settings of `Sampler` that cannot be set here.
 _TAKEN = {
     "dtype": "precisions are compared",
     "cuda_graph": "each precision is sampled as by default",
@@ -31,15 +31,15 @@ _TAKEN = {
 
 
 class SamplerFactory(Protocol):
-    """Makes samplers that differ in nothing but their network."""
+    """Make samplers that differ only in their network."""
 
     def __call__(self, network: Callable[..., Any], *, dtype: str, cuda_graph: str | bool) -> Sampler:
-        """A sampler on the device that is compared on."""
+        """Return a sampler on the device of the comparison."""
 
 
 @dataclass(frozen=True)
 class PrecisionResult:
-    """What one precision costs. Where a prediction or an image is not finite, what follows from images is None.
+    """What one precision costs. Where a prediction or an image is not finite, the figures of images are None.
 
     Attributes:
         precision: its name.
@@ -95,7 +95,7 @@ class PrecisionReport:
     frechet_of_real: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and names, for JSON."""
+        """Return plain numbers and names, for JSON."""
         result = asdict(self)
         for row in result["results"]:  # JSON has no integers as keys
             row["prediction_error"] = {str(t): error for t, error in row["prediction_error"].items()}
@@ -119,7 +119,7 @@ def compare_precisions(
     device: torch.device | str | None = None,
     **settings: Any,
 ) -> PrecisionReport:
-    """Samples a model in float32 and in each of `precisions`, at equal noise, and compares.
+    """Sample a model in float32 and in each of `precisions`, at equal noise, and compares.
 
     Args:
         model, schedule, device, settings: as for `Sampler`, but no `dtype` nor `cuda_graph`.
@@ -175,7 +175,7 @@ def compare_samplers(
     progress: bool = False,
     backend: str = "auto",
 ) -> PrecisionReport:
-    """As `compare_precisions`, of the samplers that `make` makes on `device`."""
+    """Compare the samplers that `make` makes on `device`, as `compare_precisions`."""
     names = check_precisions(precisions, device)
     lower = {name: parse_precision(name, device) for name in names if name != "float32"}
     samplers: dict[str, Sampler] = {}
@@ -200,7 +200,7 @@ def compare_samplers(
     with tf32(False), exact.evaluating():
         expected = sampler.sample(num_samples, **arguments)
     if not bool(expected.isfinite().all()):
-        raise ValueError("model draws images that are not finite in float32, so that there is nothing to compare with")
+        raise ValueError("model draws images that are not finite in float32, which the others are compared with")
 
     images = {"float32": expected}
     for name, (_, allow) in lower.items():
@@ -226,7 +226,7 @@ def compare_samplers(
 
 
 def check_precisions(precisions: Sequence[str], device: torch.device | str, name: str = "precisions") -> list[str]:
-    """`precisions` without repetition.
+    """Return `precisions` without repetition.
 
     Raises:
         TypeError, ValueError: there are none, or one is not known or cannot be run on `device`.
@@ -239,7 +239,7 @@ def check_precisions(precisions: Sequence[str], device: torch.device | str, name
 
 
 class _Watched:
-    """The network in float32, which at some timesteps is also run in other precisions and looked into."""
+    """Run the network in float32; at some timesteps also run the other precisions and watch activations."""
 
     def __init__(self, exact: Network, others: dict[str, tuple[Network, bool]]) -> None:
         """`others`: the networks of samplers, by precision, and whether each may use TensorFloat-32."""
@@ -272,7 +272,7 @@ class _Watched:
         return expected
 
     def errors(self, name: str) -> dict[int, float]:
-        """The relative rms error of predictions by timestep."""
+        """Return the relative rms error of predictions by timestep."""
         return {
             timestep: math.sqrt(error / scale) if scale > 0 else 0.0
             for timestep, (error, scale) in self._squares[name].items()
@@ -285,7 +285,7 @@ class _Watched:
 
 
 def _predict(network: Network, x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None) -> Tensor:
-    """The prediction for x [N, ...] at t [N], all the same, as a sampler's loop asks for it."""
+    """Return the prediction for x [N, ...] at one timestep t [N], called as a sampler's loop calls it."""
     inputs = network.new_input(x.shape)
     inputs.copy_(x)
     if self_condition is not None:
@@ -297,7 +297,7 @@ def _predict(network: Network, x: Tensor, t: Tensor, labels: Tensor | None, self
 
 @contextmanager
 def _naming(precision: str, device: torch.device) -> Iterator[None]:
-    """Inside, torch's word that it has no kernel for a dtype becomes a ValueError that names the precision."""
+    """Turn torch's error that it has no kernel for a dtype into a ValueError that names the precision."""
     try:
         yield
     except RuntimeError as error:
@@ -336,5 +336,5 @@ def _result(
 
 
 def _levels(images: Tensor) -> Any:
-    """8-bit values as integers that can be subtracted, of samples [N, C, ...] of any shape."""
+    """Return 8-bit values, as integers that can be subtracted, of samples [N, C, ...] of any shape."""
     return to_uint8(images.reshape(*images.shape[:2], -1, 1)).astype(int)

@@ -1,11 +1,9 @@
-"""Networks that turn images into the features that distances between sets of images are measured in."""
+"""Networks that turn images into features, in which distances between sets of images are measured."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -14,10 +12,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fastddpm.common.files import read_weights, sha256
+from fastddpm.common.images import from_uint8
 from fastddpm.evaluation.frechet import DigitJudge
 
 INPUTS = ("uint8", "unit", "signed")
@@ -29,7 +27,7 @@ WITHOUT_INCEPTION = (
 
 
 class Features(Protocol):
-    """What makes features of images.
+    """Turn images into features.
 
     Attributes:
         name: what they are, in a few words; figures of different features cannot be compared.
@@ -38,7 +36,7 @@ class Features(Protocol):
     name: str
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of images uint8 [N, C, H, W]: floating-point features [N, D], and logits of classes [N, K] or None.
+        """Return features, floating point [N, D], and logits of classes [N, K] or None, of images uint8 [N, C, H, W].
 
         Raises:
             ValueError: images of that shape have no such features.
@@ -46,7 +44,7 @@ class Features(Protocol):
 
 
 class DigitFeatures:
-    """32 principal components of scikit-learn's digits: what the bundled model is judged by, without a download.
+    """Project on 32 principal components of scikit-learn's digits: the bundled model's features, without a download.
 
     Raises:
         ModuleNotFoundError: scikit-learn is missing.
@@ -57,17 +55,24 @@ class DigitFeatures:
         self.name = self._judge.name
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        images = self._grey(images)
         if tuple(images.shape[1:]) != (1, 16, 16):
             raise ValueError(f"the features 'digits' are of images [1, 16, 16], these are {list(images.shape[1:])}")
-        return torch.from_numpy(self._judge.features(_signed(images))), None
+        return torch.from_numpy(self._judge.features(from_uint8(images))), None
 
     def recognised(self, images: Tensor, labels: Tensor) -> float:
-        """The share of digits uint8 [N, 1, 16, 16] that a classifier takes for their labels [N]."""
-        return self._judge.recognised(_signed(images), labels) or 0.0
+        """Return the share of digits uint8 [N, 1, 16, 16] that a classifier takes for their labels [N]."""
+        return self._judge.recognised(from_uint8(self._grey(images)), labels) or 0.0
+
+    @staticmethod
+    def _grey(images: Tensor) -> Tensor:
+        """Return images whose three channels are equal as grey ones; others as they are."""
+        equal = images.shape[1] == 3 and bool((images[:, :1] == images[:, 1:]).all())
+        return images[:, :1] if equal else images
 
 
 class InceptionFeatures:
-    """Inception v3 as it was published for FID in 2015: 2048 features and the logits, by torch-fidelity.
+    """Run torch-fidelity's Inception v3, as published for FID in 2015: 2048 features and the logits.
 
     It resizes as TensorFlow 1 did, so that figures can be compared with published ones.
 
@@ -88,8 +93,14 @@ class InceptionFeatures:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = _downloaded_inception() if weights is None else Path(weights)
-        state = _read_weights(path)
-        self.name = f"Inception v3, 2048 features (weights {_digest(path)})"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; it must be a file of Inception weights")
+        try:
+            state = read_weights(path)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path} ")[:120]
+            raise ValueError(f"{path} is not a file of weights that can be read: {reason}") from None
+        self.name = f"Inception v3, 2048 features (weights {sha256(path)[:8]})"
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # it draws weights first
             # torch-fidelity unpickles what it is given: it is given what has just been read without.
             copy = Path(folder) / "inception.pth"
@@ -115,7 +126,7 @@ class InceptionFeatures:
 
 
 class NetworkFeatures:
-    """Features of a network in a file: TorchScript (`torch.jit.save`) or ONNX (needs onnxruntime).
+    """Run a network in a file: TorchScript (`torch.jit.save`) or ONNX (needs onnxruntime).
 
     It is called with images [N, C, H, W] and returns features [N, D] (further axes of size 1 are dropped), or
     (features, logits). Where a TorchScript network has an argument `return_features`, as the detectors of StyleGAN and
@@ -153,7 +164,7 @@ class NetworkFeatures:
         self._path, self._input, self._channels = path, feature_input, feature_channels
         self._device = torch.device(device)
         self._run = self._onnx() if path.suffix.lower() == ".onnx" else self._torchscript()
-        self.name = f"{path.name} ({_digest(path)})"
+        self.name = f"{path.name} ({sha256(path)[:8]})"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -161,7 +172,7 @@ class NetworkFeatures:
             images = images.expand(-1, 3, -1, -1)
         if self._channels not in (None, images.shape[1]):
             raise ValueError(f"images have {images.shape[1]} channels, {self._path} takes {self._channels}")
-        given = {"uint8": lambda: images, "unit": lambda: images.float() / 255, "signed": lambda: _signed(images)}
+        given = {"uint8": lambda: images, "unit": lambda: images.float() / 255, "signed": lambda: from_uint8(images)}
         try:
             outputs = self._run(given[self._input]())
         except torch.OutOfMemoryError:
@@ -244,7 +255,7 @@ class NetworkFeatures:
 
 
 def require_torch_fidelity(reason: str) -> None:
-    """Raises ModuleNotFoundError, which gives `reason` and what else there is, unless torch-fidelity is installed."""
+    """Raise ModuleNotFoundError with `reason` and the alternatives unless torch-fidelity is installed."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ModuleNotFoundError(
             f"torch-fidelity is missing: {reason}; pip install fastddpm[evaluate]; {WITHOUT_INCEPTION}",
@@ -253,7 +264,7 @@ def require_torch_fidelity(reason: str) -> None:
 
 
 def _downloaded_inception() -> Path:
-    """The weights in torch's cache, where torch-fidelity keeps them too, downloaded if they are not there."""
+    """Return the weights in torch's cache, which torch-fidelity uses too; download them if they are missing."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     name = URL_INCEPTION_V3.rpartition("/")[2]
@@ -268,32 +279,3 @@ def _downloaded_inception() -> Path:
                 f"Inception weights are not in {path} and cannot be downloaded ({error}); {WITHOUT_INCEPTION}"
             ) from None
     return path
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or from one of torch's, without unpickling anything but tensors."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; it must be a file of Inception weights")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a file of weights that can be read: {str(error).splitlines()[0][:120]}"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict, must hold the tensors of FID's Inception v3 by name")
-    return state
-
-
-def _signed(images: Tensor) -> Tensor:
-    """uint8 as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def _digest(path: Path) -> str:
-    """The beginning of a file's SHA-256, as names of weights have it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:8]

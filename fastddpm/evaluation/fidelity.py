@@ -1,4 +1,4 @@
-"""FID, KID, precision and recall, and the Inception score of images against real ones, in any features.
+"""Measure FID, KID, precision and recall, and the Inception score, in any features.
 
 The Frechet distance is `frechet.py`'s; the others are torch-fidelity's functions of features.
 """
@@ -69,7 +69,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and names, for JSON."""
+        """Return plain numbers and names, for JSON."""
         return asdict(self)
 
 
@@ -83,7 +83,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Evaluation:
-    """Compares images with real ones; see `Evaluator`, which does so again and again.
+    """Compare images with real ones once; `Evaluator` keeps the features of the real ones.
 
     Raises:
         ValueError, TypeError, FileNotFoundError, ModuleNotFoundError: as `Evaluator`.
@@ -93,14 +93,14 @@ def evaluate(
 
 
 class Evaluator:
-    """Compares images with the same real ones, whose features are computed once.
+    """Compare images with the same real ones, whose features are computed once.
 
         evaluator = Evaluator("digits")
         fid = evaluator(sampler.sample(500)).fid
 
     Args:
         real: float [N, C, H, W] in [-1, 1]; uint8 [N, H, W, C]; the path of a folder of pictures, or of a `.npz` with
-            images (`arr_0`), statistics (`mu`, `sigma`) or both, of which statistics are taken for the FID; "digits".
+            images (`arr_0`), statistics (`mu`, `sigma`) or both (the FID then takes the statistics); "digits".
         metrics: of "fid", "kid", "prc" (precision and recall), "isc" (Inception score); None for all that there can
             be. All but "fid" need torch-fidelity.
         features: "inception", "digits", the path of a network (see `NetworkFeatures`), or a `Features`; None for
@@ -133,7 +133,7 @@ class Evaluator:
         self._seen: dict[tuple[int, int, int], _Seen] = {}
 
     def __call__(self, samples: Any, *, progress: bool = False) -> Evaluation:
-        """How `samples` compare: images as `real`, or an `ImageSet`, such as `image_sets.of_sampler` makes.
+        """Compare `samples`: images as `real`, or an `ImageSet` such as `image_sets.of_sampler` returns.
 
         What cannot work is found out before the first sample is drawn.
 
@@ -182,7 +182,7 @@ class Evaluator:
     def _possible(
         self, count: int, num_real: int | None, reference: Reference, has_logits: bool
     ) -> tuple[list[str], dict[str, str]]:
-        """The metrics that can be had of so many images, and why not the others, which must not have been named."""
+        """Return the metrics that so many images allow, and why not the others; raise if one of those was named."""
         fewest = min(count, count if num_real is None else num_real)
         reasons: dict[str, str] = {}
         for name in METRICS:
@@ -201,7 +201,7 @@ class Evaluator:
         return [name for name in wanted if name not in reasons], {n: r for n, r in reasons.items() if n in wanted}
 
     def _look(self, images: ImageSet, progress: bool) -> _Seen:
-        """The features of all images, read or drawn a few at a time."""
+        """Return the features of all images, read or drawn a few at a time."""
         features: list[Tensor] = []
         logits: list[Tensor] = []
         right, done = 0.0, 0
@@ -279,7 +279,7 @@ class Evaluator:
 
 
 def check_metrics(metrics: Sequence[str], name: str = "metrics") -> list[str]:
-    """`metrics` without repetition.
+    """Return `metrics` without repetition.
 
     Raises:
         ValueError: there are none, or one is not known.
@@ -294,7 +294,7 @@ def check_metrics(metrics: Sequence[str], name: str = "metrics") -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """What features there are of a set of images: [N, D] and logits [N, K], on the CPU."""
+    """The features [N, D] and logits [N, K] of a set of images, on the CPU."""
 
     features: Tensor
     logits: Tensor | None

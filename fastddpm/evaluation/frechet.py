@@ -1,4 +1,4 @@
-"""How far apart two sets of images are as distributions: the Frechet distance between features of them.
+"""Measure how far apart two sets of images are as distributions: the Frechet distance of their features.
 
 For the bundled model of digits, features are those that it was judged by when it was trained: 32 principal components
 of the real digits; and a classifier says whether samples are the digits asked for. Both need scikit-learn.
@@ -16,7 +16,7 @@ from torch.nn.functional import affine_grid, grid_sample
 
 
 class Judge(Protocol):
-    """What tells sets of images apart.
+    """Tell sets of images apart.
 
     Attributes:
         name: what the features are, in a few words.
@@ -27,15 +27,15 @@ class Judge(Protocol):
     real: np.ndarray
 
     def features(self, images: Tensor) -> np.ndarray:
-        """Of images float [N, C, H, W] in [-1, 1]: float64 [N, D]."""
+        """Return the features float64 [N, D] of images float [N, C, H, W] in [-1, 1]."""
 
     def recognised(self, images: Tensor, labels: Tensor) -> float | None:
-        """The share of images [N, C, H, W] that are taken for their labels int64 [N]; None where nothing can tell."""
+        """Return the share of images [N, C, H, W] taken for their labels int64 [N]; None where nothing can tell."""
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What a Frechet distance sees of a set of features.
+    """Mean and covariance of a set of features.
 
     Attributes:
         mean: float64 [D].
@@ -47,7 +47,7 @@ class Moments:
 
 
 def moments(features: np.ndarray, name: str = "features") -> Moments:
-    """Mean and covariance (of N - 1 degrees of freedom) of features [N, D]; errors speak of them as `name`.
+    """Return mean and covariance (N - 1 degrees of freedom) of features [N, D], called `name` in errors.
 
     Raises:
         ValueError: there are fewer than two, or a value is not finite.
@@ -62,7 +62,7 @@ def moments(features: np.ndarray, name: str = "features") -> Moments:
 
 
 def moments_of_statistics(mu: np.ndarray, sigma: np.ndarray, name: str = "statistics") -> Moments:
-    """Of a mean [D] and a covariance [D, D], as `.npz` files of reference statistics hold them.
+    """Return the moments of a mean [D] and a covariance [D, D], as `.npz` files of statistics hold them.
 
     Raises:
         ValueError: a shape is another, a value is not finite, or `sigma` is no covariance.
@@ -83,7 +83,7 @@ def moments_of_statistics(mu: np.ndarray, sigma: np.ndarray, name: str = "statis
 
 
 def frechet_distance(a: np.ndarray | Moments, b: np.ndarray | Moments) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of features [N, D] and [M, D] (Heusel et al. 2017).
+    """Return |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of features [N, D] and [M, D] (Heusel et al. 2017).
 
     A and B are the covariances. It is biased upwards, the more the fewer the samples: compare only what has as many.
 
@@ -100,7 +100,7 @@ def frechet_distance(a: np.ndarray | Moments, b: np.ndarray | Moments) -> float:
 
 
 def distance_of_real(real: np.ndarray, count: int, draws: int = 10) -> float:
-    """The Frechet distance of `count` of the real images to the others, mean of `draws` draws: what is to be expected.
+    """Return the Frechet distance to expect: of `count` real images to the others, mean of `draws` draws.
 
     Args:
         real: features [M, D].
@@ -114,7 +114,7 @@ def distance_of_real(real: np.ndarray, count: int, draws: int = 10) -> float:
 
 
 def real_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's `load_digits`, drawn at 16x16 as the bundled model was shown them.
+    """Return scikit-learn's `load_digits`, drawn at 16x16 as the bundled model saw them.
 
     Returns:
         float32 [1797, 1, 16, 16] in [-1, 1], and labels int64 [1797].
@@ -133,7 +133,7 @@ def real_digits() -> tuple[Tensor, Tensor]:
 
 
 class DigitJudge:
-    """Judges samples of the bundled model: 1,797 real digits, 32 principal components, a support-vector machine.
+    """Judge samples of the bundled model: 1,797 real digits, 32 principal components, a support-vector machine.
 
     The digits are those of `real_digits`. The classifier is trained on all of them.
 
@@ -154,11 +154,11 @@ class DigitJudge:
         self._classifier = SVC(C=10.0).fit(rows, labels.numpy())
 
     def features(self, images: Tensor) -> np.ndarray:
-        """Of digits float [N, 1, 16, 16] in [-1, 1]: float64 [N, 32]."""
+        """Return the features float64 [N, 32] of digits float [N, 1, 16, 16] in [-1, 1]."""
         return (self._rows(images) - self._mean) @ self._components.T
 
     def recognised(self, images: Tensor, labels: Tensor) -> float | None:
-        """The share of digits [N, 1, 16, 16] that the classifier takes for their labels, 0 to 9."""
+        """Return the share of digits [N, 1, 16, 16] that the classifier takes for their labels, 0 to 9."""
         return float((self._classifier.predict(self._rows(images)) == labels.cpu().numpy()).mean())
 
     @staticmethod
@@ -169,7 +169,7 @@ class DigitJudge:
 
 
 def _draw(counts: Tensor) -> Tensor:
-    """Ink counts 0..16 [N, 1, 8, 8] as images [N, 1, 16, 16] in [-1, 1], by bicubic interpolation."""
+    """Return ink counts 0..16 [N, 1, 8, 8] as images [N, 1, 16, 16] in [-1, 1], by bicubic interpolation."""
     n = len(counts)
     grid = affine_grid(torch.eye(2, 3).expand(n, 2, 3), [n, 1, 16, 16], align_corners=False)
     drawn = grid_sample(counts, grid, mode="bicubic", padding_mode="zeros", align_corners=False)

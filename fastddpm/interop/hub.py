@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: what of one is needed is brought to its local cache, by `huggingface_hub`."""
+"""Fetch the needed files of a model from the Hugging Face hub into its local cache, with `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))
 
 
 def parse(name: str) -> tuple[str, str | None] | None:
-    """`owner/name` or `owner/name@revision` as (owner/name, revision or None); None if it is neither."""
+    """Split `owner/name` or `owner/name@revision` into (owner/name, revision or None); None if `name` is neither."""
     match = _ID.fullmatch(name)
     return None if match is None else (match["id"], match["revision"])
 
 
 def snapshot(name: str, files: Sequence[str]) -> Path:
-    """The folder, in the local cache, of a model on the hub; those of `files` that it has are in it.
+    """Fetch those of `files` that a model on the hub has, and return its folder in the local cache.
 
-    Without a connection, or with HF_HUB_OFFLINE=1, what is in the cache is used.
+    Without a connection, or with HF_HUB_OFFLINE=1, only the cache is used.
 
     Args:
         name: owner/name, or owner/name@revision: a branch, tag or commit.
         files: paths inside the model.
 
     Raises:
-        FileNotFoundError: it cannot be had; the message says what was tried and what would help.
+        FileNotFoundError: the model cannot be fetched; the message says what was tried and what would help.
     """
     parsed = parse(name)
     if parsed is None:
@@ -40,13 +40,13 @@ def snapshot(name: str, files: Sequence[str]) -> Path:
         ) from None
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the first also stands for private ones
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):  # also raised for private ones
         why = f"{constants.ENDPOINT} has no {repository} (if it is private or gated: hf auth login)"
     except errors.RevisionNotFoundError:
         why = f"{repository} on {constants.ENDPOINT} has no revision {revision}"
     except errors.LocalEntryNotFoundError:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        why = f"{offline} and {constants.HF_HUB_CACHE} does not hold it, or not all that is needed of it"
-    except Exception as error:  # of the connection, of many kinds
+        why = f"{offline} and {constants.HF_HUB_CACHE} does not hold it, or lacks some of its files"
+    except Exception as error:  # a connection fails in many ways
         why = f"{constants.ENDPOINT} gave {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     raise FileNotFoundError(f"{name} is no local file or folder, and {why}")

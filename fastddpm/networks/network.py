@@ -101,6 +101,7 @@ class Network:
         config: its configuration, or None.
         device, dtype: where and in which dtype it runs.
         takes_self_condition: whether it has a parameter `x_self_cond`, which is not among the channels of its input.
+        starts_without: whether `x_self_cond` is None at the first step, as its library has it, and not zeros.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Network:
         self.config = getattr(model, "config", None)
         concatenated = self.frozen is not None and self.frozen.blueprint.optional_channels > 0
         self.takes_self_condition = self.convention.takes_self_condition and not concatenated
+        self.starts_without = self.takes_self_condition and bool(getattr(model, "starts_without", False))
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, self_condition: Tensor | None = None) -> Tensor:
         """Return the prediction for x [N, ...] at t int64 [N], given labels int64 [N] and the x0 predicted before."""

@@ -44,12 +44,14 @@ class Body(NamedTuple):
         guided: whether the unconditional half is computed.
         multistep: whether the x0 of the step before is read.
         variance: whether the network predicts the variance itself, and not its logarithm.
+        first: whether the network is given no x0 of the step before, and not zeros.
     """
 
     network: bool
     guided: bool
     multistep: bool = False
     variance: bool = False
+    first: bool = False
 
 
 def buffer_shapes(
@@ -81,7 +83,7 @@ def buffer_shapes(
     labels, shifts = batch.class_labels, None if settings.classifier is None else settings.classifier.shifts
     integers: Shapes = {
         "step": ((1,), torch.int64),
-        "timesteps": ((rows,), table.timesteps.dtype),
+        "timesteps": ((rows,), torch.float32 if table.timesteps.is_floating_point() else torch.int64),
         "keys": ((n, 2), torch.int64),
     }
     if labels is not None:
@@ -92,6 +94,7 @@ def buffer_shapes(
         "inputs": (halves * n, channels + beside, *size),
         "self_condition": (halves * n, *shape[1:]) if settings.self_condition else None,
         "x0": shape if table.multistep or settings.self_condition or keep_x0 else None,
+        "history": (table.rows.shape[1] - 7, *shape) if table.rows.shape[1] > 7 else None,
         "noise": shape if noise else None,
         "log_variance": None if table.learned is None else (rows, 2),
         "score_shift": (rows,) if shifts not in (None, "mean") else None,
@@ -146,15 +149,18 @@ class Loop:
         # A classifier may guide a U-Net without classes: then the labels are the classifier's alone.
         classless = settings.classifier is not None and not getattr(network.config, "has_classes", True)
         labels = None if classless else self._labels
-        self._bound: dict[bool, BoundNetwork] = {}  # by whether a step is guided
+        self._bound: dict[tuple[bool, bool], BoundNetwork] = {}  # by whether a step is guided, and the first
         guidable, always = "guidance_scale" in b, settings.guidance_interval is None
+        conditions = "self_condition" in b and not concatenates
+        starts = (False, True) if conditions and network.starts_without else (False,)
         for guided in ((True,) if always else (True, False)) if guidable else (False,):
-            self._bound[guided] = network.bind(
-                self._half(b["inputs"], guided),
-                b["timesteps"],
-                None if labels is None else self._half(labels, guided),
-                None if concatenates or "self_condition" not in b else self._half(b["self_condition"], guided),
-            )
+            for without in starts:
+                self._bound[guided, without] = network.bind(
+                    self._half(b["inputs"], guided),
+                    b["timesteps"],
+                    None if labels is None else self._half(labels, guided),
+                    self._half(b["self_condition"], guided) if conditions and not without else None,
+                )
 
     def load(self, table: StepTable, x: Tensor, batch: Batch, start: int = 0) -> None:
         """Put a batch into the buffers, before the step of row `start`, at whose level `x` [N, ...] is.
@@ -186,7 +192,7 @@ class Loop:
         if batch.condition is not None:
             for half in self._condition.split(n):
                 half.copy_(batch.condition)
-        for name in ("x0", "self_condition", "noise", "known_noise"):
+        for name in ("x0", "history", "self_condition", "noise", "known_noise"):
             if name in b:
                 b[name].zero_()
         self.step.fill_(start)
@@ -199,13 +205,15 @@ class Loop:
             Body(True, guidable and low <= t <= high, multistep, variance) if needed else Body(False, False)
             for needed, t in zip(rest.needs_network.tolist(), rest.timesteps.tolist(), strict=True)
         ]
+        if any(without for _, without in self._bound):
+            self.bodies[start] = self.bodies[start]._replace(first=True)
         for bound in self._bound.values():
             bound.load()
 
     def body(self, kind: Body) -> None:
         """Run one step in place, x_t to x_{t-1}. `kind` is that of the row which `step` is at."""
         if kind.network:
-            self._reverse(kind, self._bound[kind.guided](self.step))
+            self._reverse(kind, self._bound[kind.guided, kind.first](self.step))
         else:
             self._renoise()
         self.step += 1
@@ -236,6 +244,7 @@ class Loop:
             x0=b.get("x0"),
             net_in=self._half(self._net_in, guided),
             multistep=kind.multistep,
+            history=b.get("history"),
             keys=b["keys"] if noise is None or "known" in b else None,
             noise=noise,
             clip_range=clip_range,

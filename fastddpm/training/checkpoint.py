@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are there whole or not at all, and are checked before they are believed.
+"""Checkpoints: folders written whole or not at all, and checked before they are used.
 
     checkpoints/step-0001000/
         diffusion.safetensors     the weights, and the history of importance-sampled timesteps
@@ -15,7 +15,6 @@ disk that lost it) is left out with a warning, and the checkpoint before it is t
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -28,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from fastddpm.common.files import load_safetensors, sha256
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -37,7 +38,7 @@ MANIFEST, STATE, TRAINING = "manifest.json", "state.json", "training.pt"
 
 
 def atomic_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write(temporary)` fill a folder beside `path`, flushes it to the disk, and renames it to `path`.
+    """Let `write(temporary)` fill a folder beside `path`, flush it to the disk and rename it to `path`.
 
     A folder that was at `path` is replaced. The folder at `path` is the old one or the whole new one; only if the
     process dies between two renames it is missing, and the old one lies beside it as `.NAME-old`. If `write` fails, the
@@ -69,7 +70,7 @@ def atomic_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Removes what `atomic_folder` could not, in a process that was killed, and gives old folders their names back.
+    """Remove what a killed `atomic_folder` left, and give old folders their names back.
 
     `names`: a regular expression of what the folders are called.
     """
@@ -121,18 +122,18 @@ class Checkpoints:
         self.folder, self.keep_last = Path(folder), keep_last
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Return where the checkpoint of a step is."""
         return self.folder / f"step-{step:07d}"
 
     def steps(self) -> list[int]:
-        """The steps of which there is a folder, rising, whether or not it is whole."""
+        """Return the steps that have a folder, rising, whole or not."""
         if not self.folder.is_dir():
             return []
         matches = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, step: int, checkpoint: Checkpoint, *, keep: Collection[int] = ()) -> Path:
-        """Writes a checkpoint, then removes those that are neither among the last nor in `keep`.
+        """Write a checkpoint, then remove those that are neither among the last nor in `keep`.
 
         Raises:
             OSError: it cannot be written, the disk being full, say. All that were there are as they were.
@@ -170,11 +171,11 @@ class Checkpoints:
             shutil.rmtree(away, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
-        """Removes what a process that was killed left behind: temporary folders and half-removed ones."""
+        """Remove the temporary and half-removed folders of a killed process."""
         remove_leftovers(self.folder, r"step-\d+")
 
     def problem(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, in one line; None if it is whole."""
+        """Return what is wrong with a checkpoint, in one line; None if it is whole."""
         folder = self.path(step)
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -194,7 +195,7 @@ class Checkpoints:
         return None
 
     def latest(self) -> int | None:
-        """The last step with a whole checkpoint; None if there is none. Broken ones are warned of."""
+        """Return the last step with a whole checkpoint, None if there is none; warn of broken ones."""
         for step in reversed(self.steps()):
             problem = self.problem(step)
             if problem is None:
@@ -203,7 +204,7 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Reads a checkpoint.
+        """Read a checkpoint.
 
         Raises:
             FileNotFoundError: there is none.
@@ -214,21 +215,17 @@ class Checkpoints:
             raise FileNotFoundError(f"{folder} is missing")
         if problem := self.problem(step):
             raise ValueError(f"{folder} cannot be read: {problem}")
-        weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        weights = {path.stem: load_safetensors(path) for path in sorted(folder.glob("*.safetensors"))}
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         return Checkpoint(weights, training, json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _no_error_but_oserror(write: Callable[[Any, Path], None], content: Any, path: Path) -> None:
-    """`write(content, path)`; safetensors and torch report a full disk by errors of their own."""
+    """Call `write(content, path)`; turn safetensors' and torch's own errors for a full disk into OSError."""
     try:
         write(content, path)
     except OSError:

@@ -1,4 +1,4 @@
-"""A run as a TOML file: what is trained, on what, how.
+"""Read and write a run as a TOML file: what is trained, on what, how.
 
     [data]       folder
     [model]      fields of `fastddpm.UNetConfig`
@@ -15,24 +15,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
-import json
 import numbers
 import os
+import sys
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli_w
 import torch
 
-from fastddpm.common.files import atomic_write
+from fastddpm.common.files import write_text
+from fastddpm.common.version import __version__
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.training.metrics import ComponentDistance
 from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.settings import TrainerSettings
+from fastddpm.training.state import OBJECTIVE, settings_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     from fastddpm.training.trainer import Trainer
@@ -45,24 +53,21 @@ _SCHEDULE = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
 }
-_OBJECTIVE = {
-    name: parameter.default
-    for name, parameter in inspect.signature(GaussianDiffusion.__init__).parameters.items()
-    if parameter.kind == parameter.KEYWORD_ONLY
-}
 KEYS: dict[str, list[str]] = {
     "data": ["folder"],
     "model": [field.name for field in dataclasses.fields(UNetConfig)],
-    "diffusion": [*_SCHEDULE, *_OBJECTIVE],
+    "diffusion": [*_SCHEDULE, *OBJECTIVE],
     "trainer": [*(field.name for field in dataclasses.fields(TrainerSettings)), "metric"],
 }
 METRICS = (None, "frechet")
+_PATHS = (("data", "folder"), ("trainer", "results_folder"))
+_URI = "file:"  # begins a path whose bytes are not UTF-8
 Tables = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What `fastddpm train` is told.
+    """The settings of `fastddpm train`.
 
     Attributes:
         folder: of pictures, or an `.npz`.
@@ -80,7 +85,7 @@ class RunConfig:
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Mapping[str, Any]], where: str = "config") -> RunConfig:
-        """From sections and their keys.
+        """Build a config from sections and their keys.
 
         Raises:
             ValueError: a section or key is not known, or a value is wrong; the message names it.
@@ -98,7 +103,7 @@ class RunConfig:
         return cls(sections["data"].get("folder"), model, sections["diffusion"], trainer, metric)
 
     def build(self) -> GaussianDiffusion:
-        """The diffusion with a U-Net that is initialised from `trainer.seed`.
+        """Return the diffusion, with a U-Net initialised from `trainer.seed`.
 
         Raises:
             ValueError, TypeError: a setting is wrong, or two contradict each other.
@@ -111,8 +116,8 @@ class RunConfig:
         return GaussianDiffusion(unet, schedule, **objective)
 
     def to_tables(self) -> Tables:
-        """All sections with all their keys."""
-        diffusion = {**_SCHEDULE, **_OBJECTIVE, **self.diffusion}
+        """Return all sections with all their keys."""
+        diffusion = {**_SCHEDULE, **OBJECTIVE, **self.diffusion}
         if (betas := diffusion["trained_betas"]) is not None:
             diffusion["num_train_timesteps"] = len(betas)
         return {
@@ -124,7 +129,7 @@ class RunConfig:
 
 
 def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
-    """The schedule that keys of [diffusion] name; ValueError where one is wrong, or says what the schedule has not."""
+    """Return the schedule that keys of [diffusion] name; raise ValueError where one is wrong or has no effect."""
     told = {name: given.get(name, default) for name, default in _SCHEDULE.items()}
     betas, rescale = told.pop("trained_betas"), told.pop("rescale_betas_zero_snr")
     if not isinstance(rescale, bool):
@@ -150,28 +155,33 @@ def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def read_tables(path: str | os.PathLike[str]) -> Tables:
-    """The sections of a TOML file.
+    """Read the sections of a TOML file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no TOML, or has a section or key that is not known.
-        ModuleNotFoundError: python is 3.10 and tomli is not installed.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        content = _toml().loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not valid TOML: it is nested too deeply") from None
+    except ValueError as error:  # also text that is not UTF-8
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for section, keys in content.items():
         if not isinstance(keys, dict):
             raise ValueError(f"{path}: {section} stands outside of a section, must be in one of {_sections()}")
     check_keys(content, str(path))
-    return {section: {key: _none(value) for key, value in keys.items()} for section, keys in content.items()}
+    tables = {section: {key: _none(value) for key, value in keys.items()} for section, keys in content.items()}
+    for section, key in _PATHS:
+        if isinstance(text := tables.get(section, {}).get(key), str) and text.startswith(_URI):
+            tables[section][key] = os.fsdecode(urllib.parse.unquote_to_bytes(text[len(_URI) :]))
+    return tables
 
 
 def parse_assignment(text: str) -> tuple[str, str, Any]:
-    """(section, key, value) of `section.key=value`, the value as TOML writes it; a bare word is a string.
+    """Split `section.key=value`, the value as TOML writes it (a bare word is a string), into the three.
 
     Raises:
         ValueError: it is not of this form, or there is no such key.
@@ -182,14 +192,14 @@ def parse_assignment(text: str) -> tuple[str, str, Any]:
         raise ValueError(f"{text!r} must be SECTION.KEY=VALUE, such as trainer.train_lr=2e-4")
     check_keys({section: {key: None}}, "--set")
     try:
-        parsed = _toml().loads(f"value = {value}")["value"]
-    except ValueError:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
         parsed = value.strip()
     return section, key, _none(parsed)
 
 
 def check_keys(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
-    """Raises ValueError where a section or a key is not known."""
+    """Raise ValueError where a section or a key is not known."""
     for section, keys in tables.items():
         if section not in KEYS:
             raise ValueError(f"{where}: there is no section [{section}], only {_sections()}")
@@ -201,17 +211,26 @@ def check_keys(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
 
 
 def to_toml(tables: Mapping[str, Mapping[str, Any]], comment: str = "") -> str:
-    """TOML of sections; `comment` goes before them."""
-    lines = [f"# {line}" for line in comment.splitlines()]
-    for section, keys in tables.items():
-        lines += ["", f"[{section}]", *(f"{key} = {_value(value)}" for key, value in keys.items())]
-    return "\n".join(lines).lstrip("\n") + "\n"
+    """Return TOML of sections; the lines of `comment` stand before them."""
+    lines = "".join(f"# {line}\n" for line in comment.splitlines())
+    content = {section: _value(dict(keys)) for section, keys in tables.items()}
+    for section, key in _PATHS:
+        if (path := tables.get(section, {}).get(key)) is not None:
+            content[section][key] = _path(path)
+    return lines + tomli_w.dumps(content)
+
+
+def _path(path: str) -> str:
+    """Return a path as TOML can hold it: apart from "none", and as a `file:` URI if it is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return _URI + urllib.parse.quote_from_bytes(os.fsencode(path))
+    return f"./{path}" if path == "none" or path.startswith(_URI) else path
 
 
 def write_run_config(path: Path, trainer: Trainer) -> None:
-    """Writes what a trainer was told, as far as a file can say it: all of it for pictures and a `fastddpm.UNet`."""
-    from fastddpm.common.version import __version__
-
+    """Write a trainer's settings, as far as a file can name them: all, for pictures and a `fastddpm.UNet`."""
     diffusion = trainer.diffusion
     tables: Tables = {"data": {"folder": trainer.data_folder}}
     comments = [f"fastddpm {__version__}, torch {torch.__version__}"]
@@ -231,33 +250,26 @@ def write_run_config(path: Path, trainer: Trainer) -> None:
         "trained_betas": None if named else schedule.betas.tolist(),
         "rescale_betas_zero_snr": False,
     }
-    tables["diffusion"] |= {
-        name: diffusion.timestep_sampler.kind if name == "timestep_sampling" else getattr(diffusion, name)
-        for name in _OBJECTIVE
-    }
+    tables["diffusion"] |= settings_of(diffusion)
     tables["trainer"] = {**vars(trainer.settings), "mixed_precision": trainer.accelerator.mixed_precision}
     tables["trainer"]["metric"] = "frechet" if isinstance(trainer.metric, ComponentDistance) else None
     if trainer.metric is not None and tables["trainer"]["metric"] is None:
         comments.append("The metric was a function, which this file cannot name.")
-    text = to_toml(tables, "\n".join(comments))
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    atomic_write(path, write)
+    write_text(path, to_toml(tables, "\n".join(comments)))
 
 
-def _value(value: Any) -> str:
+def _value(value: Any) -> Any:
+    """Return a value as TOML can hold it: "none" for None, Python's own numbers for numpy's."""
     if value is None:
-        return '"none"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # TOML's basic strings have JSON's escapes
-    if isinstance(value, numbers.Real):  # numpy's among them, whose repr is none of TOML's
-        return repr(int(value) if isinstance(value, numbers.Integral) else float(value))
+        return "none"
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, dict):
+        return {key: _value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
+        return [_value(item) for item in value]
     raise TypeError(f"{value!r} is a {type(value).__name__}, which TOML cannot hold")
 
 
@@ -267,16 +279,3 @@ def _none(value: Any) -> Any:
 
 def _sections() -> str:
     return ", ".join(f"[{section}]" for section in KEYS)
-
-
-def _toml() -> Any:
-    try:
-        import tomllib as toml
-    except ModuleNotFoundError:  # python 3.10
-        try:
-            import tomli as toml  # type: ignore[no-redef]
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "tomli is missing, which reads TOML in python 3.10: pip install fastddpm[train]", name="tomli"
-            ) from None
-    return toml

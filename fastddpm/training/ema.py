@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class ExponentialAverage(AveragedModel):
-    """torch's AveragedModel with a warm-up: w <- d w + (1 - d) new, d = min(decay, (1 + n) / (10 + n)) at step n.
+    """Average with torch's AveragedModel and a warm-up: w <- d w + (1 - d) new, d = min(decay, (1 + n) / (10 + n)).
 
     One foreach operation per step. AveragedModel's own update copies its counter to the device every step, which on
     CUDA waits until the device has done all its work; here the counter stays on the host.
@@ -23,12 +23,12 @@ class ExponentialAverage(AveragedModel):
         self.decay, self.warmup = decay, warmup
 
     def decay_at(self, step: int) -> float:
-        """The decay of step number `step`, from 0."""
+        """Return the decay of step number `step`, from 0."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the weights of one more step into the average. Buffers are those of the last step."""
+        """Take the weights of one more step into the average; copy buffers."""
         decay = self.decay_at(int(self.n_averaged))
         averaged, current = list(self.module.parameters()), list(model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - decay)  # type: ignore[arg-type]
@@ -37,10 +37,10 @@ class ExponentialAverage(AveragedModel):
         self.n_averaged += 1
 
     def train(self, mode: bool = True) -> ExponentialAverage:
-        """An average is never trained: it stays in evaluation mode."""
+        """Stay in evaluation mode: an average is never trained."""
         return super().train(False)
 
 
 def averages(model: nn.Module, decays: Sequence[float], *, warmup: bool) -> list[ExponentialAverage]:
-    """An average of `model` for each decay, all of them beginning as copies of it."""
+    """Return an average of `model` for each decay, each a copy of it at first."""
     return [ExponentialAverage(model, decay, warmup=warmup) for decay in decays]

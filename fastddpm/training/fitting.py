@@ -1,14 +1,16 @@
-"""Whether data and network fit each other, found out before anything is trained."""
+"""Check that data and network fit each other before anything is trained."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fastddpm.common.images import check_range
 from fastddpm.networks.unet.model import UNet
 from fastddpm.training.data import Source
 from fastddpm.training.objective import GaussianDiffusion
@@ -16,9 +18,12 @@ from fastddpm.training.order import Pick
 
 _log = logging.getLogger(__name__)
 
+LOOKED_AT = 64  # images, after which it is told that none has a value below 0
+FAR = 2.0  # beyond which values are of another range, and do not only overshoot [-1, 1]
+
 
 def data_shape(diffusion: GaussianDiffusion) -> tuple[int, int, int] | None:
-    """(C, H, W) of the data, as the network's config states it; None where it does not."""
+    """Return (C, H, W) of the data, as the network's config states it; None where it does not."""
     config = getattr(diffusion.unet, "config", None)
     size, channels = (getattr(config, name, None) for name in ("sample_size", "out_channels"))
     if size is None or channels is None:
@@ -28,7 +33,7 @@ def data_shape(diffusion: GaussianDiffusion) -> tuple[int, int, int] | None:
 
 
 def takes_labels(unet: nn.Module) -> bool:
-    """Whether a network is class-conditional: by its config, or if it has none by its parameters.
+    """Return whether a network is class-conditional: by its config or, if it has none, by its parameters.
 
     guided-diffusion's networks always have the parameter `y`, and `num_classes` None where it must not be given.
     """
@@ -41,7 +46,7 @@ def takes_labels(unet: nn.Module) -> bool:
 
 
 def check_network(diffusion: GaussianDiffusion) -> None:
-    """Raises ValueError where a U-Net cannot be run at the size that its config states."""
+    """Raise ValueError if a U-Net cannot run at the size that its config states."""
     unet, shape = diffusion.unet, data_shape(diffusion)
     if not isinstance(unet, UNet) or shape is None:
         return
@@ -55,7 +60,7 @@ def check_network(diffusion: GaussianDiffusion) -> None:
 
 
 def check_places(results: Path, data: str | None) -> None:
-    """Raises ValueError where what a run writes would come among the pictures that it reads."""
+    """Raise ValueError if the results would lie among the pictures that are trained on."""
     if data is not None and results.resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(
             f"results_folder is {str(results)!r}, which is inside {data!r}, whose pictures are trained on: it must be "
@@ -64,7 +69,7 @@ def check_places(results: Path, data: str | None) -> None:
 
 
 def check_processes(train_batch_size: int, processes: int) -> None:
-    """Raises ValueError where a batch cannot be split over the processes of a run."""
+    """Raise ValueError if a batch cannot be split over the processes of a run."""
     if train_batch_size % processes:
         raise ValueError(
             f"train_batch_size is {train_batch_size}, must be divisible by the number of processes, {processes}"
@@ -72,13 +77,15 @@ def check_processes(train_batch_size: int, processes: int) -> None:
 
 
 def check_guidance(diffusion: GaussianDiffusion, guidance_scale: float | None) -> None:
-    """Raises ValueError where samples are to be guided, but the network has no class that means none."""
+    """Raise ValueError for guidance of a network without a null class."""
     if guidance_scale is not None and diffusion.null_class is None:
         raise ValueError(f"guidance_scale is {guidance_scale}, must be None: the network has no null_class")
 
 
 def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...]:
-    """The shape of an image, once it is known from the first ones that the network can be trained on them.
+    """Return the shape of an image, if the network can be trained on the first ones and on all known labels.
+
+    `check_batch` holds for the others what is found here.
 
     Raises:
         ValueError: there are fewer than two images, or they, their labels or their values do not fit.
@@ -89,15 +96,44 @@ def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...
     shape = data_shape(diffusion)
     if shape is not None and tuple(images.shape[1:]) != shape:
         raise ValueError(f"data has images of {list(images.shape[1:])}, but the network is for {list(shape)}")
-    _check_values(images)
+    if images.is_floating_point():
+        check_range(images, "data")
     if takes_labels(diffusion.unet):
         check_labels(labels, diffusion.unet)
-        check_labels(torch.arange(len(source.classes)), diffusion.unet)
+        check_labels(torch.tensor(source.labels, dtype=torch.int64), diffusion.unet)
     return tuple(images.shape[1:])
 
 
+class BatchCheck:
+    """Check that every batch of a run is like the first images.
+
+    Attributes:
+        labels: those that have been seen.
+    """
+
+    def __init__(self, shape: tuple[int, ...], images: int) -> None:
+        self.labels: set[int] = set()
+        self._shape, self._left, self._low = shape, min(images, LOOKED_AT), math.inf
+
+    def __call__(self, images: Tensor, labels: Tensor | None) -> None:
+        """Raises ValueError for another shape, or values that are of another range; NaN is the training step's."""
+        if tuple(images.shape[1:]) != self._shape:
+            raise ValueError(f"data has images of {list(self._shape)} and of {list(images.shape[1:])}, must have one")
+        if labels is not None:
+            self.labels.update(labels.tolist())
+        if not images.is_floating_point():
+            return
+        low, high = (float(value) for value in torch.aminmax(images))
+        if low < -FAR or high > FAR:
+            raise ValueError(f"data has images with values from {low:g} to {high:g}, must be in [-1, 1], or uint8")
+        if self._left > 0:
+            self._left, self._low = self._left - len(images), min(self._low, low)
+            if self._left <= 0 and self._low >= 0:
+                _log.warning("data has images with no value below 0; they should cover [-1, 1], not [0, 1]")
+
+
 def check_labels(labels: Tensor | None, unet: nn.Module) -> None:
-    """Raises ValueError unless there are labels int64 [N] (on the CPU) that a class-conditional network knows."""
+    """Raise ValueError unless there are labels int64 [N] (on the CPU) that a class-conditional network knows."""
     if labels is None:
         raise ValueError(
             "data has no labels, but the network has classes: put pictures into a folder per class, or use a Dataset "
@@ -107,13 +143,3 @@ def check_labels(labels: Tensor | None, unet: nn.Module) -> None:
     if count is not None and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= count):
         wrong = int(labels[(labels < 0) | (labels >= count)][0])
         raise ValueError(f"data has the label {wrong}, but the network knows 0 to {count - 1}")
-
-
-def _check_values(images: Tensor) -> None:
-    if images.dtype == torch.uint8:
-        return
-    low, high = float(images.min()), float(images.max())
-    if not (low >= -1.001 and high <= 1.001):
-        raise ValueError(f"data has images with values from {low:g} to {high:g}, must be in [-1, 1], or uint8")
-    if low >= 0:
-        _log.warning("data has images with no value below 0; they should cover [-1, 1], not [0, 1]")

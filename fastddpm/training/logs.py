@@ -1,4 +1,4 @@
-"""What a run says about itself: log.jsonl always, TensorBoard's files if it is installed, a bar for people."""
+"""Record a run: log.jsonl always, TensorBoard's files if it is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """A line of JSON per record, and the same numbers for TensorBoard.
+    """Write a line of JSON per record, and the same numbers for TensorBoard.
 
     What cannot be written (a full disk) is warned of once, and training goes on.
 
@@ -46,7 +46,7 @@ class RunLog:
         self._board = None if writer is None else writer(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a record about `step`; numbers that are not finite become null, since JSON has none."""
+        """Add a record about `step`; numbers that are not finite become null."""
         record = {"step": step} | {name: _plain(value) for name, value in values.items()} | {"step": step}
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -59,18 +59,18 @@ class RunLog:
         self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        """Shows a picture in TensorBoard."""
+        """Show a picture in TensorBoard."""
         import numpy as np
 
         pixels = np.asarray(picture)
         self._on_board(lambda board: board.add_image("samples", pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
-        """Writes what is held back."""
+        """Write what is held back."""
         self._on_board(lambda board: board.close())
 
     def _on_board(self, write: Callable[[Any], object]) -> None:
-        """Writes for TensorBoard, whose thread tells of a full disk when it is next called; after that no more."""
+        """Write for TensorBoard until it fails (its thread reports a full disk at the next call)."""
         if self._board is None:
             return
         try:
@@ -81,7 +81,7 @@ class RunLog:
 
 
 def board_writer(*, needed: bool) -> Any:
-    """torch's SummaryWriter, or None where TensorBoard is not installed.
+    """Return torch's SummaryWriter, or None where TensorBoard is not installed.
 
     Raises:
         ModuleNotFoundError: it is not, and is `needed`.
@@ -96,7 +96,7 @@ def board_writer(*, needed: bool) -> Any:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line that was cut off is left out."""
+    """Return the records of a log.jsonl without a last line that was cut off."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
@@ -117,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 
 class Meter:
-    """Means over the steps since the last record, and how fast they were.
+    """Average losses and measure speed since the last record.
 
     Losses and norms stay on the device until a record is made. They are saved with a checkpoint, so that the records of
     a resumed run are those of one that was not interrupted.
@@ -130,32 +130,32 @@ class Meter:
         self.start_clock(0.0)
 
     def start_clock(self, waited: float) -> None:
-        """From here on the time counts; `waited` is that of `TrainingStep` now."""
+        """Start to count time; `waited` is `TrainingStep.waited` now."""
         self._start, self._waited, self._steps = time.perf_counter(), waited, 0
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        """One more step: scalars."""
+        """Add the loss and norm of a step, scalars."""
         self._losses.append(loss.detach())
         self._norms.append(norm.detach())
         self._steps += 1
 
     def means(self) -> Tensor:
-        """Mean loss and mean norm, float64 [2], on the device (but float32 where it has no float64)."""
+        """Return mean loss and mean norm, float64 [2] (float32 where the device has no float64)."""
         pairs = torch.stack([torch.stack(self._losses), torch.stack(self._norms).to(self._losses[0].dtype)])
         return pairs.to(torch.float32 if pairs.device.type == "mps" else torch.float64).mean(1)
 
     def rates(self, waited: float) -> tuple[float, float]:
-        """(steps per second, share of the time that was spent waiting for data) since `start_clock`."""
+        """Return (steps per second, share of time spent waiting for data) since `start_clock`."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         return self._steps / seconds, min(1.0, (waited - self._waited) / seconds)
 
     def clear(self) -> None:
-        """After a record."""
+        """Forget the losses and norms of the last record."""
         self._losses.clear()
         self._norms.clear()
 
     def state_dict(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
-        """Losses and norms that are in no record yet, means over all processes; floats hold float32 exactly.
+        """Return the losses and norms of no record yet, means over all processes; floats hold float32 exactly.
 
         Args:
             over_processes: takes the mean of a tensor over them.

@@ -1,4 +1,4 @@
-"""A metric that works for any images and needs nothing: the Frechet distance of principal components."""
+"""A metric for any images without a download: the Frechet distance of principal components."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ComponentDistance:
-    """The Frechet distance of samples to training images, in their first principal components.
+    """Measure the Frechet distance of samples to training images, in their first principal components.
 
     It tells whether samples have the colours, layout and variety of the data; of sharpness it says little, and nothing
     of copies. Compare it only with itself, for as many samples of the same data.
@@ -46,10 +46,10 @@ class ComponentDistance:
         self._real = self._features(rows)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        """{"frechet": the distance} of samples of the averaged weights."""
+        """Return {"frechet": the distance} of samples of the averaged weights."""
         from fastddpm.evaluation.frechet import frechet_distance
 
-        labels = sample_labels(trainer.diffusion, len(trainer.source.classes), self.num_samples)
+        labels = sample_labels(trainer.diffusion, trainer.labels, self.num_samples)
         images = trainer.sampler().sample(
             self.num_samples,
             shape=trainer.shape,

@@ -1,4 +1,4 @@
-"""Which image stands where in a run: a pure function of the seed, so that nothing about it must be saved.
+"""Decide which image stands where in a run: a pure function of the seed, so that nothing must be saved.
 
 Image number g of a run, counted from its beginning over all epochs, steps and processes, is entry g mod n of the
 permutation of epoch g div n. What is random about it (flips, what a Dataset draws) is a function of its step and its
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Pick(NamedTuple):
-    """One image to be read.
+    """One image to read.
 
     Attributes:
         image: its number in the data set.
@@ -30,7 +30,7 @@ class Pick(NamedTuple):
 
 
 def permutation(length: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch: int64 [length], by sorting random numbers of 63 bits."""
+    """Return the order of an epoch, int64 [length], by sorting random numbers of 63 bits."""
     words = random_words(sample_keys([seed], [epoch]), 0, STREAM_ORDER, 2 * length, backend="eager")[0].view(length, 2)
     return torch.argsort((words[:, 0] << 31) + (words[:, 1] >> 1), stable=True)
 
@@ -56,25 +56,25 @@ class Batches:
 
     @property
     def local(self) -> int:
-        """Images of a forward pass in this process."""
+        """Return the images of a forward pass in this process."""
         return self.batch_size // self.processes
 
     def first_sample(self, turn: int) -> int:
-        """The number within the step of this process' first image in forward pass `turn` of a step."""
+        """Return the number, within its step, of this process' first image in forward pass `turn`."""
         return turn * self.batch_size + self.process * self.local
 
     def words(self, step: int, turn: int) -> Tensor:
-        """Three random words for each image of a forward pass: int64 [local, 3]; flips read the first."""
+        """Return three random words for each image of a forward pass, int64 [local, 3]; flips read the first."""
         first = self.first_sample(turn)
         keys = sample_keys([self.seed] * self.local, range(first, first + self.local))
         return random_words(keys, step, STREAM_AUGMENTATION, 3, backend="eager")
 
     def flips(self, step: int, turn: int) -> Tensor:
-        """Which images of a forward pass are mirrored: bool [local]."""
+        """Return which images of a forward pass are mirrored: bool [local]."""
         return self.words(step, turn)[:, 0] % 2 == 1
 
     def picks(self, start: int, stop: int) -> Iterator[list[Pick]]:
-        """What is read for the forward passes of steps `start` to `stop` - 1, one list per pass."""
+        """Yield the picks of each forward pass of steps `start` to `stop` - 1."""
         orders: dict[int, Tensor] = {}
         for step in range(start, stop):
             for turn in range(self.passes):

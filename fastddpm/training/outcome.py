@@ -1,4 +1,4 @@
-"""How a run ends."""
+"""How a run ends: its result, divergence, and which step is best."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class DivergedError(ArithmeticError):
 
 
 def check_finite(bad: int, most: int, step: int, latest: Callable[[], int | None]) -> None:
-    """Raises DivergedError where the last `bad` steps, up to number `step`, are `most` or more without a gradient.
+    """Raise DivergedError if the last `bad` steps, up to number `step`, were `most` or more without a gradient.
 
-    `latest`: says of which step the last checkpoint is.
+    `latest`: returns the step of the last checkpoint.
     """
     if bad < most:
         return
@@ -28,7 +28,7 @@ def check_finite(bad: int, most: int, step: int, latest: Callable[[], int | None
 
 
 def is_better(value: float, best: Mapping[str, Any] | None, mode: str) -> bool:
-    """Whether a metric is better than the best so far, whose "value" is there if there was one; `mode`: min or max."""
+    """Return whether a metric is better than the best so far ({"value": ...} or None); `mode` is "min" or "max"."""
     if math.isnan(value):
         return False
     return best is None or (value < best["value"] if mode == "min" else value > best["value"])
@@ -36,7 +36,7 @@ def is_better(value: float, best: Mapping[str, Any] | None, mode: str) -> bool:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a call of `Trainer.train` ended that came to its end.
+    """The result of `Trainer.train`.
 
     Attributes:
         step: how many steps are done, in all.

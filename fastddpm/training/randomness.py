@@ -1,4 +1,4 @@
-"""The states of all random number generators of a process, as tensors and plain values."""
+"""Save and restore the states of all random number generators of a process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of python, numpy (the old global one), torch, and torch on CUDA if that is in use."""
+    """Return the states of python, numpy (the old global one), torch, and torch on CUDA if that is in use."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -25,7 +25,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Sets all to what `random_state` returned."""
+    """Set all generators to what `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -36,7 +36,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_randomness(seed: int, process: int) -> None:
-    """Begins all of them by the seed of a run, differently in each of its processes."""
+    """Seed all generators by the seed of a run, differently in each of its processes."""
     words = np.random.SeedSequence([seed, process]).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002
@@ -45,7 +45,7 @@ def seed_randomness(seed: int, process: int) -> None:
 
 @contextmanager
 def randomness_kept() -> Iterator[None]:
-    """Afterwards all random states are what they were."""
+    """Restore all random states at the end."""
     state = random_state()
     try:
         yield

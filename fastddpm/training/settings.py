@@ -1,4 +1,4 @@
-"""What a training run can be told, checked."""
+"""The settings of a training run, and their checks."""
 
 from __future__ import annotations
 
@@ -6,35 +6,77 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
-_COUNTS = (
-    "train_batch_size",
-    "gradient_accumulate_every",
-    "train_num_steps",
-    "log_every",
-    "save_every",
-    "sample_every",
-    "num_samples",
-    "num_inference_steps",
-    "keep_last",
-    "max_bad_steps",
-)
-_FLAGS = (
-    "ema_warmup",
-    "augment_horizontal_flip",
-    "compile",
-    "stop_on_save_error",
-)
+
+def _integer(least: int) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least  # type: ignore[operator]
+    )
+
+
+def _number(least: float = -math.inf, below: float = math.inf, *, closed: bool = True) -> Callable[[Any], bool]:
+    """Accept finite numbers from `least` (above it, if not `closed`) to below `below`."""
+    return lambda value: (
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (least <= float(value) if closed else least < float(value))
+        and float(value) < below
+    )
+
+
+def _optional(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or valid(value)
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+_COUNT = (_integer(1), "a positive integer")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_FLAG_OR_NONE = (lambda value: isinstance(value, bool | None), "true, false or None")
+_ABOVE_0 = _number(0, closed=False)
+_SHARE = _number(0, 1)
+# What each setting may be, in order: a test and its words.
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("results_folder", lambda value: isinstance(value, str | os.PathLike), "the path of a folder"),
+    *((name, *_COUNT) for name in ("train_batch_size", "gradient_accumulate_every", "train_num_steps", "log_every")),
+    *((name, *_COUNT) for name in ("save_every", "sample_every", "num_samples", "num_inference_steps", "keep_last")),
+    ("max_bad_steps", *_COUNT),
+    *((name, *_FLAG) for name in ("ema_warmup", "augment_horizontal_flip", "compile", "stop_on_save_error")),
+    *((name, *_FLAG_OR_NONE) for name in ("channels_last", "tensorboard")),
+    ("cache_bytes", _integer(0), "an integer of at least 0"),
+    ("lr_warmup_steps", _optional(_integer(0)), "an integer of at least 0, or None"),
+    ("metric_every", _optional(_integer(1)), "a positive integer or None"),
+    ("seed", lambda value: _integer(0)(value) and value < 1 << 63, "an integer from 0 to below 2^63"),
+    ("num_workers", lambda value: value == "auto" or _integer(0)(value), "'auto' or at least 0"),
+    ("lr_scheduler", lambda value: value in LR_SCHEDULERS, f"one of {', '.join(LR_SCHEDULERS)}"),
+    ("mixed_precision", lambda value: value in (None, *PRECISIONS), f"None or one of {', '.join(PRECISIONS)}"),
+    ("metric_mode", lambda value: value in ("min", "max"), "'min' or 'max'"),
+    ("device", lambda value: isinstance(value, str | None), "the name of a device or None"),
+    ("train_lr", _ABOVE_0, "a positive number"),
+    ("adam_epsilon", _ABOVE_0, "a positive number"),
+    ("adam_weight_decay", _number(0), "a number of at least 0"),
+    ("lr_final", _number(0, math.nextafter(1, 2)), "a number from 0 to 1"),
+    ("max_grad_norm", _optional(_ABOVE_0), "a positive number or None"),
+    ("guidance_scale", _optional(_number()), "a number or None"),
+    ("adam_betas", lambda value: len(_several(value)) == 2 and all(map(_SHARE, value)),
+     "two numbers from 0 to below 1"),
+    ("ema_decay", lambda value: len(_several(value)) > 0 and all(map(_SHARE, _several(value))),
+     "a number from 0 to below 1, or several"),
+    ("ema_decay", lambda value: len(set(_several(value))) == len(_several(value)), "numbers that differ"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The settings of a `Trainer`, most of them called as in denoising_diffusion_pytorch's and diffusers' trainers.
+    """The settings of a `Trainer`, most of them named as in denoising_diffusion_pytorch's and diffusers' trainers.
 
     A step is one update of the weights, from `train_batch_size * gradient_accumulate_every` images.
 
@@ -51,7 +93,7 @@ class TrainerSettings:
         lr_final: the rate at the end, as a share of the peak.
         adam_betas, adam_weight_decay, adam_epsilon: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; None for no clipping.
-        mixed_precision: "no", "bf16" or "fp16" (CUDA only); None for what `accelerate launch` was told, else "no".
+        mixed_precision: "no", "bf16" or "fp16" (CUDA only); None for that of `accelerate launch`, else "no".
         ema_decay: of the averaged weights, one or several; a half-life of h steps is 0.5 ** (1 / h). The first is the
             model that is sampled and saved.
         ema_warmup: the decay of step n is at most (1 + n) / (10 + n), so that the average forgets the start.
@@ -114,60 +156,27 @@ class TrainerSettings:
     tensorboard: bool | None = None
 
     def __post_init__(self) -> None:
-        self._require("results_folder", isinstance(self.results_folder, str | os.PathLike), "the path of a folder")
-        object.__setattr__(self, "results_folder", os.fspath(self.results_folder))
         for name in ("adam_betas", "ema_decay"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):  # TOML has no tuples
                 object.__setattr__(self, name, tuple(value))
-        require = self._require
-        for name in _COUNTS:
-            require(name, _is_int(getattr(self, name), 1), "a positive integer")
-        for name in _FLAGS:
-            require(name, isinstance(getattr(self, name), bool), "true or false")
-        for name in ("channels_last", "tensorboard"):
-            require(name, isinstance(getattr(self, name), bool | None), "true, false or None")
-        require("cache_bytes", _is_int(self.cache_bytes, 0), "an integer of at least 0")
-        warmup = self.lr_warmup_steps
-        require("lr_warmup_steps", warmup is None or _is_int(warmup, 0), "an integer of at least 0, or None")
-        require(
-            "metric_every", self.metric_every is None or _is_int(self.metric_every, 1), "a positive integer or None"
-        )
-        require("seed", _is_int(self.seed, 0) and self.seed < 1 << 63, "an integer from 0 to below 2^63")
-        require("num_workers", self.num_workers == "auto" or _is_int(self.num_workers, 0), "'auto' or at least 0")
-        require("lr_scheduler", self.lr_scheduler in LR_SCHEDULERS, f"one of {', '.join(LR_SCHEDULERS)}")
-        require(
-            "mixed_precision", self.mixed_precision in (None, *PRECISIONS), f"None or one of {', '.join(PRECISIONS)}"
-        )
-        require("metric_mode", self.metric_mode in ("min", "max"), "'min' or 'max'")
-        require("device", isinstance(self.device, str | None), "the name of a device or None")
-        for name, zero in (("train_lr", False), ("adam_epsilon", False), ("adam_weight_decay", True)):
-            value = getattr(self, name)
-            require(name, _is_number(value) and (value > 0 or (zero and value == 0)), "a positive number")
-        require("lr_final", _is_number(self.lr_final) and 0 <= self.lr_final <= 1, "a number from 0 to 1")
-        norm = self.max_grad_norm
-        require("max_grad_norm", norm is None or (_is_number(norm) and norm > 0), "a positive number or None")
-        scale = self.guidance_scale
-        require("guidance_scale", scale is None or _is_number(scale), "a number or None")
-        betas = self.adam_betas
-        valid = isinstance(betas, tuple) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
-        require("adam_betas", valid, "two numbers from 0 to below 1")
-        valid = len(self.ema_decays) > 0 and all(_is_number(d) and 0 <= d < 1 for d in self.ema_decays)
-        require("ema_decay", valid, "a number from 0 to below 1, or several")
-        require("ema_decay", len(set(self.ema_decays)) == len(self.ema_decays), "numbers that differ")
+        for name, valid, what in _RULES:
+            if not valid(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value!r}, must be {what}")
+        object.__setattr__(self, "results_folder", os.fspath(self.results_folder))
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
-        """`ema_decay` as a tuple."""
-        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+        """Return `ema_decay` as a tuple."""
+        return tuple(_several(self.ema_decay))
 
     @property
     def images_per_step(self) -> int:
-        """Images of one update of the weights."""
+        """Return the images of one update of the weights."""
         return self.train_batch_size * self.gradient_accumulate_every
 
     def replace(self, **fields: Any) -> TrainerSettings:
-        """A copy with other values of the named settings.
+        """Return a copy with other values of the named settings.
 
         Raises:
             TypeError: there is no such setting.
@@ -180,7 +189,7 @@ class TrainerSettings:
         return dataclasses.replace(self, **fields)
 
     def learning_rate(self, step: int) -> float:
-        """The share of `train_lr` at step number `step`, from 0."""
+        """Return the share of `train_lr` at step number `step`, from 0."""
         warmup = self.lr_warmup_steps
         if warmup is None:
             warmup = min(500, self.train_num_steps // 10)
@@ -191,15 +200,3 @@ class TrainerSettings:
         progress = (step - warmup) / max(1, self.train_num_steps - warmup)
         falling = 1 - progress if self.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr_final + (1 - self.lr_final) * falling
-
-    def _require(self, name: str, valid: bool, what: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, must be {what}")
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least  # type: ignore[operator]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""One step of training: forward passes, backward passes, an update of the weights."""
+"""Run one step of training: forward passes, backward passes, an update of the weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastddpm.common.images import from_uint8
 from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.order import Batches
 from fastddpm.training.settings import TrainerSettings
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(settings: TrainerSettings) -> Accelerator:
-    """Devices, precision and processes, as accelerate (the library) sees them.
+    """Return accelerate's view of devices, precision and processes.
 
     Raises:
         ModuleNotFoundError: accelerate is not installed.
@@ -65,7 +66,7 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
 
 
 def in_any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is set in any process; all of them must ask."""
+    """Return whether `flag` is set in any process; all of them must call."""
     if accelerator.num_processes == 1:
         return flag
     flags = torch.tensor([float(flag)], device=accelerator.device)
@@ -73,7 +74,7 @@ def in_any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 class _Objective(nn.Module):
-    """The loss of a batch as it was read: pixels become numbers, some are mirrored, the diffusion does the rest."""
+    """Compute the loss of a batch as it was read: scale pixels, mirror some, call the diffusion."""
 
     def __init__(self, diffusion: GaussianDiffusion, *, compiled: bool, channels_last: bool) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class _Objective(nn.Module):
         first_sample: int,
         global_batch: int,
     ) -> Tensor:
-        x0 = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+        x0 = from_uint8(images)
         if flips is not None:
             x0 = torch.where(flips.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
         if self._channels_last and x0.ndim == 4:
@@ -98,7 +99,7 @@ class _Objective(nn.Module):
 
 
 class TrainingStep:
-    """Trains a diffusion in place.
+    """Train a diffusion in place.
 
     A step whose gradient is not finite changes nothing: the optimizer is told so on the device, as a GradScaler tells
     it, and the host need not wait to find out. `bad` counts such steps.
@@ -128,7 +129,7 @@ class TrainingStep:
         objective = _Objective(diffusion, compiled=settings.compile, channels_last=channels_last)
         parameters = [p for p in diffusion.parameters() if p.requires_grad]
         if not parameters:
-            raise ValueError("diffusion has no parameter that requires a gradient, there is nothing to train")
+            raise ValueError("diffusion has no parameter that requires a gradient, must have one to train")
         diffusion.to(device)
         self._raw = torch.optim.AdamW(parameters, lr=settings.train_lr, fused=True)
         self._set_options()
@@ -139,7 +140,7 @@ class TrainingStep:
         self.waited = 0.0
 
     def __call__(self, step: int, data: Iterator[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
-        """Step number `step`, from 0: (mean loss of this process' images, norm of the gradient), scalars."""
+        """Run step number `step`, from 0; return mean loss (of this process) and norm of the gradient, scalars."""
         settings, accelerator = self.settings, self.accelerator
         self._model.train()
         total: Tensor | None = None
@@ -182,11 +183,11 @@ class TrainingStep:
 
     @property
     def learning_rate(self) -> float:
-        """That of the step to come."""
+        """Return the learning rate of the next step."""
         return float(self._raw.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, learning rate, gradient scaler: tensors and plain values."""
+        """Return the states of optimizer, learning rate and gradient scaler: tensors and plain values."""
         scaler = self.accelerator.scaler
         return {
             "optimizer": self._raw.state_dict(),
@@ -196,7 +197,7 @@ class TrainingStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` returned; rates and constants of the optimizer are those of the settings now."""
+        """Load what `state_dict` returned; rates and constants of the optimizer come from the settings now."""
         self._raw.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:

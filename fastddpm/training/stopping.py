@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and Ctrl-C end the training after the step it is in."""
+"""Let SIGTERM and Ctrl-C end the training after the current step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Inside, SIGTERM and the first SIGINT set a flag instead of ending the process; in the main thread only.
+    """Let SIGTERM and the first SIGINT set a flag instead of ending the process; in the main thread only.
 
     Elsewhere python has no say about signals, and they do what they did.
     """

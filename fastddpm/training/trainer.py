@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastddpm.common.images import CHANNELS, save_picture
 from fastddpm.common.progress import Bar, progress_bar
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
@@ -27,24 +28,24 @@ from fastddpm.training.order import Batches
 from fastddpm.training.outcome import TrainResult, check_finite, is_better
 from fastddpm.training.randomness import random_state, randomness_kept, seed_randomness, set_random_state
 from fastddpm.training.settings import TrainerSettings
-from fastddpm.training.state import collect, restore
+from fastddpm.training.state import collect, compare, describe, restore
 from fastddpm.training.step import TrainingStep, in_any_process, make_accelerator
 from fastddpm.training.stopping import stop_request
 
 _log = logging.getLogger(__name__)
 
-# What a run's samples are worth: one number, or several by name, of which the first decides which are best.
+# A number, or several by name: the first decides which weights are best.
 Metric = Callable[["Trainer"], float | Mapping[str, float]]
 
 
 class Trainer:
-    """Trains a diffusion on images, and writes everything down.
+    """Train a diffusion on images, and writes everything down.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
 
     In `results_folder`:
 
-        config.toml           what the run was told
+        config.toml           the settings of the run
         data.json             what is in a folder of pictures, and which of them are broken, and why
         log.jsonl             loss, rate, speed and metrics, a record per line
         samples/step-N.png    samples of the averaged weights, always of the same noise
@@ -63,7 +64,7 @@ class Trainer:
         data: a folder of pictures of any size and format, an `.npz`, or a map-style Dataset (see `DatasetSource`).
         settings: all that can be set; its defaults if None.
         metric: called with the trainer now and then (`metric_every`), in one process: its `sampler()` has the averaged
-            weights. Returns a number, or several by name of which the first decides which weights are best.
+            weights. Returns a number, or several by name: the first decides which weights are best.
         resume: go on from the last whole checkpoint in `results_folder`, if there is one.
         progress: draw a bar.
         **fields: fields of `TrainerSettings` that replace those of `settings`.
@@ -140,6 +141,7 @@ class Trainer:
                 progress=self._progress,
             )
         self.shape = fitting.check_source(self.source, self.diffusion)
+        self._checked = fitting.BatchCheck(self.shape, len(self.source))
         self.batches = Batches(
             len(self.source),
             settings.seed,
@@ -149,10 +151,22 @@ class Trainer:
             processes,
         )
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Return the labels that occur in the data, as far as they are known: of a Dataset those that were read."""
+        return self.source.labels or tuple(sorted(self._checked.labels))
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Return the names of the labels that occur, for a class-conditional network."""
+        names = self.source.classes
+        known = self.labels if self._labelled else ()
+        return {label: names[label] if label < len(names) else str(label) for label in known}
+
     # -- the run --------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainResult:
-        """Trains until `train_num_steps` are done, or the process is told to stop.
+        """Train until `train_num_steps` are done, or the process is told to stop.
 
         Raises:
             SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
@@ -204,7 +218,7 @@ class Trainer:
         return TrainResult(self.step, self.folder / "model", self._loss, self._metrics)
 
     def _data(self) -> Generator[tuple[torch.Tensor, torch.Tensor | None], None, None]:
-        """Images and, for a class-conditional network, labels, from this step on."""
+        """Yield images and, for a class-conditional network, labels, from this step on."""
         loaded = load(
             self.source,
             self.batches,
@@ -215,12 +229,13 @@ class Trainer:
         )
         with closing(loaded) as batches:
             for images, labels in batches:
+                self._checked(images, labels)
                 if self._labelled:
                     fitting.check_labels(labels, self.diffusion.unet)
                 yield images, labels if self._labelled else None
 
     def _told_to_stop(self, told: bool) -> bool:
-        """Whether any process was told to; they find out together, on CUDA not every step, since it waits."""
+        """Return whether any process was told to stop; on CUDA ask only now and then, since it waits."""
         if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu" and self.step % 10:
             return False
         return in_any_process(self.accelerator, told)
@@ -241,7 +256,7 @@ class Trainer:
             self._meter.start_clock(self._training.waited)
 
     def _due_now(self) -> list[Callable[[RunLog | None], None]]:
-        """What is to be done at this step besides training and saving."""
+        """Return what is due at this step besides training and saving."""
         settings, measure_every = self.settings, self.settings.metric_every or self.settings.sample_every
         due: list[Callable[[RunLog | None], None]] = []
         if self._due(settings.sample_every):
@@ -251,7 +266,7 @@ class Trainer:
         return due
 
     def _draw_and_measure(self, log: RunLog | None) -> bool:
-        """Does what is due; whether this step is the best now."""
+        """Do what is due; return whether this step is the best now."""
         for act in self._due_now():
             self._in_main(functools.partial(act, log))
         self._owed = False
@@ -259,11 +274,11 @@ class Trainer:
         return in_any_process(self.accelerator, self._best is not None and self._best["step"] == self.step)
 
     def _due(self, every: int) -> bool:
-        """Whether something is to be done at this step; all is at the last one."""
+        """Return whether something is due at this step; all is at the last one."""
         return self.step == self.settings.train_num_steps or self.step % every == 0
 
     def _check_finite(self) -> None:
-        """Raises DivergedError where the gradient has not been finite for too long."""
+        """Raise DivergedError if the gradient has not been finite for too long."""
         check_finite(int(self._training.bad[0]), self.settings.max_bad_steps, self.step, self.checkpoints.latest)
 
     def _record(self, log: RunLog | None, bar: Bar) -> None:
@@ -292,7 +307,7 @@ class Trainer:
     # -- what is written ------------------------------------------------------------------------------------------
 
     def sampler(self, **overrides: Any) -> Sampler:
-        """A `Sampler` of the averaged weights, with `num_inference_steps` of DPM-Solver++ or as `overrides` say.
+        """Return a `Sampler` of the averaged weights: `num_inference_steps` of DPM-Solver++, or as `overrides` say.
 
         Raises:
             RuntimeError: in another process than the main one.
@@ -304,7 +319,7 @@ class Trainer:
         return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
 
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
-        """Does something that changes no random state, and whose failure is only told, unless it is `needed`."""
+        """Call `act` in the main process, keep random states, and only warn of a failure unless it is `needed`."""
         if self._main:
             try:
                 with randomness_kept():
@@ -317,12 +332,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self, log: RunLog | None) -> None:
-        from fastddpm.common.images import MODES, save_picture
-
-        if len(self.shape) != 3 or self.shape[0] not in MODES:
+        if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
         picture = preview.draw_grid(
-            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, len(self.source.classes)
+            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
         )
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
@@ -335,15 +348,15 @@ class Trainer:
             log.write(self.step, self._metrics)
         first = next(iter(self._metrics.values()))
         if is_better(first, self._best, self.settings.metric_mode):
-            preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module)
+            preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module, self.label_names)
             self._best = {"step": self.step, "value": first}  # not where it could not be written
 
     def _export(self, *, needed: bool) -> None:
-        act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages)
+        act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages, self.label_names)
         self._in_main(act, needed=needed)
 
     def _save(self, *, needed: bool) -> None:
-        """Writes a checkpoint and the model. If it is not `needed`, a failure is an error by `stop_on_save_error`."""
+        """Write a checkpoint and the model; a failure is an error if it is `needed` or `stop_on_save_error` is set."""
         from accelerate.utils import gather_object
 
         self._check_finite()
@@ -352,7 +365,8 @@ class Trainer:
         failure: OSError | None = None
         if self._main:
             plain: dict[str, Any] = {"step": self.step, "best": self._best, "metrics": self._metrics, **self._order()}
-            plain |= {"owed": self._owed, "prediction_type": self.diffusion.prediction_type}
+            plain |= {"owed": self._owed, "prediction_type": self.diffusion.prediction_type, "settings": self._told()}
+            plain |= {"label_names": {str(label): name for label, name in self.label_names.items()}}
             content = collect(self.diffusion, self.averages, self._training, meter, random_states, plain)
             try:
                 self.checkpoints.save(self.step, content, keep=[int(self._best["step"])] if self._best else [])
@@ -366,10 +380,10 @@ class Trainer:
         self._export(needed=needed)
 
     def _resume(self) -> None:
-        """Goes on from the last whole checkpoint; without one, from the beginning.
+        """Go on from the last whole checkpoint; without one, from the beginning.
 
         Raises:
-            ValueError: the checkpoint is not of this network, this prediction or these averages.
+            ValueError: the checkpoint is of another network, schedule, prediction, classes or averages.
         """
         if self._main:
             self.checkpoints.remove_leftovers()
@@ -377,9 +391,9 @@ class Trainer:
         if (step := self.checkpoints.latest()) is None:
             return
         saved, where = self.checkpoints.load(step), self.checkpoints.path(step)
-        kind = self.diffusion.prediction_type
-        if (before := saved.state.get("prediction_type", kind)) != kind:  # which older checkpoints do not have
-            raise ValueError(f"prediction_type is {kind!r}, but {where} has been trained to predict {before!r}")
+        changes = compare(saved.state, self._told(), {str(k): name for k, name in self.label_names.items()}, where)
+        for change in changes if self._main else ():
+            _log.warning("%s", change)
         for name, now in self._order().items():
             if saved.state[name] != now and self._main:
                 _log.warning(
@@ -390,9 +404,14 @@ class Trainer:
         )
         self.step, self._best, self._metrics = int(saved.state["step"]), saved.state["best"], saved.state["metrics"]
         self._owed = saved.state.get("owed", False)
+        self._checked.labels.update(int(label) for label in saved.state.get("label_names", ()))
+
+    def _told(self) -> dict[str, Any]:
+        """Return all settings that change what is learnt or drawn, as JSON holds them."""
+        return describe(self.diffusion, self.settings, self.accelerator.mixed_precision)
 
     def _order(self) -> dict[str, int]:
-        """What decides which image stands where."""
+        """Return what decides which image stands where."""
         return {
             "images": len(self.source),
             "seed": self.settings.seed,

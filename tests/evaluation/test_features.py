@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -89,24 +90,28 @@ def test_detectors_return_features_and_others_logits(tmp_path: Path, images: Ten
     torch.testing.assert_close(logits, images.float().amax((2, 3)))
 
 
-def test_what_a_network_cannot_take_or_must_not_return(tmp_path: Path, images: Tensor) -> None:
-    path = scripted(Fussy(), tmp_path / "fussy.pt")
-    with pytest.raises(
-        ValueError, match=r"fussy.pt cannot take uint8 \[5, 3, 6, 4\]: .*feature_input may be uint8, unit"
-    ):
-        NetworkFeatures(path)(images)
-    with pytest.raises(ValueError, match=r"cannot take unit \[5, 1, 6, 4\]: .*feature_channels 3 gives grey images"):
-        NetworkFeatures(path, feature_input="unit")(images[:, :1])
-    network = NetworkFeatures(path, feature_input="unit", feature_channels=3)
+def test_grey_images_get_three_channels_where_asked(tmp_path: Path, images: Tensor) -> None:
+    network = NetworkFeatures(scripted(Fussy(), tmp_path / "a.pt"), feature_input="unit", feature_channels=3)
     assert torch.equal(network(images[:, :1])[0], network(images[:, :1].expand(-1, 3, -1, -1))[0])
-    with pytest.raises(ValueError, match=r"images have 4 channels, .*fussy.pt takes 3"):
-        network(images[:, [0, 1, 2, 0]])
-    with pytest.raises(ValueError, match=r"maps.pt returns \[5, 3, 6, 4\] for 5 images, must return features \[N, D\]"):
-        NetworkFeatures(scripted(Maps(), tmp_path / "maps.pt"))(images)
-    with pytest.raises(ValueError, match="feature_input is 'float', must be one of uint8, unit, signed"):
-        NetworkFeatures(path, feature_input="float")
-    with pytest.raises(ValueError, match="feature_channels is 2, must be 1, 3 or None"):
-        NetworkFeatures(path, feature_channels=2)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "channels", "message"),
+    [
+        (Fussy, {}, [0, 1, 2], r"x.pt cannot take uint8 \[5, 3, 6, 4\]: .*feature_input may be uint8, unit"),
+        (Fussy, {"feature_input": "unit"}, [0], r"cannot take unit \[5, 1, 6, 4\]: .*feature_channels 3"),
+        (Fussy, {"feature_input": "unit", "feature_channels": 3}, [0, 1, 2, 0], "4 channels, .*x.pt takes 3"),
+        (Maps, {}, [0, 1, 2], r"x.pt returns \[5, 3, 6, 4\] for 5 images"),
+        (Fussy, {"feature_input": "float"}, [0, 1, 2], "feature_input is 'float'"),
+        (Fussy, {"feature_channels": 2}, [0, 1, 2], "feature_channels is 2"),
+    ],
+)
+def test_what_a_network_cannot_take_or_must_not_return(
+    tmp_path: Path, images: Tensor, network: Any, options: dict[str, Any], channels: list[int], message: str
+) -> None:
+    path = scripted(network(), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        NetworkFeatures(path, **options)(images[:, channels])
 
 
 class Trap:

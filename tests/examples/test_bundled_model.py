@@ -13,6 +13,7 @@ from fastddpm.interop.pretrained import BUNDLED, Pretrained, load_pretrained
 
 WEIGHTS = BUNDLED / "unet" / "diffusion_pytorch_model.safetensors"
 
+
 @pytest.fixture(scope="module")
 def bundled() -> Pretrained:
     return load_pretrained()

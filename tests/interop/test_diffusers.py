@@ -23,7 +23,8 @@ from diffusers_objects import CLOSE, ddpm, draw, quiet, seeded, unet
 from torch import Tensor
 
 from fastddpm.interop import accelerate
-from fastddpm.interop.diffusers.scheduler import StepNoise, recognise
+from fastddpm.interop.diffusers.scheduler import recognise
+from fastddpm.interop.shared import StepNoise
 from fastddpm.networks.precision import tf32
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "accelerate_diffusers.py"
@@ -98,18 +99,26 @@ def test_ddpm_learned_variance(variance_type: str) -> None:
     check_equal(quiet(DDPMPipeline(model, DDPMScheduler(variance_type=variance_type))))
 
 
+# Those of a call change the columns of x0, x_t and the output: together with what is predicted and how x0 is bounded.
+CALLS: list[dict[str, Any]] = [{"eta": 0.5}, {"eta": 0.9, "use_clipped_model_output": True}]
+
+
 @pytest.mark.parametrize(
-    "call", [{}, {"eta": 0.5}, {"eta": 1.0, "use_clipped_model_output": True}, {"use_clipped_model_output": False}]
+    ("settings", "call"),
+    [
+        *((settings, {}) for settings in [*COMMON, {"set_alpha_to_one": False}]),
+        *((settings, call) for settings in (*COMMON[:3], THRESHOLD, ZERO_SNR) for call in CALLS),
+        ({}, {"eta": 1.0}),
+        ({}, {"use_clipped_model_output": False}),
+    ],
+    ids=ids,
 )
-@pytest.mark.parametrize("settings", [*COMMON, {"set_alpha_to_one": False}], ids=ids)
 def test_ddim_scheduler(settings: dict[str, Any], call: dict[str, Any]) -> None:
-    if settings is ZERO_SNR and call.get("eta") == 1:
-        call = {**call, "eta": 0.9}  # with 1 diffusers takes the root of 0, which rounding may make negative: NaN
     check_equal(quiet(DDIMPipeline(unet(), DDIMScheduler(**settings))), **call)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 30, 49, 50])
+@pytest.mark.parametrize("steps", [1, 7, 30, 50])
 def test_ddim_steps_that_do_not_divide(spacing: str, steps: int) -> None:
     """diffusers' DDIM steps by T // S, wherever the next timestep is."""
     scheduler = DDIMScheduler(num_train_timesteps=50, timestep_spacing=spacing)
@@ -133,9 +142,9 @@ def test_ddim_steps_that_do_not_divide(spacing: str, steps: int) -> None:
     ],
     ids=ids,
 )
-@pytest.mark.parametrize("steps", [9, 20])  # below 15 the last step may be of a lower order
-def test_dpmsolver_scheduler(settings: dict[str, Any], steps: int) -> None:
-    check_equal(quiet(DDPMPipeline(unet(), DPMSolverMultistepScheduler(**settings))), num_inference_steps=steps)
+def test_dpmsolver_scheduler(settings: dict[str, Any]) -> None:
+    for steps in (9, 16) if "final_sigmas_type" in settings else (9,):  # below 15 the last step may be of a lower order
+        check_equal(quiet(DDPMPipeline(unet(), DPMSolverMultistepScheduler(**settings))), num_inference_steps=steps)
 
 
 def test_dpmsolver_beside_a_learned_variance() -> None:

@@ -72,11 +72,11 @@ def test_nothing_left_to_accelerate() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(1, 1), "obj is a Linear, must be a DDPMPipeline"),
-        (lambda: UNet2DModel(**SMALL), r"obj is a UNet2DModel, must be .*Sampler\(model, schedule\).*fuse\(model\)"),
+        (lambda: nn.Linear(1, 1), "obj is a Linear of torch.*, must be a DDPMPipeline"),
+        (lambda: UNet2DModel(**SMALL), r"a UNet2DModel of .*, must be .*Sampler\(model, schedule\).*fuse\(model\)"),
         (lambda: (1, 2), r"obj is a tuple of \(int, int\), must be"),
         (lambda: (unet(), 2), r"obj is a tuple of \(UNet2DModel, int\), must be"),
-        (lambda: type("Own", (DDPMPipeline,), {})(unet(), DDPMScheduler()), "obj is a Own, must be"),
+        (lambda: type("Own", (DDPMPipeline,), {})(unet(), DDPMScheduler()), "obj is a Own of .*, must be"),
     ],
 )
 def test_other_objects(make: Callable[[], Any], message: str) -> None:
@@ -159,9 +159,9 @@ def more_parameters() -> UNet2DModel:
         (lambda: (newer(), DDPMScheduler()), r"act_fn is 'gelu'.*; gate \(2\) is no field of a U-Net"),
         (lambda: (skipping(), DDPMScheduler()), "down_block_types is .*SkipDownBlock2D.*, must be a sequence of"),
         (lambda: (offloaded(), DDPMScheduler()), "unet is offloaded, must be on its device"),
-        (lambda: (hooked(), DDPMScheduler()), "unet.mid_block has hooks"),
-        (lambda: (replaced(), DDPMScheduler()), "unet.conv_out is a Other of elsewhere"),
-        (lambda: (processed(), DDPMScheduler()), "processor is a Processor, must be one of AttnProcessor"),
+        (lambda: (hooked(), DDPMScheduler()), "its layer mid_block has hooks"),
+        (lambda: (replaced(), DDPMScheduler()), "its layer conv_out is a Other of elsewhere"),
+        (lambda: (processed(), DDPMScheduler()), "processor is a Processor of .*, must be one of AttnProcessor"),
         (lambda: (more_parameters(), DDPMScheduler()), r"unet has, unexpectedly, conv_out.extra \(1 of"),
     ],
 )

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastddpm.interop import accelerate
-from fastddpm.interop.diffusers.scheduler import StepNoise
+from fastddpm.interop.shared import StepNoise
 
 
 def old_unet() -> UNet2DModel:

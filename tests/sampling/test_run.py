@@ -15,7 +15,7 @@ from torch import Tensor
 import fastddpm
 from fastddpm import NoiseSchedule, Sampler, load_pretrained
 from fastddpm.networks.frozen.instructions import Instruction
-from fastddpm.process.solvers import repaint_table
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.tables import ddim_table, ddpm_table, make_table
 from fastddpm.sampling import loop
 from fastddpm.sampling.loop import Body

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.common.checks import listed
+from fastddpm.networks.comparing import changed, difference, evaluating, settings_of, some_noise, why_not_layers
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet
 
 # Attention processors that compute plain attention, each in its own way.
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+
+
+def _library(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _is_diffusers(kind: type) -> bool:
+    return _library(kind) == "diffusers"
 
 
 def unwrapped(unet: Any) -> Any:
@@ -22,32 +31,50 @@ def unwrapped(unet: Any) -> Any:
 
 
 def check_unet(unet: Any) -> None:
-    """Raises ValueError unless a `UNet2DModel` computes nothing but what its config says, as it is now.
+    """Raise ValueError, by the name of the layer, where a `UNet2DModel` is not made of plain layers of its library.
 
     Raises:
-        ValueError: it is of another class, or a layer of it is of another library, has hooks or an attention
-            processor of another kind; the message names it.
+        ValueError: it is of another class, or a layer is of another library, has hooks, a replaced method or an
+            attention processor of another kind.
     """
     kind = type(unet)
-    if kind.__name__ != "UNet2DModel" or kind.__module__.partition(".")[0] != "diffusers":
+    if kind.__name__ != "UNet2DModel" or not _is_diffusers(kind):
         raise ValueError(f"unet is a {kind.__name__}, must be a UNet2DModel of diffusers")
+    if reason := why_not_layers(unet, lambda kind: _is_diffusers(kind) or _library(kind) == "torch"):
+        raise ValueError(f"unet cannot be replaced: {reason} (offloading does so, too)")
     for name, module in unet.named_modules():
-        where = f"unet.{name}".rstrip(".")
-        library = type(module).__module__.partition(".")[0]
-        if library not in ("diffusers", "torch"):
-            layer = type(module).__name__
-            raise ValueError(f"{where} is a {layer} of {library}, must be a layer of diffusers or torch")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            raise ValueError(f"{where} has hooks or a forward of its own, must have none (offloading sets them, too)")
-        processor = type(getattr(module, "processor", None)).__name__
-        if processor not in (*_PROCESSORS, "NoneType"):
-            raise ValueError(f"{where}.processor is a {processor}, must be one of {', '.join(_PROCESSORS)}")
+        processor = type(getattr(module, "processor", None))
+        if processor is not type(None) and not (processor.__name__ in _PROCESSORS and _is_diffusers(processor)):
+            raise ValueError(
+                f"unet.{name}.processor is a {processor.__name__} of {_library(processor)}, must be one of "
+                f"{', '.join(_PROCESSORS)} of diffusers"
+            )
+
+
+def check_same(unet: Any, ours: UNet) -> None:
+    """Evaluate a `UNet2DModel` and what `share_unet` made of it once, on one small sample.
+
+    Raises:
+        ValueError: they differ by more than rounding; the message names the layer that is not as its config says.
+    """
+    size = 2 ** len(ours.config.block_out_channels)
+    x = some_noise((ours.config.in_channels, size, size), next(unet.parameters()))
+    t = torch.tensor([500], device=x.device)
+    with evaluating(unet):
+        apart = difference(unet(x, t).sample, ours(x, t), x.dtype)
+    if apart is None:
+        return
+    with torch.device("meta"):
+        made = type(unet)(**{name: v for name, v in unet.config.items() if not name.startswith("_")})
+    found = changed(settings_of(made), settings_of(unet), of_another=True)
+    why = found or "a method or a processor has been changed"
+    raise ValueError(f"unet computes something else than its config says ({apart} on a sample): {why}")
 
 
 def share_unet(unet: Any) -> UNet:
-    """A `fastddpm.UNet` in eval mode whose parameters are those of a `UNet2DModel`: not copies, the same objects.
+    """Return a `fastddpm.UNet` in eval mode with the very parameters of a `UNet2DModel`, not copies.
 
-    What trains, loads or moves the one does so to the other.
+    Training, loading or moving one does so to the other.
 
     Raises:
         ValueError: as `check_unet`; a field of its config is not supported, or a parameter is not where it should be.
@@ -75,10 +102,10 @@ def share_unet(unet: Any) -> UNet:
 
 
 def _config(fields: dict[str, Any]) -> UNetConfig:
-    """The config of a U-Net.
+    """Return the config of a U-Net.
 
     Raises:
-        ValueError: fields are not supported; the message lists all that are seen, each with what is.
+        ValueError: fields are not supported; the message lists each once, with what it may be.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(UNetConfig)}
     problems: dict[str, str] = {}
@@ -86,12 +113,12 @@ def _config(fields: dict[str, Any]) -> UNetConfig:
         try:
             config = UNetConfig.from_dict(fields)
         except ValueError as error:
-            name = str(error).partition(" ")[0]  # with which the message begins
-            if name not in problems:  # else it is about the default that was put there
-                problems[name] = str(error)
-                if name in fields:  # on to the next one, as if this were in order
-                    fields = {key: defaults[key] if key == name else v for key, v in fields.items() if key in defaults}
-                    continue
+            named = {text.partition(" ")[0]: text for text in str(error).split("; ")}
+            new = named.keys() - problems.keys()  # the others are about the defaults that were put there
+            problems = named | problems
+            if new & fields.keys():  # on to the next ones, as if these were in order
+                fields = {k: defaults[k] if k in new else v for k, v in fields.items() if k in defaults}
+                continue
         if problems:
             raise ValueError(f"unet.config: {'; '.join(problems.values())}")
         return config

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.interop.fusing.pair import FusedModule, unfused, what
+from fastddpm.networks.comparing import evaluating
 
 # Largest error of one pair, relative to its largest magnitude: a few units in the last place of the dtype, or
 # `FACTOR` times what the modules lose themselves.
@@ -78,21 +78,9 @@ class Verifier:
 
     def _run(self) -> list[Tensor]:
         cuda = {value.device.index or 0 for value in self.model.parameters() if value.device.type == "cuda"}
-        with _evaluating(self.model), torch.no_grad(), torch.random.fork_rng(devices=sorted(cuda)):
+        with evaluating(self.model), torch.random.fork_rng(devices=sorted(cuda)):
             torch.manual_seed(0)  # where the model draws noise itself
             return [value.clone() for value in _tensors(self.model(*self.args, **self.kwargs))]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -17,9 +17,11 @@ from fastddpm.interop.lucidrains.diffusion import (
     AcceleratedDiffusion,
     AcceleratedDiffusion1D,
     AcceleratedGuidedDiffusion,
+    check_parts,
 )
 from fastddpm.interop.lucidrains.models import LIBRARY
 from fastddpm.interop.lucidrains.run import Options
+from fastddpm.interop.shared import not_supported
 
 __all__ = [
     "AcceleratedDiffusion",
@@ -29,13 +31,6 @@ __all__ = [
     "load_trainer_checkpoint",
 ]
 
-# What these methods call: an object that has its own of one of them is sampled in another way than ours.
-_PARTS = (
-    *METHODS,
-    *("p_sample", "p_mean_variance", "model_predictions", "q_posterior", "q_sample"),
-    *("predict_start_from_noise", "predict_noise_from_start", "predict_start_from_v"),
-)
-
 _BASES: dict[tuple[str, str], type[AcceleratedDiffusion]] = {
     (f"{LIBRARY}.denoising_diffusion_pytorch", "GaussianDiffusion"): AcceleratedDiffusion,
     (f"{LIBRARY}.denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"): AcceleratedDiffusion1D,
@@ -44,7 +39,7 @@ _BASES: dict[tuple[str, str], type[AcceleratedDiffusion]] = {
 
 
 def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, **options: Any) -> Any:
-    """A diffusion of denoising_diffusion_pytorch that samples with `Sampler`.
+    """Return a diffusion of denoising_diffusion_pytorch that samples with `Sampler`.
 
     With noise="torch" the samples are, after the same `torch.manual_seed`, those of the original: random numbers are
     drawn from torch's global generator in its order, and the coefficients are its buffers.
@@ -69,15 +64,8 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
         ValueError: it has its own of what is replaced, or an option is out of range.
         RuntimeError: the network with fused norms differs from the network.
     """
-    kind, base = _kind(obj)
-    names = [name for name in _PARTS if getattr(type(obj), name, None) is not getattr(base, name, None)]
-    given = {name: value for name, value in vars(obj).items() if name in _PARTS}
-    names += [n for n, v in given.items() if not isinstance(getattr(v, "__self__", None), AcceleratedDiffusion)]
-    if names:
-        raise ValueError(
-            f"{type(obj).__name__} has its own {', '.join(names)}, which would not be called; must have those of "
-            f"{base.__name__}. Sampler(model, schedule) samples its network"
-        )
+    kind = _kind(obj)
+    check_parts(obj)
     accelerated = kind(obj, Options.parse(options, allow_general=allow_general))
     accelerated.check()
     if not inplace:
@@ -87,12 +75,9 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
     return obj
 
 
-def _kind(obj: Any) -> tuple[type[AcceleratedDiffusion], type]:
-    """How an object is accelerated, and the class of the library that it is of."""
+def _kind(obj: Any) -> type[AcceleratedDiffusion]:
+    """Return how an object is accelerated."""
     for base in type(obj).__mro__:
         if found := _BASES.get((base.__module__, base.__name__)):
-            return found, base
-    raise TypeError(
-        f"obj is a {type(obj).__name__}, must be a {' or a '.join('.'.join(names) for names in _BASES)}; "
-        "Sampler(model, schedule) samples any other model, and fuse(model) makes its norms faster"
-    )
+            return found
+    raise not_supported(obj)

@@ -10,11 +10,43 @@ from fastddpm_kernels import philox
 from torch import Tensor
 
 from fastddpm.common import checks
+from fastddpm.interop.lucidrains.models import LIBRARY
 from fastddpm.interop.lucidrains.run import Drawing, Options, Samplers, Variant
 from fastddpm.interop.lucidrains.tables import ddim_sample_table, p_sample_table
 
 METHODS = ("sample", "p_sample_loop", "ddim_sample", "interpolate")
+# What the library's versions of these call: a diffusion with one of its own samples in another way than ours.
+_PARTS = (
+    *METHODS,
+    *("p_sample", "p_mean_variance", "model_predictions", "q_posterior", "q_sample"),
+    *("predict_start_from_noise", "predict_noise_from_start", "predict_start_from_v"),
+)
 _PLAIN = Variant()
+
+
+def check_parts(diffusion: Any) -> None:
+    """Raise ValueError where a method that sampling calls is not the library's: overridden, or replaced on either."""
+    given = {name: value for name, value in vars(diffusion).items() if name in _PARTS}
+    own = [n for n, value in given.items() if not isinstance(getattr(value, "__self__", None), AcceleratedDiffusion)]
+    # The library's other diffusions derive from these in modules of their own, and override some of them.
+    bases = [base for base in type(diffusion).__mro__ if base.__module__.partition(".")[0] == LIBRARY]
+    home = next(base.__module__ for base in bases if base.__name__.startswith("GaussianDiffusion"))
+    own += [name for name in _PARTS if not _is_of(getattr(type(diffusion), name, None), home)]
+    if own:
+        raise ValueError(
+            f"{type(diffusion).__name__} has its own {', '.join(dict.fromkeys(own))}, which would not be called; must "
+            f"have those of {LIBRARY}. Sampler(model, schedule) samples its network"
+        )
+
+
+def _is_of(function: Any, module: str) -> bool:
+    """Return whether a function was written in a module, and what wraps it there or in torch. None counts."""
+    while function is not None:
+        where = getattr(function, "__globals__", {}).get("__name__", "")
+        if where != module and where.partition(".")[0] != "torch":
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 class AcceleratedDiffusion:
@@ -131,7 +163,8 @@ class AcceleratedDiffusion:
         keep_start: bool = False,
         scales: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Samples of `shape`, or all states [N, S + 1, ...]; and x_T, if it was drawn beforehand."""
+        """Return samples of `shape`, or all states [N, S + 1, ...]; and x_T, if it was drawn beforehand."""
+        check_parts(self.diffusion)
         table = (
             p_sample_table(self.diffusion)
             if method == "ddpm"
@@ -155,6 +188,7 @@ class AcceleratedDiffusion:
         scales: tuple[float, float] | None = None,
     ) -> Tensor:
         diffusion = self.diffusion
+        check_parts(diffusion)
         total = int(diffusion.num_timesteps)
         checks.floating(x1, tuple(getattr(x1, "shape", ())), "x1")
         checks.floating(x2, tuple(x1.shape), "x2")

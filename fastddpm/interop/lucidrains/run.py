@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastddpm.common import checks
 from fastddpm.interop.lucidrains.models import GuidedPredictor, Predictor, cast_embeddings, fuse_norms, verify_fused
 from fastddpm.interop.lucidrains.tables import prediction_type
+from fastddpm.interop.shared import StepNoise, check_noise
 from fastddpm.networks.frozen import why_not
 from fastddpm.networks.weights import Follower
 from fastddpm.process.schedule import NoiseSchedule
@@ -25,8 +26,6 @@ from fastddpm.process.tables import StepTable
 from fastddpm.sampling.sampler import Sampler
 
 _log = logging.getLogger(__name__)
-
-NOISES = ("philox", "torch")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Options:
             if name not in names:
                 raise TypeError(f"{name} is no option, must be one of {', '.join(names)}")
         options = cls(**given, allow_general=allow_general)
-        _check_noise(options.noise)
+        check_noise(options.noise)
         checks.batch_size(options.batch_size)
         return options
 
@@ -117,18 +116,19 @@ class Samplers:
             ValueError: without `allow_general`, or if its noise should not come from torch.
         """
         value = getattr(self._diffusion, reason, named.get(reason))
+        value = f"a dict of {', '.join(map(str, value))}" if isinstance(value, Mapping) else repr(value)
         if not self._options.allow_general:
             raise ValueError(
-                f"{reason} is {value!r}, which no step table holds; accelerate(..., allow_general=True) runs the "
+                f"{reason} is {value}, which no step table holds; accelerate(..., allow_general=True) runs the "
                 f"original {method}"
             )
         unknown = [name for name in drawing if name not in ("noise", "progress")]
         if unknown or drawing.get("noise", "torch") != "torch":
             raise ValueError(
-                f"{(unknown or ['noise'])[0]} is given but {reason} is {value!r}: the original {method} runs, whose "
+                f"{(unknown or ['noise'])[0]} is given but {reason} is {value}: the original {method} runs, whose "
                 "noise is torch's"
             )
-        _log.warning("%s is %r: the original %s runs", reason, value, method)
+        _log.warning("%s is %s: the original %s runs", reason, value, method)
         return getattr(type(self._diffusion), method)(self._diffusion, *arguments, **named)
 
 
@@ -235,7 +235,7 @@ class Drawing:
             if name not in ("noise", "seed", "progress"):
                 raise TypeError(f"{name} is no argument; beside the original's there are noise, seed and progress")
         source, seed = given.get("noise"), given.get("seed")
-        self.by_torch = _check_noise(options.noise if source is None else source) == "torch"
+        self.by_torch = check_noise(options.noise if source is None else source) == "torch"
         progress = given.get("progress")
         self._progress = options.progress if progress is None else bool(progress)
         self._batch_size, self._sampler, self._shape = options.batch_size, sampler, shape
@@ -295,7 +295,7 @@ class Drawing:
         noise = None
         if self.by_torch:
             draws = (table.timesteps > 0).tolist() if method == "ddpm" else [True] * (len(table) - 1) + [False]
-            noise = arguments["noise"] = _TorchNoise(self, draws, start)
+            noise = arguments["noise"] = StepNoise(draws, self._draw, start)
         else:
             arguments["seed"] = self._seed
         if all_states and x is not None:
@@ -309,38 +309,6 @@ class Drawing:
 
     def _draw(self) -> Tensor:
         return torch.randn(self._shape, device=self._device)
-
-
-class _TorchNoise:
-    """Noise for `Sampler.sample` that is drawn for every row for which the original draws.
-
-    The sampler does not ask for noise that a row multiplies by 0, such as all of DDIM's with eta 0. It is drawn
-    nonetheless, so that torch's generator is afterwards where the original leaves it.
-    """
-
-    def __init__(self, drawing: Drawing, draws: list[bool], start: int) -> None:
-        self._drawing, self._draws, self._next = drawing, draws, start
-
-    def __call__(self, row: int, shape: tuple[int, ...]) -> Tensor:
-        self._skip_to(row)
-        self._next = row + 1
-        return self._drawing._draw()
-
-    def finish(self) -> None:
-        """After the last row."""
-        self._skip_to(len(self._draws))
-
-    def _skip_to(self, row: int) -> None:
-        while self._next < row:
-            if self._draws[self._next]:
-                self._drawing._draw()
-            self._next += 1
-
-
-def _check_noise(source: Any) -> str:
-    if source not in NOISES:
-        raise ValueError(f"noise is {source!r}, must be {' or '.join(map(repr, NOISES))}")
-    return source
 
 
 def _identity(diffusion: Any, options: Options) -> tuple[Any, ...]:

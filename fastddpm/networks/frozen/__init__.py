@@ -6,7 +6,7 @@
   `program`): residual additions and biases are parts of the norms and 1x1 convolutions that read them, skip
   connections are read where they are.
 
-What is particular to a kind of U-Net is its `blueprint`: `unet_blueprint`, `lucidrains_blueprint`.
+What is particular to one kind of U-Net is in its folder in `kinds`; nothing else here knows a library.
 
 The folds are exact algebra: in float64 the result differs from the U-Net's by rounding alone. Weights that change later
 are taken over at the next `load`; a U-Net whose layers change, or get hooks, is refused there.
@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastddpm.networks.frozen.frozen_unet import FrozenUNet, blueprint_of, why_not
+from fastddpm.networks.frozen.frozen_unet import FrozenUNet, why_not
 from fastddpm.networks.frozen.instructions import Instruction
+from fastddpm.networks.frozen.kinds import blueprint_of
 from fastddpm.networks.frozen.program import Program
 
 __all__ = ["FrozenUNet", "Program", "blueprint_of", "cuda_instructions", "freeze", "why_not"]

@@ -1,28 +1,29 @@
-"""What lowering is made of: single layers as instructions, slots, and what is put off.
+"""Single layers as instructions: what the `lowering` of every kind of U-Net is made of.
 
-Two things are put off until a kernel takes them in for nothing. A *pending bias* is a constant per channel that the
-activation in a slot still lacks: convolutions leave theirs out, and the next norm adds it to its means, the next 1x1
-convolution or residual addition as it writes. A *pending residual* is a slot that is still to be added: the next norm
-adds it while it reads. In plain torch (`fused` False) convolutions have their bias, which costs nothing there.
+Two additions wait until a kernel does them for nothing. A *pending bias* is a constant per channel that a slot still
+lacks: convolutions leave theirs out, the next norm adds it to its means, and the next 1x1 convolution or residual
+addition adds it as it writes. A *pending residual* is a slot that is still to be added: the next norm adds it as it
+reads. In plain torch (`fused` False) convolutions keep their bias, which costs nothing there.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels import tuned as _tuned
+from fastddpm_kernels import tuned
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values
+from fastddpm_kernels.conv.upsampling import transposed_weight
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
 from fastddpm.networks.frozen.instructions import Instruction, Machine
-from fastddpm.networks.frozen.kinds.unet import folding
 
 if TYPE_CHECKING:
     from fastddpm.networks.frozen.frozen_unet import FrozenUNet
@@ -37,8 +38,8 @@ class Activation:
     residual: int | None = None
 
 
-class Builder:
-    """Emits instructions for one batch size and image size, layer by layer.
+class Builder(ABC):
+    """The instructions of a U-Net for one batch size and image size, emitted layer by layer.
 
     Attributes:
         instructions: in order.
@@ -53,9 +54,15 @@ class Builder:
     def __init__(
         self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
     ) -> None:
-        """`row` [1 or N, sum C] is where the time projections of a step stand.
+        """Emit nothing yet: `lower` does.
 
-        `in_channels` may exceed the U-Net's: further input channels are zero.
+        Args:
+            frozen: whose U-Net, weights and places these are.
+            machine: what the instructions run on.
+            row: [1 or N, sum C], where the time projections of a step stand.
+            batch: N.
+            size: (height, width).
+            in_channels: of the input; more than the U-Net's are zero.
         """
         self.unet, self.constants, self.columns = frozen.unet, frozen.constants, frozen.columns
         self.m, self.row, self.batch = machine, row, batch
@@ -65,16 +72,24 @@ class Builder:
         self.shapes: list[tuple[int, int, int]] = [(in_channels, *size)]
         self.bordered: list[int] = []
         self.loose: set[int] = set()
-        self.vector_dtype = row.dtype  # of whatever there is one of per channel
+        self.vector_dtype = row.dtype  # of values per channel: biases, scales
         self.workspace_numel = 0
+
+    @abstractmethod
+    def lower(self) -> int:
+        """Emit the instructions of the whole U-Net. Return the slot of its output, whose first channels count."""
 
     def conv(
         self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own", stride: int = 1, padding: int = 1,
         in_channels: int | None = None, out_channels: int | None = None, below: int | None = None,
     ) -> Activation:  # fmt: skip
-        """A convolution; `bias`, where given, in place of its own. Channels beyond the layer's have zero weights.
+        """Emit a convolution.
 
-        `below`: rows and columns of zeros below and to the right, where not `padding`; native convolutions only.
+        Args:
+            layer: whose weights it has; channels beyond its own have zero weights.
+            x: complete.
+            bias: "own", or what takes its place.
+            below: rows and columns of zeros below and to the right, if not `padding`; native convolutions only.
         """
         assert x.residual is None
         assert x.bias is None
@@ -107,7 +122,7 @@ class Builder:
         return Activation(target, pending)
 
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
-        """A 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
+        """Emit a 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
         assert x.residual is None
         assert x.bias is None
         name = self.names[layer]
@@ -126,7 +141,7 @@ class Builder:
         plain, transposed = self._ways_to_double(layer, (height, width), f"{name}.plain", f"{name}.weight")
         if transposed:
             self.loose.add(target)
-            source, weight = x.slot, self.put(f"{name}.weight", lambda: folding.upsample_conv(layer.weight))
+            source, weight = x.slot, self.put(f"{name}.weight", lambda: transposed_weight(layer.weight))
             run = ops.upsample(self.m, source, target, weight, own)
         if plain:
             source, weight = self.new(layer.in_channels, 2 * height, 2 * width), self.put(f"{name}.plain", layer.weight)
@@ -142,7 +157,7 @@ class Builder:
         self, layer: nn.GroupNorm, x: Activation, second: Activation | None = None, *, time_bias: Tensor | None = None,
         scale: Tensor | None = None, shift: Tensor | None = None, activation: str | None = "silu",
     ) -> Activation:  # fmt: skip
-        """The norm of concat(x, second), complete. Afterwards the slot of `x` holds the sum with its residual."""
+        """Emit the norm of concat(x, second), complete. Afterwards the slot of `x` holds the sum with its residual."""
         name = self.names[layer]
         own, height, width = self.shapes[x.slot]
         channels = layer.num_channels
@@ -180,7 +195,7 @@ class Builder:
     def shortcut(
         self, layer: nn.Conv2d, x: Activation, skip: Activation | None, h: Activation
     ) -> Activation:
-        """A 1x1 convolution of concat(x, skip), added to `h` in its place, with every pending bias."""
+        """Emit a 1x1 convolution of concat(x, skip), added to `h` in its place, with every pending bias."""
         width = self.shapes[x.slot][0]
         weight = layer.weight.double().flatten(1)
         bias = add(layer.bias, h.bias)
@@ -222,7 +237,7 @@ class Builder:
         return Activation(target)
 
     def linear(self, name: str, source: int, weight: Tensor, bias: Tensor) -> int:
-        """A 1x1 convolution with bias by the vendor's matrix product, or the native one. Returns its slot."""
+        """Emit a 1x1 convolution with bias, by the vendor's matrix product or the native one. Return its slot."""
         if self.m.native:
             return self.pointwise(name, source, weight, bias, None).slot
         target = self.new(len(weight), *self.shapes[source][1:])
@@ -235,7 +250,7 @@ class Builder:
         return target
 
     def complete(self, x: Activation, name: str, padded: int | None = None) -> None:
-        """Adds what `x` lacks, in its place; if `padded`, copies it there as well."""
+        """Emit the addition of what `x` lacks, in its place; copy it to `padded` as well, if given."""
         if x.residual is None and x.bias is None and padded is None:
             return
         bias = None
@@ -266,7 +281,7 @@ class Builder:
     def bias_of(
         self, layer: nn.Conv2d, bias: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(what the convolution adds itself, in `dtype` or as convolutions want it, what stays pending)."""
+        """Return what the convolution adds itself (in `dtype`, or as convolutions want it) and what stays pending."""
         if bias is None:
             return None, None
         if self.m.fused and not self.m.native:
@@ -279,10 +294,13 @@ class Builder:
         self, name: str, weight: Callable[[], Tensor], shape: tuple[int, int, int], size: tuple[int, int],
         stride: int = 1, padding: int = 0, upsample: bool = False, channels2: int = 0,
     ) -> PackedWeight:  # fmt: skip
-        """A weight for the native convolution of an input of `size`. `shape`: output and input channels, kernel.
+        """Return the weight of a native convolution, packed for the algorithm that suits an input of `size`.
 
-        `channels2` of the input channels are those of a second source. It is kept for every algorithm that some size
-        has wanted.
+        It is kept for every algorithm that some size has wanted.
+
+        Args:
+            shape: output channels, input channels, kernel.
+            channels2: how many of the input channels are those of a second source.
         """
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
@@ -299,9 +317,9 @@ class Builder:
         return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
 
     def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
-        """Whether a convolution of `size` doubled is plain, as a table may say, and whether it is transposed.
+        """Return whether to convolve an input of `size` doubled plainly, and whether by a transposed convolution.
 
-        It is one of them. Where weights are filled again, it is all that have their `weights`: nothing will run then.
+        It is one of both, the tuned one. Where weights are filled again, it is each that has its `weights`.
         """
         if self.constants.refilling:
             plain, transposed = (name in self.constants.tensors for name in weights)
@@ -309,7 +327,7 @@ class Builder:
         choice = None
         if self.m.static:
             shape = (self.batch, *size, layer.in_channels, layer.out_channels, int(self.m.allow_tf32))
-            choice = _tuned.choice("upsample_conv", self.device, self.dtype, shape)
+            choice = tuned.choice("upsample_conv", self.device, self.dtype, shape)
         plain = choice is not None and choice["implementation"] == "plain"
         return plain, not plain
 
@@ -344,6 +362,6 @@ def _packed(
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two biases in float64, either of which may be missing."""
+    """Return the sum of two biases in float64. Either may be missing."""
     given = [v.double() for v in (a, b) if v is not None]
     return sum(given[1:], given[0]) if given else None

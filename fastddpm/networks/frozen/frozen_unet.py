@@ -7,35 +7,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastddpm_kernels import philox
 from fastddpm_kernels.backend import resolve
 from torch import Tensor, nn
 
 from fastddpm.networks import weights
-from fastddpm.networks.frozen.blueprint import Blueprint
+from fastddpm.networks.comparing import changed, difference, evaluating, settings_of, some_noise
 from fastddpm.networks.frozen.constants import Constants
 from fastddpm.networks.frozen.instructions import Machine
-from fastddpm.networks.frozen.kinds.lucidrains.blueprint import ClassConditionalBlueprint, LucidrainsBlueprint
-from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
+from fastddpm.networks.frozen.kinds import KINDS, blueprint_of
 from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
 
-_SAME_TO = 1e-4  # of the largest magnitude: float32 rounds a U-Net's output to about 1e-6 of it
-BLUEPRINTS: tuple[type[Blueprint], ...] = (UNetBlueprint, LucidrainsBlueprint, ClassConditionalBlueprint)
-
-
-def blueprint_of(model: object) -> type[Blueprint] | None:
-    """The kind of U-Net that a model is of, by its class, or None."""
-    return next((kind for kind in BLUEPRINTS if kind.takes(model)), None)
-
 
 def why_not(model: object, device: torch.device | str | None = None) -> str | None:
-    """Why a model cannot be frozen, to run on `device` (None: where it is), or None."""
+    """Return why a model cannot be frozen, to run on `device` (None: where it is), or None."""
     kind = blueprint_of(model)
     if kind is None:
-        return f"it is a {type(model).__name__}, neither a fastddpm.UNet nor a Unet of denoising_diffusion_pytorch"
+        names = dict.fromkeys(known.name for known in KINDS)
+        return f"it is a {type(model).__name__}, must be {' or '.join(names)}"
     assert isinstance(model, nn.Module)
-    if reason := kind.why_not(model):
+    if reason := kind.why_not(model) or kind.edited(model):
         return reason
     own = next(model.parameters()).device
     for place in (own, torch.device(own if device is None else device)):
@@ -80,6 +71,7 @@ class FrozenUNet:
         kind = blueprint_of(unet)
         assert kind is not None
         self.unet, self.blueprint = unet, kind(unet)
+        self._settings = settings_of(unet)
         first = next(unet.parameters())
         self.dtype = first.dtype if dtype is None else dtype
         if not self.dtype.is_floating_point:
@@ -181,47 +173,38 @@ class FrozenUNet:
         )
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def differs(self) -> str | None:
-        """How far this is from the U-Net's own forward on one small sample, or None if no more than by rounding."""
-        shape = (self.blueprint.in_channels, 2 * self.blueprint.factor, 2 * self.blueprint.factor)
-        first = next(self.unet.parameters())
-        x = philox.normal(philox.sample_keys([0], [0]), shape, step=0, stream=philox.STREAM_INITIAL, backend="eager")
-        inputs, times = self.new_input((1, *shape)), torch.tensor([0, 500], device=self.device)
-        inputs.copy_(x)
-        program = self.bind(inputs, times, self.blueprint.some_labels(1, self.device))
-        given, optional = x.to(first), self.blueprint.optional_channels
-        labels = self.blueprint.some_labels(1, first.device)
-        training = [module for module in self.unet.modules() if module.training]
-        self.unet.eval()
-        try:
-            for row, t in enumerate(times.to(first.device)):
-                own = {"x_self_cond": given[:, :optional]} if optional else {}
-                theirs = self.blueprint.call(given[:, optional:], t[None], labels, **own).double().cpu()
-                ours = program(torch.tensor([row], device=self.device)).double().cpu()
-                error, largest = (theirs - ours).abs().max().item(), theirs.abs().max().item()
-                if not error <= max(_SAME_TO, 32 * torch.finfo(self.dtype).eps) * largest:  # also if not a number
-                    return f"frozen it differs from itself by {error:.3g} of {largest:.3g} at timestep {int(t)}"
-        finally:
-            for module in training:
-                module.training = True
-        return None
+        """Return how far this is from the U-Net's own forward on one small sample, or None if rounding explains it."""
+        blueprint, first = self.blueprint, next(self.unet.parameters())
+        size, optional = 2 * blueprint.factor, blueprint.optional_channels
+        x = some_noise((blueprint.in_channels, size, size), first)
+        with evaluating(self.unet):
+            inputs, t = self.new_input(x.shape), torch.tensor([500], device=self.device)
+            inputs.copy_(x)
+            program = self.bind(inputs, t, blueprint.some_labels(1, self.device))
+            own = {"x_self_cond": x[:, :optional]} if optional else {}
+            labels = blueprint.some_labels(1, first.device)
+            theirs = blueprint.call(x[:, optional:], t.to(first.device), labels, **own)
+            found = difference(theirs, program(torch.zeros_like(t)), self.dtype)
+        return None if found is None else f"frozen it {found} of what it computes itself"
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> int:
-        """Takes over the U-Net's weights if they have changed, into the same places. Returns how often it did.
+        """Take over the U-Net's weights if they have changed, into the same places. Return how often that happened.
 
         Raises:
-            ValueError: the U-Net itself has changed, so that it could no longer be frozen.
+            ValueError: the U-Net's layers have changed.
         """
         with self._lock:
-            if reason := why_not(self.unet):
+            now = settings_of(self.unet)
+            if reason := self.blueprint.why_not(self.unet) or changed(self._settings or now, now):
                 raise ValueError(f"unet has changed since it was frozen (make a new Sampler): {reason}")
-            now = weights.fingerprint(self.unet)
-            if now != self._fingerprint:
+            self._settings = now
+            seen = weights.fingerprint(self.unet)
+            if seen != self._fingerprint:
                 self._refill()
-                self._fingerprint = now  # not before: what has failed is tried again
+                self._fingerprint = seen  # not before: what has failed is tried again
                 self._version += 1
             return self._version
 
@@ -235,12 +218,13 @@ class FrozenUNet:
         factor = self.blueprint.factor
         self.constants.refilling = True
         try:
-            self.blueprint.lower(self, machine, row, 1, (factor, factor), self.in_channels)
+            self.blueprint.builder(self, machine, row, 1, (factor, factor), self.in_channels).lower()
         finally:
             self.constants.refilling = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_settings")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        # The objects that settings stand for are copies now.
+        vars(self).update(state, _lock=threading.RLock(), _settings=None)

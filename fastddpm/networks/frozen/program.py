@@ -35,16 +35,15 @@ class Program:
         inputs = frozen.whole_input(inputs)
         batch, channels, *size = inputs.shape
         self._times = frozen.time_table(m, timesteps, labels, batch)
-        lowering, self._result = frozen.blueprint.lower(
-            frozen, m, self._times.row, batch, (size[0], size[1]), channels
-        )
-        self.instructions: list[Instruction] = self._times.instructions + lowering.instructions
-        m.slots = [None] * len(lowering.shapes)
-        m.slots[lowering.INPUT] = inputs
-        if lowering.workspace_numel:
-            m.workspace = torch.empty(lowering.workspace_numel, dtype=torch.float32, device=frozen.device)
+        builder = frozen.blueprint.builder(frozen, m, self._times.row, batch, (size[0], size[1]), channels)
+        self._result = builder.lower()
+        self.instructions: list[Instruction] = self._times.instructions + builder.instructions
+        m.slots = [None] * len(builder.shapes)
+        m.slots[builder.INPUT] = inputs
+        if builder.workspace_numel:
+            m.workspace = torch.empty(builder.workspace_numel, dtype=torch.float32, device=frozen.device)
         self._clear: list[list[int]] = [[] for _ in self.instructions]
-        self._place(lowering, batch)
+        self._place(builder, batch)
         self._seen_timesteps: Tensor | None = None
         self._seen_version = -1
         self.loads = 0
@@ -85,7 +84,7 @@ class Program:
             self.loads += 1
         self._times.load_labels()
 
-    def _place(self, lowering: Builder, batch: int) -> None:
+    def _place(self, builder: Builder, batch: int) -> None:
         """Gives slots their place in the arena (where static), and says after which instruction the others are dead."""
         m, dtype, device = self._machine, self._frozen.dtype, self._frozen.device
         first: dict[int, int] = {}
@@ -98,16 +97,16 @@ class Program:
         last[self._result] = len(self.instructions)
 
         # A border is zeroed once, so what has one shares its memory with nothing.
-        bordered = set(lowering.bordered) if m.fused else set()
+        bordered = set(builder.bordered) if m.fused else set()
         for slot in bordered:
-            channels, height, width = lowering.shapes[slot]
+            channels, height, width = builder.shapes[slot]
             m.slots[slot] = torch.zeros(batch, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
-        placed = set(first) - bordered - lowering.loose if m.static else set()
-        sizes = {slot: batch * math.prod(lowering.shapes[slot]) * dtype.itemsize for slot in placed}
+        placed = set(first) - bordered - builder.loose if m.static else set()
+        sizes = {slot: batch * math.prod(builder.shapes[slot]) * dtype.itemsize for slot in placed}
         offsets, total = plan_memory(sizes, first, last)
         self.arena = torch.empty(total, dtype=torch.uint8, device=device)
         for slot, offset in offsets.items():
-            channels, height, width = lowering.shapes[slot]
+            channels, height, width = builder.shapes[slot]
             block = self.arena[offset : offset + sizes[slot]].view(dtype)
             m.slots[slot] = block.view(batch, height, width, channels).permute(0, 3, 1, 2)
         m.fixed = {slot for slot, place in enumerate(m.slots) if place is not None}

@@ -1,8 +1,8 @@
-"""The least time that a step could take at the measured ceilings, and what keeps it from that.
+"""Compute the least time of a step at the measured ceilings, and what keeps the step from it.
 
-An instruction's floor is the longer of its operations at the ceiling of matrix products and its bytes at that of
-copies (Williams et al. 2009, the roofline model). Their sum is the floor of the network as it is cut into layers; a
-network of one single kernel would still have to do the operations and read the weights once.
+An instruction's floor is the longer of two times: its operations at the ceiling of matrix products, and its bytes at
+that of copies (Williams et al. 2009, the roofline model). The sum of these floors is the floor of the network as it is
+cut into layers; a network in one single kernel would still do the operations and read the weights once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ WORDS = {
 
 
 class Ceilings(NamedTuple):
-    """What layers are held against.
+    """The limits of a machine.
 
     Attributes:
         flops: operations per second of the best matrix product in the network's precision.
         copy: bytes per second of a large copy, read and written.
-        node_us: microseconds of an empty kernel in a graph, 0 where that has no meaning.
+        node_us: microseconds of an empty kernel in a graph; 0 where there are no graphs.
     """
 
     flops: float
@@ -39,7 +39,7 @@ class Ceilings(NamedTuple):
 
 
 def ceilings_of(measured: Record, precision: str) -> Ceilings | None:
-    """The ceilings for a precision ("fp32", ...) out of `ceilings.measure`'s result; None where one is missing."""
+    """Return the ceilings for a precision ("fp32", ...) out of `ceilings.measure`; None if one is missing."""
     product = measured.get("matmul_tflops", {}).get(precision, {}).get("best")
     copy = measured.get("copy_gb_s", {}).get("best")
     if not product or not copy:
@@ -48,22 +48,22 @@ def ceilings_of(measured: Record, precision: str) -> Ceilings | None:
 
 
 def floor_us(layer: Record, ceilings: Ceilings) -> float:
-    """Microseconds that a layer takes at least, at the ceilings."""
+    """Return the microseconds of a layer at the ceilings."""
     return max(layer["flops"] / ceilings.flops, layer["bytes"] / ceilings.copy) * 1e6
 
 
 def bound_by(layer: Record, ceilings: Ceilings) -> str:
-    """What a layer would be bound by at its floor: "compute" or "memory"; "latency" where launching takes longer."""
+    """Return what bounds a layer at its floor: "compute" or "memory"; "latency" where launching takes longer."""
     if layer["kernels"] * ceilings.node_us > floor_us(layer, ceilings):
         return "latency"
     return "compute" if layer["flops"] / ceilings.flops >= layer["bytes"] / ceilings.copy else "memory"
 
 
 def judge_layers(layers: list[Record], ceilings: Ceilings) -> None:
-    """Adds to every layer "floor_us", "share" of the roof that it reaches and what it is "bound" by.
+    """Add to every layer "floor_us", the "share" of the roof that it reaches, and what it is "bound" by.
 
-    A share above 1 is none of the device: operands came from a cache, or the layer needs fewer operations than counted
-    (a convolution by Winograd's algorithm).
+    A share above 1 does not mean that the device is faster than its ceilings: operands came from a cache, or the layer
+    needs fewer operations than counted (a convolution by Winograd's algorithm).
     """
     for layer in layers:
         layer["floor_us"] = floor_us(layer, ceilings)
@@ -72,23 +72,23 @@ def judge_layers(layers: list[Record], ceilings: Ceilings) -> None:
 
 
 def time_of(layer: Record) -> float:
-    """Microseconds of a layer: of its kernels within a step where they could be traced, else as timed on its own."""
+    """Return the microseconds of a layer: of its kernels in a step if they were traced, else as timed on its own."""
     return float(layer.get("traced_us") or layer["us"]["median"])
 
 
 def floors(layers: Sequence[Record], ceilings: Ceilings, weight_bytes: int, us: float) -> Record:
-    """The floors of a step that takes `us` microseconds, and the share of them that it reaches.
+    """Return the floors of a step, and the share of them that it reaches.
 
     Args:
         layers: with "flops" and "bytes".
-        ceilings: that they are held against.
+        ceilings: of the machine.
         weight_bytes: of all weights in the network's precision.
-        us: of a step as measured.
+        us: microseconds of a step as measured.
 
     Returns:
         "layers_us": the sum of the layers' floors; "compute_us", "weights_us": of the whole network in one piece, for
-        its operations and for reading the weights once; "network_us": the longer of these; "share_of_layers",
-        "share_of_network": over `us`.
+        its operations and for reading the weights once; "network_us": the longer of these two; "share_of_layers",
+        "share_of_network": both divided by `us`.
     """
     compute = sum(layer["flops"] for layer in layers) / ceilings.flops * 1e6
     weights = weight_bytes / ceilings.copy * 1e6
@@ -104,7 +104,7 @@ def floors(layers: Sequence[Record], ceilings: Ceilings, weight_bytes: int, us: 
 
 
 def grouped(layers: Sequence[Record]) -> list[Record]:
-    """Layers of one kind and size taken together: {"kind", "size", "layers", "us", "floor_us", "flops", "bytes"}."""
+    """Return sums over layers of one kind and size: {"kind", "size", "layers", "us", "floor_us", "flops", "bytes"}."""
     groups: dict[tuple[str, Any], Record] = {}
     for layer in layers:
         size = layer["size"]
@@ -114,9 +114,8 @@ def grouped(layers: Sequence[Record]) -> list[Record]:
         )
         group["layers"] += 1
         group["us"] += time_of(layer)
-        group["floor_us"] += layer["floor_us"]
-        group["flops"] += layer["flops"]
-        group["bytes"] += layer["bytes"]
+        for name in ("floor_us", "flops", "bytes"):
+            group[name] += layer[name]
     return list(groups.values())
 
 
@@ -129,15 +128,15 @@ def causes(
     *,
     idle_share: float | None = None,
 ) -> list[Record]:
-    """What a step's distance to the sum of its layers' floors is made of, costliest first.
+    """Split a step's distance to the sum of its layers' floors into causes, costliest first.
 
     Args:
         layers: judged by `judge_layers`.
-        ceilings: that they were held against.
-        us: of a step as measured.
+        ceilings: of the machine.
+        us: microseconds of a step as measured.
         network_us: of the network alone.
-        layers_us: of all layers in one evaluation, on average, where they were timed so: more than the sum of their
-            medians by what now and then interrupts one.
+        layers_us: the mean of all layers in one evaluation, where they were timed so. Interruptions make it more than
+            the sum of the layers' medians.
         idle_share: the share of a step in which a GPU runs no kernel, where that was traced.
 
     Returns:
@@ -175,5 +174,5 @@ def _sentence(group: Record, ceilings: Ceilings) -> str:
 
 
 def duration(us: float) -> str:
-    """Microseconds in words: "31.4 us", "1.57 ms"."""
+    """Return microseconds with a unit: "31.4 us", "1.57 ms"."""
     return f"{us:.3g} us" if us < 999.5 else f"{us / 1e3:.3g} ms" if us < 999.5e3 else f"{us / 1e6:.3g} s"

@@ -1,6 +1,6 @@
-"""What a device can do at best: matrix products, copies, launches. Everything else is held against these.
+"""Measure the ceilings of a device: matrix products, copies, launches.
 
-All are measured, none is read from a data sheet. Rates come with their quantiles, as everything that is timed.
+All are measured, none is read from a data sheet. Rates come with their quantiles.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ MATMULS = {
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }
-# Names of precisions elsewhere -> here.
+# Names of precisions in torch -> short names.
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "tf32"}
 LARGE_COPY = {"cuda": 2**32, "mps": 2**28, "cpu": 2**28}  # bytes; far more than any cache
-CACHED_COPY = {"cuda": 2**23, "mps": 2**22, "cpu": 2**18}  # bytes that stay in a cache, the result too
+CACHED_COPY = {"cuda": 2**23, "mps": 2**22, "cpu": 2**18}  # bytes that fit into a cache twice
 MATMUL_SIZES = {"cuda": (4096, 8192, 12288), "mps": (1024, 2048, 4096), "cpu": (512, 1024, 2048)}
 
-CONVOLVED = (4, 256, 16)  # images, channels, pixels of a side: of the convolution that a CPU's products are measured by
+CONVOLVED = (4, 256, 16)  # images, channels and pixels of a side of the convolution that measures a CPU's products
 
 Rate = dict[str, Any]
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what was measured and of what it was compared with; None: not installed."""
+    """Return the versions of the packages that a profile depends on; None: not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -65,7 +65,7 @@ def versions() -> dict[str, str | None]:
 
 
 def driver_state() -> dict[str, str]:
-    """Driver, clocks and temperature as nvidia-smi reads them; {"error": ...} where it cannot."""
+    """Return driver, clocks and temperature as nvidia-smi reads them; {"error": ...} where it fails."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -76,7 +76,7 @@ def driver_state() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the device is: processors, memory, caches, as far as torch tells; on the CPU threads and instruction set."""
+    """Return what torch knows of the device: processors, memory, caches; of a CPU its threads and instruction set."""
     if device.type != "cuda":
         found = {"threads": torch.get_num_threads(), "processors": os.cpu_count()}
         return found | ({"capability": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {})
@@ -90,7 +90,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """What may change between two runs: clocks and temperature of a GPU; on the CPU, what else keeps it busy."""
+    """Return what may change between two runs: clocks and temperature of a GPU; elsewhere the load average."""
     if device.type == "cuda":
         return driver_state()
     try:
@@ -100,7 +100,7 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def unreadable(device: torch.device, found: dict[str, Any]) -> list[dict[str, str]]:
-    """Counters that a reader may miss here: [{"counter", "why"}]; `found` is what `state` read."""
+    """Return the counters that could not be read, [{"counter", "why"}]; `found` is the result of `state`."""
     missing = []
     clocks = "driver, clocks, power limit, temperature" if device.type == "cuda" else "load average"
     if "error" in found:
@@ -125,25 +125,25 @@ def unreadable(device: torch.device, found: dict[str, Any]) -> list[dict[str, st
 def measure(
     device: torch.device, precisions: Sequence[str], *, quick: bool = False, done: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """All ceilings of a device.
+    """Measure all ceilings of a device.
 
     Args:
-        device: what is measured.
-        precisions: whose products, of `MATMULS`.
-        quick: less accurately, in a few seconds.
+        device: to measure.
+        precisions: of the matrix products, keys of `MATMULS`.
+        quick: measure less accurately, in a few seconds.
         done: called after each of `len(precisions) + 3` measurements.
 
     Returns:
-        "matmul_tflops": {precision: rate}, "copy_gb_s" and "copy_cached_gb_s": rates of copies far larger than the
-        caches and of such that stay in one, reads and writes both counted; "latency": see `latencies`. A rate is
-        `timing.quantiles` and "best", which is the ceiling: other work on the machine only lowers what is measured. One
+        "matmul_tflops": {precision: rate}; "copy_gb_s" and "copy_cached_gb_s": rates of copies far larger than the
+        caches, and small enough for one, reads and writes both counted; "latency": see `latencies`. A rate has
+        `timing.quantiles` and "best", which is the ceiling, since other work on the machine only lowers a rate. A rate
         that could not be measured is {"error": why}.
     """
     kind = device.type if device.type in LARGE_COPY else "cpu"
     seconds = 0.4 if quick else 1.5
     result: dict[str, Any] = {"matmul_tflops": {}}
     large = LARGE_COPY[kind] // (4 if quick else 1)
-    rounds = 25 if device.type == "cuda" else 200  # short ones: some of them will have the processor for themselves
+    rounds = 25 if device.type == "cuda" else 200  # so many that some are not interrupted
     for name, size in (("copy_gb_s", large), ("copy_cached_gb_s", CACHED_COPY[kind])):
         result[name] = _attempt(partial(copy_rate, device, size, seconds=seconds, rounds=rounds))
         done()
@@ -161,12 +161,12 @@ def measure(
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
-    """GB/s of a large copy, bytes read and bytes written both counted."""
+    """Return the median GB/s of a large copy, bytes read and bytes written both counted."""
     return float(copy_rate(device, size)["median"])
 
 
 def copy_rate(device: torch.device, size: int, *, seconds: float = 10.0, rounds: int = 15) -> Rate:
-    """GB/s of copying `size` bytes, bytes read and bytes written both counted; small ones many times in a row."""
+    """Measure GB/s of copying `size` bytes, bytes read and written both counted; small copies many times in a row."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     source.view(torch.int32).random_()
     target = torch.empty_like(source)
@@ -183,22 +183,22 @@ def copy_rate(device: torch.device, size: int, *, seconds: float = 10.0, rounds:
 
 
 def matmul(device: torch.device, precision: str, sizes: Sequence[int], rounds: int = 8) -> float:
-    """TFLOP/s of square matrix products of random numbers, the best median of a few sizes."""
+    """Return the median TFLOP/s of square matrix products of random numbers, of the best size."""
     return float(matmul_rate(device, precision, sizes, rounds=rounds)["median"])
 
 
 def matmul_rate(
     device: torch.device, precision: str, sizes: Sequence[int], *, seconds: float = 60.0, rounds: int = 8
 ) -> Rate:
-    """TFLOP/s of square matrix products of random numbers, of the size with the best median; it is "size".
+    """Measure TFLOP/s of square matrix products of random numbers; "size" is the best of the sizes.
 
-    On a CPU also of 3x3 convolutions, as matrix products: torch's two libraries there differ by more than two on some
-    processors, and a ceiling is that of the better. "by" says which it was, "mm" or "conv2d".
+    On a CPU it also measures 3x3 convolutions: torch uses another library for them, on some processors twice as fast,
+    and the ceiling is that of the better. "by" says which it was, "mm" or "conv2d".
 
     Args:
-        device: where.
-        precision: of `MATMULS`.
-        sizes: growing; after the first, one is left out that would take more than `seconds`.
+        device: to measure.
+        precision: a key of `MATMULS`.
+        sizes: growing; after the first, a size that would take more than `seconds` is left out.
         seconds: about how long one size may take.
         rounds: of three products each on CUDA, else of one.
     """
@@ -231,7 +231,7 @@ def matmul_rate(
 
 
 def _convolution_rate(dtype: torch.dtype, seconds: float, rounds: int) -> Rate:
-    """TFLOP/s of a 3x3 convolution on the CPU, every product of its definition counted."""
+    """Measure TFLOP/s of a 3x3 convolution on the CPU, counting every product of its definition."""
     n, channels, side = CONVOLVED
     x = torch.randn(n, channels, side, side).to(dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3).to(dtype).to(memory_format=torch.channels_last)
@@ -246,9 +246,9 @@ def _convolution_rate(dtype: torch.dtype, seconds: float, rounds: int) -> Rate:
 
 
 def latencies(device: torch.device, count: int = 1000) -> dict[str, float]:
-    """Microseconds of a launch, and of a node in a graph, in a chain of kernels that add one number to one other.
+    """Measure microseconds of a launch, and of a node in a graph, in a chain of kernels that add one number to another.
 
-    `launch_to_end_us` is the host's wait for a single one.
+    `launch_to_end_us` is how long the host waits for a single kernel.
     """
     x = torch.zeros(1, device=device)
 
@@ -274,7 +274,7 @@ def _rate(samples: Sequence[float]) -> Rate:
 
 
 def _attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `run` returns; where the device lacks the dtype, the memory or the function, {"error": why}."""
+    """Return the result of `run`, or {"error": why} where the device lacks the dtype, the memory or the function."""
     try:
         return run()
     except (RuntimeError, NotImplementedError, TypeError) as error:

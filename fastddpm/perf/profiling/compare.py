@@ -1,4 +1,4 @@
-"""Two result files side by side: ratios, their noise, and whether anything changed by more than that."""
+"""Compare two result files: ratios, their noise, and which figures changed by more than the noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastddpm.perf.profiling.model import SCHEMA
 
 # Of `benchmarks/gpu_check.py` and `benchmarks/cpu_check.py`.
 GPU_SCHEMA, CPU_SCHEMA = "fastddpm.gpu_check/1", "fastddpm.cpu_check/1"
-LEAST_SAMPLES = 3  # fewer say nothing of the noise
+LEAST_SAMPLES = 3  # fewer do not show the noise
 _IDENTITY = (
     *("device.name", "device.threads", "precision", "backend", "model", "steps", "quick", "small", "network.frozen"),
     *("versions.torch", "versions.triton", "torch", "triton", "cpu", "threads", "native"),
@@ -20,10 +20,10 @@ class Figure(NamedTuple):
     """One measured figure.
 
     Attributes:
-        what: is measured, unique in its file.
+        what: its name, unique in a file.
         unit: such as "us" or "GB/s".
         median, p20, p80: of the samples; the quantiles are None where the noise is not known.
-        more_is_better: whether it is a rate.
+        more_is_better: true of a rate.
     """
 
     what: str
@@ -35,15 +35,15 @@ class Figure(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A figure of two files.
+    """A figure in two files.
 
     Attributes:
         what, unit: see `Figure`.
-        old, new: medians, None where a file has none.
+        old, new: medians; None where a file has none.
         ratio: how many times as good the new one is: above 1 is faster, or less memory.
-        low, high: the band of that ratio from the 20 % and 80 % quantiles of both, None where the noise is not known.
-        verdict: "better" or "worse" where the bands of old and new do not overlap, "within noise", "noise not known",
-            "only old" or "only new".
+        low, high: the band of that ratio from the 20 % and 80 % quantiles of both; None where the noise is not known.
+        verdict: "better" or "worse" where the bands of old and new do not overlap, else "within noise"; "noise not
+            known", "only old" or "only new".
     """
 
     what: str
@@ -57,7 +57,7 @@ class Change(NamedTuple):
 
 
 def figures(content: dict[str, Any]) -> dict[str, Figure]:
-    """What can be compared of a file of `fastddpm profile`, `benchmarks/gpu_check.py` or `cpu_check.py`, by name.
+    """Return the figures in a file of `fastddpm profile`, `benchmarks/gpu_check.py` or `cpu_check.py`, by name.
 
     Raises:
         ValueError: the file is none of these.
@@ -69,7 +69,7 @@ def figures(content: dict[str, Any]) -> dict[str, Figure]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """All figures of both files, in the order of the new one, then those that only the old one has.
+    """Compare all figures of two files, in the order of the new one, then those that only the old one has.
 
     Raises:
         ValueError: a file holds no results, or the two are not of the same kind.
@@ -81,24 +81,21 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What else differs between two runs, so that a change may not be the code's: "precision: float32, now float16"."""
-    found = []
-    for name in _IDENTITY:
-        values = [_at(content, name) for content in (old, new)]
-        if values[0] != values[1]:
-            found.append(f"{name}: {values[0]}, now {values[1]}")
-    return found
+    """Return what else differs between two runs and may explain a change: "precision: float32, now float16"."""
+    values = [(name, _at(old, name), _at(new, name)) for name in _IDENTITY]
+    return [f"{name}: {before}, now {after}" for name, before, after in values if before != after]
 
 
 def markdown(old: dict[str, Any], new: dict[str, Any], names: tuple[str, str] = ("old", "new")) -> str:
-    """A table of all figures of two files, changes beyond the noise in bold, and what else differs between them.
+    """Return a table of all figures of two files, changes beyond the noise in bold, and what else differs.
 
     Raises:
         ValueError: as `compare`.
     """
     changes = compare(old, new)
-    lines = [f"{names[0]} ({about(old)}) against {names[1]} ({about(new)}):", ""]
-    lines += [
+    lines = [
+        f"{names[0]} ({about(old)}) against {names[1]} ({about(new)}):",
+        "",
         f"| | {names[0]} | {names[1]} | times as good (20 % to 80 %) | |",
         "|---|---|---|---|---|",
         *(_row(change) for change in changes),
@@ -112,7 +109,7 @@ def markdown(old: dict[str, Any], new: dict[str, Any], names: tuple[str, str] = 
 
 
 def about(content: dict[str, Any]) -> str:
-    """The device of a file, when it was written, and of which version or commit."""
+    """Return a file's device, its date, and its version or commit."""
     parts = [_at(content, "device.name") or content.get("cpu"), str(content.get("written", ""))[:16].replace("T", " ")]
     if commit := content.get("commit"):
         parts.append(f"commit {commit}" + (" with changes" if content.get("dirty") else ""))
@@ -130,14 +127,11 @@ def _change(old: Figure | None, new: Figure | None) -> Change:
         return Change(known.what, known.unit, before, after, None, None, None, only)
     slow, fast = (old, new) if new.more_is_better else (new, old)  # ratio = fast / slow
     ratio = fast.median / slow.median if slow.median else None
-    if ratio is None or None in (old.p20, old.p80, new.p20, new.p80):
-        return Change(new.what, new.unit, old.median, new.median, ratio, None, None, "noise not known")
-    assert fast.p20 is not None
-    assert fast.p80 is not None
-    assert slow.p20 is not None
-    assert slow.p80 is not None
-    low, high = fast.p20 / slow.p80, fast.p80 / slow.p20
-    verdict = "better" if low > 1 else "worse" if high < 1 else "within noise"
+    low = high = None
+    verdict = "noise not known"
+    if ratio is not None and fast.p20 and fast.p80 and slow.p20 and slow.p80:
+        low, high = fast.p20 / slow.p80, fast.p80 / slow.p20
+        verdict = "better" if low > 1 else "worse" if high < 1 else "within noise"
     return Change(new.what, new.unit, old.median, new.median, ratio, low, high, verdict)
 
 
@@ -165,7 +159,7 @@ def _at(content: dict[str, Any], path: str) -> Any:
 
 
 def _measured(what: str, unit: str, spread: Any, *, rate: bool = False) -> Iterator[Figure]:
-    """A figure of a spread, of a bare number, or none of what was not measured."""
+    """Yield the figure of a spread or of a bare number; nothing for what was not measured."""
     if isinstance(spread, (int, float)):
         yield Figure(what, unit, float(spread), None, None, rate)
     elif isinstance(spread, dict) and "median" in spread:

@@ -1,6 +1,6 @@
-"""What torch's profiler sees: kernels of a device and the gaps between them, operators of the CPU, and whose they are.
+"""Read traces of torch's profiler: kernels of a device and their gaps, operators of the CPU, and which layer ran them.
 
-On CUDA the profiler reads CUPTI, on ROCm roctracer; both come out as the same Chrome trace, which is read here.
+On CUDA the profiler reads CUPTI, on ROCm roctracer; both end in the same Chrome trace.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastddpm.common.files import atomic_write
 from fastddpm.networks.frozen.instructions import Instruction
+from fastddpm.perf.profiling.layers import replaced
 from fastddpm.perf.profiling.timing import synchronize
 
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -30,7 +31,7 @@ LABEL = "layer "  # begins the names of annotations: "layer 12: conv down_blocks
 
 
 class Event(NamedTuple):
-    """What the device did: times in microseconds."""
+    """An operation of the device; times in microseconds."""
 
     name: str
     start: float
@@ -38,9 +39,9 @@ class Event(NamedTuple):
 
 
 def start_profiler(device: torch.device) -> None:
-    """The first trace starts the tracing library, which takes seconds.
+    """Make a first trace, which starts the tracing library and takes seconds.
 
-    Once started, it stays in the way of graphs with loops in them: what is timed is timed before.
+    Once started, the library slows graphs with loops, so time everything before.
     """
     with _profiler(device):
         torch.zeros(1, device=device).add_(1)
@@ -48,65 +49,57 @@ def start_profiler(device: torch.device) -> None:
 
 
 def record(run: Callable[[], object], device: torch.device, *, host: bool, path: Path | None = None) -> dict[str, Any]:
-    """The Chrome trace of one run.
+    """Return the Chrome trace of one run.
 
     Args:
-        run: what is traced.
+        run: to trace.
         device: on CUDA and ROCm its kernels are traced.
-        host: whether operators on the CPU and their annotations are too.
-        path: where to keep the trace as well; `chrome://tracing` and Perfetto show it.
+        host: also trace operators on the CPU and their annotations.
+        path: where to keep a copy; `chrome://tracing` and Perfetto show it.
     """
     synchronize(device)
     with _profiler(device, host) as profiler:
         run()
         synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
-        text = file.read_text(encoding="utf-8")
-    if path is not None:
-        atomic_write(path, lambda temporary: _write(temporary, text))
-    return json.loads(text)
-
-
-def trace(run: Callable[[], object], device: torch.device) -> list[Event]:
-    """All that the device does during one run, in order."""
-    return read_trace(record(run, device, host=False))
+        file = path or Path(folder) / "trace.json"
+        atomic_write(file, lambda temporary: profiler.export_chrome_trace(str(temporary)))
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def profile_steps(
     make: Callable[[str | bool], Callable[[], object]], device: torch.device, steps: int, us: float
 ) -> dict[str, Any]:
-    """What the device does in a step of a loop: `analyse` of a trace that shows each of its steps.
+    """Return `analyse` of a trace that shows each step of a loop.
 
-    Of a loop in a graph the tracing library shows one round (pytorch/kineto issue 1062), and has crashed on some
-    (pytorch issue 134308): so a step's graph is replayed, or no graph is used, where that does not show all steps.
+    The tracing library shows one round of a loop in a graph (pytorch/kineto issue 1062), and has crashed on some
+    (pytorch issue 134308). So a step's graph is replayed; where its trace lacks steps, no graph is used.
 
     Args:
-        make: a run of `steps` steps, given what `Sampler` takes as `cuda_graph`.
+        make: makes a run of `steps` steps, given the `cuda_graph` of `Sampler`.
         device: a GPU.
-        steps: how many.
-        us: microseconds of a step that nothing watched.
+        steps: of a run.
+        us: microseconds of a step without a profiler.
 
     Returns:
-        Also "traced": how the loop was captured for it, and "busy_share_untraced": of a step that nothing watched.
+        Also "traced", how the loop was captured for the trace, and "busy_share_untraced", the busy share of `us`.
     """
     for graph in ("step", False):
         run = make(graph)
         run()
-        events = trace(run, device)
+        events = read_trace(record(run, device, host=False))
         if sum(MARKER in event.name for event in events) == steps:
             break
     found = {"traced": graph, **analyse(events, steps)}
     found["busy_share_untraced"] = found["busy_us_per_step"] / us
-    if graph is False:  # between its kernels is Python
+    if graph is False:  # Python runs between its kernels
         found["idle_share"] = max(0.0, 1 - found["busy_share_untraced"])
         found["counted"] += "; idle is what kernels leave of an untraced step"
     return found
 
 
 def read_trace(content: dict[str, Any]) -> list[Event]:
-    """The device's events of a Chrome trace, by their start."""
+    """Return the device's events of a Chrome trace, by their start."""
     events = [
         Event(str(event["name"]), float(event["ts"]), float(event.get("dur", 0.0)))
         for event in content.get("traceEvents", [])
@@ -116,10 +109,10 @@ def read_trace(content: dict[str, Any]) -> list[Event]:
 
 
 def analyse(events: list[Event], steps: int, top: int = 15) -> dict[str, Any]:
-    """Kernels per step, the share of time without any, and those that take most.
+    """Count kernels per step, the share of time without one, and the kernels that take most.
 
-    Counted from the end of the first step's last kernel to that of the last one's, so that what comes before and
-    after the loop is left out; where the steps' ends cannot be told, over everything.
+    It counts from the end of the first step's last kernel to the end of the last step's, to leave out what comes before
+    and after the loop. Where the ends of steps are not found, it counts the whole run.
 
     Raises:
         ValueError: nothing was traced.
@@ -155,29 +148,20 @@ def analyse(events: list[Event], steps: int, top: int = 15) -> dict[str, Any]:
 
 @contextmanager
 def annotated(instructions: list[Instruction]) -> Iterator[None]:
-    """Inside, a trace shows which instruction each operator and kernel belongs to."""
-    originals = [instruction.run for instruction in instructions]
+    """Make traces show which instruction each operator and kernel belongs to."""
 
-    def inside(label: str, run: Callable[[], object]) -> Callable[[], object]:
-        def labelled() -> object:
-            with record_function(label):
-                return run()
+    def labelled(index: int, run: Callable[[], object]) -> None:
+        with record_function(f"{LABEL}{index}: {instructions[index].kind} {instructions[index].name}"):
+            run()
 
-        return labelled
-
-    for index, instruction in enumerate(instructions):
-        instruction.run = inside(f"{LABEL}{index}: {instruction.kind} {instruction.name}", instruction.run)
-    try:
+    with replaced(instructions, labelled):
         yield
-    finally:
-        for instruction, run in zip(instructions, originals, strict=True):
-            instruction.run = run
 
 
 def kernels_of_layers(content: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """Of a trace of annotated instructions: which kernels each launched, and their microseconds in sum.
+    """Return which kernels each annotated instruction launched, and the sums of their microseconds.
 
-    A kernel belongs to the annotation within which the host launched it.
+    A kernel belongs to the annotation during which the host launched it.
 
     Returns:
         {index of the instruction: {name of a kernel: microseconds}}.
@@ -209,10 +193,10 @@ def kernels_of_layers(content: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def host_operators(content: dict[str, Any], steps: int, top: int = 15) -> dict[str, Any]:
-    """Operators on the CPU that take most, by the time that is theirs and not of operators that they call.
+    """Return the operators on the CPU that take most, by their own time without that of operators they call.
 
-    What an annotated layer does outside of torch's operators (compiled code that is called directly, and Python) is
-    given to the layer's kind.
+    The time of an annotated layer outside of torch's operators (native code that is called directly, and Python) counts
+    for the layer's kind.
 
     Raises:
         ValueError: nothing was traced.
@@ -225,7 +209,7 @@ def host_operators(content: dict[str, Any], steps: int, top: int = 15) -> dict[s
         raise ValueError("the trace holds no operator")
     sums: dict[str, list[float]] = {}
     for events in threads.values():
-        open_: list[tuple[float, list[float]]] = []  # (end, the entry of who is open)
+        open_: list[tuple[float, list[float]]] = []  # (end, entry) of the events that enclose this one
         for event in sorted(events, key=lambda e: (float(e["ts"]), -float(e.get("dur", 0.0)))):
             start, duration = float(event["ts"]), float(event.get("dur", 0.0))
             while open_ and open_[-1][0] <= start:
@@ -256,11 +240,7 @@ def _top(sums: dict[str, list[float]], steps: int, top: int) -> list[dict[str, A
 
 
 def _profiler(device: torch.device, host: bool = False) -> profile:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the library writes its own log to standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the library's own log off standard error
     if device.type == "cuda":
         return profile(activities=[ProfilerActivity.CUDA, *([ProfilerActivity.CPU] if host else [])], acc_events=True)
     return profile(activities=[ProfilerActivity.CPU], acc_events=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

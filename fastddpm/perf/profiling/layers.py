@@ -1,8 +1,8 @@
-"""How long each layer of a network takes, on the buffers and in the order of a sampling step.
+"""Time each layer of a network, on the buffers and in the order of a sampling step.
 
-A frozen network is timed by its instructions, any other by its leaf modules. On the CPU the layers of a whole
-evaluation are timed as they run. On CUDA each is replayed many times from a graph of its own, without the gaps of
-launching; what it reads again may then come from the cache, where a step would read memory.
+A frozen network is timed by its instructions, any other by its leaf modules. On the CPU each layer is timed as it runs
+in a whole evaluation. On CUDA each is replayed many times from a graph of its own, without the gaps of launches; it may
+then read from the cache what a step reads from memory.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Layer:
     Attributes:
         name: in the network.
         kind: "conv", "norm", "pointwise", "attention", "residual", "time" or "other".
-        size: (height, width) of what it writes, None if it is no image.
-        kernels: kernels that it launches on CUDA; 0 where that is not known.
-        flops, bytes: as `frozen.instructions.Instruction` has them.
-        seconds: of every round.
+        size: (height, width) of its result; None if that is no image.
+        kernels: how many it launches on CUDA; 0 where that is not known.
+        flops, bytes: as in `frozen.instructions.Instruction`.
+        seconds: one per round.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Layer:
     seconds: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written: times as `timing.spread`, in microseconds."""
+        """Return the layer for JSON, times as `timing.spread` in microseconds."""
         size = None if self.size is None else list(self.size)
         counts = {"kernels": self.kernels, "flops": self.flops, "bytes": self.bytes}
         return {"name": self.name, "kind": self.kind, "size": size, **counts, "us": spread(self.seconds)}
@@ -58,14 +58,14 @@ class Layer:
 
 @dataclass
 class Evaluation:
-    """A network on buffers of its own, at the state in which a loop calls it.
+    """A network on buffers of its own, as a loop calls it.
 
     Attributes:
-        network: what is evaluated.
+        network: to evaluate.
         inputs: [N, C, ...], normal random numbers.
         bound: the network on `inputs`.
-        step: int64 [1], the row that is evaluated.
-        precision: of the network, by name, or None where that is not known.
+        step: int64 [1], the row of the table.
+        precision: of the network, by name; None where that is not known.
     """
 
     network: Network
@@ -75,16 +75,16 @@ class Evaluation:
     precision: str | None = None
 
     def __call__(self) -> Tensor:
-        """One evaluation."""
+        """Evaluate the network once."""
         return self.bound(self.step)
 
     @property
     def instructions(self) -> list[Instruction]:
-        """Of a frozen network; else none."""
+        """The instructions of a frozen network; empty for any other."""
         return getattr(self.bound, "instructions", [])
 
     def running(self) -> AbstractContextManager[object]:
-        """Inside, it runs as the sampler's loop runs it."""
+        """Return a context in which the network runs as in the sampler's loop."""
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
         stack.enter_context(self.network.evaluating())
@@ -98,15 +98,15 @@ def evaluation(
     network: Network, shape: Sequence[int], timesteps: Tensor, labels: Tensor | None = None,
     precision: str | None = None, *, self_condition: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """A network on buffers for a batch.
+    """Bind a network to buffers for a batch.
 
     Args:
         network: a sampler's.
         shape: [N, C, ...] of a batch.
         timesteps: int64 [S], those of the sampler's table.
         labels: int64 [N], where the network has classes.
-        precision: its name, for what float32 products are rounded to.
-        self_condition: whether it reads the x0 predicted before, as a further argument or as further channels.
+        precision: its name, which says how float32 products are rounded.
+        self_condition: whether the network also reads the last predicted x0, as an argument or as channels.
     """
     batch, channels, *size = shape
     concatenates = self_condition and not network.takes_self_condition
@@ -122,7 +122,7 @@ def evaluation(
 
 
 def timed_network(ready: Evaluation) -> Callable[[], float]:
-    """A function that times one whole evaluation; on CUDA from a graph of it."""
+    """Return a function that times one whole evaluation; on CUDA from a graph."""
     device = ready.network.device
     with ready.running():
         run = capture([ready], device)
@@ -136,9 +136,9 @@ def timed_network(ready: Evaluation) -> Callable[[], float]:
 
 
 def timed_layers(ready: Evaluation) -> tuple[list[Layer], Callable[[], float]]:
-    """The layers of a network, and a function that times each of them once and returns the sum.
+    """Return the layers of a network, and a function that times each of them once and returns the sum.
 
-    A layer has no times before that is called. Of a network that is no module there are no layers.
+    Layers have no times before the first call. A callable that is no module has no layers.
     """
     device, instructions = ready.network.device, ready.instructions
     layers = [Layer(i.name, i.kind, i.size, i.kernels, i.flops, i.bytes) for i in instructions]
@@ -161,34 +161,27 @@ def timed_layers(ready: Evaluation) -> tuple[list[Layer], Callable[[], float]]:
 
 
 def _in_place(ready: Evaluation, layers: list[Layer]) -> Callable[[], object]:
-    """Times every instruction as it runs in an evaluation."""
-    device = ready.network.device
+    """Return a function that times every instruction as it runs in an evaluation."""
 
-    def clocked(run: Callable[[], object], layer: Layer) -> Callable[[], object]:
-        def run_and_note() -> None:
-            layer.seconds.append(timed(run, device))
-
-        return run_and_note
+    def clocked(index: int, run: Callable[[], object]) -> None:
+        layers[index].seconds.append(timed(run, ready.network.device))
 
     def one_round() -> None:
-        with _replaced(ready.instructions, [partial(clocked, layer=layer) for layer in layers]):
+        with replaced(ready.instructions, clocked):
             ready()
 
     return one_round
 
 
 def _replayed(ready: Evaluation, layers: list[Layer]) -> Callable[[], object]:
-    """Times every instruction from a graph that holds it `REPEATS` times, captured at its turn in an evaluation."""
+    """Return a function that times graphs of every instruction `REPEATS` times, captured during an evaluation."""
     device, graphs = ready.network.device, []
 
-    def captured(run: Callable[[], object]) -> Callable[[], object]:
-        def run_and_capture() -> None:
-            graphs.append(capture([run] * REPEATS, device))
-            run()  # where it makes its result anew, this is what later instructions read
+    def captured(index: int, run: Callable[[], object]) -> None:
+        graphs.append(capture([run] * REPEATS, device))
+        run()  # an instruction may allocate its result: later ones must read this one, not the graph's
 
-        return run_and_capture
-
-    with _replaced(ready.instructions, [captured] * len(layers)):
+    with replaced(ready.instructions, captured):
         ready()
 
     def one_round() -> None:
@@ -199,13 +192,11 @@ def _replayed(ready: Evaluation, layers: list[Layer]) -> Callable[[], object]:
 
 
 @contextmanager
-def _replaced(
-    instructions: list[Instruction], wrappers: Sequence[Callable[[Callable[[], object]], Callable[[], object]]]
-) -> Iterator[None]:
-    """Inside, each instruction is run through its wrapper."""
+def replaced(instructions: list[Instruction], around: Callable[[int, Callable[[], object]], object]) -> Iterator[None]:
+    """Run `around(index, run)` in place of each instruction's `run`."""
     originals = [instruction.run for instruction in instructions]
-    for instruction, wrapper in zip(instructions, wrappers, strict=True):
-        instruction.run = wrapper(instruction.run)
+    for index, instruction in enumerate(instructions):
+        instruction.run = partial(around, index, instruction.run)
     try:
         yield
     finally:
@@ -214,7 +205,7 @@ def _replaced(
 
 
 def _modules(ready: Evaluation) -> tuple[list[Layer], Callable[[], object]]:
-    """Times the leaf modules of a network that is not frozen."""
+    """Return the leaf modules of a network that is not frozen as layers, and a function that times them."""
     model, device = ready.network.model, ready.network.device
     if not isinstance(model, nn.Module):
         return [], lambda: None
@@ -244,7 +235,7 @@ def _modules(ready: Evaluation) -> tuple[list[Layer], Callable[[], object]]:
             ready()
         synchronize(device)
         of_round = dict.fromkeys(layers, 0.0)
-        for name, start, end in marks:  # a module that is called twice counts twice
+        for name, start, end in marks:  # a module may be called twice
             of_round[name] += start.elapsed_time(end) / 1e3 if device.type == "cuda" else end - start
         for name, value in of_round.items():
             layers[name].seconds.append(value)
@@ -254,7 +245,7 @@ def _modules(ready: Evaluation) -> tuple[list[Layer], Callable[[], object]]:
 
 @contextmanager
 def _count(layers: dict[str, Layer], name: str, module: nn.Module, result: list[Any]) -> Iterator[None]:
-    """Counts what a leaf module does in one call, and adds it to its layer."""
+    """Count the operations and bytes of one call of a leaf module, and add them to its layer."""
     with FlopCounterMode(display=False) as counter:
         yield
     arguments, *rest = result
@@ -268,7 +259,7 @@ def _count(layers: dict[str, Layer], name: str, module: nn.Module, result: list[
 
 
 def kind_of(module: nn.Module) -> str:
-    """The kind of layer that a module is, in the words of a frozen network."""
+    """Return the kind of layer that a module is, as a frozen network names it."""
     name = type(module).__name__
     if isinstance(module, _CONVS):
         return "pointwise" if set(module.kernel_size) == {1} else "conv"
@@ -283,7 +274,7 @@ def kind_of(module: nn.Module) -> str:
 def _hooks(
     modules: dict[str, nn.Module], around: Callable[[str, nn.Module, list[Any]], AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """Inside, each call of a module is within `around(name, module, [arguments, result])`."""
+    """Wrap each call of a module in the context `around(name, module, [arguments, result])`."""
     open_: dict[str, tuple[AbstractContextManager[None], list[Any]]] = {}
     handles = []
 
@@ -306,5 +297,5 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
-        for context, _ in open_.values():  # of a call that raised
+        for context, _ in open_.values():  # calls that raised
             context.__exit__(None, None, None)

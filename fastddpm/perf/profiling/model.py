@@ -1,4 +1,4 @@
-"""A model on this machine, per batch size: how long a step takes, where the time goes, and what it could take."""
+"""Profile a model on this machine, per batch size: how long a step takes, where the time goes, and its floor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fastddpm.perf.profiling import causes, ceilings, kernels
 from fastddpm.perf.profiling.layers import Evaluation, Layer, evaluation, timed_layers, timed_network
 from fastddpm.perf.profiling.memory import peak_memory
 from fastddpm.perf.profiling.timing import first_lines, interleave, release, spread, synchronize, timed
+from fastddpm.sampling.sampler import Sampler
 
 SCHEMA = "fastddpm.profile/1"
 TRACED = 3  # evaluations on the CPU
@@ -26,39 +27,23 @@ OUT_OF_TIME = "not run: out of time"
 Record = dict[str, Any]
 
 
-class Profiled(Protocol):
-    """What is profiled: a `Sampler`, of which this module knows no more."""
-
-    network: Network
-    device: torch.device
-    dtype: torch.dtype
-    backend: str
-    table: Any
-    settings: Any
-
-    @property
-    def sample(self) -> Callable[..., Any]: ...
-
-    def graph_report(self) -> dict[str, Any]: ...
-
-
 @dataclass
 class Plan:
     """What to profile and for how long.
 
     Attributes:
-        make: the sampler, given None for the `cuda_graph` that was asked for, or another, which a trace needs.
+        make: makes the sampler; its argument is a `cuda_graph`, or None for the one that the user asked for.
         shape: of one sample.
         precision: of the network: "float32", "tf32", "float16" or "bfloat16".
         batches: how many samples at once, growing.
-        labels: the class labels of so many samples, or None.
+        labels: returns class labels for that many samples, or None.
         seconds: for everything; a batch size that would take longer is recorded as not run.
         quick: measure the ceilings less accurately.
         trace: where to write the Chrome trace of the largest batch size that was measured.
         done: called after every measurement.
     """
 
-    make: Callable[[str | bool | None], Profiled]
+    make: Callable[[str | bool | None], Sampler]
     shape: tuple[int, ...]
     precision: str
     batches: Sequence[int]
@@ -74,22 +59,22 @@ class Plan:
         self.short = ceilings.SHORT[self.precision]
 
     def left(self) -> float:
-        """Seconds that remain."""
+        """Return the seconds that remain."""
         return self._end - time.monotonic()
 
     def measurements(self) -> int:
-        """How often `done` will be called."""
+        """Return how often `done` will be called."""
         return 4 + 4 * len(self.batches)
 
 
 def profile(plan: Plan) -> Record:
-    """Measures the ceilings, then every batch size, and says what costs most.
+    """Measure the ceilings, then every batch size, and find what costs most.
 
     Returns:
-        What `fastddpm profile` writes, which JSON can hold: "device", "versions", "ceilings" (`ceilings.measure`),
+        The content of the file that `fastddpm profile` writes: "device", "versions", "ceilings" (`ceilings.measure`),
         "unreadable" counters, "batches" with a record each. A record's "status" is "ok", "failed" or "not run"; if it
         is ok it has "us_per_step" (quantiles), "images_per_s" (through all steps of the sampler), "first_run_s"
-        (kernels compiled, graphs captured), "peak_memory", "layers", "kinds", "floor", "causes", "kernels".
+        (compiles kernels, captures graphs), "peak_memory", "layers", "kinds", "floor", "causes", "kernels".
     """
     sampler = plan.make(None)
     device = sampler.device
@@ -115,7 +100,7 @@ def profile(plan: Plan) -> Record:
         release(device)
     measured = [record for record in records if record["status"] == "ok"]
     if measured and device.type == "cuda":
-        kernels.start_profiler(device)  # only now: see there
+        kernels.start_profiler(device)  # it slows what is timed after it
     for record in records:
         if record["status"] == "ok":
             path = plan.trace if record is measured[-1] else None
@@ -126,7 +111,7 @@ def profile(plan: Plan) -> Record:
 
 
 def describe(network: Network, shape: tuple[int, ...]) -> Record:
-    """What a reader wants to know of the network."""
+    """Return the network's class, size and image, and whether it is frozen."""
     model = network.model
     parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
     frozen = network.frozen is not None
@@ -134,12 +119,12 @@ def describe(network: Network, shape: tuple[int, ...]) -> Record:
 
 
 def _guarded(plan: Plan, batch: int, remaining: int, before: Sequence[Record]) -> Record:
-    """The record of one batch size, whatever happens to it."""
+    """Return the record of one batch size; a failure is part of it."""
     record: Record = {"batch": batch, "status": "not run"}
     expected = _expected(batch, before)
     if plan.left() < max(expected, 1.0):
-        plan_left = max(plan.left(), 0.0)
-        record["reason"] = f"{OUT_OF_TIME} ({plan_left:.0f} s left, needs about {max(expected, 1.0):.0f})"
+        left = f"{max(plan.left(), 0.0):.0f} s left, needs about {max(expected, 1.0):.0f}"
+        record["reason"] = f"{OUT_OF_TIME} ({left})"
         for _ in range(3):
             plan.done()
         return record
@@ -150,7 +135,7 @@ def _guarded(plan: Plan, batch: int, remaining: int, before: Sequence[Record]) -
 
 
 def _expected(batch: int, before: Sequence[Record]) -> float:
-    """Seconds that the least measurement of a batch size takes, as the one before it went."""
+    """Estimate the seconds of the shortest measurement of a batch size from the one before it."""
     for record in reversed(before):
         if record["status"] == "ok":
             per_step = record["us_per_step"]["median"] / 1e6
@@ -159,7 +144,7 @@ def _expected(batch: int, before: Sequence[Record]) -> float:
 
 
 def _measure(plan: Plan, batch: int, seconds: float) -> Record:
-    """Times a batch size for about `seconds`: the loop, the network and its layers, before anything is traced."""
+    """Time a batch size for about `seconds`: the loop, the network and its layers, before anything is traced."""
     begun = time.monotonic()
     sampler = plan.make(None)
     prepared = time.monotonic() - begun
@@ -179,13 +164,13 @@ def _measure(plan: Plan, batch: int, seconds: float) -> Record:
     steps = max(1, min(rows, int(seconds / 12 / max(short, 1e-9))))
     samples: dict[str, list[float]] = {"loop": [], "network": [], "layers": []}
     loop: Callable[[], float] = partial(timed, partial(run, steps), device)
-    # In turn, so that what is compared saw the same clocks and the same other work.
+    # In turn, so that all three see the same clocks and the same other work.
     often = max(1, steps // 3)
     runs = {"loop": loop, "network": _often(network, often), "layers": _often(layers_once, often)}
     for name, value in interleave(runs, seconds=seconds - (time.monotonic() - begun), least=3, most=15):
         samples[name].append(value)
     for name, once in runs.items():
-        if not samples[name]:  # so slow that the time was over twice before its turn
+        if not samples[name]:  # the time was over before its turn
             samples[name].append(once())
     plan.done()
     times = spread(samples["loop"], steps)
@@ -206,19 +191,19 @@ def _measure(plan: Plan, batch: int, seconds: float) -> Record:
 
 
 def _often(run: Callable[[], float], times: int) -> Callable[[], float]:
-    """The mean of some calls of `run`: as a run of the loop is the mean of its steps, whatever interrupts them."""
+    """Return the mean of some calls of `run`, as a run of the loop is the mean of its steps, interruptions included."""
     return lambda: sum(run() for _ in range(times)) / times
 
 
-def last_steps(plan: Plan, sampler: Profiled, batch: int) -> Callable[[int], object]:
-    """A function that runs so many of the sampler's last steps on a batch of random states."""
+def last_steps(plan: Plan, sampler: Sampler, batch: int) -> Callable[[int], object]:
+    """Return a function that runs that many of the sampler's last steps on a batch of random states."""
     x = torch.randn((batch, *plan.shape), generator=torch.Generator().manual_seed(0)).to(sampler.device)
     labels, rows = plan.labels(batch), len(sampler.table)
     return lambda steps: sampler.sample(batch, x_T=x, start=rows - steps, class_labels=labels)
 
 
-def ready_for(plan: Plan, sampler: Profiled, batch: int) -> Evaluation:
-    """The sampler's network on buffers for a batch."""
+def ready_for(plan: Plan, sampler: Sampler, batch: int) -> Evaluation:
+    """Bind the sampler's network to buffers for a batch."""
     labels: Tensor | None = None
     if (given := plan.labels(batch)) is not None:
         labels = torch.tensor(given, dtype=torch.int64, device=sampler.device)
@@ -229,16 +214,16 @@ def ready_for(plan: Plan, sampler: Profiled, batch: int) -> Evaluation:
 
 
 def how_timed(ready: Evaluation) -> str:
-    """How `time_layers` times the layers of a network, in words."""
+    """Say how `timed_layers` times the layers of a network."""
     if not ready.instructions:
-        return "leaf modules, by hooks; what is between them is not in their times"
+        return "leaf modules, by hooks; the time between them is not counted"
     if ready.network.device.type == "cuda":
-        return "instructions, each replayed alone from a graph; what it reads again may come from the cache"
+        return "instructions, each replayed alone from a graph; it may then read from the cache"
     return "instructions, each as it runs in an evaluation"
 
 
 def by_kind(layers: Sequence[Layer]) -> dict[str, Record]:
-    """Microseconds of all layers of a kind together, as `timing.spread`, of the sums of each round."""
+    """Return the microseconds of all layers of a kind, as `timing.spread` of the sums of each round."""
     kinds: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.seconds:
@@ -250,7 +235,7 @@ def by_kind(layers: Sequence[Layer]) -> dict[str, Record]:
 
 
 def _trace(plan: Plan, record: Record, device: torch.device, path: Path | None) -> Record:
-    """What the profiler sees of a step; on CUDA it also gives the layers the times of their kernels."""
+    """Trace a step; on CUDA also give the layers the times of their kernels."""
     batch = record["batch"]
     ready = ready_for(plan, plan.make(None), batch)
     times = 1 if device.type == "cuda" else TRACED
@@ -278,7 +263,7 @@ def _trace(plan: Plan, record: Record, device: torch.device, path: Path | None) 
 
 
 def _judge(record: Record, roofs: causes.Ceilings | None, parameters: int, plan: Plan) -> None:
-    """Adds the floor and the causes of the distance to it, where there are ceilings to hold the layers against."""
+    """Add the floor and the causes of the distance to it; both need ceilings and layers."""
     if roofs is None or not record["layers"]:
         record["floor"], record["causes"] = None, []
         return
@@ -292,7 +277,7 @@ def _judge(record: Record, roofs: causes.Ceilings | None, parameters: int, plan:
 
 
 def _attempt(run: Callable[[], Record]) -> Record:
-    """What `run` returns; a trace that fails is no reason to lose what was timed."""
+    """Return the result of `run`, or {"error": why}: a trace that fails must not lose the times."""
     try:
         return run()
     except (RuntimeError, ValueError) as error:

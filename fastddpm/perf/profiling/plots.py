@@ -1,6 +1,6 @@
-"""What was measured, drawn: the roofline of every layer, the bandwidth of those that only move memory, throughput.
+"""Draw a profile: the roofline of every layer, the bandwidth of layers that only move memory, the throughput.
 
-Needs matplotlib, which is imported when something is drawn.
+Needs matplotlib, which is imported when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
-# Okabe and Ito's colours, which the colour-blind tell apart, and a marker each.
+# Okabe and Ito's colours, which the colour-blind can tell apart, each with a marker.
 STYLES = {
     "conv": ("#0072B2", "o"),
     "pointwise": ("#D55E00", "s"),
@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 
 def check_plot(path: Path, name: str = "path") -> None:
-    """Raises ValueError unless a plot can be written to `path`: its suffix, and whether matplotlib is there."""
+    """Raise ValueError unless `path` has the suffix of a plot and matplotlib is installed."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name} is {path}, its suffix must be one of {', '.join(SUFFIXES)}")
     try:
@@ -45,7 +45,7 @@ def check_plot(path: Path, name: str = "path") -> None:
 
 
 def save_profile(path: Path, content: Record) -> None:
-    """Draws a result of `model.profile` into a .png or .svg.
+    """Draw a result of `model.profile` into a .png or .svg.
 
     Raises:
         ValueError: nothing in it was measured.
@@ -77,14 +77,14 @@ def save_profile(path: Path, content: Record) -> None:
 
 
 def draw_roofline(axes: Axes, layers: Sequence[Record], roofs: causes.Ceilings, cached_gb_s: float | None) -> None:
-    """Operations per second over operations per byte, a point per layer; its area is its share of their time."""
+    """Draw operations per second over operations per byte; the area of a layer's point is its share of the time."""
     points = [layer for layer in layers if layer["flops"]]
     if not points:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color=_GREY)
         return
     intensity = [layer["flops"] / layer["bytes"] for layer in points]
-    low, high = min(*intensity, roofs.flops / roofs.copy) / 3, max(*intensity, roofs.flops / roofs.copy) * 3
     ridge = roofs.flops / roofs.copy
+    low, high = min(*intensity, ridge) / 3, max(*intensity, ridge) * 3
     scale, unit = (1e12, "TFLOP/s") if roofs.flops >= 1e12 else (1e9, "GFLOP/s")
     axes.plot([low, ridge, high], [low * roofs.copy / scale, roofs.flops / scale, roofs.flops / scale], color="black")
     label = f"products {roofs.flops / scale:.3g} {unit}"
@@ -103,7 +103,7 @@ def draw_roofline(axes: Axes, layers: Sequence[Record], roofs: causes.Ceilings, 
 
 
 def draw_bandwidth(axes: Axes, layers: Sequence[Record], roofs: causes.Ceilings, cached_gb_s: float | None) -> None:
-    """Bytes per second over bytes of the layers that neither convolve nor multiply matrices."""
+    """Draw bytes per second over bytes of the layers that neither convolve nor multiply matrices."""
     points = [layer for layer in layers if not layer["flops"] and layer["bytes"]]
     if not points:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color=_GREY)
@@ -131,7 +131,7 @@ def draw_throughput(
     steps: int,
     bound: Sequence[tuple[int, float]] = (),
 ) -> None:
-    """Images per second over the batch size: medians, with bars from the 20 % to the 80 % quantile.
+    """Draw images per second over the batch size: medians, with bars from the 20 % to the 80 % quantile.
 
     Args:
         axes: to draw on.
@@ -166,7 +166,7 @@ def draw_throughput(
 
 
 def save(path: Path, figure: Figure) -> None:
-    """Writes a figure, whole or not at all; the same figure gives the same SVG."""
+    """Write a figure, whole or not at all; the same figure gives the same SVG."""
     import matplotlib
 
     def write(temporary: Path) -> None:
@@ -178,7 +178,7 @@ def save(path: Path, figure: Figure) -> None:
 
 
 def new_figure(panels: int, width: float) -> Figure:
-    """Not pyplot's: it would keep every figure, and may want a display."""
+    """Make a figure without pyplot, which would keep it and may need a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width * panels, 4.6), layout="constrained")
@@ -208,4 +208,3 @@ def _finish(axes: Axes) -> None:
     for handle in legend.legend_handles:
         if (set_sizes := getattr(handle, "set_sizes", None)) is not None:
             set_sizes([36])
-

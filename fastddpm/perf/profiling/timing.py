@@ -1,4 +1,4 @@
-"""Time on a device: events on a GPU, a clock elsewhere; several runs side by side; medians and quantiles."""
+"""Time work on a device: by events on a GPU, by a clock elsewhere; several runs in turn; medians and quantiles."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds from before `run` to the end of all that it asked of the device, for which nothing is waiting."""
+    """Return the seconds from the start of `run` to the end of all the work it gave an idle device."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -25,7 +26,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -33,44 +34,35 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives back memory that nothing refers to any more."""
+    """Free memory that nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile of `values`, linear between neighbours."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+    """Return the q-quantile of `values`, linear between neighbours."""
+    return float(np.quantile(values, q))
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float | int]:
-    """Median, 20 % and 80 % quantile and least of `values`, and how many there were."""
-    return {
-        "median": quantile(values, 0.5),
-        "p20": quantile(values, 0.2),
-        "p80": quantile(values, 0.8),
-        "min": min(values),
-        "samples": len(values),
-    }
+    """Return median, 20 % and 80 % quantile and least of `values`, and their number."""
+    p20, median, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    return {"median": median, "p20": p20, "p80": p80, "min": min(values), "samples": len(values)}
 
 
 def spread(seconds: Sequence[float], per: int = 1) -> dict[str, float | int]:
-    """`quantiles` of `seconds`, each over `per`, in microseconds."""
+    """Return `quantiles` of `seconds`, each divided by `per`, in microseconds."""
     return quantiles([value / per * 1e6 for value in seconds])
 
 
 def interleave(
     runs: dict[str, Callable[[], float]], *, seconds: float, least: int = 3, most: int = 25
 ) -> Iterator[tuple[str, float]]:
-    """Calls every one of `runs` once a round, in an order that turns by one, and yields (name, its result).
+    """Call each of `runs` once a round, in an order that rotates by one, and yield (name, its result).
 
-    So all arms see the same drift of clocks and temperature. It stops after `most` rounds, or when another round
-    would pass `seconds` and `least` rounds are done, or at once when `seconds` are over twice.
+    So all see the same drift of clocks and temperature. It stops after `most` rounds; or after `least` rounds when
+    another one would take longer than `seconds` in all; or at once when twice the `seconds` have passed.
     """
     names, start, slowest = list(runs), time.monotonic(), 0.0
     for round_ in range(most):
@@ -86,14 +78,14 @@ def interleave(
 
 
 def repeat(run: Callable[[], float], *, seconds: float, least: int = 3, most: int = 25) -> list[float]:
-    """What `run` returns, called again and again as in `interleave`."""
+    """Return the results of `run`, called again and again as in `interleave`."""
     return [value for _, value in interleave({"": run}, seconds=seconds, least=least, most=most)]
 
 
 def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], None]:
-    """A function that replays `calls`, one after the other, from a CUDA graph; elsewhere it just calls them.
+    """Return a function that replays `calls`, one after the other, from a CUDA graph; elsewhere it just calls them.
 
-    So a short kernel is timed without the gaps that launching it from Python leaves.
+    So a short kernel is timed without the gaps of launches from Python.
     """
     if device.type != "cuda":
 
@@ -111,8 +103,8 @@ def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> Call
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    # Else the graph would work in the memory that cuBLAS keeps for the stream, which is freed under it as soon as
-    # another graph is captured that clears this: fastddpm's and torch.compile's do.
+    # The graph must not use the workspace that cuBLAS keeps for the stream: the next capture by fastddpm or
+    # torch.compile frees it.
     torch._C._cuda_clearCublasWorkspaces()
     try:
         with torch.cuda.graph(graph, stream=stream):
@@ -124,6 +116,6 @@ def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> Call
 
 
 def first_lines(error: BaseException | str, lines: int = 3, width: int = 300) -> str:
-    """The type of an error and the first lines of what it says."""
+    """Return the type of an error and the first lines of its message."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return "\n".join(line[:width] for line in text.strip().splitlines()[:lines])

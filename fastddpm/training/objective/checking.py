@@ -1,4 +1,4 @@
-"""What the arguments of a `GaussianDiffusion` must be, and how its settings must fit each other."""
+"""Check the arguments of a `GaussianDiffusion`, and that its settings fit each other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_arguments(
     seed: Any,
     backend: str,
 ) -> None:
-    """Checks what each argument is, by itself; others are checked where they are used.
+    """Check each argument by itself; others are checked where they are used.
 
     Raises:
         TypeError, ValueError: one is wrong.
@@ -64,7 +64,7 @@ def check_arguments(
 
 
 def check_settings(diffusion: GaussianDiffusion, *, concatenated: bool) -> None:
-    """Raises ValueError where two settings contradict each other, or the network's channels do not fit them.
+    """Raise ValueError if two settings contradict each other or the network's channels do not fit them.
 
     `concatenated`: whether the network is given its own prediction before the channels of its input.
     """
@@ -98,7 +98,7 @@ def check_settings(diffusion: GaussianDiffusion, *, concatenated: bool) -> None:
 
 
 def check_channels(variance_type: str, out_channels: int, channels: int) -> None:
-    """Raises ValueError where a network does not return what it must for data of so many channels."""
+    """Raise ValueError if a network returns another number of channels than data of `channels` need."""
     wanted = 2 * channels if variance_type == "learned_range" else channels
     if out_channels != wanted:
         raise ValueError(
@@ -108,7 +108,7 @@ def check_channels(variance_type: str, out_channels: int, channels: int) -> None
 
 
 def check_batch(x0: Any, labels: Any) -> None:
-    """Raises TypeError or ValueError where the data of a step are no batch; what they hold, the operations check."""
+    """Raise TypeError or ValueError unless the data of a step are a batch."""
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 is a {type(x0).__name__}, must be a tensor [N, C, ...]")
     if len(x0) == 0:
@@ -118,7 +118,7 @@ def check_batch(x0: Any, labels: Any) -> None:
 
 
 def check_timesteps(t: Any, x: Tensor, num_train_timesteps: int) -> None:
-    """Raises TypeError or ValueError unless t is int64 [N] for x [N, ...]; of values on the CPU, unless in range."""
+    """Raise TypeError or ValueError unless t is int64 [N] for x [N, ...] and, on the CPU, in range."""
     if not isinstance(t, Tensor) or t.dtype != torch.int64:
         raise TypeError(f"t is {getattr(t, 'dtype', type(t).__name__)}, must be an int64 tensor [{len(x)}]")
     if t.shape != x.shape[:1]:

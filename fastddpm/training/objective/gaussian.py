@@ -27,7 +27,7 @@ from fastddpm.training.objective.timestep_sampling import TimestepSampler
 
 
 class Prediction(NamedTuple):
-    """The model's p(x_{t-1} | x_t): its mean, variance and log-variance, and the x0 predicted, all like x_t."""
+    """The model's p(x_{t-1} | x_t): mean, variance and log-variance, and the predicted x0, all like x_t."""
 
     mean: Tensor
     variance: Tensor
@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
 
 
 class GaussianDiffusion(nn.Module):
-    """What a network of a DDPM is trained for, and the likelihoods it gives (Ho et al. 2020).
+    """Compute the training loss of a DDPM's network, and the likelihoods it gives (Ho et al. 2020).
 
     `loss = diffusion(x0, labels, step=step)` is the loss of a batch. All that is random in it (timesteps, noise,
     dropped labels) is a function of (seed, sample, step), whatever the process or the micro-batch; the network's own
@@ -156,19 +156,19 @@ class GaussianDiffusion(nn.Module):
     # -- the forward process --------------------------------------------------------------------------------------
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t of `x0` [N, ...] at t int64 [N] with `noise` [N, ...]: a sample of q(x_t | x_0)."""
+        """Return x_t of `x0` [N, ...] at t int64 [N] with `noise` [N, ...]: a sample of q(x_t | x_0)."""
         return q_sample(
             x0, self._tables.q_sample, t, noise=noise, prediction_type=self.prediction_type, backend=self.backend
         )[0]
 
     def q_mean_variance(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (like `x0`), variance and log-variance [N, 1, ...] of q(x_t | x_0), at t int64 [N]."""
+        """Return mean (like `x0`), variance and log-variance [N, 1, ...] of q(x_t | x_0), at t int64 [N]."""
         check_timesteps(t, x0, self.schedule.num_train_timesteps)
         c = self._tables.at(t, x0)
         return c.signal * x0, c.sigma.square(), 2 * c.sigma.log()
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (like `x0`), variance and log-variance [N, 1, ...] of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7).
+        """Return mean (like `x0`), variance, log-variance [N, 1, ...] of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7).
 
         At t = 0 the variance is 0, and the log-variance that of t = 1, as in guided-diffusion.
         """
@@ -181,7 +181,7 @@ class GaussianDiffusion(nn.Module):
     def sample_timesteps(
         self, batch_size: int, *, step: int | Tensor = 0, first_sample: int = 0, global_batch: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The timesteps int64 [N] of a training step, and what their losses are multiplied by, float32 [N].
+        """Return the timesteps int64 [N] of a training step and the factors of their losses, float32 [N].
 
         Args: as those of `forward`.
         """
@@ -190,7 +190,7 @@ class GaussianDiffusion(nn.Module):
     def p_mean_variance(
         self, x_t: Tensor, t: Tensor, *, labels: Tensor | None = None, self_condition: Tensor | None = None
     ) -> Prediction:
-        """The model's distribution of x_{t-1}.
+        """Return the model's distribution of x_{t-1}.
 
         Args:
             x_t: [N, C, ...].
@@ -219,7 +219,7 @@ class GaussianDiffusion(nn.Module):
         timesteps: Tensor | None = None,
         first_sample: int = 0,
     ) -> BitsPerDim:
-        """The variational bound on the negative log-likelihood of 8-bit images; see `likelihood.bits_per_dim`."""
+        """Return the bound on the negative log-likelihood of 8-bit images; see `likelihood.bits_per_dim`."""
         return bits_per_dim(
             self, x, labels=labels, batch_size=batch_size, timesteps=timesteps, first_sample=first_sample
         )
@@ -235,7 +235,7 @@ class GaussianDiffusion(nn.Module):
         first_sample: int = 0,
         global_batch: int | None = None,
     ) -> Tensor:
-        """The mean loss of a batch, a scalar.
+        """Return the mean loss of a batch, a scalar.
 
         Args:
             x0: [N, C, ...], values in [-1, 1]; for the losses with terms of the bound, 8-bit ones.
@@ -270,7 +270,7 @@ class GaussianDiffusion(nn.Module):
         first_sample: int = 0,
         self_condition: bool | None = None,
     ) -> Tensor:
-        """The loss of each sample at given timesteps, weighted by them: [N].
+        """Return the weighted loss of each sample at given timesteps: [N].
 
         Args:
             x0, step, first_sample: as in `forward`.
@@ -315,7 +315,7 @@ class GaussianDiffusion(nn.Module):
         return variational_bound(x0, t, true_mean, c.log_posterior, mean, c.model_log_variance(v))
 
     def _noised(self, x0: Tensor, t: Tensor, noise: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor]:
-        """(x_t, target); of the step's noise, if none is given, with what the settings add to it."""
+        """Return (x_t, target); without `noise`, of the step's noise and what the settings add to it."""
         given = noise is not None
         if not given and (self.offset_noise or self.immiscible):
             noise = draws.noise(x0, offset=self.offset_noise, immiscible=self.immiscible)
@@ -335,7 +335,7 @@ class GaussianDiffusion(nn.Module):
         return x_t, target
 
     def _own_prediction(self, x_t: Tensor, t: Tensor, labels: Tensor | None, heads: bool | Tensor) -> Tensor:
-        """What the network is told: on heads the x0 that it predicts, else zeros."""
+        """Return the network's self-conditioning: on heads its own x0, else zeros."""
         if heads is False:
             return torch.zeros_like(x_t)
         with torch.no_grad():
@@ -346,9 +346,9 @@ class GaussianDiffusion(nn.Module):
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _run(self, x_t: Tensor, t: Tensor, labels: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction, and its second half of channels where the variance is learned.
+        """Return the network's prediction and, where the variance is learned, its other half of channels.
 
-        `given`: what it is told of x0; None for zeros, where it is told anything.
+        `given`: its self-conditioning; None for zeros, if it takes any.
         """
         net_in = x_t
         if not self.self_condition:

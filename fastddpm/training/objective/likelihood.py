@@ -1,4 +1,4 @@
-"""Bits per dimension of 8-bit images under a model, term by term (Ho et al. 2020, eq. 5)."""
+"""Compute bits per dimension of 8-bit images under a model, term by term (Ho et al. 2020, eq. 5)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bits_per_dim(
     timesteps: Tensor | None = None,
     first_sample: int = 0,
 ) -> BitsPerDim:
-    """The bound for each image, with one noise per image and timestep, as guided-diffusion's `calc_bpd_loop`.
+    """Return the bound for each image, with one noise per image and timestep, as guided-diffusion's `calc_bpd_loop`.
 
     The network runs in evaluation mode and in its own precision, or autocast's; all else is float64. The noise of an
     image is a function of (the diffusion's seed, the image's number, t), whatever the batch size.
@@ -91,7 +91,7 @@ def bits_per_dim(
 def _batch(
     diffusion: GaussianDiffusion, x: Tensor, labels: Tensor | None, timesteps: Tensor, first: int
 ) -> tuple[Tensor, ...]:
-    """prior [n], and terms, x0_mse and noise_mse [n, S], of a batch."""
+    """Return prior [n], and terms, x0_mse and noise_mse [n, S], of a batch."""
     keys = noise_keys(diffusion.seed, len(x), first, diffusion._tables.rows.device)
     x0 = x.to(keys.device).double()
     labels = None if labels is None else labels.to(keys.device)

@@ -17,7 +17,7 @@ LOSSES = (*POINTWISE, "kl", "rescaled_kl", "hybrid", "rescaled_mse")
 
 
 def pointwise(loss: str, prediction: Tensor, target: Tensor, huber_delta: float) -> Tensor:
-    """The mean over each sample of a loss of the difference: [N].
+    """Return the mean over each sample of a loss of the difference: [N].
 
     Args:
         loss: "mse"; "l1"; "huber", d^2 / 2 where |d| < huber_delta, else huber_delta (|d| - huber_delta / 2).
@@ -34,13 +34,13 @@ def pointwise(loss: str, prediction: Tensor, target: Tensor, huber_delta: float)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, elementwise."""
+    """Return KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, elementwise."""
     ratio = torch.exp(log_variance1 - log_variance2)
     return 0.5 * (log_variance2 - log_variance1 + ratio - 1 + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """The log-probability in nats of 8-bit values under a discretised normal (Ho et al. 2020, eq. 13), elementwise.
+    """Return the log-probability in nats of 8-bit values under a discretised normal (Ho et al. 2020, eq. 13).
 
     The mass of the bin of width 2 / 255 around each value; the bins of -1 and 1 reach to infinity. It is the true
     normal's, where OpenAI's code has an approximation of it, and finite however far the tail.
@@ -65,7 +65,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: T
 def variational_bound(
     x0: Tensor, t: Tensor, true_mean: Tensor, true_log_variance: Tensor, mean: Tensor, log_variance: Tensor
 ) -> Tensor:
-    """The term of the variational bound at each sample's timestep, in bits per dimension: [N].
+    """Return the term of the variational bound at each sample's timestep, in bits per dimension: [N].
 
     Args:
         x0: 8-bit values in [-1, 1], [N, ...].

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def noise_keys(seed: int, count: int, first_sample: int, device: torch.device) -> Tensor:
-    """`philox.sample_keys` of samples `first_sample` and on, made on the device: int64 [count, 2]."""
+    """Return `philox.sample_keys` of `count` samples from `first_sample` on, made on the device: int64 [count, 2]."""
     index = torch.arange(first_sample, first_sample + count, device=device)
     return torch.stack([torch.full_like(index, seed - 2**64 if seed >= 2**63 else seed), index], dim=1)
 
@@ -62,11 +62,11 @@ class Draws:
         self.timestep, self.label, self.rotation, self.coin = words[1:, 0], words[1:, 1], words[0, 2], words[0, 3]
 
     def dropped(self, share: float) -> Tensor:
-        """Which samples lose their label: bool [N]."""
+        """Return which samples lose their label: bool [N]."""
         return self.label < round(share * 2**32)
 
     def heads(self) -> bool | Tensor:
-        """A coin for the whole batch: a bool where that waits for no device and breaks no graph, else a bool tensor."""
+        """Toss a coin for the whole batch: a bool if that waits for no device and breaks no graph, else a tensor."""
         if torch.compiler.is_compiling() or (isinstance(self._given, Tensor) and self._given.device.type != "cpu"):
             return self.coin < 2**31
         step = self._given.reshape(1) if isinstance(self._given, Tensor) else self._given
@@ -74,7 +74,7 @@ class Draws:
         return bool(words[0, 3] < 2**31)
 
     def noise(self, x0: Tensor, *, offset: float, immiscible: bool) -> Tensor:
-        """The noise of each sample: float32 like `x0` [N, C, ...].
+        """Return the noise of each sample: float32 like `x0` [N, C, ...].
 
         Args:
             x0: the data.
@@ -88,12 +88,12 @@ class Draws:
         return z.index_select(0, nearest_noise(x0, z)) if immiscible else z
 
     def perturbation(self, x0: Tensor) -> Tensor:
-        """Noise of which the target knows nothing: float32 like `x0`."""
+        """Return noise that is not in the target: float32 like `x0`."""
         return normal(self.keys, x0.shape[1:], step=self.step, stream=STREAM_PERTURBATION)
 
 
 def nearest_noise(x0: Tensor, noise: Tensor) -> Tensor:
-    """Which noise goes to which sample so that the sum of the distances is least: int64 [N], a permutation.
+    """Return which noise goes to which sample so that the sum of distances is least: a permutation int64 [N].
 
     Waits for the device, and cannot be compiled: scipy solves the assignment on the host.
     """

@@ -1,4 +1,4 @@
-"""What a training step and a likelihood read about their timestep, in float64 tables that stay float64."""
+"""Tables by timestep for training steps and likelihoods; they stay float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_rang
 
 
 class Coefficients(NamedTuple):
-    """The numbers of each sample's timestep, [N, 1, ...]: x_t = signal x0 + sigma z, and what the methods say.
+    """The coefficients of each sample's timestep, [N, 1, ...]: x_t = signal x0 + sigma z, and those of the methods.
 
     `log_posterior` is the logarithm of the posterior's variance; at t = 0, where that is 0, the value of t = 1.
     """
@@ -33,22 +33,22 @@ class Coefficients(NamedTuple):
     log_fixed: Tensor
 
     def pred_x0(self, x_t: Tensor, out: Tensor) -> Tensor:
-        """The x0 that the network's output stands for."""
+        """Return the x0 that the network's output stands for."""
         return self.of_x_t * x_t + self.of_output * out
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor) -> Tensor:
-        """Of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
+        """Return the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
         return self.posterior_x0 * x0 + self.posterior_x_t * x_t
 
     def model_log_variance(self, v: Tensor | None) -> Tensor:
-        """Where it is learned, from the posterior's at v = -1 to beta at v = 1 (Nichol & Dhariwal 2021, eq. 15)."""
+        """Return the log-variance: fixed, or learned between posterior and beta (Nichol & Dhariwal 2021, eq. 15)."""
         if v is None:
             return self.log_fixed
         return self.log_posterior + (v + 1) / 2 * (self.log_beta - self.log_posterior)
 
 
 class Tables(nn.Module):
-    """The tables of a schedule. They move with the module, and no cast changes them.
+    """Hold the tables of a schedule: they move with the module, and no cast changes them.
 
     Attributes:
         rows: float64 [T, 10], the columns of `Coefficients`.
@@ -111,7 +111,7 @@ class Tables(nn.Module):
         )
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """The coefficients at t int64 [N], in `like`'s dtype, [N, 1, ...] to broadcast against `like` [N, ...]."""
+        """Return the coefficients at t int64 [N], in the dtype of `like` [N, ...] and to broadcast against it."""
         rows = self.rows.index_select(0, t).to(like.dtype)
         return Coefficients(*rows.view(len(t), -1, *[1] * (like.ndim - 1)).unbind(1))
 

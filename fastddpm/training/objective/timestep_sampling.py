@@ -1,4 +1,4 @@
-"""Which timesteps a batch is trained at."""
+"""Draw the timesteps of a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNIFORM_SHARE = 0.001  # so that no timestep is forgotten
 
 
 class TimestepSampler(nn.Module):
-    """Draws timesteps from random words, so that they are the same wherever they are drawn.
+    """Draw timesteps from random words, so that they are the same wherever they are drawn.
 
     "uniform": each alone. "stratified": the global batch's are spread evenly over all timesteps, turned together by one
     random number, so that each is still uniform (Kingma et al. 2021, appendix I.1). "importance": in proportion to the
@@ -25,7 +25,7 @@ class TimestepSampler(nn.Module):
     counts: Tensor
 
     def __init__(self, kind: str, num_train_timesteps: int) -> None:
-        """Raises ValueError where `kind` is not known."""
+        """Raise ValueError where `kind` is not known."""
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"timestep_sampling is {kind!r}, must be one of {', '.join(KINDS)}")
@@ -35,7 +35,7 @@ class TimestepSampler(nn.Module):
             self.register_buffer("counts", torch.zeros(num_train_timesteps, dtype=torch.int64))
 
     def forward(self, words: Tensor, shared: Tensor, indices: Tensor, global_batch: int) -> tuple[Tensor, Tensor]:
-        """The timesteps int64 [N], and what to multiply their losses by, float32 [N].
+        """Return the timesteps int64 [N] and the factors of their losses, float32 [N].
 
         Args:
             words: a random 32-bit word per sample, int64 [N].
@@ -55,7 +55,7 @@ class TimestepSampler(nn.Module):
         return words * self.num_train_timesteps >> 32, ones
 
     def probabilities(self) -> Tensor:
-        """Of each timestep, float64 [T]."""
+        """Return the probability of each timestep, float64 [T]."""
         uniform = torch.full_like(self.counts, 1, dtype=torch.float64) / self.num_train_timesteps
         roots = self.history.double().square().mean(1).sqrt()
         shares = roots / roots.sum().clamp_min(1e-300)
@@ -65,7 +65,7 @@ class TimestepSampler(nn.Module):
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remembers the losses [N] at t int64 [N]: of all processes, where there are several, in the order of ranks.
+        """Remember the losses [N] at t int64 [N], of all processes in the order of ranks.
 
         Every process must bring as many. Those that are not finite are not remembered.
         """

@@ -26,7 +26,7 @@ def loss_weights(
     p2_gamma: float = 1.0,
     p2_k: float = 1.0,
 ) -> Tensor:
-    """The weight of the loss at each timestep: float64 [T].
+    """Return the weight of the loss at each timestep: float64 [T].
 
     Args:
         schedule: the forward process.

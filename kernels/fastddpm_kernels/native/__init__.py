@@ -32,7 +32,7 @@ _ARGUMENTS = {
     "fastddpm_checksums": [_P] * 3 + [_L, _I],
     "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
     "fastddpm_normal": [_P] * 3 + [_L] * 3 + [_I],
-    "fastddpm_reverse_step": [_P] * 15 + [_L] * 23 + [_F] + [_I] * 4,
+    "fastddpm_reverse_step": [_P] * 16 + [_L] * 24 + [_F] + [_I] * 4,
     "fastddpm_copy": [_P] * 2 + [_L] * 15 + [_I] * 3,
     "fastddpm_add": [_P] * 4 + [_F] + [_I] * 2,
     "fastddpm_look_up": [_P] * 3 + [_L] * 2,

@@ -41,7 +41,7 @@ def why_not_native(
 
 def bind_reverse_step(
     x: Tensor, out: Tensor, table: Tensor, step: Tensor, x0: Tensor | None, net_in: Tensor | None, multistep: bool,
-    o: Options,
+    o: Options, history: Tensor | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """Return what runs `reverse_step_` on operands for which `why_not_native` has no reason."""
     if x.numel() == 0:
@@ -56,7 +56,8 @@ def bind_reverse_step(
     n, channels, pixels = len(x), x.shape[1], math.prod(x.shape[2:])
     return bind(
         "fastddpm_reverse_step", x, out, table, step, x0, net_in, o.keys, o.noise, o.log_variance, o.guidance_scale,
-        known, mask, o.known_table, o.known_noise, o.threshold, n, channels, pixels, len(table), guidance, *strides,
+        known, mask, o.known_table, o.known_noise, o.threshold, history, n, channels, pixels, len(table), guidance,
+        0 if history is None else len(history), *strides,
         o.clip_range or 0.0, multistep, out.dtype == torch.bfloat16,
         net_in is not None and net_in.dtype == torch.bfloat16, THREADS,
     )  # fmt: skip

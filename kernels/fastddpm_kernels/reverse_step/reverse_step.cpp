@@ -27,9 +27,9 @@ struct Step {
     float* x;
     Walk out, net_in, noise, known, mask, known_noise;
     const float *table, *log_variance, *guidance_scale, *known_table, *threshold;
-    float* x0;
+    float *x0, *history;
     const int64_t *step, *keys;
-    long n, channels, pixels, rows, guidance_stride;
+    long n, channels, pixels, rows, guidance_stride, older;  // `older`: predictions in the history
     float clip;  // 0 for none
     bool multistep;
     int threads;
@@ -110,7 +110,7 @@ class ReverseStep {
         const bool valid = *a.step >= 0 && *a.step < a.rows;
         const long at = valid ? *a.step : 0;
         for (int i = 0; i < 7; ++i)
-            coefficients[i] = valid ? a.table[7 * at + i] : std::numeric_limits<float>::quiet_NaN();
+            coefficients[i] = valid ? a.table[(7 + a.older) * at + i] : std::numeric_limits<float>::quiet_NaN();
         const auto [A, B, C, D, E, F, S] = coefficients;
 
         std::memcpy(state, a.x + n * numel + first, count * sizeof(float));
@@ -125,7 +125,7 @@ class ReverseStep {
             read(a.out, n, first, count, prediction);
         }
         const bool before_counts = a.multistep && !(F == 0);
-        if (before_counts) std::memcpy(before, a.x0 + n * numel + first, count * sizeof(float));
+        if (before_counts || a.older) std::memcpy(before, a.x0 + n * numel + first, count * sizeof(float));
         const bool bounded = a.threshold || a.clip > 0;
         const float bound = a.threshold ? a.threshold[n] : a.clip;
         each(count, [&](long i) {
@@ -141,6 +141,16 @@ class ReverseStep {
             store(new_x0 + i, x0);
             store(next + i, value);
         });
+        for (long age = a.older - 1; age >= 0; --age) {  // the oldest first: each then takes the newer one's place
+            const float factor = a.table[(7 + a.older) * at + 7 + age];
+            float* past = a.history + (age * a.n + n) * numel + first;
+            if (!(factor == 0)) {
+                std::memcpy(other, past, count * sizeof(float));
+                each(count, [&](long i) { store(next + i, load(next + i) + factor * load(other + i)); });
+            }
+            const float* newer = age ? past - a.n * numel : before;
+            std::memcpy(past, newer, count * sizeof(float));
+        }
         if ((a.noise.data || a.keys) && !(S == 0)) {
             noise(a.noise, kStreamStep, n, first, count, z);
             if (a.log_variance) {
@@ -187,13 +197,13 @@ class ReverseStep {
 
 // x [N, C, P] and x0, contiguous, in place. Of `out` [N or 2N, C or 2C, P], net_in [N or 2N, C, P], noise, known,
 // known_mask and known_noise [N, C, P] the strides of sample, channel and pixel are given. What may be left out is null:
-// x0, net_in, keys, noise, log_variance, guidance_scale (the batch of out is then not double), threshold, and all of
-// known. A row that is not in the table gives NaN.
+// x0, net_in, keys, noise, log_variance, guidance_scale (the batch of out is then not double), threshold, history
+// [older, N, C, P], contiguous, and all of known. A row that is not in the table gives NaN.
 extern "C" void fastddpm_reverse_step(
     float* x, void* out, const float* table, const int64_t* step, float* x0, void* net_in, const int64_t* keys,
     void* noise, const float* log_variance, const float* guidance_scale, void* known, void* known_mask,
-    const float* known_table, void* known_noise, const float* threshold, long n, long channels, long pixels, long rows,
-    long guidance_stride, long out_s, long out_c, long out_p, long net_s, long net_c, long net_p, long noise_s,
+    const float* known_table, void* known_noise, const float* threshold, float* history, long n, long channels,
+    long pixels, long rows, long guidance_stride, long older, long out_s, long out_c, long out_p, long net_s, long net_c, long net_p, long noise_s,
     long noise_c, long noise_p, long known_s, long known_c, long known_p, long mask_s, long mask_c, long mask_p,
     long known_noise_s, long known_noise_c, long known_noise_p, float clip, int multistep, int out_bfloat16,
     int net_in_bfloat16, int threads) {
@@ -202,8 +212,8 @@ extern "C" void fastddpm_reverse_step(
         x, {out, out_bfloat16 != 0, out_s, out_c, out_p}, {net_in, net_in_bfloat16 != 0, net_s, net_c, net_p},
         {noise, false, noise_s, noise_c, noise_p}, {known, false, known_s, known_c, known_p},
         {known_mask, false, mask_s, mask_c, mask_p}, {known_noise, false, known_noise_s, known_noise_c, known_noise_p},
-        table, log_variance, guidance_scale, known_table, threshold, x0, step, keys, n, channels, pixels, rows,
-        guidance_stride, clip, multistep != 0, threads};
+        table, log_variance, guidance_scale, known_table, threshold, x0, history, step, keys, n, channels, pixels,
+        rows, guidance_stride, older, clip, multistep != 0, threads};
     ReverseStep(args).run();
 }
 FASTDDPM_INSTRUCTION(fastddpm_reverse_step)

@@ -1,1 +1,1 @@
-"""denoising_diffusion_pytorch's U-Nets, frozen."""
+"""The `Unet`s of denoising_diffusion_pytorch, frozen: what they are (`blueprint`), and their layers (`lowering`)."""

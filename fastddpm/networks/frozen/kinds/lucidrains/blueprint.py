@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.networks.frozen.blueprint import Blueprint, Embeddings, why_not_layers
-from fastddpm.networks.frozen.builder import Builder
-from fastddpm.networks.frozen.instructions import Machine
-from fastddpm.networks.frozen.kinds.lucidrains.lowering import LucidrainsLowering
+from fastddpm.networks.comparing import why_not_layers
+from fastddpm.networks.frozen.blueprint import Blueprint, Embeddings
+from fastddpm.networks.frozen.folding import side_by_side
+from fastddpm.networks.frozen.kinds.lucidrains.lowering import Lowering
 
 LIBRARY = "denoising_diffusion_pytorch"
 _SHARED = {"ResnetBlock", "Block", "RMSNorm", "LinearAttention", "Attention"}
@@ -61,6 +61,8 @@ class LucidrainsEmbeddings(Embeddings):
 class LucidrainsBlueprint(Blueprint):
     """`denoising_diffusion_pytorch.Unet`."""
 
+    name = f"a Unet of {LIBRARY}"
+    builder = Lowering
     foreign = True
     has_labels = False
     _kind = (f"{LIBRARY}.{LIBRARY}", "Unet")
@@ -99,21 +101,8 @@ class LucidrainsBlueprint(Blueprint):
         return LucidrainsEmbeddings(self.unet)
 
     def time_projections(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
-        weights, biases, columns, start = [], [], {}, 0
-        for name, block in self.unet.named_modules():
-            if type(block).__name__ == "ResnetBlock":
-                linear = block.mlp[1]
-                weights.append(linear.weight.double())
-                biases.append(linear.bias.double())
-                columns[name] = slice(start, start + linear.out_features)
-                start += linear.out_features
-        return torch.cat(weights), torch.cat(biases), columns
-
-    def lower(
-        self, frozen: Any, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
-    ) -> tuple[Builder, int]:
-        lowering = LucidrainsLowering(frozen, machine, row, batch, size, in_channels)
-        return lowering, lowering.result
+        blocks = [(name, m) for name, m in self.unet.named_modules() if type(m).__name__ == "ResnetBlock"]
+        return side_by_side((name, block.mlp[1].weight, block.mlp[1].bias) for name, block in blocks)
 
 
 class ClassConditionalBlueprint(LucidrainsBlueprint):

@@ -1,38 +1,25 @@
 """From a `Unet` of denoising_diffusion_pytorch to the instructions that compute it.
 
-Its norms stand after the convolutions: what a norm reads is a convolution alone, and what follows it (FiLM, SiLU, the
-block's residual) is added to what the norm writes. So nothing but a convolution's bias is ever pending.
+Its norms stand after the convolutions. A norm reads a convolution alone, and FiLM, SiLU and the block's residual follow
+it. So nothing but a convolution's bias is ever pending.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen.builder import Activation, Builder
-from fastddpm.networks.frozen.instructions import Machine, native_conv
+from fastddpm.networks.frozen.instructions import native_conv
 from fastddpm.networks.frozen.kinds.lucidrains import instructions as ops
 
-if TYPE_CHECKING:
-    from fastddpm.networks.frozen.frozen_unet import FrozenUNet
 
+class Lowering(Builder):
+    """A `Unet`, plain or class-conditional, as instructions."""
 
-class LucidrainsLowering(Builder):
-    """The instructions of a whole `Unet`, plain or class-conditional.
-
-    Attributes:
-        result: the slot of the network's output.
-    """
-
-    def __init__(
-        self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
-    ) -> None:
-        super().__init__(frozen, machine, row, batch, size, in_channels)
-        self.result = self._unet()
-
-    def _unet(self) -> int:
+    def lower(self) -> int:
         unet: Any = self.unet
         x = self._convolved(unet.init_conv, Activation(self.INPUT), in_channels=self.shapes[self.INPUT][0])
         first, skips = x, []

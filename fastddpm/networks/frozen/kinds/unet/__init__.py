@@ -1,1 +1,1 @@
-"""fastddpm's own U-Net, frozen."""
+"""`fastddpm.UNet`, frozen: what it is (`blueprint`), its folds (`folding`) and its layers in order (`lowering`)."""

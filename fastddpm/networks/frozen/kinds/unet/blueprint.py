@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor, nn
 
-from fastddpm.networks.frozen.blueprint import Blueprint, why_not_layers
-from fastddpm.networks.frozen.builder import Builder
-from fastddpm.networks.frozen.instructions import Machine
+from fastddpm.networks.comparing import Settings, changed, settings_of, why_not_layers
+from fastddpm.networks.frozen.blueprint import Blueprint
 from fastddpm.networks.frozen.kinds.unet import folding
 from fastddpm.networks.frozen.kinds.unet.lowering import Lowering
 from fastddpm.networks.unet import layers
+from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet
 
 _LAYERS = (
@@ -39,6 +39,8 @@ class UNetBlueprint(Blueprint):
     """A `fastddpm.UNet` of nothing but its own layers."""
 
     unet: UNet
+    name = "a fastddpm.UNet"
+    builder = Lowering
 
     def __init__(self, unet: UNet) -> None:
         config = unet.config
@@ -57,17 +59,15 @@ class UNetBlueprint(Blueprint):
     def why_not(model: UNet) -> str | None:
         return why_not_layers(model, _LAYERS.__contains__)
 
+    @staticmethod
+    def edited(model: UNet) -> str | None:
+        return changed(_settings(model.config), settings_of(model), of_another=True)
+
     def embeddings(self) -> folding.UNetEmbeddings:
         return folding.UNetEmbeddings(self.unet)
 
     def time_projections(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
         return folding.time_projections(self.unet)
-
-    def lower(
-        self, frozen: Any, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
-    ) -> tuple[Builder, int]:
-        lowering = Lowering(frozen, machine, row, batch, size, in_channels)
-        return lowering, lowering.result
 
     def check_labels(self, labels: Tensor, batch: int) -> None:
         config = self.unet.config
@@ -81,3 +81,10 @@ class UNetBlueprint(Blueprint):
         if self.unet.config.class_embed_type == "identity":
             return torch.zeros(batch, self.unet.config.embedding_channels, device=device)
         return super().some_labels(batch, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _settings(config: UNetConfig) -> Settings:
+    """Return the settings of the layers of a U-Net as it is made."""
+    with torch.device("meta"):
+        return settings_of(UNet(config))

@@ -1,7 +1,4 @@
-"""Exact algebra on a U-Net's weights, done once before sampling: what several layers compute, as one.
-
-Every function works in float64 and returns float64, so that a fold costs no precision beyond the final rounding.
-"""
+"""Exact algebra on the weights of fastddpm's U-Net: layers that become one, and its embeddings, in float64."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen.blueprint import Embeddings
+from fastddpm.networks.frozen.folding import side_by_side
 from fastddpm.networks.unet.layers import Attention, ResnetBlock
 from fastddpm.networks.unet.model import UNet, sinusoids
 
@@ -36,16 +34,18 @@ def upsample_conv(weight: Tensor) -> Tensor:
 
 
 def folds_output(attention: Attention) -> bool:
-    """Whether the output projection can be folded into the values: with one head, softmax(..) (V Wv) Wo is
-    softmax(..) (V (Wv Wo)); the values then have the output's width."""
+    """Return whether the output projection can be folded into the values, which then have the output's width.
+
+    With one head, softmax(..) (V Wv) Wo is softmax(..) (V (Wv Wo)).
+    """
     return attention.heads == 1
 
 
 def attention_projections(attention: Attention) -> tuple[Tensor, Tensor]:
-    """Queries, keys and values as one linear layer: (weight [., C], bias [.]).
+    """Return queries, keys and values as one linear layer: (weight [., C], bias [.]).
 
-    Where `folds_output`, the values are those times the output projection, and its bias is in theirs, since the
-    attention's weights add up to one.
+    Where `folds_output`, the values carry the output projection too. They also carry its bias, since the attention's
+    weights add up to one.
     """
     q, k, v, out = attention.to_q, attention.to_k, attention.to_v, cast(nn.Linear, attention.to_out[0])
     weights = [layer.weight.double() for layer in (q, k, v)]
@@ -57,30 +57,21 @@ def attention_projections(attention: Attention) -> tuple[Tensor, Tensor]:
     return torch.cat(weights), torch.cat(biases)
 
 
-def resnet_blocks(unet: UNet) -> list[tuple[str, ResnetBlock]]:
-    """Every residual block with its name, in the order in which its columns stand in the time table."""
-    return [(name, module) for name, module in unet.named_modules() if isinstance(module, ResnetBlock)]
-
-
 def time_projections(unet: UNet) -> tuple[Tensor, Tensor, dict[str, slice]]:
-    """The time projections of all residual blocks as one linear layer of the embedding's SiLU.
+    """See `Blueprint.time_projections`.
 
-    The bias of each block's first convolution, to whose output the projection is added, is in its bias; not so for
-    blocks with scale and shift, whose projection is applied after the norm.
-
-    Returns:
-        weight [sum C, E], bias [sum C], and the columns of every block by its name.
+    The bias of a block's first convolution, to whose output the projection is added, is in the projection's. A block
+    with scale and shift keeps the two apart: its projection is applied after the norm.
     """
-    weights, biases, columns, start = [], [], {}, 0
-    for name, block in resnet_blocks(unet):
-        bias = block.time_emb_proj.bias.double()
+
+    def projection(block: ResnetBlock) -> tuple[Tensor, Tensor]:
+        weight, bias = block.time_emb_proj.weight, block.time_emb_proj.bias.double()
         if not block.scale_shift and block.conv1.bias is not None:
             bias = bias + block.conv1.bias.double()
-        weights.append(block.time_emb_proj.weight.double())
-        biases.append(bias)
-        columns[name] = slice(start, start + len(bias))
-        start += len(bias)
-    return torch.cat(weights), torch.cat(biases), columns
+        return weight, bias
+
+    blocks = ((name, module) for name, module in unet.named_modules() if isinstance(module, ResnetBlock))
+    return side_by_side((name, *projection(block)) for name, block in blocks)
 
 
 class UNetEmbeddings(Embeddings):

@@ -1,42 +1,28 @@
-"""From a U-Net to the instructions that compute it: the order of layers, and what of them becomes one."""
+"""From fastddpm's U-Net to the instructions that compute it: the order of its layers, and which become one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from fastddpm.networks.frozen import instructions as ops
 from fastddpm.networks.frozen.builder import Activation, Builder, add
-from fastddpm.networks.frozen.instructions import Machine
 from fastddpm.networks.frozen.kinds.unet import folding
 from fastddpm.networks.unet.layers import DownBlock, ResnetBlock, UpBlock, double, halve
 from fastddpm.networks.unet.model import UNet
 
-if TYPE_CHECKING:
-    from fastddpm.networks.frozen.frozen_unet import FrozenUNet
-
 
 class Lowering(Builder):
-    """The instructions of a whole U-Net.
-
-    Attributes:
-        result: the slot of the network's output, of which the first `out_channels` channels count.
-    """
+    """A `fastddpm.UNet` as instructions."""
 
     unet: UNet
 
-    def __init__(
-        self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
-    ) -> None:
-        super().__init__(frozen, machine, row, batch, size, in_channels)
-        self.result = self._unet()
+    # What iterates over an nn.ModuleList gets modules of no particular type: hence Any for the blocks.
 
-    # The U-Net. What iterates over an nn.ModuleList gets modules of no particular type: hence Any for the blocks.
-
-    def _unet(self) -> int:
+    def lower(self) -> int:
         unet = self.unet
         x = Activation(self.INPUT)
         if unet.config.center_input_sample:
@@ -157,7 +143,7 @@ class Lowering(Builder):
         return self.conv_of_double(layer.conv, x)
 
     def _resampled(self, x: Activation, resample: Callable[[Tensor], Tensor], name: str) -> Activation:
-        """`halve` or `double` of `x`, whose pending bias stays pending: it is the same in every pixel."""
+        """Emit `halve` or `double` of `x`. Its pending bias stays pending: it is the same in every pixel."""
         if x.residual is not None:
             self.complete(x, name)
         return replace(self.other(f"{name}.{resample.__name__}", [x.slot], resample), bias=x.bias)
