@@ -43,7 +43,8 @@ from fastddpm.sampling.trajectory import Recorder, Trajectory
 class Sampler:
     """Draws samples from a diffusion model by running its reverse process.
 
-    Names and defaults are diffusers'.
+    Names and defaults are diffusers', but for one: x0 is clipped by default whatever the method, which diffusers'
+    multistep solver ("dpmsolver++") does not do.
 
     Args:
         model: an `nn.Module` or any callable `model(x, t)`, or `model(x, t, class_labels=labels)` if it is

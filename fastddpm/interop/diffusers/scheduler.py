@@ -116,6 +116,12 @@ def recognise(scheduler: Any) -> Recognised:
     levels = scheduler.alphas_cumprod.detach().cpu().double()
     if name == "DPMSolverMultistepScheduler" and scheduler.config.get("rescale_betas_zero_snr"):
         levels[-1] = 0  # where diffusers has put 2**-24, which may be more than the level before
+    if gone := int((levels[:-1] == 0).sum()):
+        first, betas = len(levels) - 1 - gone, scheduler.betas
+        raise ValueError(
+            f"{name}: alphas_cumprod is 0 from timestep {first} on, must be above 0 before the last one: betas up to "
+            f"{float(betas.max()):.3g} leave nothing of x_0 that float32 can hold"
+        )
     betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
     config = {**scheduler.config, "_class_name": name, "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
     schedule, settings = scheduler_settings(config, name)
