@@ -98,8 +98,9 @@ def frames_of(
     """Return the frames of an animation, one grid per recorded state; grey stands for values that are not finite."""
     from fastddpm.common.images import grid
 
-    states = [] if trajectory is None else trajectory.x.cpu().nan_to_num(nan=0.0)
-    return [grid(x, labels, columns=columns) for x in states]
+    if trajectory is None:
+        return []
+    return [grid(x, labels, columns=columns) for x in trajectory.x.cpu().nan_to_num(nan=0.0)]
 
 
 def finite_rows(images: Tensor) -> Tensor:

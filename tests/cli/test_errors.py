@@ -92,7 +92,8 @@ BAD = [
     ("train PICTURES --config none.toml", "none.toml is missing"),
     (f"train PICTURES {SMALL} -o PICTURES/results", "which is inside "),
     ("train PICTURES --image-size 9 --steps 1 --set model.block_out_channels=[8,8] --set model.norm_num_groups=4 --set "
-     "\"model.down_block_types=['DownBlock2D','DownBlock2D']\" --set \"model.up_block_types=['UpBlock2D','UpBlock2D']\"",
+     "\"model.down_block_types=['DownBlock2D','DownBlock2D']\" --set "
+     "\"model.up_block_types=['UpBlock2D','UpBlock2D']\"",
      "sample_size is 9"),
     (f"train PICTURES {SMALL} --learning-rate -1", "train_lr is -1.0"),
     ("train PICTURES --set lr", "'lr' must be SECTION.KEY=VALUE"),
