@@ -15,6 +15,11 @@ SUPPORTED = (
 )
 
 
+def kind_of(obj: Any) -> str:
+    """Return the class of an object with the module it is of, which tells classes of one name apart."""
+    return f"{type(obj).__module__.rpartition('.')[2]}.{type(obj).__qualname__}"
+
+
 def not_supported(obj: Any) -> TypeError:
     """Return the error for an object that `accelerate` does not know."""
     if isinstance(obj, (tuple, list)):

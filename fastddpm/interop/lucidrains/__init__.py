@@ -3,27 +3,35 @@
     diffusion = accelerate(diffusion)
     images = diffusion.sample(batch_size=16)
 
-The three classes of `_BASES` are taken, with any network. Their other attributes and methods (`forward` for training,
+The classes of `_BASES` are taken, with any network. Their other attributes and methods (`forward` for training,
 `p_sample`, `model`, `state_dict`, ...) stay the object's own.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from fastddpm.interop.lucidrains.accelerated import Accelerated, check_parts, own_parts
 from fastddpm.interop.lucidrains.checkpoint import load_trainer_checkpoint
+from fastddpm.interop.lucidrains.continuous import AcceleratedContinuousDiffusion
 from fastddpm.interop.lucidrains.diffusion import (
-    METHODS,
+    AcceleratedClassifierDiffusion,
     AcceleratedDiffusion,
     AcceleratedDiffusion1D,
     AcceleratedGuidedDiffusion,
-    check_parts,
+    AcceleratedLearnedDiffusion,
+    AcceleratedOwnLoop,
+    AcceleratedRepaintDiffusion,
+    AcceleratedWeightedDiffusion,
 )
+from fastddpm.interop.lucidrains.elucidated import AcceleratedElucidatedDiffusion
 from fastddpm.interop.lucidrains.models import LIBRARY
 from fastddpm.interop.lucidrains.run import Options
-from fastddpm.interop.shared import not_supported
+from fastddpm.interop.shared import kind_of, not_supported
 
 __all__ = [
+    "Accelerated",
     "AcceleratedDiffusion",
     "AcceleratedDiffusion1D",
     "AcceleratedGuidedDiffusion",
@@ -31,27 +39,42 @@ __all__ = [
     "load_trainer_checkpoint",
 ]
 
-_BASES: dict[tuple[str, str], type[AcceleratedDiffusion]] = {
-    (f"{LIBRARY}.denoising_diffusion_pytorch", "GaussianDiffusion"): AcceleratedDiffusion,
-    (f"{LIBRARY}.denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"): AcceleratedDiffusion1D,
-    (f"{LIBRARY}.classifier_free_guidance", "GaussianDiffusion"): AcceleratedGuidedDiffusion,
-}
+_log = logging.getLogger(__name__)
+
+# By module of the library and class.
+_BASES: dict[tuple[str, str], type[Accelerated]] = {
+    ("denoising_diffusion_pytorch", "GaussianDiffusion"): AcceleratedDiffusion,
+    ("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"): AcceleratedDiffusion1D,
+    ("classifier_free_guidance", "GaussianDiffusion"): AcceleratedGuidedDiffusion,
+    ("learned_gaussian_diffusion", "LearnedGaussianDiffusion"): AcceleratedLearnedDiffusion,
+    ("weighted_objective_gaussian_diffusion", "WeightedObjectiveGaussianDiffusion"): AcceleratedWeightedDiffusion,
+    ("repaint", "GaussianDiffusion"): AcceleratedRepaintDiffusion,
+    ("guided_diffusion", "GaussianDiffusion"): AcceleratedClassifierDiffusion,
+    ("continuous_time_gaussian_diffusion", "ContinuousTimeGaussianDiffusion"): AcceleratedContinuousDiffusion,
+    ("v_param_continuous_time_gaussian_diffusion", "VParamContinuousTimeGaussianDiffusion"):
+        AcceleratedContinuousDiffusion,
+    ("simple_diffusion", "GaussianDiffusion"): AcceleratedContinuousDiffusion,
+    ("elucidated_diffusion", "ElucidatedDiffusion"): AcceleratedElucidatedDiffusion,
+}  # fmt: skip
 
 
-def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, **options: Any) -> Any:
+def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = True, **options: Any) -> Any:
     """Return a diffusion of denoising_diffusion_pytorch that samples with `Sampler`.
 
     With noise="torch" the samples are, after the same `torch.manual_seed`, those of the original: random numbers are
     drawn from torch's global generator in its order, and the coefficients are its buffers.
 
     Args:
-        obj: a `GaussianDiffusion`, a `GaussianDiffusion1D`, or the class-conditional `GaussianDiffusion` of
-            `denoising_diffusion_pytorch.classifier_free_guidance`.
+        obj: a `GaussianDiffusion` (of the library's main module, `classifier_free_guidance`, `guided_diffusion`,
+            `repaint` or `simple_diffusion`), `GaussianDiffusion1D`, `LearnedGaussianDiffusion`,
+            `WeightedObjectiveGaussianDiffusion`, `ContinuousTimeGaussianDiffusion`,
+            `VParamContinuousTimeGaussianDiffusion` or `ElucidatedDiffusion`, or of a class derived from one.
         inplace: give the object itself these methods (`del obj.sample` and so on takes them away again), and return
             it. Without, nothing of it is changed. The network is used with the weights that it has when a call begins,
             so that training may go on.
-        allow_general: run the original's own loop where a call asks for what the table of a sampler cannot hold
-            (`model_forward_kwargs`; DDIM with `use_cfg_plus_plus`), with a warning in the log; an error otherwise.
+        allow_general: run the original's own loop around the prepared network where the table of a sampler cannot hold
+            what it does (DDIM with `use_cfg_plus_plus`; `mask`; `cond_fn`; methods of a class of your own), once with
+            a warning in the log. False: an error.
         **options: of `Sampler`: dtype, device, backend, cuda_graph; of its `sample`: batch_size, progress (True);
             noise: "philox" (the default) or "torch"; freeze: whether the library's two-dimensional U-Nets are
             prepared for sampling (`fastddpm.networks.frozen`); None for wherever they can be, after one comparison
@@ -65,19 +88,25 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
         RuntimeError: the network with fused norms differs from the network.
     """
     kind = _kind(obj)
-    check_parts(obj)
+    if allow_general and issubclass(kind, AcceleratedDiffusion) and (own := own_parts(obj)):
+        _log.warning("%s has its own %s: its own loop runs around fastddpm's network", kind_of(obj), ", ".join(own))
+        # The network is called as its class does; a 1-D or class-conditional loop calls it as it is.
+        kind = type("AcceleratedOwnLoop", (AcceleratedOwnLoop,), {"traits": kind.traits, "_usual": kind._usual})
+    else:
+        check_parts(obj)
     accelerated = kind(obj, Options.parse(options, allow_general=allow_general))
     accelerated.check()
     if not inplace:
         return accelerated
-    for name in METHODS:
+    for name in kind.methods:
         setattr(obj, name, getattr(accelerated, name))
     return obj
 
 
-def _kind(obj: Any) -> type[AcceleratedDiffusion]:
+def _kind(obj: Any) -> type[Accelerated]:
     """Return how an object is accelerated."""
     for base in type(obj).__mro__:
-        if found := _BASES.get((base.__module__, base.__name__)):
+        library, _, module = base.__module__.partition(".")
+        if library == LIBRARY and (found := _BASES.get((module, base.__name__))):
             return found
     raise not_supported(obj)
