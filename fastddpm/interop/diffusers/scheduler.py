@@ -140,11 +140,13 @@ def recognise(scheduler: Any) -> Recognised:
 def state_of(scheduler: Any) -> tuple[Any, ...]:
     """Return what decides what a scheduler does: class, config, values and methods, but not where a loop stands."""
     kind = type(scheduler)
-    methods = tuple(id(getattr(kind, name)) for name in dir(kind) if callable(getattr(kind, name)))
+    methods = tuple(id(value) for base in kind.__mro__[:-1] for value in vars(base).values() if callable(value))
     own: list[Any] = [kind, methods, repr(sorted(scheduler.config.items(), key=str))]
     for name, value in vars(scheduler).items():
         if isinstance(value, Tensor) and name not in _OF_A_LOOP:
             own += [name, value.cpu().numpy().tobytes()]
+        elif isinstance(value, (float, str)):  # integers count steps
+            own += [name, value]
         elif callable(value):
             own += [name, id(value)]
     return tuple(own)

@@ -3,7 +3,7 @@
     diffusion = accelerate(diffusion)
     images = diffusion.sample(batch_size=16)
 
-The classes of `_BASES` are taken, with any network. Their other attributes and methods (`forward` for training,
+The classes that one of `_KINDS` is `of` are taken, with any network. Their other attributes and methods (`forward` for training,
 `p_sample`, `model`, `state_dict`, ...) stay the object's own.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fastddpm.interop.lucidrains.accelerated import Accelerated, check_parts, own_parts
+from fastddpm.interop.lucidrains.accelerated import Accelerated, base_of
 from fastddpm.interop.lucidrains.checkpoint import load_trainer_checkpoint
 from fastddpm.interop.lucidrains.continuous import AcceleratedContinuousDiffusion
 from fastddpm.interop.lucidrains.diffusion import (
@@ -41,21 +41,18 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# By module of the library and class.
-_BASES: dict[tuple[str, str], type[Accelerated]] = {
-    ("denoising_diffusion_pytorch", "GaussianDiffusion"): AcceleratedDiffusion,
-    ("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"): AcceleratedDiffusion1D,
-    ("classifier_free_guidance", "GaussianDiffusion"): AcceleratedGuidedDiffusion,
-    ("learned_gaussian_diffusion", "LearnedGaussianDiffusion"): AcceleratedLearnedDiffusion,
-    ("weighted_objective_gaussian_diffusion", "WeightedObjectiveGaussianDiffusion"): AcceleratedWeightedDiffusion,
-    ("repaint", "GaussianDiffusion"): AcceleratedRepaintDiffusion,
-    ("guided_diffusion", "GaussianDiffusion"): AcceleratedClassifierDiffusion,
-    ("continuous_time_gaussian_diffusion", "ContinuousTimeGaussianDiffusion"): AcceleratedContinuousDiffusion,
-    ("v_param_continuous_time_gaussian_diffusion", "VParamContinuousTimeGaussianDiffusion"):
-        AcceleratedContinuousDiffusion,
-    ("simple_diffusion", "GaussianDiffusion"): AcceleratedContinuousDiffusion,
-    ("elucidated_diffusion", "ElucidatedDiffusion"): AcceleratedElucidatedDiffusion,
-}  # fmt: skip
+_KINDS: tuple[type[Accelerated], ...] = (
+    AcceleratedDiffusion,
+    AcceleratedDiffusion1D,
+    AcceleratedGuidedDiffusion,
+    AcceleratedLearnedDiffusion,
+    AcceleratedWeightedDiffusion,
+    AcceleratedRepaintDiffusion,
+    AcceleratedClassifierDiffusion,
+    AcceleratedContinuousDiffusion,
+    AcceleratedElucidatedDiffusion,
+)
+_BY_NAME = {name: kind for kind in _KINDS for name in kind.of}
 
 
 def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = True, **options: Any) -> Any:
@@ -87,13 +84,13 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = True, *
         ValueError: it has its own of what is replaced, or an option is out of range.
         RuntimeError: the network with fused norms differs from the network.
     """
-    kind = _kind(obj)
-    if allow_general and issubclass(kind, AcceleratedDiffusion) and (own := own_parts(obj)):
+    base = base_of(obj, _BY_NAME)
+    if base is None:
+        raise not_supported(obj)
+    kind = _BY_NAME[base.__module__.partition(".")[2], base.__name__]
+    if allow_general and issubclass(kind, AcceleratedDiffusion) and (own := kind.own_parts(obj)):
         _log.warning("%s has its own %s: its own loop runs around fastddpm's network", kind_of(obj), ", ".join(own))
-        # The network is called as its class does; a 1-D or class-conditional loop calls it as it is.
-        kind = type("AcceleratedOwnLoop", (AcceleratedOwnLoop,), {"traits": kind.traits, "_usual": kind._usual})
-    else:
-        check_parts(obj)
+        kind = AcceleratedOwnLoop.like(kind)
     accelerated = kind(obj, Options.parse(options, allow_general=allow_general))
     accelerated.check()
     if not inplace:
@@ -101,12 +98,3 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = True, *
     for name in kind.methods:
         setattr(obj, name, getattr(accelerated, name))
     return obj
-
-
-def _kind(obj: Any) -> type[Accelerated]:
-    """Return how an object is accelerated."""
-    for base in type(obj).__mro__:
-        library, _, module = base.__module__.partition(".")
-        if library == LIBRARY and (found := _BASES.get((module, base.__name__))):
-            return found
-    raise not_supported(obj)

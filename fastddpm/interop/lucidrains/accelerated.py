@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,21 +29,13 @@ _PARTS = (
 PLAIN = Variant()
 
 
-def own_parts(diffusion: Any) -> list[str]:
-    """Return the methods that sampling calls and that are not the library's: overridden, or replaced on either."""
-    given = {name: value for name, value in vars(diffusion).items() if name in _PARTS}
-    own = [name for name, value in given.items() if not isinstance(getattr(value, "__self__", None), Accelerated)]
-    own += [name for name in _PARTS if not _is_librarys(getattr(type(diffusion), name, None))]
-    return list(dict.fromkeys(own))
-
-
-def check_parts(diffusion: Any) -> None:
-    """Raise ValueError where a method that sampling calls is not the library's."""
-    if own := own_parts(diffusion):
-        raise ValueError(
-            f"{kind_of(diffusion)} has its own {', '.join(own)}, which would not be called; must have those of "
-            f"{LIBRARY}, or allow_general be True: its own loop runs then"
-        )
+def base_of(diffusion: Any, known: Collection[tuple[str, str]]) -> type | None:
+    """Return the first class of an object that is one of the library's, known by its module and name; or None."""
+    for base in type(diffusion).__mro__:
+        library, _, module = base.__module__.partition(".")
+        if library == LIBRARY and (module, base.__name__) in known:
+            return base
+    return None
 
 
 def _is_librarys(function: Any) -> bool:
@@ -60,10 +52,12 @@ class Accelerated:
 
     Attributes:
         diffusion: the original object.
+        of: the classes that it is for, by module of the library and name.
         methods: what takes the place of the original's, if it is accelerated in place.
         traits: how its class uses its network.
     """
 
+    of: ClassVar[tuple[tuple[str, str], ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ()
     traits: ClassVar[Traits] = Traits()
     _usual = PLAIN  # what is sampled with by default
@@ -121,7 +115,28 @@ class Accelerated:
 
     def check(self) -> None:
         """Makes what sampling by default needs, and raises what is wrong with it; see `accelerate`."""
+        self.check_parts()
         self._samplers.check(self._usual)
+
+    @classmethod
+    def own_parts(cls, diffusion: Any) -> list[str]:
+        """Return the methods that sampling calls and that are not the library's: overridden, or replaced on either."""
+        base = base_of(diffusion, cls.of)
+        given = {name: value for name, value in vars(diffusion).items() if name in _PARTS}
+        own = [name for name, value in given.items() if not isinstance(getattr(value, "__self__", None), Accelerated)]
+        for name in _PARTS:
+            theirs = getattr(base, name, None)
+            if getattr(type(diffusion), name, None) is not theirs or not _is_librarys(theirs):
+                own.append(name)
+        return list(dict.fromkeys(own))
+
+    def check_parts(self) -> None:
+        """Raise ValueError where a method that sampling calls is not the library's."""
+        if own := self.own_parts(self.diffusion):
+            raise ValueError(
+                f"{kind_of(self.diffusion)} has its own {', '.join(own)}, which would not be called; must have those "
+                f"of {LIBRARY}, or allow_general be True: its own loop runs then"
+            )
 
     # -- sampling -------------------------------------------------------------------------------------------------
 
@@ -147,7 +162,7 @@ class Accelerated:
             start_of: makes x_T of a drawing, where it is not its first noise alone.
             named: what the network is given besides, by name.
         """
-        check_parts(self.diffusion)
+        self.check_parts()
         with self._samplers.lent(variant, scales, named) as sampler:
             draw = Drawing(drawing, self.options, self.traits.device(self.diffusion), sampler, tuple(shape))
             x = None

@@ -66,6 +66,11 @@ class AcceleratedContinuousDiffusion(Accelerated):
     `p_sample_loop` take the arguments of the original and those of `AcceleratedDiffusion` by name.
     """
 
+    of = (
+        ("continuous_time_gaussian_diffusion", "ContinuousTimeGaussianDiffusion"),
+        ("v_param_continuous_time_gaussian_diffusion", "VParamContinuousTimeGaussianDiffusion"),
+        ("simple_diffusion", "GaussianDiffusion"),
+    )
     methods = ("sample", "p_sample_loop")
     traits = Traits(by_name=True, table=continuous_table)
 

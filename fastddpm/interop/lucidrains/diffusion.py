@@ -10,7 +10,7 @@ from fastddpm_kernels import philox
 from torch import Tensor
 
 from fastddpm.common import checks
-from fastddpm.interop.lucidrains.accelerated import PLAIN, Accelerated, check_parts, own_parts
+from fastddpm.interop.lucidrains.accelerated import PLAIN, Accelerated
 from fastddpm.interop.lucidrains.run import Drawing, Traits, Variant
 from fastddpm.interop.lucidrains.tables import ddim_sample_table, p_sample_table
 from fastddpm.interop.shared import kind_of
@@ -35,6 +35,7 @@ class AcceleratedDiffusion(Accelerated):
         diffusion: the original object.
     """
 
+    of = (("denoising_diffusion_pytorch", "GaussianDiffusion"),)
     methods = ("sample", "p_sample_loop", "ddim_sample", "interpolate")
     _rederives = True  # whether DDIM derives the predicted noise again from the clipped x0
 
@@ -59,6 +60,7 @@ class AcceleratedDiffusion(Accelerated):
         return self._interpolate(x1, x2, t, lam, drawing)
 
     def check(self) -> None:
+        self.check_parts()
         self._p_table()
         super().check()
 
@@ -93,7 +95,7 @@ class AcceleratedDiffusion(Accelerated):
         scales: tuple[float, float] | None = None,
     ) -> Tensor:
         diffusion = self.diffusion
-        check_parts(diffusion)
+        self.check_parts()
         total = int(diffusion.num_timesteps)
         checks.floating(x1, tuple(getattr(x1, "shape", ())), "x1")
         checks.floating(x2, tuple(x1.shape), "x2")
@@ -128,6 +130,7 @@ class AcceleratedDiffusion1D(AcceleratedDiffusion):
     With `model_forward_kwargs` the network is called as it is, without CUDA graphs, with all samples at once.
     """
 
+    of = (("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"),)
     _rederives = False
     traits = Traits(by_name=True)
 
@@ -184,6 +187,7 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
     DDIM with `use_cfg_plus_plus` is the original's own loop around the prepared network.
     """
 
+    of = (("classifier_free_guidance", "GaussianDiffusion"),)
     _rederives = False
     _usual = Variant(labelled=True, guided=True, rescaled=True)
 
@@ -265,6 +269,7 @@ class AcceleratedLearnedDiffusion(AcceleratedDiffusion):
     As in the original, the network predicts noise whatever `objective` says, and the variance of every step.
     """
 
+    of = (("learned_gaussian_diffusion", "LearnedGaussianDiffusion"),)
     _rederives = False
     traits = Traits(by_name=True, predicts=lambda _: "epsilon", variance_type="learned_range")
 
@@ -288,6 +293,7 @@ class AcceleratedWeightedDiffusion(AcceleratedDiffusion):
     (The original's `p_sample` expects a fourth value of its `p_mean_variance` and fails; here is what it says.)
     """
 
+    of = (("weighted_objective_gaussian_diffusion", "WeightedObjectiveGaussianDiffusion"),)
     traits = Traits(by_name=True, predicts=lambda _: "sample", weighted=True)
 
     def _p_table(self) -> StepTable:
@@ -306,6 +312,8 @@ class AcceleratedRepaintDiffusion(AcceleratedDiffusion):
 
     As in the original `sample` is always by DDPM. With a mask the original's own loop runs around the prepared network.
     """
+
+    of = (("repaint", "GaussianDiffusion"),)
 
     def sample(  # type: ignore[override]
         self, batch_size: int = 16, return_all_timesteps: bool = False, gt: Tensor | None = None,
@@ -346,6 +354,7 @@ class AcceleratedClassifierDiffusion(AcceleratedDiffusion):
     With `cond_fn` the original's own loop runs around the prepared network.
     """
 
+    of = (("guided_diffusion", "GaussianDiffusion"),)
     _rederives = False
 
     def sample(  # type: ignore[override]
@@ -388,6 +397,14 @@ class AcceleratedOwnLoop(Accelerated):
 
     methods = AcceleratedDiffusion.methods
 
+    @classmethod
+    def like(cls, kind: type[Accelerated]) -> type[AcceleratedOwnLoop]:
+        """Return this class for diffusions that use their network as those of another class do."""
+        return _own_loops.get(kind, cls)
+
+    def check_parts(self) -> None:
+        """Any will do."""
+
     def sample(self, *arguments: Any, **named: Any) -> Any:
         """As the original."""
         return self._loop("sample", *arguments, **named)
@@ -406,7 +423,24 @@ class AcceleratedOwnLoop(Accelerated):
 
     def _loop(self, method: str, *arguments: Any, **named: Any) -> Any:
         drawing = {name: named.pop(name) for name in ("noise", "seed", "progress") if name in named}
-        own = ", ".join(own_parts(self.diffusion)) or "no methods of its own any more"
-        return self._own_loop(
-            method, f"{kind_of(self.diffusion)} has its own {own}", drawing, *arguments, **named
-        )
+        reason = f"{kind_of(self.diffusion)} has methods of its own"
+        return self._own_loop(method, reason, drawing, *arguments, **named)
+
+
+class _OwnLoop1D(AcceleratedOwnLoop):
+    traits = AcceleratedDiffusion1D.traits
+
+
+class _OwnLoopGuided(AcceleratedOwnLoop):
+    _usual = AcceleratedGuidedDiffusion._usual
+
+
+class _OwnLoopLearned(AcceleratedOwnLoop):
+    traits = AcceleratedLearnedDiffusion.traits
+
+
+_own_loops: dict[type[Accelerated], type[AcceleratedOwnLoop]] = {
+    AcceleratedDiffusion1D: _OwnLoop1D,
+    AcceleratedGuidedDiffusion: _OwnLoopGuided,
+    AcceleratedLearnedDiffusion: _OwnLoopLearned,
+}

@@ -145,6 +145,7 @@ class AcceleratedElucidatedDiffusion(Accelerated):
     Its methods take the arguments of the original, and those of `AcceleratedDiffusion` by name.
     """
 
+    of = (("elucidated_diffusion", "ElucidatedDiffusion"),)
     methods = ("sample", "sample_using_dpmpp")
     traits = Traits(network="net", table=lambda diffusion: heun(diffusion, diffusion.num_sample_steps).table)
 

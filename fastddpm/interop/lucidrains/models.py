@@ -293,7 +293,7 @@ def verify_fused(model: nn.Module, fused: nn.Module, shape: tuple[int, ...], *mo
         apart = difference(model(x, t, *more), fused(x, t, *more), parameter.dtype)
     if apart is not None:
         raise RuntimeError(
-            f"the network with fused norms {apart} from the network; fuse_norms=False samples with the network as it is"
+            f"the network with fused norms {apart}, must equal the network; fuse_norms=False samples with that as it is"
         )
 
 
