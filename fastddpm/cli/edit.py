@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.inputs import add_command, add_input_options, call_options, labels_of, open_inputs
 from fastddpm.cli.options import (
-    add_output_options,
     add_sampler_options,
     check_labels,
-    frames_of,
-    images_of,
     integer,
-    recording,
     report_device,
     share,
     shares,
-    write_outputs,
 )
+from fastddpm.cli.outputs import add_output_options, cells, frames_of, images_of, recording, write_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +125,7 @@ def _edit(options: argparse.Namespace) -> None:
     _finish(
         options, kind, sampler, start, results.flatten(0, 2), labels,
         picture=lambda: strip(
-            [[image, *row.flatten(0, 1)] for image, row in zip(inputs.images, results, strict=True)],
+            [[image, *cells(row.flatten(0, 1))] for image, row in zip(inputs.images, results, strict=True)],
             row_captions=inputs.names,
             column_captions=["input", *columns],
         ),
@@ -163,7 +159,7 @@ def _inpaint(options: argparse.Namespace) -> None:
     _finish(
         options, kind, sampler, start, results, labels,
         picture=lambda: strip(
-            [[image, given, *row] for image, given, row in zip(inputs.images, hidden, rows, strict=True)],
+            [[image, given, *cells(row)] for image, given, row in zip(inputs.images, hidden, rows, strict=True)],
             row_captions=inputs.names,
             column_captions=["image", "given", *["filled in"] * each],
         ),
@@ -198,11 +194,11 @@ def _interpolate(options: argparse.Namespace) -> None:
     _finish(
         options, kind, sampler, start, results.flatten(0, 1), None,
         picture=lambda: strip(
-            [[first, *path, last] for first, path, last in zip(a, results, b, strict=True)],
+            [[first, *cells(path), last] for first, path, last in zip(a, results, b, strict=True)],
             row_captions=[f"{x} - {y}" for x, y in zip(inputs.names[0::2], inputs.names[1::2], strict=True)],
             column_captions=["from", *[f"{k / (options.frames - 1):.2f}" for k in range(options.frames)], "to"],
         ),
-        frames=lambda: [grid(results[:, k]) for k in there_and_back],
+        frames=lambda: [grid(results[:, k].nan_to_num(nan=0.0)) for k in there_and_back],
     )  # fmt: skip
 
 
@@ -224,7 +220,7 @@ def _upscale(options: argparse.Namespace) -> None:
     _finish(
         options, kind, sampler, start, results, None,
         picture=lambda: strip(
-            [[*before, small, *row] for before, small, row in zip(originals, low, rows, strict=True)],
+            [[*before, small, *cells(row)] for before, small, row in zip(originals, low, rows, strict=True)],
             row_captions=inputs.names,
             column_captions=[*["original"] * drawn, "given", *["drawn"] * each],
         ),

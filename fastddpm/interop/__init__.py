@@ -10,7 +10,7 @@ from typing import Any
 from fastddpm.interop.shared import not_supported
 
 
-def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, **options: Any) -> Any:
+def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = None, **options: Any) -> Any:
     """Return the object with fastddpm's loop and network in place of its own, called as before.
 
     Each is compared once, on a small sample, with what it takes the place of.
@@ -20,7 +20,8 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
             diffusers, or a `GaussianDiffusion` of denoising_diffusion_pytorch.
         inplace: change `obj` itself and return it. Else a new object is returned, which shares the weights.
         allow_general: where one part, the network or the sampler, is not supported, accelerate the other alone, with
-            a warning in the log.
+            a warning in the log. None: the library's default, True for diffusers, False for
+            denoising_diffusion_pytorch.
         **options: of the library: see `fastddpm.interop.diffusers.accelerate` and
             `fastddpm.interop.lucidrains.accelerate`.
 
@@ -29,14 +30,16 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
         ValueError: a setting of it is not supported; the message names it, its value and what would be.
     """
     library = _library(obj)
+    if allow_general is not None:
+        options["allow_general"] = allow_general
     if library == "diffusers":
         from fastddpm.interop import diffusers
 
-        return diffusers.accelerate(obj, inplace=inplace, allow_general=allow_general, **options)
+        return diffusers.accelerate(obj, inplace=inplace, **options)
     if library == "denoising_diffusion_pytorch":
         from fastddpm.interop import lucidrains
 
-        return lucidrains.accelerate(obj, inplace=inplace, allow_general=allow_general, **options)
+        return lucidrains.accelerate(obj, inplace=inplace, **options)
     raise not_supported(obj)
 
 

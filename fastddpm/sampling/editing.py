@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastddpm.common import checks
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import repaint_table
 from fastddpm.process.tables import ddim_inversion_table
 from fastddpm.sampling.sampler import Sampler
 

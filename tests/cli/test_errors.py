@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 TASKS = ("edit", "inpaint", "interpolate", "upscale")
 SMALL = "--width 8 --batch-size 4 --steps 1 --device cpu"
@@ -160,20 +158,11 @@ BAD = [
 ]  # fmt: skip
 
 
-class Pooled(nn.Module):
-    """Features of grey images of any size: 2 x 2 means."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(x.float(), (2, 2)).flatten(1)
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory, feature_network: Path) -> Path:
     """The files that the commands name, but for the model."""
     folder = tmp_path_factory.mktemp("files")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # scripting is deprecated; such files exist
-        torch.jit.save(torch.jit.script(Pooled()), folder / "net.pt")
+    (folder / "net.pt").symlink_to(feature_network)
     torch.save({"time_embed.0.weight": torch.zeros(8, 2)}, folder / "bare.pt")
     np.savez(folder / "b.npz", np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4, 1))
     for name in ("image.png", "PICTURES/a/0.png", "PICTURES/b/1.png"):

@@ -190,7 +190,7 @@ def test_npz_files_that_sample_writes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cut.npz is not a .npz that can be read"):
         ArraySource(tmp_path / "cut.npz")
     np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
-    with pytest.raises(ValueError, match=r"arr_0 is float64 \[2, 4, 4, 3\], must be images uint8"):
+    with pytest.raises(ValueError, match=r"arr_0 has float64 \[2, 4, 4, 3\], must be uint8"):
         ArraySource(tmp_path / "floats.npz")
     np.savez(tmp_path / "objects.npz", np.array([{}, {}], dtype=object))
     with pytest.raises(ValueError, match="objects.npz is not a .npz that can be read"):

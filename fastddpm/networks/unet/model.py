@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastddpm.common.checks import listed
-from fastddpm.common.files import atomic_write, read_weights, write_json
+from fastddpm.common.files import atomic_write, read_json, read_weights, write_json
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.layers import (
     Attention,
@@ -283,6 +283,7 @@ class UNet(nn.Module):
         folder = Path(folder)
         config = UNetConfig.from_file(folder / CONFIG_FILE)
         path, state = _read_weights(folder, variant)
+        _check_layers(folder / CONFIG_FILE, config, path, state)
         with torch.device("meta"):
             unet = cls(config)
         _check_state(path, state, unet.state_dict())
@@ -294,6 +295,15 @@ class UNet(nn.Module):
         state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
         unet.load_state_dict(state, assign=True)
         return unet.eval()
+
+    def load_weights(self, state: dict[str, Tensor], where: str) -> None:
+        """Copy weights into the U-Net, which keeps its dtype and device.
+
+        Raises:
+            ValueError: they do not fit; the message begins with `where` and names them.
+        """
+        _check_state(where, state, self.state_dict())
+        self.load_state_dict(state)
 
     @classmethod
     def from_diffusers(cls, model: nn.Module) -> UNet:
@@ -353,17 +363,55 @@ def weights_files(variant: str | None = None) -> tuple[str, str]:
     return new, old
 
 
+def index_files(variant: str | None = None) -> tuple[str, str]:
+    """Return the names of the files that list the shards of weights, in the same order."""
+    infix = "" if variant is None else f".{variant}"
+    return f"{WEIGHTS_FILE}.index{infix}.json", f"{OLD_WEIGHTS_FILE}.index{infix}.json"
+
+
+def shards(index: Path) -> list[str]:
+    """Return the names of the files that hold sharded weights.
+
+    Raises:
+        FileNotFoundError, ValueError: the index is missing or is none; the message names it.
+    """
+    places = read_json(index).get("weight_map")
+    names = sorted(set(places.values()), key=str) if isinstance(places, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(f"{index}: weight_map must name, for each tensor, a file beside it")
+    return names
+
+
 def _read_weights(folder: Path, variant: str | None) -> tuple[Path, dict[str, Tensor]]:
+    """Return where the weights are, in one file or in shards that an index lists, and the tensors."""
     names = weights_files(variant)
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} has neither {' nor '.join(names)}")
-    return path, {_new_name(name): tensor for name, tensor in read_weights(path).items()}
+    for name, index in zip(names, index_files(variant), strict=True):
+        path = folder / name if (folder / name).is_file() else folder / index
+        if path.is_file():
+            parts = [path] if path.name == name else [folder / shard for shard in shards(path)]
+            state: dict[str, Tensor] = {}
+            for part in parts:
+                if not part.is_file():
+                    raise FileNotFoundError(f"{part} is missing, which {index} lists")
+                state |= {_new_name(key): tensor for key, tensor in read_weights(part).items()}
+            return path, state
+    raise FileNotFoundError(f"{folder} has neither {' nor '.join(names)}, whole or in shards")
 
 
 def _new_name(name: str) -> str:
     match = _OLD_ATTENTION.fullmatch(name)
     return f"{match[1]}.{_NEW_ATTENTION[match[2]]}.{match[3]}" if match else name
+
+
+def _check_layers(config_path: Path, config: UNetConfig, path: Path, state: dict[str, Tensor]) -> None:
+    """Hold the numbers of layers against the weights before any is built: thousands would take minutes."""
+    blocks = {match[0] for name in state if (match := re.match(r"down_blocks\.\d+\.", name))}
+    layers = {match[0] for name in state if (match := re.match(r"down_blocks\.0\.resnets\.\d+\.", name))}
+    if config.layers_per_block != len(layers):
+        raise ValueError(f"{config_path}: layers_per_block is {config.layers_per_block}, but {path} has {len(layers)}")
+    if len(config.block_out_channels) != len(blocks):
+        widths = len(config.block_out_channels)
+        raise ValueError(f"{config_path}: block_out_channels has {widths} widths, but {path} has {len(blocks)} levels")
 
 
 def _check_state(path: Path | str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -373,6 +421,10 @@ def _check_state(path: Path | str, state: dict[str, Tensor], expected: dict[str,
         "unexpected": state.keys() - shared,
         "of another shape": {name for name in shared if expected[name].shape != state[name].shape},
     }
+    integers = {name: tensor.dtype for name, tensor in state.items() if not tensor.dtype.is_floating_point}
+    if integers:
+        name, dtype = next(iter(integers.items()))
+        raise ValueError(f"{path}: {name} has dtype {dtype}, must be a floating-point type")
     problems = []
     for what, names in wrong.items():
         if names:

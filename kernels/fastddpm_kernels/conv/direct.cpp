@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "native/gemm.h"
+#include "native/instruction.h"
 #include "native/runtime.h"
 
 namespace fastddpm {
@@ -145,3 +146,4 @@ extern "C" void fastddpm_conv_direct(
         Direct<A>(conv).run();
     });
 }
+FASTDDPM_INSTRUCTION(fastddpm_conv_direct)

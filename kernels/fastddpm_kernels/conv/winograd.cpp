@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "native/gemm.h"
+#include "native/instruction.h"
 #include "native/runtime.h"
 #include "winograd_transforms.h"
 
@@ -235,3 +236,4 @@ extern "C" void fastddpm_conv3x3_winograd(
             Winograd<A, tile, false>(conv).run();
     });
 }
+FASTDDPM_INSTRUCTION(fastddpm_conv3x3_winograd)

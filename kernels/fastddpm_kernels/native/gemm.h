@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void multiply_add(
     }
 }
 
-// total[r][j] += the same, in blocks.
+// total[r][j] += the same, in blocks. Between them the total is in memory: the registers are for the sums.
 template <class A, int R, class Rows>
 inline __attribute__((always_inline)) void multiply_add_blocks(
     Vec (&total)[R][kColumns], const Rows& rows, long depth, const float* panel) {
@@ -41,18 +41,26 @@ inline __attribute__((always_inline)) void multiply_add_blocks(
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int j = 0; j < kColumns; ++j) total[r][j] += sums[r][j];
+        asm volatile("" : "+m"(total));
     }
 }
 
-// c[R][kPanel] = a[R][depth] x panel[depth][kPanel]
+// c[R][kPanel] = a[R][depth] x panel[depth][kPanel], the blocks added in c.
 template <class A, int R>
 void multiply_tile(const float* a, long a_stride, const float* panel, long depth, float* c, long c_stride) {
-    Vec sums[R][kColumns] = {};
-    multiply_add_blocks<A, R>(sums, [=](int r) { return a + r * a_stride; }, depth, panel);
+    for (long start = 0; start < depth; start += kDepth) {
+        Vec sums[R][kColumns] = {};
+        multiply_add<A, R>(
+            sums, [=](int r) { return a + r * a_stride + start; }, std::min(kDepth, depth - start),
+            panel + start * kPanel);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) store(c + r * c_stride + j * kLanes, sums[r][j]);
+            for (int j = 0; j < kColumns; ++j) {
+                float* place = c + r * c_stride + j * kLanes;
+                store(place, start ? load(place) + sums[r][j] : sums[r][j]);
+            }
+    }
 }
 
 // Calls f(std::integral_constant<int, rows>) for a number of rows, at most R, that is known only now.

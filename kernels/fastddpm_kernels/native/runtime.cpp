@@ -2,15 +2,8 @@
 
 #include "native/simd.h"
 
-namespace fastddpm {
-ParallelEntry parallel_entry = nullptr;
-}
-
-// `parallel` is GOMP_parallel of the OpenMP runtime to use, or null for one thread. Returns the width of a panel.
-extern "C" int fastddpm_start(void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
-    fastddpm::parallel_entry = parallel;
-    return fastddpm::kPanel;
-}
+// Returns the width of a panel of packed weights.
+extern "C" int fastddpm_panel() { return fastddpm::kPanel; }
 
 // How products of bfloat16 are to be had: 0 not here, 1 by this library, 2 here too, but the CPU has matrix units, which
 // oneDNN uses and this library does not.
