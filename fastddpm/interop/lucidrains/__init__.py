@@ -3,8 +3,8 @@
     diffusion = accelerate(diffusion)
     images = diffusion.sample(batch_size=16)
 
-The classes that one of `_KINDS` is `of` are taken, with any network. Their other attributes and methods (`forward` for training,
-`p_sample`, `model`, `state_dict`, ...) stay the object's own.
+The classes that one of `_KINDS` is `of` are taken, with any network. Their other attributes and methods (`forward` for
+training, `p_sample`, `model`, `state_dict`, ...) stay the object's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from fastddpm.interop.lucidrains.diffusion import (
     AcceleratedWeightedDiffusion,
 )
 from fastddpm.interop.lucidrains.elucidated import AcceleratedElucidatedDiffusion
-from fastddpm.interop.lucidrains.models import LIBRARY
 from fastddpm.interop.lucidrains.run import Options
 from fastddpm.interop.shared import kind_of, not_supported
 

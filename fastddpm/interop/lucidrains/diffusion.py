@@ -382,7 +382,7 @@ class AcceleratedClassifierDiffusion(AcceleratedDiffusion):
         self, shape: tuple[int, ...], return_all_timesteps: bool = False, cond_fn: Callable[..., Tensor] | None = None,
         guidance_kwargs: Mapping[str, Any] | None = None, **drawing: Any,
     ) -> Tensor:  # fmt: skip
-        """As `sample`, by DDIM, which has no use for `cond_fn`; all states are, as in the original, x_T twice but x_0."""
+        """As `sample`, by DDIM, which has no use for `cond_fn`. As there, all states are x_T, x_T, ..., without x_0."""
         if not return_all_timesteps:
             return super().ddim_sample(shape, **drawing)
         states = self._implicit(shape, drawing, all_states=True)[0]
@@ -400,7 +400,7 @@ class AcceleratedOwnLoop(Accelerated):
     @classmethod
     def like(cls, kind: type[Accelerated]) -> type[AcceleratedOwnLoop]:
         """Return this class for diffusions that use their network as those of another class do."""
-        return _own_loops.get(kind, cls)
+        return _OwnLoopGuided if kind is AcceleratedGuidedDiffusion else cls
 
     def check_parts(self) -> None:
         """Any will do."""
@@ -422,25 +422,10 @@ class AcceleratedOwnLoop(Accelerated):
         return self._loop("interpolate", *arguments, **named)
 
     def _loop(self, method: str, *arguments: Any, **named: Any) -> Any:
-        drawing = {name: named.pop(name) for name in ("noise", "seed", "progress") if name in named}
+        drawing: dict[str, Any] = {name: named.pop(name) for name in ("noise", "seed", "progress") if name in named}
         reason = f"{kind_of(self.diffusion)} has methods of its own"
         return self._own_loop(method, reason, drawing, *arguments, **named)
 
 
-class _OwnLoop1D(AcceleratedOwnLoop):
-    traits = AcceleratedDiffusion1D.traits
-
-
 class _OwnLoopGuided(AcceleratedOwnLoop):
     _usual = AcceleratedGuidedDiffusion._usual
-
-
-class _OwnLoopLearned(AcceleratedOwnLoop):
-    traits = AcceleratedLearnedDiffusion.traits
-
-
-_own_loops: dict[type[Accelerated], type[AcceleratedOwnLoop]] = {
-    AcceleratedDiffusion1D: _OwnLoop1D,
-    AcceleratedGuidedDiffusion: _OwnLoopGuided,
-    AcceleratedLearnedDiffusion: _OwnLoopLearned,
-}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from fastddpm.interop.lucidrains.models import GuidedPredictor, GuidedProgram
+from fastddpm.interop.lucidrains.models import GuidedProgram
 from fastddpm.networks.comparing import evaluating
 from fastddpm.networks.frozen import FrozenUNet, Program
+from fastddpm.networks.network import Network
 from fastddpm.sampling.sampler import Sampler
 
 
@@ -39,16 +42,13 @@ class LoopNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, *more: Any, **named: Any) -> Tensor:
         """As the original."""
-        network, condition = self._sampler.network, more[0] if len(more) == 1 else named.get("x_self_cond")
+        network, condition = self._sampler.network, more[0] if more else named.get("x_self_cond")
         known = len(more) + len(named) <= 1 and named.keys() <= {"x_self_cond"} and self._at_one_time(time)
-        if not known or isinstance(network.model, GuidedPredictor):
-            with evaluating(self.original):
-                return self.original(x, time, *more, **named)
-        if network.frozen is None:
-            given = [value.to(network.device, network.dtype) for value in (x, condition) if value is not None]
-            with network.evaluating():
-                out = network.model(given[0], time.to(network.device), *given[1:])
-            return _like(x, out)
+        if network.frozen is None or not known or network.frozen.blueprint.has_labels:
+            model = self.original if network.frozen is not None else self._sampler.model.model  # type: ignore[attr-defined]
+            given, by_name = tree_map(partial(_moved, network), ((x, time, *more), named))
+            with evaluating(model):
+                return _like(x, model(*given, **by_name))
         inputs, _, program = self._program(network.frozen, x)
         if inputs.shape[1] != x.shape[1]:
             first, last = inputs.split([inputs.shape[1] - x.shape[1], x.shape[1]], dim=1)
@@ -110,3 +110,10 @@ class LoopNetwork(nn.Module):
 def _like(x: Tensor, out: Tensor) -> Tensor:
     """Return a copy in x's dtype and place; contiguous, since `randn_like` fills memory in the order of its strides."""
     return out.to(x).clone(memory_format=torch.contiguous_format)
+
+
+def _moved(network: Network, value: Any) -> Any:
+    """Return a tensor where, and in the dtype in which, a network that is not frozen runs; all else as it is."""
+    if not isinstance(value, Tensor) or network.frozen is not None:
+        return value
+    return value.to(network.device, network.dtype if value.is_floating_point() else None)

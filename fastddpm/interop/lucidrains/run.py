@@ -31,6 +31,7 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.sampler import Sampler
 
+
 @dataclass(frozen=True)
 class Options:
     """The options of `lucidrains.accelerate`."""
