@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import struct
+import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from fastddpm.common.images import (
     pixels_of_array,
     pixels_of_tensor,
     read_npz,
+    to_uint8,
 )
 from fastddpm.common.images import archives as archives_module
+from fastddpm.common.images import pictures as pictures_module
 from fastddpm.common.images import pixels as pixels_module
 from fastddpm.evaluation.reading import open_images
 from fastddpm.training.data import ArraySource, DatasetSource
@@ -56,6 +60,7 @@ def all_of(source: Any) -> np.ndarray:
         (torch.from_numpy(RGB), RGB),
         (float_of(RGB), RGB),
         (float_of(RGB).double(), RGB),
+        (float_of(RGB) * 1.5, to_uint8((float_of(RGB) * 1.5).clamp(-1, 1))),  # samples overshoot
         (RGB[..., ::-1], RGB[..., ::-1]),  # negative strides
         (RGB[::-2, :, ::-1], RGB[::-2, :, ::-1]),
         (np.asfortranarray(RGB), RGB),
@@ -96,6 +101,7 @@ def test_archives_are_read_alike_for_training_and_evaluation(tmp_path: Path, suf
         (RGB[:0], r"uint8 \[0, 8, 7, 3\]"),
         (float_of(RGB) / 2 + 0.5, "none below 0"),  # [0, 1]
         ((float_of(RGB) + 1) * 127.5, r"must be in \[-1, 1\]"),  # [0, 255]
+        (float_of(RGB) * 127, r"must be in \[-1, 1\]"),
         (float_of(RGB).permute(0, 2, 3, 1), r"permute it by \(0, 3, 1, 2\)"),
         (float_of(RGB)[0], r"\[N, C, H, W\]"),
         (float_of(RGB) * float("nan"), "not finite"),
@@ -295,6 +301,21 @@ def test_pictures_that_are_refused(tmp_path: Path, name: str, make: Any, message
         load_image(tmp_path / name, (3, 8, 7))
     assert str(refused.value).startswith(str(tmp_path / name))
     assert "\n" not in str(refused.value)
+
+
+def test_large_pictures_are_decoded_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_module, "MOST_PIXELS", 100)
+    turns, most = pictures_module._Decoding(), []
+
+    def decode(_: int) -> None:
+        with turns.of(40):
+            most.append(turns._pixels)
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, range(20)))
+    assert max(most) <= 80
+    assert turns._pixels == 0
 
 
 def huge(width: int, height: int) -> bytes:

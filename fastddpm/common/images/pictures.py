@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,6 +21,29 @@ MOST_PIXELS = 1 << 26  # of one picture: 67 million, about a gigabyte while it i
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's name of an image with that many channels
 _GREY = ("1", "L", "LA", "La", "F")
 _OPACITY = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+class _Decoding:
+    """Let threads decode pictures of at most `MOST_PIXELS` in all at a time, so that many large ones take turns."""
+
+    def __init__(self) -> None:
+        self._changed, self._pixels = threading.Condition(), 0
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Wait until so many pixels may be decoded, and count them while they are."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pixels + pixels <= MOST_PIXELS)
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify_all()
+
+
+_decoding = _Decoding()
 
 
 class Look(NamedTuple):
@@ -120,7 +144,7 @@ def load_image(
 def read_pixels(path: str | os.PathLike[str], shape: tuple[int, int, int], *, average: bool = False) -> np.ndarray:
     """Read a picture file as uint8 [C, H, W], as `fit_pixels` says. Args and Raises: as `load_image`."""
     _check_channels(shape)
-    with open_picture(path) as picture:
+    with open_picture(path) as picture, _decoding.of(picture.width * picture.height):
         return fit_pixels(picture, shape, average=average)
 
 

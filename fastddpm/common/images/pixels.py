@@ -15,6 +15,7 @@ CHANNELS = (1, 3, 4)  # grey, colour, colour with opacity
 MOST_LABELS = 1 << 16  # labels are from 0 to below it; ImageNet-21k has 21,841 classes
 FREE_BYTES = 1 << 30  # up to here nothing is asked about an expansion
 MOST_EXPANSION = 100  # of what a file or a view holds; PNG and deflate make pictures 2 to 50 times smaller
+OTHER_RANGE = 10.0  # samples may overshoot [-1, 1]; values beyond this are of another range
 _PIECE = 1 << 26  # values that are converted at once
 
 
@@ -85,11 +86,11 @@ def pixels_of_array(images: Any, name: str, *, channels: Collection[int] | None 
 
 
 def pixels_of_tensor(images: Tensor, name: str, *, channels: Collection[int] = CHANNELS) -> np.ndarray:
-    """Return a floating-point tensor [N, C, H, W] in [-1, 1] as uint8 [N, H, W, C].
+    """Return a floating-point tensor [N, C, H, W] in [-1, 1], and what samples overshoot it, as uint8 [N, H, W, C].
 
     Raises:
-        ValueError: another layout; values that are not finite, beyond [-1, 1], or all of [0, 1], which is taken for
-            another range.
+        ValueError: another layout; values that are not finite; values of another range: none below 0, or some beyond
+            `OTHER_RANGE`.
     """
     shape = tuple(images.shape)
     if len(shape) != 4 or 0 in shape or shape[1] not in channels:
@@ -98,27 +99,25 @@ def pixels_of_tensor(images: Tensor, name: str, *, channels: Collection[int] = C
     check_size(math.prod(shape), images.untyped_storage().nbytes(), name)
     size = max(1, _PIECE // math.prod(shape[1:]))
     pieces = images.detach().split(size)
-    low = high = None
-    for piece in pieces:
-        a, b = check_range(piece, name)
-        low, high = (a, b) if low is None or high is None else (min(low, a), max(high, b))
-    if low is not None and high is not None and low >= 0 and high > low:
+    ranges = [check_range(piece, name, far=OTHER_RANGE) for piece in pieces]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if low >= 0 and high > low:
         raise ValueError(
             f"{name} has values from {low:g} to {high:g} and none below 0, must be in [-1, 1]: scale it by 2 x - 1"
         )
     return np.concatenate([to_uint8(piece) for piece in pieces])
 
 
-def check_range(images: Tensor, name: str) -> tuple[float, float]:
+def check_range(images: Tensor, name: str, *, far: float = 1.001) -> tuple[float, float]:
     """Return the least and greatest value of a floating-point tensor.
 
     Raises:
-        ValueError: a value is not finite, or beyond [-1, 1].
+        ValueError: a value is not finite, or beyond [-`far`, `far`].
     """
     low, high = (float(value) for value in torch.aminmax(images))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} has values that are not finite, must have none")
-    if low < -1.001 or high > 1.001:
+    if low < -far or high > far:
         raise ValueError(f"{name} has values from {low:g} to {high:g}, must be in [-1, 1], or uint8")
     return low, high
 
