@@ -366,6 +366,7 @@ WARMING_UP = torch.tensor([
 ])  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton", "native"], indirect=True)
 @pytest.mark.parametrize("past", [1, 2, 3])
 @pytest.mark.parametrize(
     ("shape", "options"),
