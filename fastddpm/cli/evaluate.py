@@ -139,9 +139,7 @@ def _is_bundled(options: argparse.Namespace) -> bool:
     return options.model is None or Path(options.model).resolve() == BUNDLED.resolve()
 
 
-def _precision(
-    options: argparse.Namespace, model: Pretrained
-) -> tuple[dict[str, Any], Callable[[Console], None]]:
+def _precision(options: argparse.Namespace, model: Pretrained) -> tuple[dict[str, Any], Callable[[Console], None]]:
     """Return the figures, and a function that prints them."""
     from fastddpm.evaluation.comparison import check_precisions, compare_samplers
 

@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
     add = train.add_argument_group("model (default: chosen from the data)").add_argument
     add("--image-size", type=integer(1), metavar="PIXELS", help="a side; pictures are cut and resized")
     add("--channels", type=int, choices=(1, 3, 4), help="1 for grey, 3 for colour, 4 with opacity")
-    add("--width", type=integer(1), metavar="C", help="channels of the U-Net at full size")
+    add("--width", type=integer(2), metavar="C", help="channels of the U-Net at full size")
     add("--class-labels", action=argparse.BooleanOptionalAction,
         help="whether the model is told classes (default: where the data has them)")  # fmt: skip
     add = train.add_argument_group("training").add_argument

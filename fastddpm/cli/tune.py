@@ -77,7 +77,6 @@ def _tune(options: argparse.Namespace) -> None:
     from fastddpm_kernels import tuned
     from fastddpm_kernels.tuning import tuned_ops
 
-
     device, console = chosen_device(options), wide_console()
     if options.show or options.clear:
         for given, name in ((options.model, "MODEL"), (options.batch, "--batch"), (options.ops, "--ops")):

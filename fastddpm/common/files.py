@@ -158,6 +158,9 @@ def _check_pickles(path: Path) -> None:
         size = sum(info.file_size for info in archive.infolist())
         if size > path.stat().st_size:
             raise ValueError(f"its records would expand to {size / 1e6:.3g} MB, must be stored without compression")
+        if not any(info.filename.endswith("data.pkl") for info in archive.infolist()):
+            names = ", ".join(info.filename for info in archive.infolist()[:3])
+            raise ValueError(f"it is a zip of {names[:80]}, must be a file that torch saved, or .safetensors")
         for info in archive.infolist():
             if info.filename.endswith(".pkl"):
                 if info.file_size > MOST_PICKLE:

@@ -17,11 +17,10 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
 
     Args:
         obj: a `DDPMPipeline`, `DDIMPipeline` or `LDMPipeline` of diffusers, a tuple `(UNet2DModel, scheduler)` of
-            diffusers, or a `GaussianDiffusion` of denoising_diffusion_pytorch.
+            diffusers, or a diffusion of denoising_diffusion_pytorch.
         inplace: change `obj` itself and return it. Else a new object is returned, which shares the weights.
         allow_general: where one part, the network or the sampler, is not supported, accelerate the other alone, with
-            a warning in the log. None: the library's default, True for diffusers, False for
-            denoising_diffusion_pytorch.
+            a warning in the log. None: the library's default, True.
         **options: of the library: see `fastddpm.interop.diffusers.accelerate` and
             `fastddpm.interop.lucidrains.accelerate`.
 

@@ -133,9 +133,9 @@ class Run:
                 found.append(row)
             return bool(found)
 
-        rows = slice(sample, sample + 1)
-        unused = torch.empty((sample + 1, *self.shape[1:]), device=self.pool.network.device)
-        replace(self, callback=look, recorder=None, bar=None)._walk(rows, unused)
+        again = replace(self, callback=look, recorder=None, bar=None)
+        nowhere = torch.empty(self.shape[1:], device=self.pool.network.device).expand(self.shape)
+        again._walk(slice(sample, sample + 1), nowhere)
         return found[0] if found else None
 
     def _smaller(self, error: BaseException, size: int, auto: bool, at_once: bool) -> int | None:

@@ -44,7 +44,8 @@ from fastddpm.sampling.trajectory import Recorder, Trajectory
 class Sampler:
     """Draws samples from a diffusion model by running its reverse process.
 
-    Names and defaults are diffusers'.
+    Names and defaults are diffusers', but for one: x0 is clipped by default whatever the method, which diffusers'
+    multistep solver ("dpmsolver++") does not do.
 
     Args:
         model: an `nn.Module` or any callable `model(x, t)`, or `model(x, t, class_labels=labels)` if it is
@@ -338,6 +339,10 @@ class Sampler:
             ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
             torch.OutOfMemoryError: so many samples at once do not fit.
             CaptureError: the steps cannot be captured in the way that `cuda_graph` names.
+
+        Warns:
+            RuntimeWarning: some samples are not finite; it names them, and the first step of one of them. To see it,
+                the host waits for the device when all steps are done.
         """
         count = checks.positive(num_samples, "num_samples")
         batch_size = checks.batch_size(batch_size)

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastddpm import GaussianDiffusion, NoiseSchedule, Trainer, UNet, load_pretrained, save_pretrained
+from fastddpm import GaussianDiffusion, NoiseSchedule, Trainer, UNet, accelerate, load_pretrained, save_pretrained
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
@@ -215,3 +216,28 @@ def test_odd_files_are_refused_at_once(tmp_path: Path, case: str) -> None:
     assert time.process_time() - start < 2
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_levels_that_underflow_are_named() -> None:
+    """Finite betas, of which float32 leaves levels of 0: the betas computed from those would be nan."""
+    scheduler = DDPMScheduler(beta_start=0.01, beta_end=0.2)
+    with pytest.raises(ValueError, match=r"alphas_cumprod is 0 from timestep 959 on, .* betas up to 0.2 leave nothing"):
+        accelerate((UNet(**CONFIG).to_diffusers(), scheduler))
+
+
+def test_narrow_networks_are_named_by_their_width() -> None:
+    with pytest.raises(ValueError, match=r"^block_out_channels is \(1,\), must be at least 2, for a sine and a cosine"):
+        UNet(
+            block_out_channels=(1,), norm_num_groups=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+        )
+    with pytest.raises(ValueError, match="^timestep_channels is 1, must be at least 2"):
+        UNet(**CONFIG, timestep_channels=1)
+
+
+def test_values_are_not_printed_whole() -> None:
+    with pytest.raises(ValueError, match="^betas is a list, must be a sequence of numbers") as caught:
+        NoiseSchedule.from_betas([[0.1] * 500, "x"])
+    assert len(str(caught.value)) < 300

@@ -60,16 +60,17 @@ class Plan:
         """Run the pipeline's own loop and scheduler around fastddpm's U-Net: `base.__call__` with its arguments."""
         original = copy.copy(pipeline)
         original.__class__ = base
-        assert isinstance(self.model, UNet)
-        original.__dict__["unet"] = AsUNet2D(self.model, self.theirs)
+        original.__dict__["unet"] = self._as_theirs()
         return original(*arguments)
+
+    def _as_theirs(self) -> Any:
+        return AsUNet2D(self.model, self.theirs) if isinstance(self.model, UNet) else self.theirs
 
     def scaled_loop(self, pipeline: Any, shape: tuple[int, ...], generator: Any, steps: int) -> Tensor:
         """Run the loop that diffusers documents around fastddpm's U-Net, with noise and inputs scaled."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        assert isinstance(self.model, UNet)
-        unet, scheduler = AsUNet2D(self.model, self.theirs), pipeline.scheduler
+        unet, scheduler = self._as_theirs(), pipeline.scheduler
         given = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         images = randn_tensor(shape, generator=generator, device=pipeline._execution_device, dtype=self.theirs.dtype)
         scheduler.set_timesteps(steps)

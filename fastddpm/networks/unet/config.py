@@ -265,7 +265,9 @@ class UNetConfig:
         what = f"a positive integer, None, or {count} positive integers, of the down, mid and up blocks"
         yield "attention_head_dim", valid, what
         half = self.sinusoid_channels // 2
-        valid = _is_number(self.freq_shift) and self.freq_shift < half
+        name = "timestep_channels" if self.timestep_channels is not None else "block_out_channels"
+        yield name, half > 0, "at least 2, for a sine and a cosine of the timestep (of block_out_channels the first)"
+        valid = half < 1 or (_is_number(self.freq_shift) and self.freq_shift < half)
         yield "freq_shift", valid, f"a number below {half}, the number of frequencies"
         if self.null_class is not None:
             labels = self.num_class_embeds if self.class_embed_type is None else None
