@@ -59,8 +59,11 @@ class Winograd {
 
     void run() const {
         const bool kept = kPoints * panels * kPanel * depth * static_cast<long>(sizeof(float)) <= kCache;
-        const long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
-        if (blocks >= 4 * c.threads || c.threads == 1) {  // every thread its own tiles, all of their channels
+        long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
+        // Every thread its own tiles, all of their channels: what one core has written no other reads.
+        const bool apart = blocks >= (kept ? 1 : 4) * c.threads;
+        if (apart && kept) blocks = ceil_div(blocks, c.threads) * c.threads;
+        if (apart || c.threads == 1) {
             for_each(blocks, c.threads, [&](long i) {
                 const long first = tiles * i / blocks, count = tiles * (i + 1) / blocks - first;
                 float* input = scratch<float>(Slot::kInput, kPoints * count * stride);
