@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import unets
 from denoising_diffusion_pytorch import Unet, Unet1D
 from denoising_diffusion_pytorch import classifier_free_guidance as cfg
 from fastddpm_kernels.backend import why_not as why_not_backend
 from fastddpm_kernels.conv.upsampling import transposed_weight as upsample_conv
 from torch import Tensor, nn
+from unets import CIFAR10, SMALL
 
 from fastddpm import NoiseSchedule, Sampler
 from fastddpm.networks.frozen import FrozenUNet, cuda_instructions, freeze, instructions, why_not
@@ -28,14 +30,6 @@ from fastddpm.networks.unet.layers import Attention
 from fastddpm.networks.unet.model import UNet
 from fastddpm.sampling.cuda_graph import explain
 
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (16, 24),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
 RESNETS: dict[str, Any] = {
     "block_out_channels": (16, 24, 8),
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
@@ -117,20 +111,6 @@ LUCIDRAINS: dict[str, dict[str, Any]] = {
 }
 ALL = [*OPTIONS, *LUCIDRAINS]
 TIMESTEPS = torch.tensor([999, 500, 499, 3, 0])
-# google/ddpm-cifar10-32.
-CIFAR10: dict[str, Any] = {
-    "sample_size": 32,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-}
 
 
 @torch.no_grad()
@@ -153,13 +133,7 @@ def randomize(unet: nn.Module) -> None:
         for parameter in unet.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
         return
-    for module in unet.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                norm = isinstance(module, nn.GroupNorm) and name == "weight"
-                parameter.normal_(mean=1.0 if norm else 0.0, std=0.3)
+    unets.randomize(unet)
 
 
 def make_inputs(unet: Any, option: str = "", batch: int = 3) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from fastddpm_kernels import native as _native
 from fastddpm_kernels.conv import error_factor
-from torch import Tensor, nn
+from torch import Tensor
+from unets import randomize
 
 from fastddpm.networks.frozen import FrozenUNet, freeze
 from fastddpm.networks.unet.model import UNet
@@ -36,12 +37,7 @@ pytestmark = pytest.mark.usefixtures("native")
 def make_unet(fields: dict[str, Any] | None = None) -> UNet:
     """In float64, with random parameters of a scale that keeps activations near 1."""
     unet = UNet(**SMALL | (fields or {})).double().eval()
-    for module in unet.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.normal_(mean=float(isinstance(module, nn.GroupNorm) and name == "weight"), std=0.3)
+    randomize(unet)
     return unet
 
 

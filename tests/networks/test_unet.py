@@ -12,37 +12,11 @@ from diffusers import UNet2DModel
 from fastddpm_kernels.testing import assert_close, errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from unets import CELEBA_HQ, CIFAR10, SMALL, randomize
 
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import OLD_WEIGHTS_FILE, WEIGHTS_FILE, UNet
 
-_GOOGLE: dict[str, Any] = {
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-}
-CIFAR10 = _GOOGLE | {
-    "sample_size": 32,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}
-CELEBA_HQ = _GOOGLE | {
-    "sample_size": 256,
-    "block_out_channels": (128, 128, 256, 256, 512, 512),
-    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
-}
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (16, 24),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
 RESNETS: dict[str, Any] = {
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -94,14 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def pair(fields: dict[str, Any]) -> tuple[UNet2DModel, UNet]:
     """diffusers' model and ours over the same, shared, random parameters, none of them 0 or 1 throughout."""
     theirs = UNet2DModel(**fields).eval()
-    with torch.no_grad():
-        for module in theirs.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim > 1:
-                    parameter.normal_(std=parameter[0].numel() ** -0.5)
-                else:
-                    norm = isinstance(module, nn.GroupNorm) and name == "weight"
-                    parameter.normal_(mean=1.0 if norm else 0.0, std=0.3)
+    randomize(theirs)
     return theirs, share(theirs, fields)
 
 

@@ -9,18 +9,10 @@ from typing import Any
 
 import pytest
 from diffusers import UNet2DModel
+from unets import SMALL
 
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet
-
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (16, 24),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
 
 
 def test_config_has_the_fields_and_defaults_of_diffusers() -> None:

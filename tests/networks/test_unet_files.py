@@ -9,17 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unets import SMALL
 
 from fastddpm.networks.unet.model import OLD_WEIGHTS_FILE, WEIGHTS_FILE, UNet
-
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (16, 24),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
 
 
 class Harmful:
