@@ -23,7 +23,8 @@ from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import load_scheduler
-from fastddpm.networks.unet.model import UNet, weights_files
+from fastddpm.networks.unet.files import index_files, shards_of, weights_files
+from fastddpm.networks.unet.model import UNet
 from fastddpm.process.methods import own_settings
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
@@ -192,9 +193,14 @@ def _fetch(name: str, ema: bool, variant: str | None) -> Path:
     folder = hub.snapshot(name, configs)
     parts = _Parts.of(folder, ema)
     unet = parts.unet.relative_to(folder)
-    new, old = ((unet / file).as_posix() for file in weights_files(variant))
-    if not (hub.snapshot(name, [new]) / new).is_file():
-        hub.snapshot(name, [old])
+    for file, index in zip(weights_files(variant), index_files(variant), strict=True):
+        whole, listing = (unet / file).as_posix(), (unet / index).as_posix()
+        found = hub.snapshot(name, [whole, listing])
+        if (found / listing).is_file() and not (found / whole).is_file():
+            hub.snapshot(name, [(unet / shard).as_posix() for shard in shards_of(found / listing)])
+            break
+        if (found / whole).is_file():
+            break
     if parts.decoder is not None:
         safe, tensors = (f"vqvae/{file}" for file in weights_files())
         hub.snapshot(name, [f"vqvae/{_CONFIG}"])
