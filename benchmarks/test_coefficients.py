@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from fastddpm.process.multistep import dpmsolver_table
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table, repaint_table
 from fastddpm.process.tables import StepTable, ddim_inversion_table, ddim_table, ddpm_table
 
 LIMIT = 5e-6  # seconds a row; a loop of 1000 steps takes at least a hundred times as long on any device

@@ -8,29 +8,54 @@ line on standard error and exit code 2, before anything is computed or written.
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from fastddpm.cli import edit, evaluate, info, profile, sample, train, tune
 from fastddpm.cli.options import Parser, one_line
+from fastddpm.cli.outputs import NotFinite, tolerant_streams
+
+
+class _Terminated(BaseException):
+    """SIGTERM was received."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run the command line and return the exit code.
+
+    0; 1 where results are not finite; 2 for bad input; 130 when interrupted, 143 when terminated, after what is half
+    written was removed.
+    """
     from fastddpm.common.version import __version__
 
+    for stream in (sys.stdout, sys.stderr):  # names of files may be what a terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for module in (sample, edit, train, evaluate, profile, tune, info):
         module.add_commands(commands)
+    tolerant_streams()
     options = parser.parse_args(arguments)
+    name = f"fastddpm {options.command}"
+
+    def warn(message: Warning | str, *_: object) -> None:
+        print(f"{name}: warning: {str(message).splitlines()[0]}", file=sys.stderr)
 
     import torch
     from fastddpm_kernels.backend import BackendError
 
     try:
-        options.run(options)
+        with _terminable(), warnings.catch_warnings():
+            warnings.showwarning = warn  # type: ignore[assignment]
+            options.run(options)
+    except NotFinite as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, ModuleNotFoundError, BackendError, torch.OutOfMemoryError) as error:
         message = one_line(error, options)
     except (MemoryError, RuntimeError) as error:
@@ -40,7 +65,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     else:
         return 0
-    print(f"fastddpm {options.command}: error: {message}", file=sys.stderr)
+    print(f"{name}: error: {message}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End the commands inside at SIGTERM as at Ctrl-C, by an exception, so that they remove what is half written."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.inputs import add_command, add_input_options, call_options, labels_of, open_inputs
 from fastddpm.cli.options import (
-    add_output_options,
     add_sampler_options,
     check_labels,
-    frames_of,
-    images_of,
     integer,
-    recording,
     report_device,
     share,
     shares,
-    write_outputs,
 )
+from fastddpm.cli.outputs import add_output_options, cells, frames_of, images_of, recording, write_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,14 +88,15 @@ def add_commands(commands: Any) -> None:
         "one that draws 16x16 digits from 4x4 pixels.", _upscale,
     )  # fmt: skip
     upscale.add_argument(
-        "--factor", type=integer(2), default=4, metavar="F",
-        help="how many times the model enlarges; inputs are first reduced to that part of its size (default: 4)",
+        "--factor", type=integer(2), metavar="F",
+        help="how many times the model enlarges; inputs are first reduced to that part of its size (default: 4, or "
+        "what the --flags of an upsampler of guided-diffusion say)",
     )  # fmt: skip
     upscale.add_argument(
         "--noise-level", type=float, default=0.0, metavar="X",
         help="noise on the small images, which hides errors in their detail (default: 0)",
     )  # fmt: skip
-    add_input_options(upscale, variants=4, labels=None)
+    add_input_options(upscale, variants=4, labels="class of the images")
     add_sampler_options(upscale, steps=100, method=None, seed=1)
     add_output_options(upscale, "upscaled.png", "a row per input")
 
@@ -129,7 +126,7 @@ def _edit(options: argparse.Namespace) -> None:
     _finish(
         options, kind, sampler, start, results.flatten(0, 2), labels,
         picture=lambda: strip(
-            [[image, *row.flatten(0, 1)] for image, row in zip(inputs.images, results, strict=True)],
+            [[image, *cells(row.flatten(0, 1))] for image, row in zip(inputs.images, results, strict=True)],
             row_captions=inputs.names,
             column_captions=["input", *columns],
         ),
@@ -163,7 +160,7 @@ def _inpaint(options: argparse.Namespace) -> None:
     _finish(
         options, kind, sampler, start, results, labels,
         picture=lambda: strip(
-            [[image, given, *row] for image, given, row in zip(inputs.images, hidden, rows, strict=True)],
+            [[image, given, *cells(row)] for image, given, row in zip(inputs.images, hidden, rows, strict=True)],
             row_captions=inputs.names,
             column_captions=["image", "given", *["filled in"] * each],
         ),
@@ -198,11 +195,11 @@ def _interpolate(options: argparse.Namespace) -> None:
     _finish(
         options, kind, sampler, start, results.flatten(0, 1), None,
         picture=lambda: strip(
-            [[first, *path, last] for first, path, last in zip(a, results, b, strict=True)],
+            [[first, *cells(path), last] for first, path, last in zip(a, results, b, strict=True)],
             row_captions=[f"{x} - {y}" for x, y in zip(inputs.names[0::2], inputs.names[1::2], strict=True)],
             column_captions=["from", *[f"{k / (options.frames - 1):.2f}" for k in range(options.frames)], "to"],
         ),
-        frames=lambda: [grid(results[:, k]) for k in there_and_back],
+        frames=lambda: [grid(results[:, k].nan_to_num(nan=0.0)) for k in there_and_back],
     )  # fmt: skip
 
 
@@ -210,27 +207,43 @@ def _upscale(options: argparse.Namespace) -> None:
     from fastddpm.common.images import strip
     from fastddpm.sampling.editing import super_resolution
 
-    kind, _, sampler, inputs = open_inputs(options, reduced=options.factor)
+    upsampler = _upsampler_factor(options.flags)
+    kind, model, sampler, inputs = open_inputs(options, reduced=options.factor or upsampler or 4)
+    labels = labels_of(options, model, inputs)
     each, low = options.num_samples, inputs.images
     start = time.perf_counter()
     result = super_resolution(
         sampler, low.repeat_interleave(each, 0), noise_level=options.noise_level,
-        **call_options(options, None, each), **recording(options, kind, len(sampler.timesteps)),
+        interpolation="bicubic" if upsampler is None else "bilinear",  # as each was trained
+        **call_options(options, labels, each), **recording(options, kind, len(sampler.timesteps)),
     )  # fmt: skip
     results, trajectory = images_of(result)
     rows = results.unflatten(0, (len(low), each))
     drawn = any(original is not None for original in inputs.originals)
     originals = [[image] * drawn for image in inputs.originals]
     _finish(
-        options, kind, sampler, start, results, None,
+        options, kind, sampler, start, results, labels,
         picture=lambda: strip(
-            [[*before, small, *row] for before, small, row in zip(originals, low, rows, strict=True)],
+            [[*before, small, *cells(row)] for before, small, row in zip(originals, low, rows, strict=True)],
             row_captions=inputs.names,
             column_captions=[*["original"] * drawn, "given", *["drawn"] * each],
         ),
         frames=lambda: frames_of(trajectory, columns=each),
         trajectory=trajectory,
     )  # fmt: skip
+
+
+def _upsampler_factor(flags: dict[str, str]) -> int | None:
+    """Return how many times an upsampler of guided-diffusion enlarges, None where the flags are of no such one."""
+    from fastddpm.interop.guided_diffusion.flags import model_flags
+
+    if not {"large_size", "small_size"} & flags.keys() or "library" in flags:
+        return None
+    parsed = model_flags("guided_diffusion", flags)
+    small = parsed.small_size or 1
+    if parsed.image_size % small or parsed.image_size == small:
+        raise ValueError(f"--flags: small_size is {small}, must divide large_size, {parsed.image_size}, and be less")
+    return parsed.image_size // small
 
 
 def _mask(fill: str, shape: tuple[int, ...]) -> Tensor:

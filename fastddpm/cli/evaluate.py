@@ -12,7 +12,6 @@ from fastddpm.cli.fidelity import DIGIT_SAMPLES, SAMPLES, check_fidelity, measur
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import (
     add_sampler_options,
-    check_output,
     chosen_device,
     device_name,
     integer,
@@ -21,6 +20,7 @@ from fastddpm.cli.options import (
     plain,
     wide_console,
 )
+from fastddpm.cli.outputs import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,10 +94,11 @@ def add_commands(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from fastddpm.evaluation.reading import is_image_set
+    from fastddpm.interop.pretrained import run_of
 
     precision = options.precision is not None
     fidelity = not precision or any(getattr(options, name) is not None for name in _OF_FIDELITY)
-    ready = options.model is not None and is_image_set(options.model)
+    ready = options.model is not None and run_of(options.model) is None and is_image_set(options.model)
     given = [name for name in _OF_SAMPLING if not (getattr(options, name) is None or getattr(options, name) is False)]
     if ready and given:
         option = "--" + given[0].replace("_", "-")
@@ -110,12 +111,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     if fidelity:
         check_fidelity(options, is_bundled=_is_bundled(options))
     model = None if ready else open_model(options, latents=not precision)
-    console = wide_console()
     results: dict[str, Any] = {}
+    show: list[Callable[[Console], None]] = []  # after the figures are saved, which printing could lose
     if model is not None and precision:
-        results["precision"] = _precision(options, model, console)
+        results["precision"], printed = _precision(options, model)
+        show.append(printed)
     if fidelity:
-        results["fidelity"] = measure_fidelity(options, model, console, is_bundled=_is_bundled(options))
+        results["fidelity"], printed = measure_fidelity(options, model, is_bundled=_is_bundled(options))
+        show.append(printed)
     if options.json is not None:
         import torch
 
@@ -124,6 +127,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         about = {"model": options.model or "bundled digits", "fastddpm": __version__, "torch": torch.__version__}
         write_json(options.json, {**about, **results})
+    for printed in show:
+        printed(wide_console())
+    if options.json is not None:
         print(f"wrote {options.json}")
 
 
@@ -133,7 +139,8 @@ def _is_bundled(options: argparse.Namespace) -> bool:
     return options.model is None or Path(options.model).resolve() == BUNDLED.resolve()
 
 
-def _precision(options: argparse.Namespace, model: Pretrained, console: Console) -> dict[str, Any]:
+def _precision(options: argparse.Namespace, model: Pretrained) -> tuple[dict[str, Any], Callable[[Console], None]]:
+    """Return the figures, and a function that prints them."""
     from fastddpm.evaluation.comparison import check_precisions, compare_samplers
 
     if options.dtype is not None:
@@ -149,12 +156,15 @@ def _precision(options: argparse.Namespace, model: Pretrained, console: Console)
 
     report = compare_samplers(
         model.unet, make, precisions, device=device, backend=options.backend, num_samples=count, seed=options.seed,
-        class_labels=labels_in_turn(model.unet.config, count), batch_size=options.batch_size, judge=judge,
+        class_labels=labels_in_turn(model, count), batch_size=options.batch_size, judge=judge,
         progress=True,
     )  # fmt: skip
-    _print_precision(report, console, missing)
-    print(f"device {device_name(device)}")
-    return {**report.to_dict(), "device_name": device_name(device), "no_distribution_because": missing}
+
+    def show(console: Console) -> None:
+        _print_precision(report, console, missing)
+        print(f"device {device_name(device)}")
+
+    return {**report.to_dict(), "device_name": device_name(device), "no_distribution_because": missing}, show
 
 
 def _digit_judge(options: argparse.Namespace) -> tuple[Judge | None, str | None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.options import chosen_device, device_name, labels_in_turn, make_sampler, plain, report_device
+from fastddpm.cli.outputs import NotFinite, finite_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from fastddpm.interop.pretrained import Pretrained
 
 DIGIT_SAMPLES, SAMPLES = 500, 10_000
+FEATURES = 2048  # of Inception v3, kept of every sample
 
 
 def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
@@ -41,12 +44,16 @@ def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
 
 
 def measure_fidelity(
-    options: argparse.Namespace, model: Pretrained | None, console: Console, *, is_bundled: bool
-) -> dict[str, Any]:
-    """Compare samples of `model`, or without one the images that MODEL names, with REAL; print and return figures."""
+    options: argparse.Namespace, model: Pretrained | None, *, is_bundled: bool
+) -> tuple[dict[str, Any], Callable[[Console], None]]:
+    """Compare samples of `model`, or without one the images that MODEL names, with REAL.
+
+    Returns:
+        The figures, and a function that prints them.
+    """
     import torch
 
-    from fastddpm.common.images import save_npz
+    from fastddpm.common.images import check_memory, save_npz
     from fastddpm.evaluation import Evaluator
     from fastddpm.evaluation.image_sets import of_sampler
     from fastddpm.evaluation.reading import open_images
@@ -59,10 +66,11 @@ def measure_fidelity(
     else:
         sampler = make_sampler(options, model)
         count = options.num_samples or (DIGIT_SAMPLES if is_bundled else SAMPLES)
-        labels = labels_in_turn(model.unet.config, count)
+        check_memory(4 * FEATURES * count, f"--num-samples {count}: features")
+        labels = labels_in_turn(model, count)
         samples = of_sampler(
             sampler, count, seed=options.seed, class_labels=labels,
-            decode=None if model.decoder is None else model.decode,
+            decode=lambda x: _finite(model.decode(x)),
             keep=None if options.save_samples is None else drawn,
             name=options.model or "the bundled model", progress=True, batch_size=options.batch_size,
         )  # fmt: skip
@@ -73,12 +81,23 @@ def measure_fidelity(
         if options.save_samples is not None and sum(map(len, drawn)) == samples.count:
             save_npz(options.save_samples, torch.cat(drawn), labels, in_colour=True)
             print(f"wrote {options.save_samples}")
-    _print(result, console)
     about: dict[str, Any] = {"device_name": device_name(device)}
     if sampler is not None:
-        report_device(sampler)
         about |= {"seed": options.seed, "method": sampler.method, "steps": len(sampler.timesteps)}
-    return {**result.to_dict(), **about}
+
+    def show(console: Console) -> None:
+        _print(result, console)
+        if sampler is not None:
+            report_device(sampler)
+
+    return {**result.to_dict(), **about}, show
+
+
+def _finite(images: Tensor) -> Tensor:
+    """Return `images`, which must be finite: figures of black pictures would be wrong."""
+    if bad := int((~finite_rows(images)).sum()):
+        raise NotFinite(f"{bad} of {len(images)} samples are not finite, so nothing is measured")
+    return images
 
 
 def _features(options: argparse.Namespace, device: Any) -> Features | str | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import check_labels, check_outputs, classes_of, integer, make_sampler
+from fastddpm.cli.options import check_labels, classes_of, integer, make_sampler
+from fastddpm.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +103,7 @@ def _read_inputs(
     from fastddpm.common.images import load_image
 
     shape = _input_shape(model.unet.config, sampler, reduced)
-    classes = classes_of(source.unet.config)
+    classes = source.labels()
     names = options.inputs or [str(label) for label in classes]
     if not names:
         raise ValueError("INPUT is missing: the model has no classes to draw one of each, name picture files")

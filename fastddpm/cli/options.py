@@ -1,23 +1,18 @@
-"""What the commands share: options of the sampler, devices, outputs, and errors in one line."""
+"""What the commands share: options of the sampler, devices, classes, and errors in one line."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.console import Console
-    from torch import Tensor
 
     from fastddpm.interop.pretrained import Pretrained
     from fastddpm.sampling.sampler import Sampler
-    from fastddpm.sampling.trajectory import Trajectory
 
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 GRAPHS = ("auto", "while", "unrolled", "step", "off")
@@ -25,7 +20,6 @@ METHODS = ("ddpm", "ddim", "dpmsolver++")
 BACKENDS = ("auto", "triton", "native", "eager", "reference")
 SPACINGS = ("leading", "trailing", "linspace", "denoising_diffusion_pytorch", "guided_diffusion")
 DEVICE_HELP = "cuda, cuda:1, mps, cpu (default: the first of these that this machine has)"
-GIF_FRAMES = 48
 # Options whose name is not the library's argument with dashes.
 _RENAMED = {
     "num_inference_steps": "--steps",
@@ -136,21 +130,6 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
     add("--backend", choices=BACKENDS, default="auto", help="of the fused ops (default: auto)")
 
 
-def add_output_options(
-    parser: argparse.ArgumentParser, default: str, png: str, gif: str = "the denoising", *, trajectory: bool = True
-) -> None:
-    """Add --output and --trajectory; `png` and `gif` say what such a file shows."""
-    add = parser.add_argument_group("output").add_argument
-    add("-o", "--output", type=Path, default=Path(default), metavar="PATH",
-        help=f"its suffix says what is written: .png {png}, .npz arrays (arr_0 uint8 NHWC, arr_1 labels), .gif {gif}, "
-             f"no suffix a folder of PNGs (default: {default})")  # fmt: skip
-    if trajectory:
-        add("--trajectory", type=Path, metavar="PATH.png",
-            help="also draw how x_t and the predicted x0 of the first samples changed")  # fmt: skip
-    else:
-        parser.set_defaults(trajectory=None)
-
-
 def make_sampler(options: argparse.Namespace, model: Pretrained, **overrides: Any) -> Sampler:
     """Make the `Sampler` that the options ask for."""
     steps = options.steps or options.default_steps
@@ -174,88 +153,6 @@ def make_sampler(options: argparse.Namespace, model: Pretrained, **overrides: An
     return model.sampler(**{**fixed, **chosen, **overrides})
 
 
-# -- outputs ----------------------------------------------------------------------------------------------------------
-
-
-def check_outputs(options: argparse.Namespace) -> str:
-    """Return the suffix of --output, once all files that the options name can be written."""
-    trajectory = options.trajectory
-    if trajectory is not None:
-        check_output("--trajectory", trajectory, ".png")
-        if trajectory.resolve() == options.output.resolve():
-            raise ValueError(f"--trajectory is {trajectory}, as is --output; they must be different files")
-    if options.output.name.lower() in (".png", ".npz", ".gif"):
-        raise ValueError(f"--output is {options.output}, must have a name before its suffix")
-    kind = options.output.suffix.lower()
-    if kind not in (".png", ".npz", ".gif", ""):
-        raise ValueError(f"--output is {options.output}, its suffix must be .png, .npz or .gif, or none for a folder")
-    check_output("--output", options.output)
-    return kind
-
-
-def check_output(option: str, path: Path, suffix: str | None = None) -> None:
-    """Raise ValueError unless `path` has that suffix and can be written; a path without one names a folder."""
-    if suffix is not None and path.suffix.lower() != suffix:
-        raise ValueError(f"{option} is {path}, its suffix must be {suffix}")
-    if path.suffix and path.is_dir():
-        raise ValueError(f"{option} is {path}, which is a folder; it must be a file to be written")
-    if not path.suffix and path.exists() and not path.is_dir():
-        raise ValueError(f"{option} is {path}, which is a file; without a suffix it must be a folder to be written")
-    nearest = path if not path.suffix else path.parent
-    while not nearest.exists():
-        nearest = nearest.parent
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(f"{option} is {path}, which cannot be written: {error.strerror}") from None
-
-
-def recording(options: argparse.Namespace, kind: str, steps: int) -> dict[str, Any]:
-    """Return the argument of `Sampler.sample` that keeps the states for an animation or a strip of `steps` steps."""
-    if kind != ".gif" and options.trajectory is None:
-        return {}
-    return {"return_trajectory": max(1, steps // GIF_FRAMES)}
-
-
-def images_of(result: Tensor | Trajectory) -> tuple[Tensor, Trajectory | None]:
-    """Return the final images of a call of `Sampler.sample`, on the CPU, and its trajectory if it has one."""
-    from fastddpm.sampling.trajectory import Trajectory
-
-    return (result.x[-1].cpu(), result) if isinstance(result, Trajectory) else (result.cpu(), None)
-
-
-def frames_of(
-    trajectory: Trajectory | None, labels: list[int] | None = None, *, columns: int | None = None
-) -> list[Image.Image]:
-    """Return the frames of an animation, one grid per recorded state."""
-    from fastddpm.common.images import grid
-
-    return [] if trajectory is None else [grid(x, labels, columns=columns) for x in trajectory.x.cpu()]
-
-
-def write_outputs(
-    options: argparse.Namespace, kind: str, images: Tensor, labels: list[int] | None, *,
-    picture: Callable[[], Image.Image], frames: Callable[[], list[Image.Image]], trajectory: Trajectory | None = None,
-) -> None:  # fmt: skip
-    """Write --output, which `picture` makes if it is a .png and `frames` if it is a .gif, and --trajectory."""
-    from fastddpm.common import images as writing
-
-    if kind == ".png":
-        writing.save_picture(options.output, picture())
-    elif kind == ".gif":
-        writing.save_gif(options.output, frames())
-    elif kind == ".npz":
-        writing.save_npz(options.output, images, labels)
-    else:
-        writing.save_folder(options.output, images, labels)
-    print(f"wrote {options.output}")
-    if options.trajectory is not None and trajectory is not None:
-        strip = writing.trajectory_strip(trajectory.x, trajectory.x0, trajectory.timesteps)
-        writing.save_picture(options.trajectory, strip)
-        print(f"wrote {options.trajectory}")
-
-
 # -- classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,9 +163,9 @@ def classes_of(config: Any) -> list[int]:
     return [label for label in range(config.num_class_embeds) if label != config.null_class]
 
 
-def labels_in_turn(config: Any, count: int) -> list[int] | None:
-    """Return `count` labels that repeat all classes in turn; None where a model has no classes."""
-    classes = classes_of(config)
+def labels_in_turn(model: Pretrained, count: int) -> list[int] | None:
+    """Return `count` labels that repeat those that were trained on in turn; None where a model has no classes."""
+    classes = model.labels()
     return [classes[i % len(classes)] for i in range(count)] if classes else None
 
 

@@ -16,7 +16,6 @@ from fastddpm.cli.options import (
     DTYPES,
     GRAPHS,
     METHODS,
-    check_output,
     chosen_device,
     integer,
     labels_in_turn,
@@ -24,6 +23,7 @@ from fastddpm.cli.options import (
     seconds,
     wide_console,
 )
+from fastddpm.cli.outputs import check_output
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
@@ -93,9 +93,9 @@ def _profile(options: argparse.Namespace) -> None:
         raise ValueError(f"--compare is {options.compare[0]}, which `fastddpm profile` did not write")
     _check_outputs(options)
     content = _measure(options)
-    show(content, wide_console())
     path = options.json or _free_name(f"profile-{content['device']['slug']}")
-    write_json(path, content)
+    write_json(path, content)  # before printing, which could lose it
+    show(content, wide_console())
     print(f"wrote {path}")
     if options.plot is not None:
         plots.save_profile(options.plot, content)
@@ -127,7 +127,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         shape=first.network.sample_shape(first.settings.learned_variance),
         precision=options.dtype,
         batches=sorted(set(batches)),
-        labels=partial(labels_in_turn, model.unet.config),
+        labels=partial(labels_in_turn, model),
         seconds=options.budget or (QUICK_S if options.quick else BUDGET_S),
         quick=options.quick,
         trace=options.trace,

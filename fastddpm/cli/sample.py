@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import options as shared
+from fastddpm.cli import outputs
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import check_labels, classes_of, integer, integers
+from fastddpm.cli.options import check_labels, integer, integers
+
+if TYPE_CHECKING:
+    from fastddpm.interop.pretrained import Pretrained
 
 
 def add_commands(commands: Any) -> None:
@@ -30,46 +35,52 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     add_model_options(sample)
     shared.add_sampler_options(sample, steps=None, method=None, seed=0)
-    shared.add_output_options(sample, "samples.png", "a grid")
+    outputs.add_output_options(sample, "samples.png", "a grid")
     sample.set_defaults(run=_sample)
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fastddpm.common.images import grid
+    from fastddpm.common.images import check_drawable, check_memory, grid
 
-    kind = shared.check_outputs(options)
+    kind = outputs.check_outputs(options)
     model = open_model(options, latents=True)
-    if model.decoder is not None and shared.recording(options, kind, 1):
+    if model.decoder is not None and outputs.recording(options, kind, 1):
         name = "output" if kind == ".gif" else "trajectory"
         raise ValueError(f"--{name} is {getattr(options, name)}, which shows states, but those of MODEL are latents")
     sampler = shared.make_sampler(options, model)
-    labels = _choose_labels(options, model.unet.config)
+    shape = sampler.network.sample_shape(sampler.settings.learned_variance)
+    check_memory(4 * (options.num_samples or 1) * math.prod(shape), f"{options.num_samples} samples")
+    if model.decoder is None and (kind != ".npz" or options.trajectory is not None):
+        check_drawable(shape[0])
+    labels = _choose_labels(options, model)
     count = options.num_samples or (len(labels) if labels else 16)
     steps = len(sampler.timesteps)
     start = time.perf_counter()
     result = sampler.sample(
         count, seed=options.seed, class_labels=labels, batch_size=options.batch_size, progress=True,
-        **shared.recording(options, kind, steps),
+        **outputs.recording(options, kind, steps),
     )  # fmt: skip
     # The copy to the CPU waits for the device.
-    images, trajectory = shared.images_of(result if model.decoder is None else model.decode(result))
+    images, trajectory = outputs.images_of(result if model.decoder is None else model.decode(result))
     seconds = time.perf_counter() - start
     print(
         f"{count} images, {steps} steps, in {seconds:.1f} s: {count / seconds:.2f} images/s, "
         f"{1000 * seconds / (steps * count):.3g} ms per image and step"
     )
     shared.report_device(sampler)
-    shared.write_outputs(
-        options, kind, images, labels, picture=lambda: grid(images, labels),
-        frames=lambda: shared.frames_of(trajectory, labels), trajectory=trajectory,
+    finite = outputs.finite_rows(images)
+    drawn = None if labels is None else [label for label, ok in zip(labels, finite.tolist(), strict=True) if ok]
+    outputs.write_outputs(
+        options, kind, images, labels, picture=lambda: grid(images[finite], drawn),
+        frames=lambda: outputs.frames_of(trajectory, labels), trajectory=trajectory,
     )  # fmt: skip
 
 
-def _choose_labels(options: argparse.Namespace, config: Any) -> list[int] | None:
-    """Return the label of every sample: those asked for in turn, else every class in equal numbers, sorted."""
+def _choose_labels(options: argparse.Namespace, model: Pretrained) -> list[int] | None:
+    """Return the label of every sample: those asked for in turn, else those trained on in equal numbers, sorted."""
     given, count = options.class_labels, options.num_samples
-    check_labels(given, config)
-    classes = classes_of(config)
+    check_labels(given, model.unet.config)
+    classes = model.labels()
     if not classes:
         return None
     if given is None:

@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
     add = train.add_argument_group("model (default: chosen from the data)").add_argument
     add("--image-size", type=integer(1), metavar="PIXELS", help="a side; pictures are cut and resized")
     add("--channels", type=int, choices=(1, 3, 4), help="1 for grey, 3 for colour, 4 with opacity")
-    add("--width", type=integer(1), metavar="C", help="channels of the U-Net at full size")
+    add("--width", type=integer(2), metavar="C", help="channels of the U-Net at full size")
     add("--class-labels", action=argparse.BooleanOptionalAction,
         help="whether the model is told classes (default: where the data has them)")  # fmt: skip
     add = train.add_argument_group("training").add_argument
@@ -183,10 +183,14 @@ def _describe(trainer: Any) -> None:
     from fastddpm.cli.options import device_name
 
     source, settings = trainer.source, trainer.settings
-    classes = f", {len(source.classes)} classes" if source.classes else ""
+    names = trainer.label_names
+    classes = f", {len(names)} classes" if names else ""
     size = " x ".join(str(side) for side in trainer.shape)
     parameters = sum(p.numel() for p in trainer.diffusion.unet.parameters()) / 1e6
     print(f"{len(source)} images of {size}{classes}; a network of {parameters:.1f} million parameters")
+    if names:
+        shown = [f"{label} {name}" if name != str(label) else name for label, name in names.items()]
+        print(f"labels: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}")
     processes = trainer.accelerator.num_processes
     print(
         f"{settings.train_num_steps} steps of {settings.images_per_step} images, from step {trainer.step}, on "

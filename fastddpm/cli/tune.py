@@ -10,13 +10,13 @@ from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import (
     DTYPES,
     METHODS,
-    check_output,
     chosen_device,
     integer,
     make_sampler,
     seconds,
     wide_console,
 )
+from fastddpm.cli.outputs import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,6 @@ def add_commands(commands: Any) -> None:
 def _tune(options: argparse.Namespace) -> None:
     from fastddpm_kernels import tuned
     from fastddpm_kernels.tuning import tuned_ops
-
 
     device, console = chosen_device(options), wide_console()
     if options.show or options.clear:
@@ -171,9 +170,10 @@ def _search(keys: dict[Key, int], device: torch.device, budget: float, path: Pat
 
     with progress_bar(len(keys), "tune") as bar:
         outcomes = tune(keys, device, budget, done=lambda outcome: bar())
+    saved = save(outcomes, device, path)  # before printing, which could lose it
     _print(outcomes, console)
     print(summary(outcomes))
-    if save(outcomes, device, path):
+    if saved:
         print(f"wrote {path}")
 
 

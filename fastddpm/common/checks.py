@@ -41,9 +41,13 @@ def finite(value: Any, name: str) -> float:
     """Return `value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, must be a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, must be a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, must be a finite number")
+    return number
 
 
 def in_range(value: Any, name: str, *, above: float | None = None, most: float = math.inf) -> float:
@@ -132,16 +136,28 @@ def scales(value: Any, count: int) -> Tensor:
     """Return one guidance scale, or one per sample, as float32 [1] or [count]."""
     try:
         result = torch.as_tensor(value, dtype=torch.float32).detach()
+    except OverflowError:
+        raise ValueError("guidance_scale is inf, must be a finite number") from None
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"guidance_scale is {value!r}, must be a number or one per sample") from None
+        raise TypeError(f"guidance_scale is {_short(value)}, must be a number or one per sample") from None
     result = result[None] if result.ndim == 0 else result
     if tuple(result.shape) not in ((1,), (count,)):
         raise ValueError(
             f"guidance_scale has shape {list(result.shape)}, must be one number or one per sample ({count})"
         )
     if not bool(result.isfinite().all()):
-        raise ValueError(f"guidance_scale is {value}, must be a finite number")
+        wrong = result[~result.isfinite()][0].item()
+        raise ValueError(f"guidance_scale has {wrong}, every one must be a finite number")
     return result
+
+
+def _short(value: object) -> str:
+    """Return the repr of `value` for a message, its type where that is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = ""
+    return text if 0 < len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _check_floating(value: Any, name: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.common.files import read_weights, sha256
+from fastddpm.common.images import from_uint8
 from fastddpm.evaluation.frechet import DigitJudge
 
 INPUTS = ("uint8", "unit", "signed")
@@ -54,13 +55,20 @@ class DigitFeatures:
         self.name = self._judge.name
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        images = self._grey(images)
         if tuple(images.shape[1:]) != (1, 16, 16):
             raise ValueError(f"the features 'digits' are of images [1, 16, 16], these are {list(images.shape[1:])}")
-        return torch.from_numpy(self._judge.features(_signed(images))), None
+        return torch.from_numpy(self._judge.features(from_uint8(images))), None
 
     def recognised(self, images: Tensor, labels: Tensor) -> float:
         """Return the share of digits uint8 [N, 1, 16, 16] that a classifier takes for their labels [N]."""
-        return self._judge.recognised(_signed(images), labels) or 0.0
+        return self._judge.recognised(from_uint8(self._grey(images)), labels) or 0.0
+
+    @staticmethod
+    def _grey(images: Tensor) -> Tensor:
+        """Return images whose three channels are equal as grey ones; others as they are."""
+        equal = images.shape[1] == 3 and bool((images[:, :1] == images[:, 1:]).all())
+        return images[:, :1] if equal else images
 
 
 class InceptionFeatures:
@@ -87,7 +95,11 @@ class InceptionFeatures:
         path = _downloaded_inception() if weights is None else Path(weights)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; it must be a file of Inception weights")
-        state = read_weights(path)
+        try:
+            state = read_weights(path)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path} ")[:120]
+            raise ValueError(f"{path} is not a file of weights that can be read: {reason}") from None
         self.name = f"Inception v3, 2048 features (weights {sha256(path)[:8]})"
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # it draws weights first
             # torch-fidelity unpickles what it is given: it is given what has just been read without.
@@ -160,7 +172,7 @@ class NetworkFeatures:
             images = images.expand(-1, 3, -1, -1)
         if self._channels not in (None, images.shape[1]):
             raise ValueError(f"images have {images.shape[1]} channels, {self._path} takes {self._channels}")
-        given = {"uint8": lambda: images, "unit": lambda: images.float() / 255, "signed": lambda: _signed(images)}
+        given = {"uint8": lambda: images, "unit": lambda: images.float() / 255, "signed": lambda: from_uint8(images)}
         try:
             outputs = self._run(given[self._input]())
         except torch.OutOfMemoryError:
@@ -267,8 +279,3 @@ def _downloaded_inception() -> Path:
                 f"Inception weights are not in {path} and cannot be downloaded ({error}); {WITHOUT_INCEPTION}"
             ) from None
     return path
-
-
-def _signed(images: Tensor) -> Tensor:
-    """Return uint8 pixels as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Set of 8-bit images, read or drawn a few at a time. What is held whole is held as uint8."""
+"""Sets of 8-bit images, read or drawn a few at a time, and held as uint8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.common import checks
-from fastddpm.common.images import to_uint8
+from fastddpm.common.images import CHANNELS, pixels_of_array, to_uint8
 from fastddpm.common.progress import progress_bar
 from fastddpm.sampling.sampler import Sampler
 
@@ -44,7 +44,7 @@ class ImageSet:
     drawn: bool = False
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All images in order, uint8 [n, C, H, W] with n at most `size`."""
+        """Yield all images in order, uint8 [n, C, H, W] with n at most `size`."""
         waiting: list[Tensor] = []
         for piece in self.pieces():
             for part in piece.split(size):
@@ -57,7 +57,7 @@ class ImageSet:
             yield torch.cat(waiting)
 
     def in_colour(self) -> ImageSet:
-        """Grey images with their values in three channels; coloured ones as they are."""
+        """Return grey images with their values in three channels; coloured ones as they are."""
         if self.shape[0] != 1:
             return self
 
@@ -68,19 +68,16 @@ class ImageSet:
         return replace(self, shape=(3, *self.shape[1:]), pieces=pieces)
 
 
-def of_array(images: np.ndarray, name: str, labels: Tensor | None = None) -> ImageSet:
-    """Images uint8 [N, H, W, C] with 1, 3 or 4 channels; three that are equal everywhere count as one.
+def of_array(images: np.ndarray | Tensor, name: str, labels: Tensor | None = None) -> ImageSet:
+    """Return images uint8 [N, H, W, C] of 1, 3 or 4 channels, or [N, H, W]; three equal channels count as one.
 
     Raises:
         ValueError: another shape or dtype.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or 0 in images.shape:
-        raise ValueError(
-            f"{name} has {images.dtype} {list(images.shape)}, must be uint8 [N, H, W, C] with 1, 3 or 4 channels"
-        )
-    if images.shape[3] == 3 and (images[..., :1] == images[..., 1:]).all():
-        images = images[..., :1]
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+    pixels = pixels_of_array(images, name)
+    if pixels.shape[3] == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
+        pixels = pixels[..., :1]
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     n, channels, height, width = tensor.shape
     return ImageSet(name, n, (channels, height, width), lambda: iter((tensor,)), labels)
 
@@ -97,7 +94,7 @@ def of_sampler(
     progress: bool = False,
     **arguments: Any,
 ) -> ImageSet:
-    """Images that a sampler draws when they are read, and that are never all held as floats.
+    """Return the images of a sampler, drawn when they are read and never all held as floats.
 
     They are those of `sampler.sample(num_samples, seed=seed, ...)`, drawn a few hundred megabytes at a time.
 
@@ -118,7 +115,7 @@ def of_sampler(
     shape = drawn_shape
     if decode is not None:
         shape = tuple(decode(torch.zeros(1, *drawn_shape, device=sampler.device)).shape[1:])
-    if len(shape) != 3 or shape[0] not in (1, 3, 4):
+    if len(shape) != 3 or shape[0] not in CHANNELS:
         raise ValueError(f"samples have shape {list(shape)}, must be images [C, H, W] with 1, 3 or 4 channels")
     labels = None if class_labels is None else checks.labels(class_labels, count, None)
     step = max(1, DRAWN_AT_ONCE // (4 * max(math.prod(shape), math.prod(drawn_shape))))
@@ -150,7 +147,7 @@ def of_sampler(
 
 @contextmanager
 def images_bar(count: int, description: str, *, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of `count` images; yields a function that is told how many are done."""
+    """Draw a bar of `count` images; yield a function that is told how many are done."""
     start = time.perf_counter()
     with progress_bar(count, description, enabled=enabled) as bar:
 
@@ -163,7 +160,7 @@ def images_bar(count: int, description: str, *, enabled: bool) -> Iterator[Calla
 
 
 def in_one_colour_space(a: ImageSet, b: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Two sets of equally many channels: grey images become coloured where the others are.
+    """Return two sets of equally many channels: grey images become coloured where the others are.
 
     Raises:
         ValueError: one has an opacity and the other has not.

@@ -1,4 +1,4 @@
-"""Images and reference statistics from tensors, `.npz` files and folders of pictures.
+"""Read images and reference statistics from arrays, tensors, pictures, `.npz` files and folders.
 
 A `.npz` has the layout of the ADM evaluator (Dhariwal & Nichol 2021): `arr_0` uint8 [N, H, W, 3], `arr_1` integer
 labels [N]. A file of reference statistics has `mu` [D] and `sigma` [D, D], as Heusel et al. 2017 (TTUR) wrote them; it
@@ -8,7 +8,7 @@ may have images as well.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastddpm.common.images import picture_files, read_npz, read_pixels, to_uint8, upright_shape
+from fastddpm.common.images import (
+    check_ids,
+    fit_pixels,
+    is_archive,
+    list_pictures,
+    look,
+    look_at_pictures,
+    picture_files,
+    pixels_of_tensor,
+    read_npz,
+    read_pixels,
+    to_uint8,
+)
 from fastddpm.evaluation.frechet import Moments, moments_of_statistics, real_digits
 from fastddpm.evaluation.image_sets import ImageSet, of_array
 
@@ -37,14 +49,15 @@ class Reference:
 
 
 def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name: str = "samples") -> ImageSet:
-    """A set of images from whatever holds one.
+    """Return a set of images from whatever holds one, by the rules of `fastddpm.common.images`.
 
     Args:
         source: an `ImageSet`; a float tensor [N, C, H, W] in [-1, 1]; a uint8 array or tensor [N, H, W, C] (channels
-            last, as in files); the path of a `.npz` or of a folder of pictures, which may have subfolders; or "digits".
-        shape: (C, H, W) that pictures of a folder are to have: cut to the middle part of that aspect ratio, resized by
-            Lanczos' kernel where their size is another, and made grey or coloured. None for that of the first one,
-            which all others must have too.
+            last, as in files) or [N, H, W]; a list of PIL images, of arrays uint8 [H, W, C] or of tensors; the path of
+            a `.npz`, of a `.npy` or of a folder of pictures, which may have subfolders; or "digits".
+        shape: (C, H, W) that pictures are to be compared with: they are cut to the middle part of that aspect ratio
+            and resized by Lanczos' kernel where their size is another, and keep their opacity if C is 4. None for the
+            size of the first one, which all others must have too. Pictures are grey if all of them are.
         name: for errors and reports, of what is no file.
 
     Raises:
@@ -55,15 +68,21 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
     if isinstance(source, ImageSet):
         return source
     if isinstance(source, Tensor) and source.dtype.is_floating_point:
-        if source.ndim != 4:
-            raise ValueError(f"{name} has shape {list(source.shape)}, must have [N, C, H, W]")
-        if not bool(source.isfinite().all()):
-            raise ValueError(f"{name} has values that are not finite, must have none")
-        return of_array(to_uint8(source), name)
+        return of_array(pixels_of_tensor(source, name), name)
     if isinstance(source, Tensor | np.ndarray):
-        return of_array(np.asarray(source), name)
+        return of_array(source, name)
+    if isinstance(source, Sequence) and not isinstance(source, str) and len(source):
+        if all(isinstance(item, Image.Image) for item in source):
+            return _of_pictures(source, shape, name)
+        if all(isinstance(item, Tensor) and item.shape == source[0].shape for item in source):
+            return open_images(torch.stack(list(source)), name=name)
+        if all(isinstance(item, np.ndarray) and item.shape == source[0].shape for item in source):
+            return of_array(np.stack(source), name)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"{name} is a {type(source).__name__}, must be images, or the path of a .npz or a folder")
+        raise TypeError(
+            f"{name} is a {type(source).__name__}, must be images (a tensor, an array, a list of either or of PIL "
+            "images) or the path of a .npz or a folder"
+        )
     if source == DIGITS:
         images, labels = real_digits()
         return of_array(to_uint8(images), "scikit-learn's digits", labels)
@@ -77,7 +96,7 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
 
 
 def open_reference(source: Any, shape: tuple[int, int, int], *, name: str = "real") -> Reference:
-    """What samples of `shape` (C, H, W) are compared with: as `open_images`, or a `.npz` with statistics.
+    """Return what samples of `shape` (C, H, W) are compared with: as `open_images`, or a `.npz` with statistics.
 
     Grey and coloured images are left as they are: see `image_sets.in_one_colour_space`.
 
@@ -104,9 +123,9 @@ def open_reference(source: Any, shape: tuple[int, int, int], *, name: str = "rea
 
 
 def is_image_set(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of ready images and not of a model: a `.npz`, or a folder with pictures in it."""
+    """Return whether a path is that of images and not of a model: a `.npz` or `.npy`, or a folder with pictures."""
     path = Path(path)
-    if path.suffix.lower() == ".npz":
+    if is_archive(path):
         return True
     if not path.is_dir() or any(
         (path / name).exists() for name in ("model_index.json", "unet", "scheduler_config.json")
@@ -116,82 +135,80 @@ def is_image_set(path: str | os.PathLike[str]) -> bool:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a `.npz` that are known here, and the names of the others."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; it must be a .npz, a folder of pictures or {DIGITS!r}")
     return read_npz(path, ("arr_0", "arr_1", "mu", "sigma"))
 
 
 def _of_npz(arrays: dict[str, np.ndarray], path: Path) -> ImageSet:
-    labels = arrays.get("arr_1")
+    images, labels = of_array(arrays["arr_0"], str(path)), arrays.get("arr_1")
     if labels is None:
-        return of_array(arrays["arr_0"], str(path))
-    if labels.shape != arrays["arr_0"].shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path} has arr_1 of {labels.dtype} {list(labels.shape)}, must be integer labels, one for each of the "
-            f"{len(arrays['arr_0'])} images"
-        )
-    return of_array(arrays["arr_0"], str(path), torch.from_numpy(labels.astype(np.int64)))
+        return images
+    return of_array(arrays["arr_0"], str(path), check_ids(labels, images.count, f"{path}: arr_1"))
+
+
+def _of_pictures(pictures: Sequence[Image.Image], shape: tuple[int, int, int] | None, name: str) -> ImageSet:
+    names = [f"{name}[{place}]" for place in range(len(pictures))]
+    wanted = _common_shape([look(picture).shape for picture in pictures], names, shape)
+    pixels = []
+    for place, picture in enumerate(pictures):
+        try:
+            pixels.append(fit_pixels(picture, wanted))
+        except ValueError as error:
+            raise ValueError(f"{name}[{place}] {error}") from None
+    return ImageSet(name, len(pixels), wanted, lambda: iter((torch.from_numpy(np.stack(pixels)),)))
+
+
+def _common_shape(
+    shapes: Sequence[tuple[int, int, int]], names: Sequence[str], wanted: tuple[int, int, int] | None
+) -> tuple[int, int, int]:
+    """Return (C, H, W) of pictures: coloured if one of them is, with opacity if wanted, and of one size."""
+    channels = 4 if wanted is not None and wanted[0] == 4 else max(shape[0] for shape in shapes)
+    if wanted is None:
+        first = shapes[0]
+        for shape, name in zip(shapes, names, strict=True):
+            if shape[1:] != first[1:]:
+                raise ValueError(f"{name} is not of {_size(first)} as the first is; all must be of one size")
+        wanted = first
+    return channels, *wanted[1:]
 
 
 def _of_folder(folder: Path, shape: tuple[int, int, int] | None) -> ImageSet:
-    files = list(picture_files(folder))
-    if not files:
-        raise ValueError(f"{folder} holds no picture, must hold files such as .png or .jpg, also in subfolders")
-    wanted = shape or _shape_of_first(files, folder)
+    listing = list_pictures(folder, classed=False)
+    looks = dict(zip(listing.paths, look_at_pictures(folder, listing.paths), strict=True))
+    known = {path: seen for path, seen in looks.items() if seen is not None}
+    if not known:
+        raise ValueError(f"{folder} holds no picture that can be read, must hold some")
+    wanted = _common_shape([seen.shape for seen in known.values()], [str(folder / path) for path in known], shape)
     notes: list[str] = []
 
-    def read(file: Path) -> tuple[Tensor, bool] | None:
-        """The pixels and whether they had another size; None if the file is broken."""
+    def read(path: str) -> Tensor | None:
+        if path not in known:
+            return None
         try:
-            with Image.open(file) as picture:
-                other = upright_shape(picture)[1:] != wanted[1:]
-            return torch.from_numpy(read_pixels(file, wanted)), other
-        except Exception as error:  # decoders raise anything for broken files
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
+            return torch.from_numpy(read_pixels(folder / path, wanted))
+        except ValueError:
             return None
 
     def pieces() -> Iterator[Tensor]:
-        notes.clear()
         broken: list[str] = []
-        resized = 0
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
-            for start in range(0, len(files), READ_AT_ONCE):
-                some = files[start : start + READ_AT_ONCE]
-                results = list(zip(some, pool.map(read, some), strict=True))
-                broken += [str(file.relative_to(folder)) for file, result in results if result is None]
-                good = [(file, *result) for file, result in results if result is not None]
-                for file, _, other in good:
-                    if other and shape is None:
-                        raise ValueError(f"{file} is not of {_size(wanted)} as the first is; all must be of one size")
-                    resized += other
-                if good:
-                    yield torch.stack([pixels for _, pixels, _ in good])
-        if broken:
-            notes.append(f"{folder}: {len(broken)} files cannot be read and are left out: {_few(broken)}")
-        if resized:
+            for start in range(0, len(listing.paths), READ_AT_ONCE):
+                some = listing.paths[start : start + READ_AT_ONCE]
+                results = list(pool.map(read, some))
+                broken += [path for path, pixels in zip(some, results, strict=True) if pixels is None]
+                if good := [pixels for pixels in results if pixels is not None]:
+                    yield torch.stack(good)
+        notes[:] = listing.notes(broken)
+        if animated := sum(seen.animated for seen in known.values()):
+            notes.append(f"{folder}: {animated} files are animations, whose first frame is taken")
+        if resized := sum(seen.shape[1:] != wanted[1:] for seen in known.values()):
             notes.append(
-                f"{folder}: {resized} of {len(files)} images were cut to the middle and resized to {_size(wanted)} by "
-                "Lanczos' kernel, which shows in the figures"
+                f"{folder}: {resized} of {len(listing.paths)} images were cut to the middle and resized to "
+                f"{_size(wanted)} by Lanczos' kernel, which shows in the figures"
             )
 
-    return ImageSet(str(folder), len(files), wanted, pieces, notes=notes)
-
-
-def _shape_of_first(files: list[Path], folder: Path) -> tuple[int, int, int]:
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                return upright_shape(picture)
-        except Exception as error:  # decoders raise anything for broken files
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-    raise ValueError(f"{folder} holds no picture that can be read, must hold some")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ImageSet(str(folder), len(listing.paths), wanted, pieces, notes=notes)
 
 
 def _size(shape: tuple[int, int, int]) -> str:

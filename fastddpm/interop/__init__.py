@@ -10,17 +10,17 @@ from typing import Any
 from fastddpm.interop.shared import not_supported
 
 
-def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, **options: Any) -> Any:
+def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = None, **options: Any) -> Any:
     """Return the object with fastddpm's loop and network in place of its own, called as before.
 
     Each is compared once, on a small sample, with what it takes the place of.
 
     Args:
         obj: a `DDPMPipeline`, `DDIMPipeline` or `LDMPipeline` of diffusers, a tuple `(UNet2DModel, scheduler)` of
-            diffusers, or a `GaussianDiffusion` of denoising_diffusion_pytorch.
+            diffusers, or a diffusion of denoising_diffusion_pytorch.
         inplace: change `obj` itself and return it. Else a new object is returned, which shares the weights.
         allow_general: where one part, the network or the sampler, is not supported, accelerate the other alone, with
-            a warning in the log.
+            a warning in the log. None: the library's default, True.
         **options: of the library: see `fastddpm.interop.diffusers.accelerate` and
             `fastddpm.interop.lucidrains.accelerate`.
 
@@ -29,14 +29,16 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = False, 
         ValueError: a setting of it is not supported; the message names it, its value and what would be.
     """
     library = _library(obj)
+    if allow_general is not None:
+        options["allow_general"] = allow_general
     if library == "diffusers":
         from fastddpm.interop import diffusers
 
-        return diffusers.accelerate(obj, inplace=inplace, allow_general=allow_general, **options)
+        return diffusers.accelerate(obj, inplace=inplace, **options)
     if library == "denoising_diffusion_pytorch":
         from fastddpm.interop import lucidrains
 
-        return lucidrains.accelerate(obj, inplace=inplace, allow_general=allow_general, **options)
+        return lucidrains.accelerate(obj, inplace=inplace, **options)
     raise not_supported(obj)
 
 

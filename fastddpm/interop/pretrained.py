@@ -18,21 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.common.files import read_json, read_tensors, write_json
+from fastddpm.common.files import read_json, read_tensors, read_weights, write_json
 from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
-from fastddpm.interop.scheduler_config import load_scheduler
-from fastddpm.networks.unet.files import index_files, shards_of, weights_files
+from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
+from fastddpm.networks.unet.files import index_files, shards, weights_files
 from fastddpm.networks.unet.model import UNet
-from fastddpm.process.methods import own_settings
+from fastddpm.process.methods import find_method, own_settings
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
 
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+_LABELS = "_labels"  # of model_index.json: names of the labels that occur in the training data; diffusers ignores it
 _DECODERS = ("VQModel", "AutoencoderKL")
+_RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # of a training run, and of its checkpoints
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,28 @@ class Pretrained:
         schedule: the forward process that it was trained on.
         settings: keyword arguments of `Sampler` (prediction_type, clip_sample, ...).
         decoder: where samples are latents, diffusers' autoencoder that turns them into images.
+        label_names: the labels that occur in the training data, with their names; empty if the model does not say.
     """
 
     unet: Any
     schedule: NoiseSchedule
     settings: dict[str, Any] = field(default_factory=dict)
     decoder: nn.Module | None = None
+    label_names: dict[int, str] = field(default_factory=dict)
+
+    def labels(self) -> list[int]:
+        """Return the labels to draw in turn: those trained on, or all but the null class; [] without classes."""
+        config = getattr(self.unet, "config", None)
+        count = getattr(config, "num_class_embeds", None)
+        known = sorted(self.label_names) or range(count or 0)
+        return [label for label in known if label < (count or 0) and label != getattr(config, "null_class", None)]
 
     def sampler(self, **overrides: Any) -> Sampler:
         """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
         own = own_settings(method, self.settings)
+        if not find_method(method).stores_x0:  # the model's own scheduler clips; this method has no x0 to clip
+            own = {name: value for name, value in own.items() if name not in ("clip_sample", "thresholding")}
         if overrides.get("timesteps") is not None:
             own.pop("num_inference_steps", None)
         return Sampler(self.unet, self.schedule, **{**own, **overrides})
@@ -90,6 +103,8 @@ def load_pretrained(
               example takes the scheduler of the folder above.
             - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, unless a local folder has
               that name. It is kept in the hub's local cache, which is used without a connection.
+            - the results folder of a run of `Trainer`, whose `model/` is taken, or its `checkpoints/step-N`, for the
+              weights of that step.
             - a file `model-N.pt` of a denoising_diffusion_pytorch `Trainer`, whose `Unet` is built by that library.
             - a file of guided-diffusion or improved-diffusion: a bare state dict, whose network its flags describe.
         dtype: of the network, float32 as in diffusers; None for the stored one.
@@ -109,6 +124,8 @@ def load_pretrained(
         TypeError: an argument belongs to another kind of model.
     """
     path = Path(model)
+    if (run := run_of(path)) is not None:
+        return _load_run(path, run, dtype, device, ema, variant, unsaid)
     if path.is_file():
         if variant is not None:
             raise ValueError(f"variant is {variant!r} but {path} is a file, must be None: folders have variants")
@@ -126,7 +143,50 @@ def load_pretrained(
     schedule, settings = load_scheduler(parts.scheduler)
     unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
     decoder = None if parts.decoder is None else _load_decoder(*parts.decoder, dtype, device)
-    return Pretrained(unet, schedule, settings, decoder)
+    return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX))
+
+
+def _label_names(path: Path) -> dict[int, str]:
+    """Return the names by label of a model_index.json that states them.
+
+    Raises:
+        ValueError: they are no names by label; the message names the file.
+    """
+    names = read_json(path).get(_LABELS, {}) if path.is_file() else {}
+    if not isinstance(names, dict) or not all(
+        label.isdecimal() and label.isascii() and len(label) < 10 and isinstance(name, str)
+        for label, name in names.items()
+    ):
+        raise ValueError(f"{path}: {_LABELS} is {str(names)[:60]}, must be names by label, such as {{'0': 'cat'}}")
+    return {int(label): name for label, name in names.items()}
+
+
+def run_of(path: str | os.PathLike[str]) -> Path | None:
+    """Return the results folder of the `Trainer` run that `path` is, or whose `checkpoints/step-N` it is; or None."""
+    path = Path(path)
+    if (path / _RUN_CONFIG).is_file() and not (path / _INDEX).is_file():
+        return path
+    run = path.parent.parent  # of RUN/checkpoints/step-N
+    return run if (path / _RUN_WEIGHTS).is_file() and (run / _RUN_CONFIG).is_file() else None
+
+
+def _load_run(
+    path: Path, run: Path, dtype: torch.dtype | None, device: torch.device | str, ema: bool, variant: str | None,
+    unsaid: dict[str, Any],
+) -> Pretrained:  # fmt: skip
+    """Load the model of a run, with the weights of a checkpoint if `path` is one."""
+    folder = run / "model"
+    if not (folder / _INDEX).is_file():
+        raise FileNotFoundError(f"{run} is a training run without a model yet; it writes one with its first checkpoint")
+    model = load_pretrained(folder, dtype=dtype, device=device, ema=ema, variant=variant, **unsaid)
+    if path == run:
+        return model
+    average, prefix = path / "ema-0.safetensors", "unet."
+    file = average if ema and average.is_file() else path / _RUN_WEIGHTS
+    weights = read_weights(file).items()
+    state = {name.removeprefix(prefix): v for name, v in weights if file == average or name.startswith(prefix)}
+    model.unet.load_weights(state, str(file))
+    return model
 
 
 @dataclass(frozen=True)
@@ -192,21 +252,22 @@ def _fetch(name: str, ema: bool, variant: str | None) -> Path:
     configs = [_INDEX, _SCHEDULER, f"scheduler/{_SCHEDULER}", *(f"{part}{_CONFIG}" for part in folders)]
     folder = hub.snapshot(name, configs)
     parts = _Parts.of(folder, ema)
-    unet = parts.unet.relative_to(folder)
-    for file, index in zip(weights_files(variant), index_files(variant), strict=True):
-        whole, listing = (unet / file).as_posix(), (unet / index).as_posix()
-        found = hub.snapshot(name, [whole, listing])
-        if (found / listing).is_file() and not (found / whole).is_file():
-            hub.snapshot(name, [(unet / shard).as_posix() for shard in shards_of(found / listing)])
-            break
-        if (found / whole).is_file():
-            break
+    _fetch_weights(name, parts.unet.relative_to(folder).as_posix(), variant)
     if parts.decoder is not None:
-        safe, tensors = (f"vqvae/{file}" for file in weights_files())
         hub.snapshot(name, [f"vqvae/{_CONFIG}"])
-        if not (hub.snapshot(name, [safe]) / safe).is_file():
-            hub.snapshot(name, [tensors])
+        _fetch_weights(name, "vqvae", None)
     return folder
+
+
+def _fetch_weights(name: str, part: str, variant: str | None) -> None:
+    """Fetch a part's weights: safetensors before old files, each whole or in shards."""
+    for file, index in zip(weights_files(variant), index_files(variant), strict=True):
+        found = hub.snapshot(name, [(Path(part) / each).as_posix() for each in (index, file)]) / part
+        if (found / file).is_file():
+            return
+        if (found / index).is_file():
+            hub.snapshot(name, [(Path(part) / shard).as_posix() for shard in shards(found / index)])
+            return
 
 
 def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
@@ -228,6 +289,8 @@ def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: to
 def _load_file(
     path: Path, dtype: torch.dtype | None, device: torch.device | str, ema: bool, unsaid: dict[str, Any]
 ) -> Pretrained:
+    if path.suffix.lower() == ".json":
+        raise ValueError(f"{path} is a configuration, must be the folder that holds it, or a file of weights")
     data = read_tensors(path)
     if is_trainer_checkpoint(data):
         known = ("image_size", "objective", "sinusoidal_pos_emb_theta")
@@ -259,19 +322,29 @@ def save_pretrained(
     variance_type: str = "fixed_small",
     clip_sample: bool = True,
     clip_sample_range: float = 1.0,
-    timestep_spacing: str = "leading",
+    timestep_spacing: str | None = None,
+    self_condition: bool = False,
+    null_class: int | None = None,
+    label_names: Mapping[int, str] | None = None,
 ) -> None:
     """Write a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
 
     Args:
         folder: created if it does not exist; files of the same names are replaced.
         unet, schedule: the model; weights are stored in the network's dtype.
-        prediction_type, variance_type, clip_sample, clip_sample_range, timestep_spacing: settings of `Sampler`.
+        prediction_type, variance_type, clip_sample, clip_sample_range, self_condition: how it is sampled, as for
+            `Sampler`.
+        timestep_spacing: likewise; None for "trailing" where the schedule has zero terminal SNR, whose last timestep
+            the others leave out, else "leading".
+        null_class: the label that means "no class"; None for that of the U-Net's config.
+        label_names: the labels that occur in the training data, with their names.
 
     Raises:
         ValueError: a setting is not known.
         OSError: a file cannot be written.
     """
+    if timestep_spacing is None:
+        timestep_spacing = "trailing" if schedule.zero_terminal_snr else "leading"
     settings: dict[str, Any] = {
         "prediction_type": prediction_type,
         "variance_type": variance_type,
@@ -279,9 +352,11 @@ def save_pretrained(
         "clip_sample_range": clip_sample_range,
         "timestep_spacing": timestep_spacing,
     }
-    Sampler(unet, schedule, **settings)  # checks the settings
+    Sampler(unet, schedule, self_condition=self_condition, **settings)  # checks the settings
     folder = Path(folder)
     unet.save_pretrained(folder / "unet")
+    if null_class is not None and null_class != unet.config.null_class:
+        write_json(folder / "unet" / _CONFIG, unet.config.replace(null_class=null_class).to_dict())
     config: dict[str, Any] = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.30.0",
@@ -292,6 +367,8 @@ def save_pretrained(
         "rescale_betas_zero_snr": False,
         "trained_betas": None,
     }
+    if self_condition:
+        config[SELF_CONDITION] = True
     if schedule.beta_schedule == "trained_betas":
         config["trained_betas"] = schedule.betas.tolist()
     else:
@@ -306,5 +383,6 @@ def save_pretrained(
             "_diffusers_version": "0.30.0",
             "scheduler": ["diffusers", "DDPMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
+            **({_LABELS: {str(label): name for label, name in sorted(label_names.items())}} if label_names else {}),
         },
     )

@@ -2,40 +2,94 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from fastddpm.common.files import read_json
 from fastddpm.process.schedule import NoiseSchedule
 
-_COMMON = ("prediction_type", "timestep_spacing", "steps_offset", "thresholding")
+# What diffusers has no word for; it ignores names with an underscore.
+SELF_CONDITION = "_self_condition"
+
+_SPACED = ("prediction_type", "timestep_spacing", "steps_offset")
 _CLIPPING = ("clip_sample", "clip_sample_range")
-# For each of diffusers' schedulers: its method, and the settings that `Sampler` shares.
-_SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "DDPMScheduler": ("ddpm", (*_COMMON, *_CLIPPING, "variance_type")),
-    "DDIMScheduler": ("ddim", (*_COMMON, *_CLIPPING, "set_alpha_to_one")),
-    "DPMSolverMultistepScheduler": (
-        "dpmsolver++",
-        (*_COMMON, "variance_type", "solver_order", "lower_order_final", "final_sigmas_type"),
-    ),
+_ORDER = ("solver_order", "lower_order_final", "variance_type", "thresholding")
+_MULTISTEP = (*_SPACED, *_ORDER, "flow_shift")
+_SIGMAS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "lu",
+    "use_flow_sigmas": "flow",
 }
-# Defaults of diffusers that differ from `Sampler`'s.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-}
-# Settings with one supported value.
+# Settings that have one supported value.
 _REQUIRED: dict[str, Any] = {
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "euler_at_final": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "lambda_min_clipped": -math.inf,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "solver_p": None,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+}
+
+
+class _Kind(NamedTuple):
+    """How to read the configuration of a scheduler.
+
+    Attributes:
+        method: the method it stands for; or the name of the field that says so.
+        settings: fields that are also settings of `Sampler`.
+        defaults: of diffusers, where they are not those of `Sampler` or of `NoiseSchedule`.
+    """
+
+    method: str | Callable[[Mapping[str, Any]], str]
+    settings: tuple[str, ...]
+    defaults: Mapping[str, Any] = {}
+
+
+def _algorithm(config: Mapping[str, Any]) -> str:
+    return str(config["algorithm_type"])
+
+
+def _plms(config: Mapping[str, Any]) -> str:
+    if not config["skip_prk_steps"]:
+        raise ValueError("skip_prk_steps is False, only True is supported: PLMS without Runge-Kutta steps")
+    return "plms"
+
+
+_LINSPACE = {"timestep_spacing": "linspace"}
+_NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
+_KINDS: dict[str, _Kind] = {
+    "DDPMScheduler": _Kind("ddpm", (*_SPACED, *_CLIPPING, "thresholding", "variance_type")),
+    "DDIMScheduler": _Kind("ddim", (*_SPACED, *_CLIPPING, "thresholding", "set_alpha_to_one")),
+    "DPMSolverMultistepScheduler": _Kind(
+        _algorithm,
+        (*_MULTISTEP, "solver_type", "euler_at_final", "final_sigmas_type", "lambda_min_clipped"),
+        {**_LINSPACE, "algorithm_type": "dpmsolver++"},
+    ),
+    "DPMSolverSinglestepScheduler": _Kind(
+        lambda config: f"{_algorithm(config)}_singlestep",
+        (*_MULTISTEP, "solver_type", "final_sigmas_type", "lambda_min_clipped"),
+        {**_LINSPACE, "algorithm_type": "dpmsolver++", "lower_order_final": False},
+    ),
+    "DEISMultistepScheduler": _Kind("deis", _MULTISTEP, _LINSPACE),
+    "UniPCMultistepScheduler": _Kind(
+        "unipc",
+        (*_MULTISTEP, "solver_type", "predict_x0", "disable_corrector", "final_sigmas_type", "sigma_min", "sigma_max"),
+        _LINSPACE,
+    ),
+    "PNDMScheduler": _Kind(_plms, (*_SPACED, "set_alpha_to_one"), {"skip_prk_steps": False}),
+    "LCMScheduler": _Kind(
+        "lcm",
+        (*_SPACED, *_CLIPPING, "thresholding", "timestep_scaling", "original_inference_steps"),
+        {**_NARROW, "beta_schedule": "scaled_linear"},
+    ),
+    "EulerDiscreteScheduler": _Kind("euler", (*_SPACED, "sigma_min", "sigma_max", "final_sigmas_type"), _LINSPACE),
+    "EulerAncestralDiscreteScheduler": _Kind("euler_a", _SPACED, _LINSPACE),
+    "HeunDiscreteScheduler": _Kind("heun", (*_SPACED, *_CLIPPING), {**_LINSPACE, **_NARROW}),
+    "KDPM2DiscreteScheduler": _Kind("dpm2", _SPACED, {**_LINSPACE, **_NARROW}),
+    "KDPM2AncestralDiscreteScheduler": _Kind("dpm2_a", _SPACED, {**_LINSPACE, **_NARROW}),
+    "LMSDiscreteScheduler": _Kind("lms", _SPACED, _LINSPACE),
 }
 
 
@@ -46,37 +100,59 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
         FileNotFoundError: there is no such file.
         ValueError: it is corrupt, of an unsupported class, or has an unsupported setting.
     """
-    return scheduler_settings(read_json(path), str(path))
+    config = read_json(path)
+    for name, supported in _REQUIRED.items():
+        if config.get(name) not in (None, supported):
+            raise ValueError(f"{path}: {name} is {config[name]!r}, only {supported!r} is supported")
+    return scheduler_settings(config, str(path))
 
 
 def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
     """Do the same for a configuration that is already read; errors begin with `where`."""
-    kind = config.get("_class_name", "DDPMScheduler")
-    if kind not in _SETTINGS:
-        raise ValueError(f"{where}: _class_name is {kind!r}, must be one of {', '.join(_SETTINGS)}")
-    for name, supported in _REQUIRED.items():
-        if config.get(name) not in (None, supported):
-            raise ValueError(f"{where}: {name} is {config[name]!r}, only {supported!r} is supported")
+    name = config.get("_class_name", "DDPMScheduler")
+    if name not in _KINDS:
+        raise ValueError(f"{where}: _class_name is {name!r}, must be one of {', '.join(_KINDS)}")
+    kind = _KINDS[name]
+    config = {**kind.defaults, **{field: value for field, value in config.items() if value is not None}}
     try:
-        if config.get("trained_betas") is not None:
-            schedule = NoiseSchedule.from_betas(config["trained_betas"])
-        else:
-            schedule = NoiseSchedule.from_name(
-                config.get("beta_schedule", "linear"),
-                config.get("num_train_timesteps", 1000),
-                config.get("beta_start", 1e-4),
-                config.get("beta_end", 0.02),
-            )
-        if config.get("rescale_betas_zero_snr"):
-            schedule = schedule.rescale_zero_terminal_snr()
+        method = kind.method if isinstance(kind.method, str) else kind.method(config)
+        schedule = noise_schedule(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
-    method, names = _SETTINGS[kind]
-    settings = {**_DEFAULTS.get(kind, {}), **{name: v for name in names if (v := config.get(name)) is not None}}
-    for name in ("clip_sample", "thresholding"):
-        if not isinstance(settings.get(name, False), bool):
-            raise ValueError(f"{where}: {name} is {settings[name]!r}, must be true or false")
+    settings = {field: config[field] for field in kind.settings if field in config}
+    for field in ("clip_sample", "thresholding"):
+        if not isinstance(settings.get(field, False), bool):
+            raise ValueError(f"{where}: {field} is {settings[field]!r}, must be true or false")
+    if not isinstance(own := config.get(SELF_CONDITION, False), bool):
+        raise ValueError(f"{where}: {SELF_CONDITION} is {own!r}, must be true or false")
+    if own:
+        settings["self_condition"] = True
     if settings.get("thresholding"):  # without it they have no meaning
         names = ("dynamic_thresholding_ratio", "sample_max_value")
-        settings |= {name: config[name] for name in names if name in config}
+        settings |= {field: config[field] for field in names if field in config}
+    if "disable_corrector" in settings:
+        settings["disable_corrector"] = tuple(settings["disable_corrector"])
+    chosen = [field for field in _SIGMAS if config.get(field)]
+    if len(chosen) > 1:
+        raise ValueError(f"{where}: {chosen[0]} and {chosen[1]} are both true, must be one of them")
+    if chosen:
+        settings["sigma_schedule"] = _SIGMAS[chosen[0]]
     return schedule, {**settings, "method": method}
+
+
+def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """Return the schedule of a configuration.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+    if config.get("trained_betas") is not None:
+        schedule = NoiseSchedule.from_betas(config["trained_betas"])
+    else:
+        schedule = NoiseSchedule.from_name(
+            config.get("beta_schedule", "linear"),
+            config.get("num_train_timesteps", 1000),
+            config.get("beta_start", 1e-4),
+            config.get("beta_end", 0.02),
+        )
+    return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule

@@ -10,9 +10,15 @@ from torch import Tensor
 NOISES = ("philox", "torch")
 SUPPORTED = (
     "a DDPMPipeline, DDIMPipeline or LDMPipeline of diffusers, a tuple (UNet2DModel, scheduler) of diffusers, or a "
-    "GaussianDiffusion, GaussianDiffusion1D or classifier_free_guidance.GaussianDiffusion of "
-    "denoising_diffusion_pytorch"
+    "diffusion of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, LearnedGaussianDiffusion, "
+    "WeightedObjectiveGaussianDiffusion, ContinuousTimeGaussianDiffusion, VParamContinuousTimeGaussianDiffusion, "
+    "ElucidatedDiffusion)"
 )
+
+
+def kind_of(obj: Any) -> str:
+    """Return the class of an object with the module it is of, which tells classes of one name apart."""
+    return f"{type(obj).__module__.rpartition('.')[2]}.{type(obj).__qualname__}"
 
 
 def not_supported(obj: Any) -> TypeError:
@@ -20,7 +26,7 @@ def not_supported(obj: Any) -> TypeError:
     if isinstance(obj, (tuple, list)):
         name = f"{type(obj).__name__} of ({', '.join(type(part).__name__ for part in obj)})"
     else:
-        name = f"{type(obj).__name__} of {type(obj).__module__}"
+        name = kind_of(obj)
     return TypeError(
         f"obj is a {name}, must be {SUPPORTED}; any other model runs in Sampler(model, schedule), and fuse(model) "
         "makes its norms faster"

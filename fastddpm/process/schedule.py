@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastddpm.process.timesteps import checked_timesteps, spaced_timesteps
 
+MOST_STEPS = 1_000_000  # far more than any model was trained on; a schedule of them takes milliseconds
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -98,8 +100,9 @@ class NoiseSchedule:
         """
         try:
             values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"betas must be a sequence of numbers: {error}") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"betas is a {type(betas).__name__}, must be a sequence of numbers: {reason}") from None
         return cls(values.clone())
 
     @classmethod
@@ -204,9 +207,11 @@ def _check_count(num_train_timesteps: int) -> int:
     if (
         isinstance(num_train_timesteps, bool)
         or not isinstance(num_train_timesteps, numbers.Integral)
-        or num_train_timesteps < 1
+        or not 1 <= num_train_timesteps <= MOST_STEPS
     ):
-        raise ValueError(f"num_train_timesteps is {num_train_timesteps!r}, must be a positive integer")
+        raise ValueError(
+            f"num_train_timesteps is {num_train_timesteps!r}, must be a positive integer up to {MOST_STEPS}"
+        )
     return int(num_train_timesteps)
 
 

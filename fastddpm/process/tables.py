@@ -5,12 +5,12 @@
 
 `fastddpm_kernels.reverse_step` executes a row. A sampler is therefore a function from timesteps to rows; it is
 computed once, in float64, and stored in float32. `out` is the network's prediction, x0_prev the x0 of the step before.
-Here are DDPM, DDIM and its inversion; `fastddpm.process.solvers` has DPM-Solver++ and RePaint.
+Here are DDPM, DDIM and its inversion; `fastddpm.process.repaint` has DPM-Solver++ and RePaint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,7 +33,7 @@ class StepTable:
 
     Attributes:
         timesteps: int64 [S], what the network is told.
-        rows: float64 [S, 7], the columns A B C D E F S.
+        rows: float64 [S, 7 to 10], the columns A B C D E F S, then F2, F3 and F4 of the x0 two to four steps before.
         log_variance: float64 [S, 2], the logarithms of the variance that v = -1 and v = 1 mean, where the network's
             second half of channels, v, sets the variance; else None. S is then 1 or 0.
         levels: float64 [S, 2], (signal, noise) of x after the step: sqrt(abar), sqrt(1 - abar).
@@ -44,6 +44,11 @@ class StepTable:
         mean_std: float64 [S], by whose square a classifier's gradient moves the mean, where that is not S (a factor of
             v's standard deviation, as S is); else None.
         shifts: what a classifier's gradient moves, see `guidance.Classifier`.
+        init_noise_sigma: the standard deviation of the noise to start from.
+        stores: what A and B make and later rows combine: "x0"; for samplers that extrapolate
+            other quantities "epsilon" or "out", the prediction itself.
+        restart: returns the table from a row on, where that is not these rows from there on; else None.
+        begins: the rows at which a step begins, for `restart`: a step may take several evaluations.
     """
 
     timesteps: Tensor
@@ -55,6 +60,10 @@ class StepTable:
     learned: str | None = None
     mean_std: Tensor | None = None
     shifts: Shifts = "epsilon"
+    init_noise_sigma: float = 1.0
+    stores: str = "x0"
+    restart: Callable[[int], StepTable] | None = None
+    begins: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -62,7 +71,15 @@ class StepTable:
     @property
     def multistep(self) -> bool:
         """Whether some row uses the x0 of the step before."""
-        return bool((self.rows[:, 5] != 0).any())
+        return self.history > 0
+
+    @property
+    def history(self) -> int:
+        """How many earlier predictions the rows combine, 0 to 4."""
+        return max((age for age, column in ((1, 5), (2, 7), (3, 8), (4, 9)) if self._uses(column)), default=0)
+
+    def _uses(self, column: int) -> bool:
+        return column < self.rows.shape[1] and bool((self.rows[:, column] != 0).any())
 
     def skip(self, index: int) -> StepTable:
         """Return the table from row `index` on, to start from a partly noised x.
@@ -76,6 +93,8 @@ class StepTable:
             raise ValueError(f"index is {index}, must be from 0 to {len(self) - 1}, the last row of the table")
         if index == 0:
             return self
+        if self.restart is not None:
+            return self.restart(index)
         rows = self.rows[index:].clone()
         rows[0, 2] += rows[0, 5]
         rows[0, 5] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -87,14 +88,23 @@ def _keys(count: int, seed: int, seeds: Sequence[int] | None, first: int) -> Ten
     if isinstance(first, bool) or not isinstance(first, numbers.Integral) or not 0 <= first <= 2**32 - count:
         raise ValueError(f"first_sample is {first!r}, must be an integer from 0 to {2**32 - count}")
     if seeds is None:
-        if isinstance(seed, numbers.Integral) and not 0 <= seed < 2**64:
-            raise ValueError(f"seed is {seed}, must be from 0 to 2**64 - 1")
-        return philox.sample_keys([seed] * count, range(first, first + count))
+        return philox.sample_keys([_seed(seed, "seed")] * count, range(first, first + count))
     if first:
         raise ValueError(f"first_sample is {first} but seeds are given, each of which draws its sample 0; must be 0")
     if len(seeds) != count:
         raise ValueError(f"seeds has {len(seeds)} entries, must have one per sample, {count}")
-    return philox.sample_keys(list(seeds), [0] * count)
+    return philox.sample_keys([_seed(each, f"seeds[{place}]") for place, each in enumerate(seeds)], [0] * count)
+
+
+def _seed(value: object, name: str) -> int:
+    try:
+        seed = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        seed = -1
+    if isinstance(value, bool) or not 0 <= seed < 2**64:
+        error = ValueError if isinstance(value, numbers.Integral) and not isinstance(value, bool) else TypeError
+        raise error(f"{name} is {value}, must be from 0 to 2**64 - 1, an integer")
+    return seed
 
 
 def _labels(

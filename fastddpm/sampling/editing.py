@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastddpm.common import checks
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import repaint_table
 from fastddpm.process.tables import ddim_inversion_table
 from fastddpm.sampling.sampler import Sampler
 
@@ -266,13 +266,14 @@ def super_resolution(
     size: tuple[int, int] | None = None,
     *,
     noise_level: float = 0.0,
+    interpolation: str = "bicubic",
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     **options: Any,
 ) -> Any:
     """Enlarge images with a model that was trained to read the small ones (SR3, Saharia et al. 2021).
 
-    `low` is enlarged (bicubic, not clipped) and given to the network as further channels beside x_t. The bundled
+    `low` is enlarged (not clipped) and given to the network as further channels beside x_t. The bundled
     model in `assets/digits_upscale`, of `examples/train_upscale.py`, was trained that way.
 
     Args:
@@ -281,6 +282,7 @@ def super_resolution(
         size: (H, W) of the result; None for the model's sample_size.
         noise_level: standard deviation of Gaussian noise added to `low` first (Ho et al. 2021, "Cascaded diffusion
             models"), no more than in training: it hides flaws of `low` from the network.
+        interpolation: how `low` is enlarged, as the model was trained: "bicubic", or "bilinear" for guided-diffusion's.
         seed, seeds: as for `Sampler.sample`.
         **options: further arguments of `Sampler.sample`.
 
@@ -296,6 +298,8 @@ def super_resolution(
         raise ValueError(f"low has shape {list(low.shape)}, must be [N, C, h, w]")
     if isinstance(noise_level, bool) or not isinstance(noise_level, int | float) or not 0 <= noise_level < float("inf"):
         raise ValueError(f"noise_level is {noise_level!r}, must be a finite number of at least 0")
+    if interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(f"interpolation is {interpolation!r}, must be 'bicubic' or 'bilinear'")
     reads, draws = (getattr(sampler.config, name, None) for name in ("in_channels", "out_channels"))
     if draws is not None and sampler.settings.learned_variance:
         draws //= 2
@@ -313,7 +317,7 @@ def super_resolution(
     if noise_level > 0:
         noise = _normal(sampler, low, seed, seeds, stream=philox.STREAM_Q_SAMPLE)
         low = _noised(low, (1.0, noise_level), noise)
-    condition = functional.interpolate(low, size=size, mode="bicubic", align_corners=False)
+    condition = functional.interpolate(low, size=size, mode=interpolation, align_corners=False)
     return sampler.sample(len(low), shape=(channels, *size), condition=condition, seed=seed, seeds=seeds, **options)
 
 

@@ -83,7 +83,7 @@ def buffer_shapes(
     labels, shifts = batch.class_labels, None if settings.classifier is None else settings.classifier.shifts
     integers: Shapes = {
         "step": ((1,), torch.int64),
-        "timesteps": ((rows,), table.timesteps.dtype),
+        "timesteps": ((rows,), torch.float32 if table.timesteps.is_floating_point() else torch.int64),
         "keys": ((n, 2), torch.int64),
     }
     if labels is not None:
@@ -94,6 +94,7 @@ def buffer_shapes(
         "inputs": (halves * n, channels + beside, *size),
         "self_condition": (halves * n, *shape[1:]) if settings.self_condition else None,
         "x0": shape if table.multistep or settings.self_condition or keep_x0 else None,
+        "history": (table.rows.shape[1] - 7, *shape) if table.rows.shape[1] > 7 else None,
         "noise": shape if noise else None,
         "log_variance": None if table.learned is None else (rows, 2),
         "score_shift": (rows,) if shifts not in (None, "mean") else None,
@@ -191,7 +192,7 @@ class Loop:
         if batch.condition is not None:
             for half in self._condition.split(n):
                 half.copy_(batch.condition)
-        for name in ("x0", "self_condition", "noise", "known_noise"):
+        for name in ("x0", "history", "self_condition", "noise", "known_noise"):
             if name in b:
                 b[name].zero_()
         self.step.fill_(start)
@@ -243,6 +244,7 @@ class Loop:
             x0=b.get("x0"),
             net_in=self._half(self._net_in, guided),
             multistep=kind.multistep,
+            history=b.get("history"),
             keys=b["keys"] if noise is None or "known" in b else None,
             noise=noise,
             clip_range=clip_range,

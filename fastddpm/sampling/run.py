@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -119,6 +119,25 @@ class Run:
             sizes.remember(self, chunk)
         return images
 
+    def first_not_finite(self, sample: int) -> int | None:
+        """Walk the table again with one sample, and return the first row after which it is not finite, or None.
+
+        None also where the user's noise is a function, which draws for all samples at once.
+        """
+        if callable(self.noise) or callable(self.known_noise):
+            return None
+        found: list[int] = []
+
+        def look(row: int, timestep: int, x: Tensor) -> bool:
+            if not bool(x.isfinite().all()):
+                found.append(row)
+            return bool(found)
+
+        again = replace(self, callback=look, recorder=None, bar=None)
+        nowhere = torch.empty(self.shape[1:], device=self.pool.network.device).expand(self.shape)
+        again._walk(slice(sample, sample + 1), nowhere)
+        return found[0] if found else None
+
     def _smaller(self, error: BaseException, size: int, auto: bool, at_once: bool) -> int | None:
         """Return how many samples to try after `size` ran out of memory; None: as many again, there is more room now.
 
@@ -207,6 +226,7 @@ class Run:
         else:
             backend = self.pool.settings.backend
             x = philox.normal(batch.keys, self.shape[1:], step=0, stream=philox.STREAM_INITIAL, backend=backend)
+            x *= self.table.init_noise_sigma
         runner.load(self.table, x, batch, self.start, only_most=only_most)
         return runner.loop
 

@@ -1,12 +1,13 @@
-"""How the steps of a loop are run: one by one, or as CUDA graphs. Both give the same numbers, bit for bit.
+"""How the steps of a loop are run: one by one, as CUDA graphs, or as native programs on the CPU.
 
-A graph holds where a loop's buffers are, not what is in them, so that one serves every batch that is loaded later.
-`make_runner` is the one place that chooses.
+All give the same numbers, bit for bit. Graphs and programs hold where a loop's buffers are, not what is in them, so
+that one serves every batch that is loaded later. `make_runner` is the one place that chooses.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastddpm_kernels.native.program import Program, RecordError, record
 from torch import Tensor
 
 from fastddpm.process.tables import StepTable
@@ -23,6 +25,7 @@ from fastddpm.sampling.loop import Body, Loop
 from fastddpm.sampling.memory import is_out_of_memory
 
 MEASURED_ROWS = 256  # loops with room for fewer steps are over before measuring how to run graphs has paid
+NATIVE_SECONDS = 0.2  # that a call of a native program takes at most, or one step: nothing can interrupt it
 
 _log = logging.getLogger(__name__)
 
@@ -34,11 +37,13 @@ class GraphRecord:
     Attributes:
         wanted: "auto" or one of `cuda_graph.MODES`.
         why_not: why there are no graphs, or None.
+        native: whether a native program may run a loop's steps, on the CPU.
         made: (mode, microseconds per step by mode, captures) of every body that was captured.
     """
 
     wanted: str
     why_not: str | None
+    native: bool = False
     made: list[tuple[str, dict[str, float], int]] = field(default_factory=list)
 
     @classmethod
@@ -56,7 +61,7 @@ class GraphRecord:
         reason = why_not("step" if wanted == "auto" else wanted, device)
         if wanted != "auto" and reason is not None:
             raise ValueError(f"cuda_graph is {cuda_graph!r}, which cannot be used here: {reason}")
-        return cls(wanted, reason)
+        return cls(wanted, reason, native=device.type == "cpu")
 
     def give_up(self, why: str) -> None:
         """From now on run every loop step by step."""
@@ -66,9 +71,10 @@ class GraphRecord:
 
     def report(self) -> dict[str, Any]:
         """See `Sampler.graph_report`."""
-        mode, measured, _ = self.made[-1] if self.made and self.why_not is None else (None, {}, 0)
+        used = self.made and (self.why_not is None or self.native)
+        mode, measured, _ = self.made[-1] if used else (None if self.why_not is None else "plain", {}, 0)
         return {
-            "mode": mode if self.why_not is None else "plain",
+            "mode": mode,
             "measured_us": dict(measured),
             "captures": sum(captures for _, _, captures in self.made),
             "why_not": self.why_not,
@@ -77,6 +83,8 @@ class GraphRecord:
 
 def make_runner(loop: Loop, graphs: GraphRecord, mode: str | None = None) -> Runner:
     """Return what runs a loop's steps; `mode`, "plain" or one of `cuda_graph.MODES`, in place of the sampler's."""
+    if graphs.native and mode is None and loop.settings.backend == "native" and loop.settings.classifier is None:
+        return NativeRunner(loop, graphs)
     return Runner(loop) if graphs.why_not is not None or mode == "plain" else GraphRunner(loop, graphs, mode)
 
 
@@ -168,6 +176,49 @@ class GraphRunner(Runner):
     def _key(self, kind: Body) -> tuple[Body, torch.dtype | None]:
         device = self.loop.x.device.type
         return kind, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+class NativeRunner(Runner):
+    """Records each kind of step once and lets the native library run it; runs plainly what cannot be recorded."""
+
+    def __init__(self, loop: Loop, graphs: GraphRecord) -> None:
+        super().__init__(loop)
+        self._graphs = graphs
+        self._programs: dict[Body, Program | None] = {}
+        self._seconds = NATIVE_SECONDS  # that a step takes
+
+    def load(self, table: StepTable, x: Tensor, batch: Batch, start: int = 0, *, only_most: bool = False) -> None:
+        """See `Runner.load`."""
+        self.loop.load(table, x, batch, start)
+        kinds = self.loop.bodies[start:]
+        missing = {most_frequent(kinds)} if only_most else set(kinds)
+        missing -= self._programs.keys()
+        for kind in missing:
+            self._programs[kind] = self._record(kind)
+        if missing:
+            self.loop.load(table, x, batch, start)  # what torch does in a step is run for recording it
+
+    def advance(self, kind: Body, steps: int) -> None:
+        """See `Runner.advance`."""
+        program = self._programs[kind]
+        if program is None:
+            super().advance(kind, steps)
+            return
+        while steps > 0:
+            begin, now = time.perf_counter(), max(1, min(steps, int(NATIVE_SECONDS / self._seconds)))
+            program.advance(now)
+            self._seconds = max((time.perf_counter() - begin) / now, 1e-7)
+            steps -= now
+
+    def _record(self, kind: Body) -> Program | None:
+        try:
+            with _no_autocast_cache():
+                program = record(partial(self.loop.body, kind))
+        except RecordError as error:
+            _log.info("steps of the kind %s run one by one: %s", kind, error)
+            return None
+        self._graphs.made.append(("native", {}, 1))
+        return program
 
 
 def most_frequent(kinds: list[Body]) -> Body:

@@ -19,6 +19,7 @@ from fastddpm.common.progress import Report
 from fastddpm.networks.network import Network
 from fastddpm.networks.overflow import choose_dtype
 from fastddpm.networks.precision import tf32
+from fastddpm.process.methods import find_method
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.batch import NoiseSource, check_noise, make_batch
@@ -43,22 +44,27 @@ from fastddpm.sampling.trajectory import Recorder, Trajectory
 class Sampler:
     """Draws samples from a diffusion model by running its reverse process.
 
-    Names and defaults are diffusers'.
+    Names and defaults are diffusers', but for one: x0 is clipped by default whatever the method, which diffusers'
+    multistep solver ("dpmsolver++") does not do.
 
     Args:
         model: an `nn.Module` or any callable `model(x, t)`, or `model(x, t, class_labels=labels)` if it is
-            conditional. x is [N, ...] in the network's dtype, t is int64 [N]. It returns a tensor of x's shape (twice
+            conditional. x is [N, ...] in the network's dtype, t is int64 [N], or float32 where a method
+            visits levels between timesteps. It returns a tensor of x's shape (twice
             the channels for a learned variance), an object with such a `.sample`, or a tuple that begins with one.
         schedule: the forward process the model was trained on; or a `StepTable`, such as
             `ddim_table(schedule, timesteps, eta=0.5)`, in place of a schedule, a method and its settings.
-        method: the name of a function that makes the table: "ddpm" (ancestral sampling), "ddim" or "dpmsolver++"
-            (second-order multistep; for few steps). `fastddpm.process.methods.METHODS` has them all.
+        method: the name of a function that makes the table: "ddpm" (ancestral sampling), "ddim", "dpmsolver++"
+            (multistep, for few steps), "unipc", "deis", "plms", "euler", "euler_a", "heun", "dpm2", "lms", "edm", "lcm"
+            and others; `fastddpm.process.methods.METHODS` has them all.
         num_inference_steps: from 1 to T; None for all T. For spacing "guided_diffusion" also a string of its.
-        timestep_spacing: "leading", "trailing", "linspace", "denoising_diffusion_pytorch" or "guided_diffusion".
+        timestep_spacing: "leading", "trailing", "linspace", "denoising_diffusion_pytorch" or "guided_diffusion"; None
+            for the method's own, "linspace" for samplers in sigma and "leading" for the others.
         prediction_type: what the model predicts: "epsilon", "sample" or "v_prediction".
         variance_type: "fixed_small", "fixed_small_log", "fixed_large", "learned" or "learned_range", of method "ddpm".
             For the other methods a learned variance says that the second half of the model's channels is not read.
-        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range] at every step.
+        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range] at every step; None for the
+            method's default, as diffusers has it: True for "ddpm" and "ddim", False for the others.
         eta: of method "ddim": 0 is deterministic, 1 has DDPM's variance.
         guidance_scale: classifier-free guidance, out = uncond + scale * (cond - uncond); needs class labels and a
             null class. None or 1: no guidance, one evaluation per step. `sample` may override it.
@@ -74,7 +80,8 @@ class Sampler:
             to be fastest (up to 192 steps one by one, where measuring does not pay); a model that cannot be captured
             runs without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per launch) or
             "step" (one): only that way. False: no graphs, for models whose Python code does not do the same in every
-            call. The operations are the same in all. `graph_report` says what was done.
+            call. The operations are the same in all. `graph_report` says what was done. On the CPU "auto" hands the
+            steps of a network that runs natively to the native library, which needs Python no more for them.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.
@@ -119,10 +126,10 @@ class Sampler:
         schedule: NoiseSchedule | StepTable,
         method: str = "ddpm",
         num_inference_steps: int | str | None = None,
-        timestep_spacing: str = "leading",
+        timestep_spacing: str | None = None,
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
-        clip_sample: bool = True,
+        clip_sample: bool | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
         dtype: torch.dtype | str | None = None,
@@ -171,6 +178,11 @@ class Sampler:
             },
         )
         self.timesteps, self.prediction_type = self.table.timesteps, prediction_type
+        if clip_sample is None:
+            clip_sample = self.table.stores == "x0" and (isinstance(schedule, StepTable) or find_method(method).clips)
+        if self.table.stores != "x0" and (clip_sample or thresholding):
+            name = "clip_sample" if clip_sample else "thresholding"
+            raise ValueError(f"{name} is True but method is {method!r}, which stores no x0 to clip: must be False")
         self.schedule: NoiseSchedule | None = None if isinstance(schedule, StepTable) else schedule
         self.method = "table" if self.schedule is None else method
         if self.schedule is None and self.table.learned is not None:
@@ -192,8 +204,10 @@ class Sampler:
             self._tf32 = False  # its convolutions do not follow torch's switches, so its products must not either
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
-        step = "eager" if backend == "native" else backend  # a step has no native kernel: it costs next to nothing
-        self.backend = resolve("reverse_step", step, self.device.type)
+        # The native library is not built for the step alone: a network has to run on it.
+        native = self.network.frozen is not None and self.network.frozen.backend == "native"
+        step = backend if backend not in ("auto", "native") else "native" if native else "auto"
+        self.backend = resolve("reverse_step_", step, self.device.type)
         self.clip_range, threshold = clipping(
             clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value
         )
@@ -212,7 +226,6 @@ class Sampler:
             self_condition=self_condition,
         )
         check_out_channels(self.settings, getattr(self.config, "out_channels", None))
-        self._checked_finite = False
         self._graphs = GraphRecord.parse(cuda_graph, self.device)
         # Neither refers to the sampler: what refers to that keeps its memory past it.
         self._pool = LoopPool(self.network, self.settings, self._graphs)
@@ -222,7 +235,8 @@ class Sampler:
         """Return what became of `cuda_graph`.
 
         Returns:
-            "mode": how steps run, "while", "unrolled" or "step", "plain" without graphs, None before the first capture;
+            "mode": how steps run, "while", "unrolled" or "step", "native" on the CPU, "plain" without graphs, None
+            before the first capture;
             "measured_us": microseconds per step of every mode that was tried; "captures": how many were made so far;
             "why_not": why there are no graphs, or None.
         """
@@ -325,6 +339,10 @@ class Sampler:
             ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
             torch.OutOfMemoryError: so many samples at once do not fit.
             CaptureError: the steps cannot be captured in the way that `cuda_graph` names.
+
+        Warns:
+            RuntimeWarning: some samples are not finite; it names them, and the first step of one of them. To see it,
+                the host waits for the device when all steps are done.
         """
         count = checks.positive(num_samples, "num_samples")
         batch_size = checks.batch_size(batch_size)
@@ -365,24 +383,35 @@ class Sampler:
         )
         with self.network.evaluating(), self._rounding():
             images = run.draw(self._sizes, batch_size, progress)
-        self._check_finite(images)
+            self._check_finite(images, run)
         return images if recorder is None else recorder.trajectory()
 
     def _rounding(self) -> AbstractContextManager[None]:
         """Set how CUDA rounds the factors of float32 products, where that was asked for."""
         return nullcontext() if self._tf32 is None or self.device.type != "cuda" else tf32(self._tf32)
 
-    def _check_finite(self, images: Tensor) -> None:
-        """Warn, once, of images that float16 has spoilt. Only the first call of `sample` waits for the device here."""
-        if self.dtype == torch.float16 and not self._checked_finite:
-            self._checked_finite = True
-            if not bool(images.isfinite().all()):
-                warnings.warn(
-                    "some samples are not finite: activations above 65504 overflow in float16. dtype='auto' tests for "
-                    "that and takes bfloat16",
-                    RuntimeWarning,
-                    stacklevel=5,  # past the decorators of `sample`
-                )
+    def _check_finite(self, images: Tensor, run: Run) -> None:
+        """Warn of samples that are not finite, and of the step at which the first of them became so.
+
+        The loop itself checks nothing: the step is found by walking one sample again.
+        """
+        bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()  # waits for the device, once
+        if not bad:
+            return
+        row = run.first_not_finite(bad[0])
+        step = ""
+        if row is not None:
+            at = f"step {row - run.start + 1} of {run.steps} (timestep {int(run.table.timesteps[row])})"
+            step = f", sample {bad[0]} since {at}"
+        few = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        reason = "the model's weights or inputs may have values that are not finite"
+        if self.dtype == torch.float16:
+            reason = "activations above 65504 overflow in float16; dtype='auto' tests for that and takes bfloat16"
+        warnings.warn(
+            f"{len(bad)} of {len(images)} samples are not finite ({few}){step}: {reason}",
+            RuntimeWarning,
+            stacklevel=5,  # past the decorators of `sample`
+        )
 
     def _sample_shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         if shape is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastddpm.process.methods import find_method, method_table
+from fastddpm.process.methods import method_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import VARIANCE_TYPES, Shifts, StepTable
 from fastddpm.sampling.guidance import Classifier, ClassifierFn, DynamicThreshold
@@ -57,7 +57,7 @@ def choose_table(
     method: str,
     *,
     num_inference_steps: int | str | None,
-    timestep_spacing: str,
+    timestep_spacing: str | None,
     steps_offset: int,
     timesteps: Sequence[int] | Tensor | None,
     variance_type: str,
@@ -82,7 +82,7 @@ def choose_table(
         defaults = {
             "method": (method, "ddpm"),
             "num_inference_steps": (num_inference_steps, None),
-            "timestep_spacing": (timestep_spacing, "leading"),
+            "timestep_spacing": (timestep_spacing, None),
             "steps_offset": (steps_offset, 0),
             "prediction_type": (prediction_type, "epsilon"),
             **{name: (value, None) for name, value in [*given.items(), ("timesteps", timesteps)]},
@@ -93,13 +93,17 @@ def choose_table(
         return schedule
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule is a {type(schedule).__name__}, must be a NoiseSchedule or a StepTable")
-    if timesteps is None:
-        multistep = find_method(method).multistep
-        timesteps = schedule.timesteps(num_inference_steps, timestep_spacing, steps_offset, multistep=multistep)
-    elif num_inference_steps is not None:
-        raise ValueError(f"num_inference_steps is {num_inference_steps} but timesteps are given; must be one of them")
-    network = {"prediction_type": prediction_type, "variance_type": variance_type}
-    return method_table(method, schedule, timesteps, **network, **given)
+    return method_table(
+        method,
+        schedule,
+        timesteps,
+        num_inference_steps=num_inference_steps,
+        timestep_spacing=timestep_spacing,
+        steps_offset=steps_offset,
+        prediction_type=prediction_type,
+        variance_type=variance_type,
+        **given,
+    )
 
 
 def checked_table(table: StepTable, start: int, given: bool, settings: LoopSettings) -> StepTable:

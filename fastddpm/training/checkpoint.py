@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fastddpm.common.files import sha256
+from fastddpm.common.files import load_safetensors, sha256
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -215,7 +215,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{folder} is missing")
         if problem := self.problem(step):
             raise ValueError(f"{folder} cannot be read: {problem}")
-        weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        weights = {path.stem: load_safetensors(path) for path in sorted(folder.glob("*.safetensors"))}
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         return Checkpoint(weights, training, json.loads((folder / STATE).read_text(encoding="utf-8")))
 

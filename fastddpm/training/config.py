@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import numbers
 import os
 import sys
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.training.metrics import ComponentDistance
 from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.settings import TrainerSettings
+from fastddpm.training.state import OBJECTIVE, settings_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,18 +53,15 @@ _SCHEDULE = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
 }
-_OBJECTIVE = {
-    name: parameter.default
-    for name, parameter in inspect.signature(GaussianDiffusion.__init__).parameters.items()
-    if parameter.kind == parameter.KEYWORD_ONLY
-}
 KEYS: dict[str, list[str]] = {
     "data": ["folder"],
     "model": [field.name for field in dataclasses.fields(UNetConfig)],
-    "diffusion": [*_SCHEDULE, *_OBJECTIVE],
+    "diffusion": [*_SCHEDULE, *OBJECTIVE],
     "trainer": [*(field.name for field in dataclasses.fields(TrainerSettings)), "metric"],
 }
 METRICS = (None, "frechet")
+_PATHS = (("data", "folder"), ("trainer", "results_folder"))
+_URI = "file:"  # begins a path whose bytes are not UTF-8
 Tables = dict[str, dict[str, Any]]
 
 
@@ -119,7 +117,7 @@ class RunConfig:
 
     def to_tables(self) -> Tables:
         """Return all sections with all their keys."""
-        diffusion = {**_SCHEDULE, **_OBJECTIVE, **self.diffusion}
+        diffusion = {**_SCHEDULE, **OBJECTIVE, **self.diffusion}
         if (betas := diffusion["trained_betas"]) is not None:
             diffusion["num_train_timesteps"] = len(betas)
         return {
@@ -175,7 +173,11 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
         if not isinstance(keys, dict):
             raise ValueError(f"{path}: {section} stands outside of a section, must be in one of {_sections()}")
     check_keys(content, str(path))
-    return {section: {key: _none(value) for key, value in keys.items()} for section, keys in content.items()}
+    tables = {section: {key: _none(value) for key, value in keys.items()} for section, keys in content.items()}
+    for section, key in _PATHS:
+        if isinstance(text := tables.get(section, {}).get(key), str) and text.startswith(_URI):
+            tables[section][key] = os.fsdecode(urllib.parse.unquote_to_bytes(text[len(_URI) :]))
+    return tables
 
 
 def parse_assignment(text: str) -> tuple[str, str, Any]:
@@ -211,7 +213,20 @@ def check_keys(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
 def to_toml(tables: Mapping[str, Mapping[str, Any]], comment: str = "") -> str:
     """Return TOML of sections; the lines of `comment` stand before them."""
     lines = "".join(f"# {line}\n" for line in comment.splitlines())
-    return lines + tomli_w.dumps({section: _value(dict(keys)) for section, keys in tables.items()})
+    content = {section: _value(dict(keys)) for section, keys in tables.items()}
+    for section, key in _PATHS:
+        if (path := tables.get(section, {}).get(key)) is not None:
+            content[section][key] = _path(path)
+    return lines + tomli_w.dumps(content)
+
+
+def _path(path: str) -> str:
+    """Return a path as TOML can hold it: apart from "none", and as a `file:` URI if it is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return _URI + urllib.parse.quote_from_bytes(os.fsencode(path))
+    return f"./{path}" if path == "none" or path.startswith(_URI) else path
 
 
 def write_run_config(path: Path, trainer: Trainer) -> None:
@@ -235,10 +250,7 @@ def write_run_config(path: Path, trainer: Trainer) -> None:
         "trained_betas": None if named else schedule.betas.tolist(),
         "rescale_betas_zero_snr": False,
     }
-    tables["diffusion"] |= {
-        name: diffusion.timestep_sampler.kind if name == "timestep_sampling" else getattr(diffusion, name)
-        for name in _OBJECTIVE
-    }
+    tables["diffusion"] |= settings_of(diffusion)
     tables["trainer"] = {**vars(trainer.settings), "mixed_precision": trainer.accelerator.mixed_precision}
     tables["trainer"]["metric"] = "frechet" if isinstance(trainer.metric, ComponentDistance) else None
     if trainer.metric is not None and tables["trainer"]["metric"] is None:

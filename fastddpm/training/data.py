@@ -1,4 +1,4 @@
-"""Where training images come from: a folder of pictures, an .npz, or any torch Dataset."""
+"""Serve training images: from a folder of pictures, an .npz, or any torch Dataset."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastddpm.common.files import read_json, write_json
+from fastddpm.common.images import (
+    MOST_LABELS,
+    check_ids,
+    check_size,
+    fit_pixels,
+    is_archive,
+    pixels_of_array,
+    read_npz,
+)
 from fastddpm.common.progress import progress_bar
 from fastddpm.training.folder import PictureFolder, list_pictures
 from fastddpm.training.order import Batches, Pick
@@ -32,7 +42,8 @@ class Source(Protocol):
     """Images by their numbers.
 
     Attributes:
-        classes: names of the classes, as far as they are known; empty if there are none.
+        classes: names of the classes by label, as far as they are known; empty if there are none.
+        labels: the labels that occur, rising; empty if there are none or they are not known.
         in_memory: whether reading costs nothing.
     """
 
@@ -40,17 +51,20 @@ class Source(Protocol):
     def classes(self) -> tuple[str, ...]: ...
 
     @property
+    def labels(self) -> tuple[int, ...]: ...
+
+    @property
     def in_memory(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
     def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
-        """Images [N, C, ...], uint8 or float32 in [-1, 1], and labels int64 [N] or None."""
+        """Return images [N, C, ...], uint8 or float32 in [-1, 1], and labels int64 [N] or None."""
         ...
 
 
 class ArraySource:
-    """The arrays of an `.npz` as `fastddpm sample -o images.npz` and the ADM evaluator's files have them.
+    """Serve the arrays of an `.npz`, as `fastddpm sample -o images.npz` and the ADM evaluator have them, or a `.npy`.
 
     `arr_0` is uint8 [N, H, W, C] or [N, H, W], and `arr_1`, if it is there, integer labels [N].
 
@@ -60,22 +74,15 @@ class ArraySource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        from fastddpm.common.images import read_npz  # PIL is imported where pictures are
-
-        arrays = read_npz(path, ("arr_0", "arr_1"))
-        images, labels = arrays.get("arr_0"), arrays.get("arr_1")
-        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
-            what = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
-            raise ValueError(f"{path}: arr_0 is {what}, must be images uint8 [N, H, W, C]")
-        images = images[..., None] if images.ndim == 3 else images
-        if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-            raise ValueError(
-                f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}, must be integer labels [{len(images)}]"
-            )
-        self._images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        self._labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-        count = 0 if self._labels is None else int(self._labels.max()) + 1
-        self.classes = tuple(str(label) for label in range(count))
+        arrays = read_npz(path)
+        if "arr_0" not in arrays:
+            raise ValueError(f"{path} has {', '.join(arrays) or 'no arrays'}, must have arr_0, uint8 [N, H, W, C]")
+        images = pixels_of_array(arrays["arr_0"], f"{path}: arr_0", channels=None)
+        labels = arrays.get("arr_1")
+        self._images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        self._labels = None if labels is None else check_ids(labels, len(images), f"{path}: arr_1")
+        self.labels: tuple[int, ...] = () if self._labels is None else tuple(self._labels.unique().tolist())
+        self.classes = tuple(str(label) for label in range(self.labels[-1] + 1)) if self.labels else ()
         self.shape: tuple[int, int, int] = tuple(self._images.shape[1:])  # type: ignore[assignment]
         self.in_memory = True
 
@@ -84,21 +91,22 @@ class ArraySource:
 
     def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
         places = torch.tensor([pick.image for pick in picks])
-        return self._images[places], None if self._labels is None else self._labels[places]
+        return self._images[places].contiguous(), None if self._labels is None else self._labels[places]
 
 
 class DatasetSource:
-    """Any map-style Dataset whose items are an image, (image, label), or a mapping with keys such as `image`, `label`.
+    """Serve any map-style Dataset whose items are an image, (image, label), or a mapping with keys `image`, `label`.
 
-    An image is a tensor [C, ...], uint8 or floating-point in [-1, 1], or a PIL image, which is cut and resized to
-    `shape`. Python's, numpy's and torch's random numbers are seeded before each item, so that what a Dataset draws
-    depends on nothing but where in the run the item is.
+    An image is a tensor [C, ...], uint8 or floating-point in [-1, 1]; an array uint8 [H, W, C] or [H, W]; or a PIL
+    image, which is cut and resized to `shape`. Python's, numpy's and torch's random numbers are seeded before each
+    item, so that what a Dataset draws depends on nothing but where in the run the item is.
 
     Raises:
         TypeError: it is an IterableDataset, or has no length.
     """
 
     classes: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
     in_memory = False
 
     def __init__(self, dataset: Any, shape: tuple[int, ...] | None) -> None:
@@ -122,7 +130,7 @@ class DatasetSource:
                 random.seed(pick.seed)
                 np.random.seed(pick.seed & 0xFFFFFFFF)  # noqa: NPY002, the generator that a Dataset may use
                 torch.default_generator.manual_seed(pick.seed)
-                image, label = self._unpack(self._dataset[pick.image])
+                image, label = self._unpack(self._dataset[pick.image], f"data[{pick.image}]")
                 images.append(image)
                 if label is not None:
                     labels.append(label)
@@ -133,7 +141,7 @@ class DatasetSource:
             raise ValueError(f"data has items of {' and of '.join(kinds)}, must have one kind")
         return torch.stack(images), torch.tensor(labels) if labels else None
 
-    def _unpack(self, item: Any) -> tuple[Tensor, int | None]:
+    def _unpack(self, item: Any, name: str) -> tuple[Tensor, int | None]:
         label: Any = None
         if isinstance(item, Mapping):
             names = [name for name in IMAGE_KEYS if name in item]
@@ -145,22 +153,27 @@ class DatasetSource:
             image, label = item[0], item[1] if len(item) > 1 else None
         else:
             image = item
-        if not isinstance(image, Tensor):
-            image = self._pixels(image)
-        if not (image.dtype == torch.uint8 or image.dtype.is_floating_point):
-            raise TypeError(f"data has images of {image.dtype}, must be uint8, or floating-point in [-1, 1]")
-        return image if image.dtype == torch.uint8 else image.float(), None if label is None else _label(label)
+        return self._pixels(image, name), None if label is None else _label(label)
 
-    def _pixels(self, image: Any) -> Tensor:
-        from PIL import Image
-
-        from fastddpm.common.images import fit_pixels
-
+    def _pixels(self, image: Any, name: str) -> Tensor:
+        if isinstance(image, Tensor):
+            if image.dtype != torch.uint8 and not image.dtype.is_floating_point:
+                raise TypeError(f"data has images of {image.dtype}, must be uint8, or floating-point in [-1, 1]")
+            check_size(image.numel(), image.untyped_storage().nbytes(), name)
+            return image if image.dtype == torch.uint8 else image.float()
+        if isinstance(image, np.ndarray):
+            return torch.from_numpy(pixels_of_array(image[None], name, channels=None)[0].transpose(2, 0, 1).copy())
         if not isinstance(image, Image.Image):
-            raise TypeError(f"data has images of {type(image).__name__}, must be tensors [C, H, W] or PIL images")
+            raise TypeError(
+                f"data has images of {type(image).__name__}, must be tensors [C, H, W], arrays uint8 [H, W, C] or PIL "
+                "images"
+            )
         if self._shape is None or len(self._shape) != 3:
             raise ValueError("data has PIL images, but the network does not say what size they must be resized to")
-        return torch.from_numpy(fit_pixels(image, self._shape))  # type: ignore[arg-type]
+        try:
+            return torch.from_numpy(fit_pixels(image, self._shape))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
 
 
 def open_data(
@@ -172,10 +185,10 @@ def open_data(
     main: bool = True,
     progress: bool = False,
 ) -> Source:
-    """The source that `data` names.
+    """Return the source that `data` names.
 
     Args:
-        data: a folder, an `.npz`, a Dataset, or a source.
+        data: a folder, an `.npz` or `.npy`, a Dataset, or a source.
         shape: (C, H, W) of the model's data, as far as it says.
         cache_bytes: see `PictureFolder`.
         record: a JSON file that says what is in a folder, broken pictures among it; read if it is there.
@@ -190,7 +203,7 @@ def open_data(
     if not isinstance(data, (str, os.PathLike)):
         return DatasetSource(data, shape)
     path = Path(data)
-    if path.suffix.lower() == ".npz" and not path.is_dir():
+    if is_archive(path):
         return ArraySource(path)
     listing = list_pictures(path)
     if shape is None or len(shape) != 3:
@@ -206,6 +219,8 @@ def open_data(
             known = None  # it is only saved time
     with progress_bar(len(listing.paths), "reading pictures", enabled=progress) as bar:
         source = PictureFolder(listing, shape, cache_bytes=cache_bytes, known=known, advance=bar)  # type: ignore[arg-type]
+    for note in listing.notes() if main else ():
+        _log.warning("%s", note)
     if main and source.broken:
         _log.warning("%d of the pictures cannot be read, %d can; left out are", len(source.broken), len(source))
         for entry in source.broken:
@@ -217,9 +232,14 @@ def open_data(
 
 def _label(label: Any) -> int:
     try:
-        return operator.index(label)
+        value = operator.index(label)
     except (TypeError, ValueError):
-        raise TypeError(f"data has the label {label!r}, must be an integer") from None
+        shown = repr(label)
+        shown = shown if len(shown) < 60 and "\n" not in shown else f"a {type(label).__name__}"
+        raise TypeError(f"data has the label {shown}, must be an integer") from None
+    if not 0 <= value < MOST_LABELS:
+        raise ValueError(f"data has the label {value}, every label must be from 0 to {MOST_LABELS - 1}")
+    return value
 
 
 class _Reader:
@@ -237,22 +257,22 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _outlive_signals(_worker: int) -> None:
-    """A worker goes on when all processes of a run are told to stop: the main one ends it after the step it is in."""
+    """Let a worker ignore what stops all processes of a run: the main one ends it after the current step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _cores() -> int:
-    """How many this process may use: a batch system lends a part of a machine's."""
+    """Return how many cores this process may use: a batch system lends a part of a machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load(
     source: Source, batches: Batches, start: int, stop: int, *, num_workers: int | str, pin_memory: bool
 ) -> Generator[tuple[Tensor, Tensor | None], None, None]:
-    """The batches of steps `start` to `stop` - 1, one per forward pass: images [N, C, ...] and labels.
+    """Yield the batches of steps `start` to `stop` - 1, one per forward pass: images [N, C, ...] and labels.
 
-    It must be closed, or read to its end: what then is left of workers would keep the process from ending.
+    Close it, or read it to its end: workers that are left would keep the process from ending.
 
     Args:
         source: see there.

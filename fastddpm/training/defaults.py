@@ -1,4 +1,4 @@
-"""What to train, if nothing is said: chosen from what the data look like."""
+"""Choose what to train from what the data look like."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastddpm.common.images import evenly, upright_shape
+from fastddpm.common.images import is_archive, list_pictures, look_at_pictures
 from fastddpm.training.data import ArraySource
-from fastddpm.training.folder import list_pictures
 
-SIZES = (8, 16, 32, 64, 128)  # pixels a side that are chosen by themselves
-LOOKED_AT = 200  # pictures whose headers are read
+SIZES = (8, 16, 32, 64, 128)  # pixels a side to choose from
 ATTENTION_AT = 16  # pixels a side, and below
 
 
@@ -25,8 +23,8 @@ class DataLook:
         images: how many there are, broken ones among them.
         size: pixels a side that the U-Net should have: of an `.npz` its own, of pictures the largest of `SIZES` that
             half of them have at least.
-        channels: 1 for grey pictures, else 3.
-        classes: how many classes there are, 0 for none.
+        channels: 3 if one picture is coloured, else 1; of an `.npz` its own.
+        classes: how many labels the U-Net must know, from 0 to the last that occurs; 0 for none.
     """
 
     images: int
@@ -36,37 +34,27 @@ class DataLook:
 
 
 def look_at(data: str | os.PathLike[str]) -> DataLook:
-    """Look at a folder of pictures or an `.npz`.
+    """Look at all pictures of a folder, or an `.npz`.
 
     Raises:
-        FileNotFoundError, ValueError: there is nothing, or nothing that can be read.
+        FileNotFoundError, ValueError: nothing can be read.
     """
-    from PIL import Image
-
     path = Path(data)
-    if path.suffix.lower() == ".npz" and not path.is_dir():
+    if is_archive(path):
         source = ArraySource(path)
         channels, height, width = source.shape
         return DataLook(len(source), height if height == width else (height, width), channels, len(source.classes))
     listing = list_pictures(path)
-    sides: list[int] = []
-    coloured = False
-    for place in evenly(len(listing.paths), LOOKED_AT):
-        try:
-            with Image.open(listing.root / listing.paths[place]) as picture:
-                channels, height, width = upright_shape(picture)
-                sides.append(min(height, width))
-                coloured |= channels == 3
-        except Exception:  # found out, and told, when all are read
-            continue
-    if not sides:
+    shapes = [look.shape for look in look_at_pictures(listing.root, listing.paths) if look is not None]
+    if not shapes:
         raise ValueError(f"{path} holds no picture that can be read")
-    size = max([size for size in SIZES if size <= median(sides)], default=SIZES[0])
-    return DataLook(len(listing.paths), size, 3 if coloured else 1, len(listing.classes))
+    side = median(min(height, width) for _, height, width in shapes)
+    size = max([size for size in SIZES if size <= side], default=SIZES[0])
+    return DataLook(len(listing.paths), size, max(channels for channels, *_ in shapes), len(listing.classes))
 
 
 def default_model(look: DataLook, *, width: int | None = None) -> dict[str, Any]:
-    """Keys of [model]: a U-Net for such data.
+    """Return keys of [model]: a U-Net for such data.
 
     Levels halve the image down to 4 to 7 pixels a side (8 to 15 from 64 pixels on); the first is `width` channels wide,
     the others twice that; attention from 16 pixels a side on. Dropout where there are few images, as Ho et al. 2020 for
@@ -96,7 +84,7 @@ def default_model(look: DataLook, *, width: int | None = None) -> dict[str, Any]
 
 
 def default_diffusion(look: DataLook) -> dict[str, Any]:
-    """Keys of [diffusion]: the cosine schedule, timesteps spread evenly over a batch, labels dropped for guidance."""
+    """Return keys of [diffusion]: the cosine schedule, timesteps spread over a batch, labels dropped for guidance."""
     keys: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "timestep_sampling": "stratified"}
     if look.classes:
         keys["label_dropout"] = 0.1

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fastddpm.common.images import check_range
 from fastddpm.networks.unet.model import UNet
 from fastddpm.training.data import Source
 from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.order import Pick
 
 _log = logging.getLogger(__name__)
+
+LOOKED_AT = 64  # images, after which it is told that none has a value below 0
+FAR = 2.0  # beyond which values are of another range, and do not only overshoot [-1, 1]
 
 
 def data_shape(diffusion: GaussianDiffusion) -> tuple[int, int, int] | None:
@@ -78,7 +83,9 @@ def check_guidance(diffusion: GaussianDiffusion, guidance_scale: float | None) -
 
 
 def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...]:
-    """The shape of an image, once it is known from the first ones that the network can be trained on them.
+    """Return the shape of an image, if the network can be trained on the first ones and on all known labels.
+
+    `check_batch` holds for the others what is found here.
 
     Raises:
         ValueError: there are fewer than two images, or they, their labels or their values do not fit.
@@ -89,11 +96,40 @@ def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...
     shape = data_shape(diffusion)
     if shape is not None and tuple(images.shape[1:]) != shape:
         raise ValueError(f"data has images of {list(images.shape[1:])}, but the network is for {list(shape)}")
-    _check_values(images)
+    if images.is_floating_point():
+        check_range(images, "data")
     if takes_labels(diffusion.unet):
         check_labels(labels, diffusion.unet)
-        check_labels(torch.arange(len(source.classes)), diffusion.unet)
+        check_labels(torch.tensor(source.labels, dtype=torch.int64), diffusion.unet)
     return tuple(images.shape[1:])
+
+
+class BatchCheck:
+    """Check that every batch of a run is like the first images.
+
+    Attributes:
+        labels: those that have been seen.
+    """
+
+    def __init__(self, shape: tuple[int, ...], images: int) -> None:
+        self.labels: set[int] = set()
+        self._shape, self._left, self._low = shape, min(images, LOOKED_AT), math.inf
+
+    def __call__(self, images: Tensor, labels: Tensor | None) -> None:
+        """Raises ValueError for another shape, or values that are of another range; NaN is the training step's."""
+        if tuple(images.shape[1:]) != self._shape:
+            raise ValueError(f"data has images of {list(self._shape)} and of {list(images.shape[1:])}, must have one")
+        if labels is not None:
+            self.labels.update(labels.tolist())
+        if not images.is_floating_point():
+            return
+        low, high = (float(value) for value in torch.aminmax(images))
+        if low < -FAR or high > FAR:
+            raise ValueError(f"data has images with values from {low:g} to {high:g}, must be in [-1, 1], or uint8")
+        if self._left > 0:
+            self._left, self._low = self._left - len(images), min(self._low, low)
+            if self._left <= 0 and self._low >= 0:
+                _log.warning("data has images with no value below 0; they should cover [-1, 1], not [0, 1]")
 
 
 def check_labels(labels: Tensor | None, unet: nn.Module) -> None:
@@ -107,13 +143,3 @@ def check_labels(labels: Tensor | None, unet: nn.Module) -> None:
     if count is not None and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= count):
         wrong = int(labels[(labels < 0) | (labels >= count)][0])
         raise ValueError(f"data has the label {wrong}, but the network knows 0 to {count - 1}")
-
-
-def _check_values(images: Tensor) -> None:
-    if images.dtype == torch.uint8:
-        return
-    low, high = float(images.min()), float(images.max())
-    if not (low >= -1.001 and high <= 1.001):
-        raise ValueError(f"data has images with values from {low:g} to {high:g}, must be in [-1, 1], or uint8")
-    if low >= 0:
-        _log.warning("data has images with no value below 0; they should cover [-1, 1], not [0, 1]")

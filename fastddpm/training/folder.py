@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.common.images import CHANNELS, Listing, list_pictures, read_pixels
 from fastddpm.training.order import Pick
+
+__all__ = ["Broken", "Listing", "PictureFolder", "list_pictures"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,60 +34,15 @@ class Broken:
     reason: str
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The picture files of a folder, sorted, and their classes.
-
-    Attributes:
-        root: the folder.
-        paths: relative to it.
-        labels: of each path, its place in `classes`; empty without classes.
-        classes: names of the subfolders of `root` that hold pictures, sorted; empty if pictures lie in `root` itself.
-        fingerprint: changes when a file is added, removed or written.
-    """
-
-    root: Path
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
-    fingerprint: str
-
-
-def list_pictures(folder: str | os.PathLike[str]) -> Listing:
-    """Find the files below a folder that PIL could read, by their suffixes; hidden ones are left out.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: there is no picture in it.
-    """
-    from fastddpm.common.images import picture_files  # PIL is imported where pictures are
-
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder")
-    found = sorted(str(path.relative_to(root)) for path in picture_files(root))
-    if not found:
-        raise ValueError(f"{root} holds no picture, must hold files such as .png or .jpg, also in subfolders")
-    digest = hashlib.sha256()
-    for path in found:
-        stat = os.stat(root / path) if os.path.exists(root / path) else None  # a dangling link is found out by reading
-        digest.update(f"{path}\0{stat.st_size if stat else -1}\0{stat.st_mtime_ns if stat else -1}\n".encode())
-    parts = [path.split(os.sep, 1) for path in found]
-    classes = sorted({part[0] for part in parts}) if all(len(part) == 2 for part in parts) else []
-    place_of = {name: place for place, name in enumerate(classes)}
-    labels = tuple(place_of[part[0]] for part in parts) if classes else ()
-    return Listing(root, tuple(found), labels, tuple(classes), digest.hexdigest())
-
-
 class PictureFolder:
-    """The pictures of a folder as uint8 [C, H, W], read by `fastddpm.common.images.read_pixels`.
+    """Serve the pictures of a folder as uint8 [C, H, W], read by `fastddpm.common.images.read_pixels`.
 
-    Every file is read once at the start, in threads. Those that cannot be are listed in `broken` and left out; the rest
-    is kept in memory if it fits, else read again when its turn comes. One that can no longer be read then is replaced
-    by the next one that can, with a warning.
+    Every file is read once at the start, in threads. Those that cannot be read are listed in `broken` and left out; the
+    rest is kept in memory if it fits, else read again in its turn. One that can no longer be read then is replaced by
+    the next one that can, with a warning.
 
     Args:
-        listing: what there is.
+        listing: the files and classes.
         shape: (C, H, W).
         cache_bytes: of pixels that are kept in memory at most.
         known: what `verdict` returned for this folder before; where it still holds and the pictures do not fit into
@@ -106,9 +62,7 @@ class PictureFolder:
         known: Mapping[str, Any] | None = None,
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        from fastddpm.common.images import MODES
-
-        if shape[0] not in MODES:
+        if shape[0] not in CHANNELS:
             raise ValueError(f"the model's data have {shape[0]} channels, must have 1, 3 or 4 to be read from pictures")
         self.listing, self.shape = listing, shape
         self._pixels: Tensor | None = None
@@ -134,26 +88,32 @@ class PictureFolder:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; empty if there are none."""
+        """Return the names of the classes by label; empty if there are none."""
         return self.listing.classes
 
     @property
+    def labels(self) -> tuple[int, ...]:
+        """Return the labels of pictures that can be read, rising; empty without classes."""
+        return tuple(sorted({self.listing.labels[place] for place in self._good})) if self.classes else ()
+
+    @property
     def in_memory(self) -> bool:
-        """Whether reading costs nothing."""
+        """Return whether reading costs nothing."""
         return self._pixels is not None
 
     def verdict(self) -> dict[str, Any]:
-        """What was found, as plain values: for `known`, and for people to look at."""
+        """Return what was found, as plain values: for `known`, and for people to look at."""
         return {
             "folder": str(self.listing.root),
             "pictures": len(self),
             "classes": list(self.classes),
+            "passed_over": list(self.listing.passed_over[:100]),
             "broken": [{"path": entry.path, "reason": entry.reason} for entry in self.broken],
             "fingerprint": self.listing.fingerprint,
         }
 
     def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
-        """Pixels uint8 [N, C, H, W] and labels int64 [N], None without classes."""
+        """Return pixels uint8 [N, C, H, W] and labels int64 [N], None without classes."""
         places = torch.tensor([self._good[pick.image] for pick in picks])
         if self._pixels is not None:
             return self._pixels[places], None if self._labels is None else self._labels[places]
@@ -192,8 +152,6 @@ class PictureFolder:
         return broken
 
     def _read(self, place: int) -> Tensor | Broken:
-        from fastddpm.common.images import read_pixels
-
         path = self.listing.paths[place]
         full = self.listing.root / path
         try:

@@ -49,7 +49,7 @@ class ComponentDistance:
         """Return {"frechet": the distance} of samples of the averaged weights."""
         from fastddpm.evaluation.frechet import frechet_distance
 
-        labels = sample_labels(trainer.diffusion, len(trainer.source.classes), self.num_samples)
+        labels = sample_labels(trainer.diffusion, trainer.labels, self.num_samples)
         images = trainer.sampler().sample(
             self.num_samples,
             shape=trainer.shape,

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from fastddpm.common.images import grid
 from fastddpm.interop.pretrained import save_pretrained
 from fastddpm.networks.unet.model import UNet
 from fastddpm.sampling.sampler import Sampler
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def sample_labels(diffusion: GaussianDiffusion, classes: int, count: int) -> list[int] | None:
-    """Return `count` labels of all classes in equal numbers, sorted; None for a network without classes."""
+def sample_labels(diffusion: GaussianDiffusion, labels: Sequence[int], count: int) -> list[int] | None:
+    """Return `count` labels in equal numbers, sorted, of those that occur; None for a network without classes.
+
+    `labels`: those that occur in the data; empty if that is not known, for all that the network has.
+    """
     if not takes_labels(diffusion.unet):
         return None
     embeds = getattr(getattr(diffusion.unet, "config", None), "num_class_embeds", None)
-    labels = [label for label in range(classes or embeds or 1) if label != diffusion.null_class]
-    return [labels[i * len(labels) // count] for i in range(count)]
+    known = labels or range(embeds or 1)
+    drawn = [label for label in known if label != diffusion.null_class] or list(known)
+    return [drawn[i * len(drawn) // count] for i in range(count)]
 
 
 def sampler_settings(settings: TrainerSettings, timesteps: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,11 +56,12 @@ def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any
         "clip_sample": diffusion.clip_sample,
         "self_condition": diffusion.self_condition,
         "null_class": diffusion.null_class,
+        "timestep_spacing": "trailing" if diffusion.schedule.zero_terminal_snr else "leading",
     }
     return Sampler(unet, diffusion.schedule, **{**settings, **overrides})
 
 
-def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
+def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module, label_names: Mapping[int, str]) -> None:
     """Write a model: a pipeline folder of diffusers for a `fastddpm.UNet`, the weights alone of other networks.
 
     Raises:
@@ -71,6 +77,9 @@ def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module) -> None:
                 prediction_type=diffusion.prediction_type,
                 variance_type=diffusion.variance_type,
                 clip_sample=diffusion.clip_sample,
+                self_condition=diffusion.self_condition,
+                null_class=diffusion.null_class if takes_labels(unet) else None,
+                label_names=label_names,
             )
         else:
             state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in unet.state_dict().items()}
@@ -87,25 +96,29 @@ def remove_leftovers(folder: Path) -> None:
     checkpoint.remove_leftovers(folder, r"model(?:-best|-ema-[0-9.e-]+)?")
 
 
-def export_averages(folder: Path, diffusion: GaussianDiffusion, averages: Sequence[ExponentialAverage]) -> None:
+def export_averages(
+    folder: Path,
+    diffusion: GaussianDiffusion,
+    averages: Sequence[ExponentialAverage],
+    label_names: Mapping[int, str],
+) -> None:
     """Write the first average to `folder`/model, and others to `folder`/model-ema-D with their decay D.
 
     Raises:
         OSError: one cannot be written; what was there is as it was.
     """
     for place, average in enumerate(averages):
-        export(folder / ("model" if place == 0 else f"model-ema-{average.decay}"), diffusion, average.module)
+        name = "model" if place == 0 else f"model-ema-{average.decay}"
+        export(folder / name, diffusion, average.module, label_names)
 
 
 def draw_grid(
-    sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], classes: int
+    sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], labels: Sequence[int]
 ) -> Image.Image:
-    """Draw a picture of `count` samples of seed 0, of all classes in equal numbers."""
-    from fastddpm.common.images import grid
-
-    labels = sample_labels(diffusion, classes, count)
-    images = sampler.sample(count, shape=shape, seed=0, class_labels=labels).cpu()
-    return grid(images, labels, columns=max(1, round(count**0.5)))
+    """Draw a picture of `count` samples of seed 0, of all `labels` that occur in equal numbers."""
+    chosen = sample_labels(diffusion, labels, count)
+    images = sampler.sample(count, shape=shape, seed=0, class_labels=chosen).cpu()
+    return grid(images, chosen, columns=max(1, round(count**0.5)))
 
 
 def metric_values(result: float | Mapping[str, float]) -> dict[str, float]:

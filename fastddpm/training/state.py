@@ -1,18 +1,99 @@
-"""Turn the state of a run into the content of a checkpoint, and back."""
+"""Turn the state and the settings of a run into the content of a checkpoint, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fastddpm.networks.unet.model import UNet
 from fastddpm.training.checkpoint import Checkpoint
 from fastddpm.training.ema import ExponentialAverage
 from fastddpm.training.logs import Meter
 from fastddpm.training.objective import GaussianDiffusion
+from fastddpm.training.settings import TrainerSettings
 from fastddpm.training.step import TrainingStep
+
+# The keyword arguments of GaussianDiffusion, with their defaults.
+OBJECTIVE = {
+    name: parameter.default
+    for name, parameter in inspect.signature(GaussianDiffusion.__init__).parameters.items()
+    if parameter.kind == parameter.KEYWORD_ONLY
+}
+# What weights mean: a run that goes on with another is another run.
+MEANING = ("prediction_type", "variance_type", "self_condition", "null_class", "schedule", "network")
+# Settings of a Trainer that change neither what is learnt nor what is drawn, and those of the order of the data,
+# which are compared by themselves.
+WITHOUT_EFFECT = (
+    *("results_folder", "num_workers", "cache_bytes", "log_every", "save_every", "keep_last"),
+    *("max_bad_steps", "stop_on_save_error", "compile", "channels_last", "device", "tensorboard"),
+)
+OF_THE_ORDER = ("seed", "train_batch_size", "gradient_accumulate_every")
+
+
+def settings_of(diffusion: GaussianDiffusion) -> dict[str, Any]:
+    """Return the keyword arguments that a diffusion has."""
+    sampling = {"timestep_sampling": diffusion.timestep_sampler.kind}
+    return {name: sampling[name] if name in sampling else getattr(diffusion, name) for name in OBJECTIVE}
+
+
+def describe(diffusion: GaussianDiffusion, settings: TrainerSettings, mixed_precision: str) -> dict[str, Any]:
+    """Return all settings that change what is learnt or drawn, as JSON holds them."""
+    objective = {name: value for name, value in settings_of(diffusion).items() if name != "backend"}
+    betas = diffusion.schedule.betas.numpy().tobytes()
+    network: dict[str, Any] | str = type(diffusion.unet).__name__
+    if isinstance(diffusion.unet, UNet):  # its null class is the diffusion's
+        network = {name: value for name, value in vars(diffusion.unet.config).items() if name != "null_class"}
+        objective["dropout"] = network.pop("dropout")
+    told = {name: value for name, value in vars(settings).items() if name not in (*WITHOUT_EFFECT, *OF_THE_ORDER)}
+    told |= {"mixed_precision": mixed_precision, "ema_decay": settings.ema_decays}
+    schedule = f"{len(diffusion.schedule.betas)} betas {hashlib.sha256(betas).hexdigest()[:12]}"
+    return json.loads(json.dumps({**told, **objective, "schedule": schedule, "network": network}))
+
+
+def compare(
+    saved: Mapping[str, Any], told: Mapping[str, Any], label_names: Mapping[str, str], where: Path
+) -> list[str]:
+    """Return the settings that are other than those of a checkpoint, each in one line.
+
+    Args:
+        saved: the plain values of the checkpoint at `where`; older ones say less.
+        told: `describe` of the run now.
+        label_names: the labels of the run now.
+
+    Raises:
+        ValueError: the weights would mean something else: one of `MEANING` is another, or a label has another name.
+    """
+    before: dict[str, Any] = {name: saved[name] for name in ("prediction_type",) if name in saved}
+    before |= saved.get("settings", {})
+    changed = {name: value for name, value in told.items() if name in before and before[name] != value}
+    for name in MEANING:
+        if name in changed:
+            was, now = _differing(before[name], changed[name])
+            raise ValueError(f"{name} is {now}, but {where} has been trained with {was}, must be the same")
+    for label, name in saved.get("label_names", {}).items():
+        if label in label_names and label_names[label] != name:
+            raise ValueError(
+                f"data has the class {label_names[label]!r} for label {label}, but {where} has been trained with "
+                f"{name!r} there: the classes must be the same"
+            )
+    return [
+        f"{name} was {before[name]!r}, is now {value!r}: from here on the training is another"
+        for name, value in changed.items()
+    ]
+
+
+def _differing(before: Any, now: Any) -> tuple[str, str]:
+    """Return two values for a message; of two tables the keys that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in now if before.get(key) != now[key]]
+        before, now = ({key: table.get(key) for key in keys} for table in (before, now))
+    return repr(before), repr(now)
 
 
 def collect(

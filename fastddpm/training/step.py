@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastddpm.common.images import from_uint8
 from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.order import Batches
 from fastddpm.training.settings import TrainerSettings
@@ -89,7 +90,7 @@ class _Objective(nn.Module):
         first_sample: int,
         global_batch: int,
     ) -> Tensor:
-        x0 = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+        x0 = from_uint8(images)
         if flips is not None:
             x0 = torch.where(flips.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
         if self._channels_last and x0.ndim == 4:

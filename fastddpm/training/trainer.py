@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastddpm.common.images import CHANNELS, save_picture
 from fastddpm.common.progress import Bar, progress_bar
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
@@ -27,7 +28,7 @@ from fastddpm.training.order import Batches
 from fastddpm.training.outcome import TrainResult, check_finite, is_better
 from fastddpm.training.randomness import random_state, randomness_kept, seed_randomness, set_random_state
 from fastddpm.training.settings import TrainerSettings
-from fastddpm.training.state import collect, restore
+from fastddpm.training.state import collect, compare, describe, restore
 from fastddpm.training.step import TrainingStep, in_any_process, make_accelerator
 from fastddpm.training.stopping import stop_request
 
@@ -140,6 +141,7 @@ class Trainer:
                 progress=self._progress,
             )
         self.shape = fitting.check_source(self.source, self.diffusion)
+        self._checked = fitting.BatchCheck(self.shape, len(self.source))
         self.batches = Batches(
             len(self.source),
             settings.seed,
@@ -148,6 +150,18 @@ class Trainer:
             self.accelerator.process_index,
             processes,
         )
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Return the labels that occur in the data, as far as they are known: of a Dataset those that were read."""
+        return self.source.labels or tuple(sorted(self._checked.labels))
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Return the names of the labels that occur, for a class-conditional network."""
+        names = self.source.classes
+        known = self.labels if self._labelled else ()
+        return {label: names[label] if label < len(names) else str(label) for label in known}
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -215,6 +229,7 @@ class Trainer:
         )
         with closing(loaded) as batches:
             for images, labels in batches:
+                self._checked(images, labels)
                 if self._labelled:
                     fitting.check_labels(labels, self.diffusion.unet)
                 yield images, labels if self._labelled else None
@@ -317,12 +332,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self, log: RunLog | None) -> None:
-        from fastddpm.common.images import MODES, save_picture
-
-        if len(self.shape) != 3 or self.shape[0] not in MODES:
+        if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
         picture = preview.draw_grid(
-            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, len(self.source.classes)
+            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
         )
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
@@ -335,11 +348,11 @@ class Trainer:
             log.write(self.step, self._metrics)
         first = next(iter(self._metrics.values()))
         if is_better(first, self._best, self.settings.metric_mode):
-            preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module)
+            preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module, self.label_names)
             self._best = {"step": self.step, "value": first}  # not where it could not be written
 
     def _export(self, *, needed: bool) -> None:
-        act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages)
+        act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages, self.label_names)
         self._in_main(act, needed=needed)
 
     def _save(self, *, needed: bool) -> None:
@@ -352,7 +365,8 @@ class Trainer:
         failure: OSError | None = None
         if self._main:
             plain: dict[str, Any] = {"step": self.step, "best": self._best, "metrics": self._metrics, **self._order()}
-            plain |= {"owed": self._owed, "prediction_type": self.diffusion.prediction_type}
+            plain |= {"owed": self._owed, "prediction_type": self.diffusion.prediction_type, "settings": self._told()}
+            plain |= {"label_names": {str(label): name for label, name in self.label_names.items()}}
             content = collect(self.diffusion, self.averages, self._training, meter, random_states, plain)
             try:
                 self.checkpoints.save(self.step, content, keep=[int(self._best["step"])] if self._best else [])
@@ -369,7 +383,7 @@ class Trainer:
         """Go on from the last whole checkpoint; without one, from the beginning.
 
         Raises:
-            ValueError: the checkpoint is not of this network, this prediction or these averages.
+            ValueError: the checkpoint is of another network, schedule, prediction, classes or averages.
         """
         if self._main:
             self.checkpoints.remove_leftovers()
@@ -377,9 +391,9 @@ class Trainer:
         if (step := self.checkpoints.latest()) is None:
             return
         saved, where = self.checkpoints.load(step), self.checkpoints.path(step)
-        kind = self.diffusion.prediction_type
-        if (before := saved.state.get("prediction_type", kind)) != kind:  # which older checkpoints do not have
-            raise ValueError(f"prediction_type is {kind!r}, but {where} has been trained to predict {before!r}")
+        changes = compare(saved.state, self._told(), {str(k): name for k, name in self.label_names.items()}, where)
+        for change in changes if self._main else ():
+            _log.warning("%s", change)
         for name, now in self._order().items():
             if saved.state[name] != now and self._main:
                 _log.warning(
@@ -390,6 +404,11 @@ class Trainer:
         )
         self.step, self._best, self._metrics = int(saved.state["step"]), saved.state["best"], saved.state["metrics"]
         self._owed = saved.state.get("owed", False)
+        self._checked.labels.update(int(label) for label in saved.state.get("label_names", ()))
+
+    def _told(self) -> dict[str, Any]:
+        """Return all settings that change what is learnt or drawn, as JSON holds them."""
+        return describe(self.diffusion, self.settings, self.accelerator.mixed_precision)
 
     def _order(self) -> dict[str, int]:
         """Return what decides which image stands where."""

@@ -30,7 +30,7 @@ BACKENDS = ("triton", "native", "eager", "reference")
 OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv", "attention")
 # On a GPU the vendor's convolutions and attention are hard to beat.
 TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention"))
-NATIVE_OPS = ("group_norm_silu", "conv", "conv3x3", "attention")
+NATIVE_OPS = ("group_norm_silu", "conv", "conv3x3", "attention", "reverse_step_", "philox")
 # The ops that "auto" runs natively on a CPU. In bfloat16 they need a CPU that multiplies it.
 _AUTO_NATIVE = ("group_norm_silu_", "conv", "conv3x3", "attention")
 
@@ -89,7 +89,7 @@ def why_not(
     check_backend(backend)
     name = None if op is None else op.rstrip("_")
     if backend == "native":
-        if name is not None and name not in NATIVE_OPS:
+        if op is not None and op not in NATIVE_OPS and name not in NATIVE_OPS:
             return f"there is no native kernel of {name}"
         if device_type != "cpu":
             return f"native kernels run on the CPU, not on device type {device_type!r}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -64,3 +68,26 @@ def rows(x: Tensor) -> Tensor | None:
     if (channels > 1 and x.stride(1) != 1) or stride < channels:
         return None
     return x.as_strided((x.numel() // channels, channels), (stride, 1))
+
+
+class Strides(NamedTuple):
+    """How a tensor [N, C, ...] is walked."""
+
+    sample: int
+    channel: int
+    pixel: int
+    linear: bool
+
+
+def walk(tensor: Tensor) -> Strides | None:
+    """The strides of `tensor` [N, C, ...]; None where its pixels have no one stride, or lie further than 2^31 apart."""
+    size, stride = list(tensor.shape), list(tensor.stride())
+    pixels = [(n, s) for n, s in zip(size[2:], stride[2:], strict=True) if n != 1]
+    if any(s != n_next * s_next for (_, s), (n_next, s_next) in itertools.pairwise(pixels)):
+        return None
+    num_pixels, pixel_stride = math.prod(size[2:]), pixels[-1][1] if pixels else 1
+    channel_stride = stride[1] if size[1] != 1 else num_pixels * pixel_stride
+    if (size[1] - 1) * channel_stride + (num_pixels - 1) * pixel_stride >= 2**31:
+        return None
+    linear = pixel_stride == 1 and channel_stride == num_pixels
+    return Strides(stride[0] if size[0] != 1 else 0, channel_stride, pixel_stride, linear)

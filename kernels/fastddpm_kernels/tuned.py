@@ -218,7 +218,7 @@ def read(path: Path, device: torch.device | None) -> Table:
         for record in content["entries"]:
             key, found = entry(record)
             entries[key], records[key] = found, record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         return Table(path, f"it cannot be used: {type(error).__name__}: {reason}", header, {}, {})
     return Table(path, None if device is None else _stale(header, device), header, entries, records)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fastddpm import NoiseSchedule, UNet, save_pretrained
 from fastddpm.cli import main
@@ -38,6 +40,30 @@ def model() -> str:
     torch.manual_seed(0)
     save_pretrained("model", UNet(**TINY), NoiseSchedule.linear())
     return "model"
+
+
+class Pooled(nn.Module):
+    """Features of grey images of any size: 2 x 2 means."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(x.float(), (2, 2)).flatten(1)
+
+
+@pytest.fixture(scope="session")
+def feature_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of features, as TorchScript."""
+    path = tmp_path_factory.mktemp("network") / "net.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # scripting is deprecated; such files exist
+        torch.jit.save(torch.jit.script(Pooled()), path)
+    return path
+
+
+@pytest.fixture
+def network(feature_network: Path) -> str:
+    """The same in the working folder."""
+    Path("net.pt").symlink_to(feature_network)
+    return "net.pt"
 
 
 @pytest.fixture

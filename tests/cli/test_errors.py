@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 TASKS = ("edit", "inpaint", "interpolate", "upscale")
 SMALL = "--width 8 --batch-size 4 --steps 1 --device cpu"
@@ -52,6 +50,11 @@ BAD = [
     ("sample -o file", "which is a file"),
     ("sample -o /proc/none/a.png", "--output is /proc/none/a.png, which cannot be written"),
     ("sample missing-folder", "missing-folder is not a folder"),
+    ("sample image.png", "image.png cannot be read: it begins with"),
+    ("sample file", "file cannot be read: it begins with"),
+    ("sample b.npz", "it is a zip of arr_0.npy, must be a file that torch saved"),
+    ("sample old.json", "old.json is a configuration, must be the folder that holds it"),
+    ("sample empty", "empty"),
     ("sample bare.pt", "--flags are missing, must be given: bare.pt"),
     ("sample bare.pt --flags='--seed 1'", "seed is no flag of guided_diffusion"),
     ("sample bare.pt --flags='image_size 8'", "must be names and values"),
@@ -85,9 +88,13 @@ BAD = [
     ("train nowhere", "nowhere is not a folder"),
     ("train empty", "holds no picture"),
     ("train PICTURES --steps 0", "at least 1"),
+    ("train PICTURES --width 1", "--width: '1' must be an integer of at least 2"),
     ("train PICTURES --config none.toml", "none.toml is missing"),
     (f"train PICTURES {SMALL} -o PICTURES/results", "which is inside "),
-    ("train PICTURES --width 8 --image-size 64 --steps 1 --set model.sample_size=63", "sample_size is 63"),
+    ("train PICTURES --image-size 9 --steps 1 --set model.block_out_channels=[8,8] --set model.norm_num_groups=4 --set "
+     "\"model.down_block_types=['DownBlock2D','DownBlock2D']\" --set "
+     "\"model.up_block_types=['UpBlock2D','UpBlock2D']\"",
+     "sample_size is 9"),
     (f"train PICTURES {SMALL} --learning-rate -1", "train_lr is -1.0"),
     ("train PICTURES --set lr", "'lr' must be SECTION.KEY=VALUE"),
     ("train PICTURES --set trainer.lr=1", "[trainer] has no key lr"),
@@ -124,7 +131,7 @@ BAD = [
     ("evaluate MODEL b.npz --feature-network net.pt", "4 x 4 but the samples are of 8 x 8"),
     ("evaluate MODEL b.npz --feature-network no.pt", "no.pt is missing"),
     ("evaluate MODEL b.npz --inception-weights no.pth", "no.pth is missing"),
-    ("evaluate MODEL b.npz --inception-weights b.npz", "not a file of weights"),
+    ("evaluate MODEL b.npz --inception-weights b.npz", "it is a zip of arr_0.npy"),
     ("evaluate --inception-weights a --feature-network b", "--inception-weights is given and so is --feature-net"),
     ("evaluate --metrics fid,ppl", "--metrics has 'ppl'"),
     ("evaluate --metrics isc", "--metrics has isc, which cannot be measured"),
@@ -160,20 +167,11 @@ BAD = [
 ]  # fmt: skip
 
 
-class Pooled(nn.Module):
-    """Features of grey images of any size: 2 x 2 means."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(x.float(), (2, 2)).flatten(1)
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory, feature_network: Path) -> Path:
     """The files that the commands name, but for the model."""
     folder = tmp_path_factory.mktemp("files")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # scripting is deprecated; such files exist
-        torch.jit.save(torch.jit.script(Pooled()), folder / "net.pt")
+    (folder / "net.pt").symlink_to(feature_network)
     torch.save({"time_embed.0.weight": torch.zeros(8, 2)}, folder / "bare.pt")
     np.savez(folder / "b.npz", np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4, 1))
     for name in ("image.png", "PICTURES/a/0.png", "PICTURES/b/1.png"):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from fastddpm import load_pretrained
 from fastddpm.cli import main
@@ -26,21 +23,6 @@ FAST = ["--steps", "3", "--method", "dpmsolver++", "-n", "30", "--device", "cpu"
 
 def figures(path: str = "a.json") -> dict[str, Any]:
     return json.loads(Path(path).read_text())
-
-
-class Pooled(nn.Module):
-    """Features of grey images of any size: 2 x 2 means."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(x.float(), (2, 2)).flatten(1)
-
-
-@pytest.fixture
-def network() -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # scripting is deprecated; such files exist
-        torch.jit.save(torch.jit.script(Pooled()), "net.pt")
-    return "net.pt"
 
 
 # -- lower precision --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def pictures() -> str:
 
 
 def test_from_pictures_to_samples(
-    pictures: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    pictures: str, network: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["train", pictures, "--steps", "3", "--metric", "frechet", *SMALL]) == 0
     out = capsys.readouterr().out
@@ -49,12 +50,19 @@ def test_from_pictures_to_samples(
     assert "3 steps done, loss " in out
     assert "draw samples with: fastddpm sample results/model" in out
     assert "flat/broken.png: is not a picture" in caplog.text
-    assert sorted(entry.name for entry in Path().iterdir()) == ["pictures", "results"]
+    assert sorted(entry.name for entry in Path().iterdir()) == ["net.pt", "pictures", "results"]
     assert main(["sample", "results/model", "-n", "3", "--steps", "2", "-o", "drawn.npz"]) == 0
     with np.load("drawn.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 8, 8, 1)
     config = load_pretrained("results/model").unet.config
     assert (config.num_class_embeds, config.null_class) == (3, 2)
+    for model in ("results", "results/checkpoints/step-0000003"):
+        assert main(["sample", model, "-n", "3", "--steps", "2", "-o", "again.npz"]) == 0
+        with np.load("again.npz") as arrays, np.load("drawn.npz") as before:
+            assert np.array_equal(arrays["arr_0"], before["arr_0"])
+    command = ["evaluate", "results", pictures, "--steps", "2", "-n", "4", "--metrics", "fid", "--json", "a.json"]
+    assert main([*command, "--feature-network", network]) == 0
+    assert json.loads(Path("a.json").read_text())["fidelity"]["samples"] == "results"  # not its previews
     assert "frechet" in read_log("results/log.jsonl")[-1]
     assert read_tables("results/config.toml")["trainer"]["metric"] == "frechet"
 

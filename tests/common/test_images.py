@@ -222,15 +222,6 @@ def test_pictures_of_any_size_and_kind_can_be_read(tmp_path: Path) -> None:
         assert float(writing.load_image(tmp_path / name, (3, 16, 48)).mean()) == pytest.approx(-0.2, abs=0.05), name
 
 
-def test_what_is_transparent_is_black(tmp_path: Path) -> None:
-    pixels = np.full((8, 8, 4), 255, np.uint8)
-    pixels[:, :4, 3] = 0
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    read = writing.load_image(tmp_path / "a.png", (1, 8, 8))[0]
-    assert (read[:, :4] == -1).all()
-    assert (read[:, 4:] == 1).all()
-
-
 def test_averaging_is_that_of_cells(tmp_path: Path) -> None:
     images = torch.rand(1, 1, 16, 16) * 2 - 1
     writing.save_folder(tmp_path, images)

@@ -124,7 +124,7 @@ class Trap:
 def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"Conv2d_1a_3x3.conv.weight": Trap()}, "trap.pth")
-    with pytest.raises(ValueError, match="trap.pth cannot be read"):
+    with pytest.raises(ValueError, match="trap.pth is not a file of weights that can be read"):
         InceptionFeatures("trap.pth")
     with pytest.raises(ValueError, match=r"trap.pth is not a TorchScript file \(torch.jit.save\)"):
         NetworkFeatures("trap.pth")

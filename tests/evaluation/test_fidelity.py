@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
 
 from fastddpm import load_pretrained
 from fastddpm.evaluation import Evaluator, evaluate
+from fastddpm.evaluation.frechet import frechet_distance
 from fastddpm.evaluation.image_sets import ImageSet, of_sampler
 
 KEYS = {
@@ -226,6 +229,39 @@ def test_digits_of_several_seeds() -> None:
     assert results[0].fid is not None
     assert noise.fid > 10 * results[0].fid
     assert noise.recognised is None  # there are no labels
+
+
+class Pooled:
+    """Features that tell colours apart; grey images have three equal channels."""
+
+    name = "pooled"
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        coloured = images.expand(-1, 3, -1, -1).float() / 255
+        return torch.nn.functional.avg_pool2d(coloured, 4).flatten(1), None
+
+
+def test_colours_count_whichever_side_lacks_them(tmp_path: Path) -> None:
+    """The same pictures in a file, a folder and in memory have one distance to grey ones, either way round."""
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    grey = rng.integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    expected = frechet_distance(
+        *(Pooled()(torch.from_numpy(images).permute(0, 3, 1, 2))[0].double().numpy() for images in (grey, real))
+    )
+    np.savez(tmp_path / "real.npz", real)
+    np.savez(tmp_path / "grey.npz", grey.repeat(3, axis=3))
+    for name, images in (("real", real), ("grey", grey[..., 0])):
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{index:03d}.png")
+    reals = [tmp_path / "real.npz", tmp_path / "real", real, [Image.fromarray(image) for image in real]]
+    greys = [tmp_path / "grey.npz", tmp_path / "grey", grey, grey[..., 0], [Image.fromarray(x[..., 0]) for x in grey]]
+    for a, b in itertools.product(reals, greys):
+        for samples, other in ((a, b), (b, a)):
+            fid = evaluate(samples, other, metrics=["fid"], features=Pooled()).fid
+            assert fid == pytest.approx(expected, rel=1e-6)
+    assert expected == pytest.approx(0.0594, abs=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,8 @@ class Trap:
     [
         ({"x": np.zeros(3)}, r"has x, must have arr_0 \(images\), or mu and sigma"),
         ({"arr_0": np.zeros((2, 3, 4, 5), np.uint8)}, r"has uint8 \[2, 3, 4, 5\], must be uint8 \[N, H, W, C\]"),
-        ({"arr_0": pixels(3), "arr_1": np.zeros(3)}, r"has arr_1 of float64 \[3\], must be integer labels, one for"),
-        ({"arr_0": pixels(3), "arr_1": np.zeros(2, int)}, r"has arr_1 of int64 \[2\]"),
+        ({"arr_0": pixels(3), "arr_1": np.zeros(3)}, r": arr_1 is float64 \[3\], must be integer labels"),
+        ({"arr_0": pixels(3), "arr_1": np.zeros(2, int)}, r": arr_1 is int64 \[2\]"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"has mu of shape \[3\] and sigma of \[4, 4\]"),
         ({"mu": np.zeros(2), "sigma": np.diag([1.0, -1.0])}, "has a sigma that is not a covariance"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, np.nan], [0, 1]])}, "has values that are not finite"),
@@ -187,17 +187,17 @@ class Trap:
 def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     np.savez("a.npz", **arrays)
-    with pytest.raises(ValueError, match=f"a.npz {message}"):
+    with pytest.raises(ValueError, match=f"a.npz ?{message}"):
         open_reference("a.npz", (3, 5, 4))
     assert not Path("trapped").exists()
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 cut off")
-    np.save(tmp_path / "b.npy", pixels(2))
+    (tmp_path / "b.npy").write_bytes(b"no")
     (tmp_path / "empty").mkdir()
     for name in ("a.npz", "b.npy"):
-        with pytest.raises(ValueError, match=f"{name} is not a .npz that can be read"):
+        with pytest.raises(ValueError, match=f"{name} is not a {name[1:]} that can be read"):
             open_images(tmp_path / name)
     with pytest.raises(
         FileNotFoundError, match=r"c.npz is missing; it must be a .npz, a folder of pictures or 'digits'"

@@ -40,6 +40,16 @@ def test_fusing_shows_what_was_fused(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "[2, 4, 16, 16]" in shown
 
 
+def test_a_cascade_enlarges_what_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cascade.png"
+    run(monkeypatch, "cascade", ["--steps", "3", "--count", "2", "--output", str(output)])
+    assert "[2, 3, 8, 8] and [2, 3, 32, 32] in " in capsys.readouterr().out
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert len((EXAMPLES / "cascade.py").read_text(encoding="utf-8").splitlines()) <= 60
+
+
 def test_sampling_writes_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

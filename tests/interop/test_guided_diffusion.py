@@ -203,7 +203,8 @@ def test_flags_and_defaults() -> None:
         "image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
         "attention_resolutions": "16,8", "dropout": 0.0, "class_cond": False, "use_checkpoint": False,
         "use_scale_shift_norm": True, "learn_sigma": False, "diffusion_steps": 1000, "noise_schedule": "linear",
-        "timestep_respacing": "", "use_kl": False, "predict_xstart": False, "conv_resample": True,
+        "timestep_respacing": "", "use_kl": False, "predict_xstart": False, "conv_resample": True, "in_channels": 3,
+        "dims": 2,
     }  # fmt: skip
     guided = {
         "num_head_channels": -1, "channel_mult": "", "resblock_updown": False, "use_fp16": False,

@@ -170,8 +170,7 @@ def test_progress_is_shown_where_asked_for(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-@pytest.mark.parametrize("steps", [None, 6])
+@pytest.mark.parametrize(("objective", "steps"), [*((objective, 6) for objective in OBJECTIVES), ("pred_v", None)])
 def test_sequences_are_theirs(objective: str, steps: int | None) -> None:
     theirs = diffusion_1d(objective=objective, sampling_timesteps=steps, ddim_sampling_eta=0.4)
     ours = fast(theirs)
@@ -205,12 +204,14 @@ def test_sequences_with_channels_last() -> None:
     assert pair[1].shape == (2, 5, 3)
     same(pair)
     more = {"model_forward_kwargs": {"shift": 0.5}}
-    with pytest.raises(ValueError, match="model_forward_kwargs is a dict of shift, .* allow_general=True"):
-        ours.sample(2, **more)
-    general = fast(theirs, allow_general=True)
     for method in ("p_sample_loop", "ddim_sample"):
-        pair = both(theirs, general, method, (2, 5, 3), **more)
-        assert torch.equal(*pair)
+        same(both(theirs, ours, method, (2, 5, 3), **more))
+    per_sample = {"model_forward_kwargs": {"shift": torch.rand(3, 1, 1)}}
+    same(both(theirs, ours, "sample", 3, **per_sample))
+    images = ours.sample(3, noise="philox", seed=4, **per_sample)
+    assert torch.equal(ours.sample(3, noise="philox", seed=4, **per_sample), images)
+    with pytest.raises(ValueError, match="batch_size is 2 for 3 samples but model_forward_kwargs are given"):
+        fast(theirs, noise="philox", batch_size=2).sample(3, **per_sample)
 
 
 @pytest.mark.parametrize("make", [diffusion, diffusion_1d, guided_diffusion])

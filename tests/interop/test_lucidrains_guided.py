@@ -14,8 +14,7 @@ from fastddpm.interop.lucidrains.models import GuidedPredictor
 from fastddpm.interop.lucidrains.tables import OBJECTIVES
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-@pytest.mark.parametrize("steps", [None, 6])
+@pytest.mark.parametrize(("objective", "steps"), [*((objective, 6) for objective in OBJECTIVES), ("pred_v", None)])
 def test_guided_samples_are_theirs(objective: str, steps: int | None) -> None:
     theirs = guided_diffusion(objective=objective, sampling_timesteps=steps)
     ours = fast(theirs)
@@ -85,15 +84,19 @@ def test_guidance_plus_plus(caplog: pytest.LogCaptureFixture) -> None:
     theirs = guided_diffusion(use_cfg_plus_plus=True, sampling_timesteps=6)
     classes = torch.tensor([0, 3])
     same(both(theirs, fast(theirs), "p_sample_loop", classes, (2, 3, 8, 8)), 5 * CLOSE)  # DDPM has no use for it
-    with pytest.raises(ValueError, match="use_cfg_plus_plus is True, .* allow_general=True"):
-        fast(theirs).sample(classes)
-    general = fast(theirs, allow_general=True)
+    with pytest.raises(ValueError, match="use_cfg_plus_plus is True, .* allow_general be True"):
+        fast(theirs, allow_general=False).sample(classes)
+    ours = fast(theirs)
     with caplog.at_level("WARNING"):
-        pair = both(theirs, general, "sample", classes)
-    assert torch.equal(*pair)
-    assert "use_cfg_plus_plus is True: the original ddim_sample runs" in caplog.text
+        for scales in ((6.0, 0.7), (2.0, 0.0)):
+            same(both(theirs, ours, "sample", classes, *scales), 5 * CLOSE)
+    assert caplog.text.count("use_cfg_plus_plus is True: the original ddim_sample runs") == 1
     with pytest.raises(ValueError, match="seed is given but use_cfg_plus_plus is True"):
-        general.sample(classes, seed=1)
+        ours.sample(classes, seed=1)
+    for objective in ("pred_x0", "pred_v"):
+        theirs.objective = objective
+        for options in ({}, {"freeze": False}):
+            same(both(theirs, fast(theirs, **options), "sample", classes), 5 * CLOSE)
 
 
 def test_guidance_of_a_network_that_takes_no_mask() -> None:

@@ -354,6 +354,63 @@ def test_compiles(backend: str, options: tuple[str, ...], device: torch.device) 
     check_compiles(loop, start.detach(), torch.zeros(len(arguments["out"]), 3, 4, 5, device=device))
 
 
+# Rows as a multistep sampler has them: no past at first, one prediction more at each step, then all of them; some
+# factors are 0 again. Columns A B C D E F S F2 F3 F4.
+WARMING_UP = torch.tensor([
+    [1.1, -0.4, 0.9, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0],
+    [1.0, -0.3, 1.4, 0.3, 0.0, -0.5, 0.2, 0.0, 0.0, 0.0],
+    [0.9, -0.2, 1.6, 0.2, 0.1, -0.9, 0.0, 0.3, 0.0, 0.0],
+    [0.8, -0.2, 1.7, 0.1, 0.2, -1.1, 0.1, 0.6, -0.2, 0.0],
+    [0.7, -0.1, 1.8, 0.1, 0.1, 0.0, 0.0, 0.7, -0.3, 0.1],
+    [0.6, -0.1, 1.9, 0.1, 0.0, -1.3, 0.3, 0.8, 0.0, 0.2],
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", "native"], indirect=True)
+@pytest.mark.parametrize("past", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((2, 3, 4, 5), ("noise", "clip_range")), ((3, 5, 7), ("noise",)), ((2, 2, 33, 33), ("noise", "guided", "known"))],
+    ids=["small", "one dimension", "several blocks"],
+)
+def test_history(shape: Any, options: tuple[str, ...], past: int, backend: str, device: torch.device) -> None:
+    """Every step against the sum of what was predicted before. Nothing that no step wrote is read."""
+    arguments = make(shape, options, torch.float32, device)
+    table = WARMING_UP[:, : 7 + past].to(device)
+    outs, noises = torch.randn(2, len(table), *arguments["out"].shape, device=device)
+    if "known" in options:
+        arguments["known_table"] = torch.full((len(table), 2), 0.5, device=device)
+        arguments["known_noise"] = arguments["noise"]
+    x, x0 = arguments.pop("x").clone(), torch.full(shape, math.nan, device=device)
+    history = torch.full((past, *shape), math.nan, device=device)
+    seen: list[Tensor] = []
+    for row, (out, noise) in enumerate(zip(outs, noises[:, : shape[0]], strict=True)):
+        plain = table[row : row + 1, :7].clone()
+        plain[0, 5] = 0
+        step = torch.zeros(1, dtype=torch.int64, device=device)
+        given = arguments | {"x": x, "out": out, "noise": noise, "step": step, "table": plain}
+        factors = table[row, [5, 7, 8, 9][: past + 1]].tolist()
+        older = sum((factor * m for factor, m in zip(factors, seen[::-1], strict=False)), 0 * x)
+        mask = torch.ones_like(x)
+        if "known" in options:  # what is known is blended with the sum
+            given["known_table"] = arguments["known_table"][:1]
+            mask = (arguments["known_mask"].expand(shape) == 0).float()
+        following, predicted = reverse_step(**given, backend="reference")
+        expected = following + mask * older
+        step = torch.tensor([row], device=device)
+        net_in = torch.full((len(out), *shape[1:]), math.nan, device=device)
+        reverse_step_(
+            **arguments | {"x": x, "out": out, "noise": noise, "table": table}, step=step, x0=x0, net_in=net_in,
+            multistep=True, history=history, backend=backend,
+        )  # fmt: skip
+        assert_close(x, expected.double())
+        assert_close(x0, predicted.double())
+        assert torch.equal(net_in[: len(x)], x)
+        for kept, prediction in zip(history, seen[::-1], strict=False):
+            assert torch.equal(kept, prediction)
+        seen.append(x0.clone())
+
+
 @pytest.mark.parametrize("options", [("noise", "learned"), EVERYTHING, ("threshold",)], ids="-".join)
 def test_custom_ops(on_triton: torch.device, options: tuple[str, ...]) -> None:
     a = make((2, 3, 4, 5), options, torch.float32, on_triton)
@@ -365,8 +422,10 @@ def test_custom_ops(on_triton: torch.device, options: tuple[str, ...]) -> None:
     torch.library.opcheck(torch.ops.fastddpm.reverse_step.default, (x, out, a["table"], step, *given.values()))
     given["x0_prev"] = None
     net_in = torch.zeros(len(a["out"]), 3, 4, 5, device=on_triton).half()
-    arguments = (a["x"], a["out"], a["table"], step, torch.zeros_like(a["x"]), net_in, True, *given.values())
-    torch.library.opcheck(torch.ops.fastddpm.reverse_step_inplace.default, arguments)
+    for history in (None, torch.zeros(2, *a["x"].shape, device=on_triton)):
+        table = a["table"] if history is None else torch.cat([a["table"], a["table"][:, :2]], dim=1)
+        arguments = (a["x"], a["out"], table, step, torch.zeros_like(a["x"]), net_in, True, history, *given.values())
+        torch.library.opcheck(torch.ops.fastddpm.reverse_step_inplace.default, arguments)
 
 
 def test_step_out_of_range_is_nan(on_triton: torch.device) -> None:
@@ -451,6 +510,9 @@ def test_bad_input(error: type[Exception], message: str, changed: dict[str, Any]
     check_refuses(reverse_step, error, message, **GOOD | changed)
 
 
+PAST = {"multistep": True, "x0": X.clone()}
+
+
 @pytest.mark.parametrize(
     ("error", "message", "changed"),
     [
@@ -459,6 +521,17 @@ def test_bad_input(error: type[Exception], message: str, changed: dict[str, Any]
         (TypeError, "x0 .*float16", {"x0": X.half()}),
         (ValueError, r"net_in .*\[1, 3, 4\]", {"net_in": X[:1]}),
         (TypeError, "net_in .*int64", {"net_in": X.long()}),
+        (ValueError, "multistep is False but a history is given", {"history": X[None]}),
+        (
+            ValueError,
+            r"history .*\[4, 2, 3, 4\], must be \[1 to 3, 2, 3, 4\]",
+            PAST | {"history": X.expand(4, 2, 3, 4)},
+        ),
+        (ValueError, r"history .*\[1, 1, 3, 4\]", PAST | {"history": X[None, :1]}),
+        (TypeError, "history .*float64", PAST | {"history": X[None].double()}),
+        (ValueError, "history .*meta", PAST | {"history": X[None].to("meta")}),
+        (ValueError, "history .*strides", PAST | {"history": X[None].expand(2, 2, 3, 4)}),
+        (ValueError, "table .*8", PAST | {"history": X[None]}),
     ],
 )
 def test_bad_input_in_place(error: type[Exception], message: str, changed: dict[str, Any]) -> None:

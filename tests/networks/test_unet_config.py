@@ -87,7 +87,7 @@ def test_all_that_is_wrong_with_a_file_is_named_at_once(tmp_path: Path) -> None:
     assert first.endswith("config.json: act_fn is 'tanh', must be one of 'silu', 'swish', 'mish', 'gelu', 'relu'")
     assert [text.split(",")[0] for text in others] == ["layers_per_block is 0", "dropout is 2", "num_heads (8)"]
     assert "depth (3) are no fields of a U-Net, which are: sample_size, " in others[-1]
-    with pytest.raises(ValueError, match="norm_num_groups, 7; down_block_types is .*; freq_shift is 8, must be"):
+    with pytest.raises(ValueError, match="down_block_types is .*norm_num_groups, 7; freq_shift is 8, must be"):
         UNetConfig(**SMALL | {"norm_num_groups": 7, "down_block_types": ("DownBlock2D",), "freq_shift": 8})
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastddpm.process.multistep import dpmsolver_table
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table, repaint_table
 from fastddpm.process.tables import PREDICTION_TYPES, StepTable, ddim_inversion_table, ddim_table, ddpm_table
 from fastddpm.sampling.sampler import Sampler
 

@@ -20,8 +20,9 @@ from table_rows import SHAPE, compare, execute
 from torch import Tensor
 
 from fastddpm.process.methods import METHODS, method_table, own_settings, owners
+from fastddpm.process.multistep import dpmsolver_table
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table, repaint_table
 from fastddpm.process.tables import PREDICTION_TYPES, ddim_inversion_table, ddim_table, ddpm_table
 
 LINEAR = NoiseSchedule.linear()

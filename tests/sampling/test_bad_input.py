@@ -97,6 +97,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"device": "meta"}, "device is 'meta'"),
     ({"backend": "fast"}, "backend is 'fast'"),
     ({"cuda_graph": "sometimes"}, "cuda_graph is 'sometimes'"),
+    ({"guidance_scale": 10**400}, "guidance_scale is inf, must be a finite number"),
 ]
 ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"num_samples": 0}, "num_samples is 0, must be a positive integer"),
@@ -110,7 +111,16 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(({}, {"shape": wrong}, "must be the sizes of one sample") for wrong in ((), 5)),
     ({}, {"seed": -1}, "seed"),
     ({}, {"seed": 2**64}, "seed is 18446744073709551616, must be from 0 to"),
+    ({}, {"seed": 1.0}, "TypeError: seed is 1.0, must be from 0 to"),
+    ({}, {"seed": True}, "TypeError: seed is True, must be from 0 to"),
     ({}, {"seeds": [1]}, "seeds has 1 entries, must have one per sample, 2"),
+    ({}, {"seeds": [1, 2.5]}, "TypeError: seeds[1] is 2.5, must be from 0 to"),
+    ({**FIVE, "null_class": 4}, {"class_labels": 1, "guidance_scale": 10**400}, "guidance_scale is inf, must be"),
+    (
+        {**FIVE, "null_class": 4},
+        {"class_labels": 1, "guidance_scale": torch.tensor([1.0, torch.nan])},
+        "guidance_scale has nan, every one must be a finite number",
+    ),
     *(
         ({}, {"first_sample": wrong}, f"first_sample is {wrong}, must be an integer from 0 to 4294967294")
         for wrong in (-1, 2**32 - 1, 1.0, True)

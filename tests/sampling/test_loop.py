@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastddpm.networks.network import BoundNetwork, Network
+from fastddpm.process.multistep import dpmsolver_table
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table, repaint_table
 from fastddpm.process.tables import StepTable, ddpm_table
 from fastddpm.sampling.batch import Batch
 from fastddpm.sampling.guidance import Classifier, DynamicThreshold

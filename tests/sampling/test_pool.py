@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.networks.network import Network
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import repaint_table
 from fastddpm.process.tables import ddpm_table
 from fastddpm.sampling.batch import Batch
 from fastddpm.sampling.guidance import ClassifierFn

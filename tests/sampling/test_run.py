@@ -15,7 +15,7 @@ from torch import Tensor
 import fastddpm
 from fastddpm import NoiseSchedule, Sampler, load_pretrained
 from fastddpm.networks.frozen.instructions import Instruction
-from fastddpm.process.solvers import repaint_table
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.tables import ddim_table, ddpm_table, make_table
 from fastddpm.sampling import loop
 from fastddpm.sampling.loop import Body
@@ -65,7 +65,7 @@ def test_a_foreign_model_is_called_from_few_frames(arguments: dict[str, Any]) ->
 
 
 def test_the_first_instruction_of_a_frozen_network_runs_from_few_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = load_pretrained().sampler(num_inference_steps=2)
+    draw = load_pretrained().sampler(num_inference_steps=2, cuda_graph=False)
     draw.sample(1, class_labels=1)
     (bound,) = draw._pool.idle[0].loop._bound.values()
     first: Instruction = bound.instructions[0]  # type: ignore[attr-defined]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastddpm.networks.network import Network
 from fastddpm.networks.unet.model import UNet
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import repaint_table
 from fastddpm.sampling.sampler import Sampler
 
 SMALL: dict[str, Any] = {
@@ -448,11 +448,30 @@ def test_inference_mode_of_one_call_does_not_spoil_the_next(frozen: bool) -> Non
     assert torch.equal(sampler.sample(1, shape=(3, 8, 8)), first)
 
 
-def test_the_warning_of_float16_points_at_the_caller() -> None:
-    sampler = Sampler(lambda x, t: x / 0, NoiseSchedule.linear(), num_inference_steps=2, dtype="float16")
-    with pytest.warns(RuntimeWarning, match="some samples are not finite") as caught:
-        sampler.sample(1, shape=(1, 2, 2))
-    assert [warning.filename for warning in caught] == [__file__]
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("row", [0, 1, 4])
+def test_samples_that_are_not_finite_are_named_with_their_first_step(dtype: str, row: int) -> None:
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        wrong = (t <= [800, 600, 400, 200, 0][row]) & (x.flatten(1)[:, 0] > 0)
+        return torch.where(wrong.view(-1, 1, 1, 1), torch.nan, torch.zeros_like(x))
+
+    sampler = Sampler(model, NoiseSchedule.linear(), num_inference_steps=5, dtype=dtype, clip_sample=False)
+    with pytest.warns(RuntimeWarning, match="samples are not finite") as caught:
+        images = sampler.sample(16, shape=(1, 2, 2), batch_size=5, seed=3)
+    assert [warning.filename for warning in caught] == [__file__]  # of the caller
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    assert 0 < len(bad) < 16
+    message = str(caught[0].message)
+    assert message.startswith(f"{len(bad)} of 16 samples are not finite ({', '.join(map(str, bad[:8]))}")
+    rows: list[int] = []
+    with pytest.warns(RuntimeWarning):
+        sampler.sample(
+            16, shape=(1, 2, 2), seed=3,
+            callback=lambda k, t, x: None if x[bad[0]].isfinite().all() else rows.append(k),
+        )  # fmt: skip
+    assert rows[0] >= row
+    assert f"sample {bad[0]} since step {rows[0] + 1} of 5 (timestep {800 - 200 * rows[0]})" in message
+    assert ("overflow in float16" in message) == (dtype == "float16")
 
 
 def test_samplers_of_one_model_share_its_eval_mode() -> None:

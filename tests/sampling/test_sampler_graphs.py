@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import repaint_table
 from fastddpm.sampling.cuda_graph import MODES, CapturedBody, CaptureError, why_not
 from fastddpm.sampling.loop import ROWS
 from fastddpm.sampling.sampler import Sampler

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm.networks.network import Network
+from fastddpm.process.multistep import dpmsolver_table
+from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table, repaint_table
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.batch import Batch
 from fastddpm.sampling.guidance import Classifier, DynamicThreshold

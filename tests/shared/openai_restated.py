@@ -164,6 +164,14 @@ def unet_model(
     return w.conv("out.2", F.silu(w.norm("out.0", x)), out)
 
 
+def super_res_model(
+    w: Weights, x: Tensor, t: Tensor, low_res: Tensor, y: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`SuperResModel`: it reads the small images, enlarged, after x."""
+    larger = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+    return unet_model(w, torch.cat([x, larger], 1), t, y, **options)
+
+
 def encoder_model(
     w: Weights, x: Tensor, t: Tensor, *, channels: int, mult: Sequence[float], layers: int, reductions: Sequence[int],
     pool: str, film: bool = True, updown: bool = True, classes: int = 1000,

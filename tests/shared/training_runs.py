@@ -76,7 +76,7 @@ def launch(function: Any, *arguments: Any, processes: int = 1) -> list[int | Non
     for child in children:
         child.start()
     for child in children:
-        child.join(timeout=200)
+        child.join(timeout=500)
     for child in children:
         if child.is_alive():
             child.kill()

@@ -112,8 +112,7 @@ GOOD = ["a/plain.png", "a/tall.JPG", "a/turned.jpg", "b/cmyk.jpg", "b/deeper/gre
 GOOD += ["b/palette.gif", "b/sixteen.png"]
 
 
-@pytest.mark.parametrize("cache_bytes", [1 << 20, 0])
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("cache_bytes", "channels"), [(1 << 20, 1), (0, 3), (1 << 20, 4)])
 def test_pictures_of_a_folder(folder: Path, cache_bytes: int, channels: int) -> None:
     shape = (channels, 8, 8)
     source = PictureFolder(list_pictures(folder), shape, cache_bytes=cache_bytes)
@@ -190,7 +189,7 @@ def test_npz_files_that_sample_writes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cut.npz is not a .npz that can be read"):
         ArraySource(tmp_path / "cut.npz")
     np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
-    with pytest.raises(ValueError, match=r"arr_0 is float64 \[2, 4, 4, 3\], must be images uint8"):
+    with pytest.raises(ValueError, match=r"arr_0 has float64 \[2, 4, 4, 3\], must be uint8"):
         ArraySource(tmp_path / "floats.npz")
     np.savez(tmp_path / "objects.npz", np.array([{}, {}], dtype=object))
     with pytest.raises(ValueError, match="objects.npz is not a .npz that can be read"):

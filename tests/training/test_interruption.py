@@ -110,7 +110,7 @@ def test_dropout_is_a_function_of_the_seed(tmp_path: Path, resumed: bool) -> Non
 
 def test_what_a_resumed_run_may_be_told_anew(tmp_path: Path) -> None:
     trainer(tmp_path, train_num_steps=2).train()
-    with pytest.raises(ValueError, match="is 'v_prediction', but .* has been trained to predict 'epsilon'"):
+    with pytest.raises(ValueError, match="is 'v_prediction', but .* has been trained with 'epsilon'"):
         trainer(tmp_path, small(prediction_type="v_prediction"), resume=True)
     drawn = trainer(tmp_path, small(timestep_sampling="importance"), resume=True, train_num_steps=4)
     assert drawn.train().step == 4

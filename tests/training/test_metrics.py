@@ -19,6 +19,7 @@ class Images:
     """A source of given pixels."""
 
     classes: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
     in_memory = True
 
     def __init__(self, pixels: Tensor) -> None:
@@ -35,7 +36,7 @@ def of(samples: Tensor) -> Any:
     """A trainer whose sampler draws `samples`."""
     return SimpleNamespace(
         diffusion=small(classes=False),
-        source=SimpleNamespace(classes=()),
+        labels=(),
         shape=tuple(samples.shape[1:]),
         settings=SimpleNamespace(train_batch_size=4),
         sampler=lambda: SimpleNamespace(sample=lambda *_, **__: samples),

@@ -10,17 +10,21 @@ This module imports diffusers; `fastddpm.interop.accelerate` imports it when it 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from fastddpm_kernels import philox
 from torch import Tensor
 
 from fastddpm.interop.diffusers.engine import Engine, Options, Plan
 from fastddpm.interop.shared import StepNoise, not_supported
+from fastddpm.process.tables import StepTable
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ def accelerate(
     obj: Any,
     *,
     inplace: bool = False,
-    allow_general: bool = False,
+    allow_general: bool = True,
     noise: str = "philox",
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
@@ -52,37 +56,49 @@ def accelerate(
 
     Args:
         obj: a `DDPMPipeline`, `DDIMPipeline` or `LDMPipeline`, or `(UNet2DModel, scheduler)`, which becomes a
-            `DDIMPipeline` if the scheduler is a `DDIMScheduler` and else a `DDPMPipeline`. Schedulers: `DDPMScheduler`,
-            `DDIMScheduler`, `DPMSolverMultistepScheduler` ("dpmsolver++" of order 1 and 2).
+            `DDIMPipeline` if the scheduler is a `DDIMScheduler` and else a `DDPMPipeline` whose loop scales noise and
+            inputs as the scheduler wants (diffusers' own does not). Schedulers: those of `scheduler.SCHEDULERS`.
         inplace: change the pipeline itself.
-        allow_general: where the U-Net is not supported, call it as it is in fastddpm's loop; where the scheduler is
-            not, run the pipeline's own loop, with its own noise, around fastddpm's U-Net. Either is logged as a
-            warning.
+        allow_general: where the U-Net is not supported, call it as it is in fastddpm's loop; where the scheduler or
+            what it is set to is not, run the pipeline's own loop, with its own noise, around fastddpm's U-Net. Either
+            is logged once, as a warning. False: raise ValueError instead.
         noise: "philox", or "torch": without `generator=` draw from torch's global generator, in the original's order.
         dtype, backend, cuda_graph: as for `Sampler`; the dtype of None is the U-Net's.
 
     Raises:
         TypeError: `obj` is none of these.
-        ValueError: the U-Net's or the scheduler's config has a value that is not supported, or an option is not known.
+        ValueError: neither the U-Net nor the scheduler is supported (either, if not `allow_general`), they do not fit
+            each other, or an option is not known.
     """
-    options = Options(allow_general, noise, dtype, backend, cuda_graph)
-    if isinstance(obj, (tuple, list)):
+    options, parts = Options(allow_general, noise, dtype, backend, cuda_graph), isinstance(obj, (tuple, list))
+    if parts:
         obj = _pipeline_of(obj, inplace)
         inplace = True  # it is new
     kind = type(obj)
-    cls = next((ours for ours in _CLASSES if kind in (ours, ours.base)), None)
+    cls = _accelerated(kind)  # type: ignore[arg-type]
     if cls is None:
         raise not_supported(obj)
     result = obj if inplace else copy.copy(obj)
     if not inplace:
         result.__dict__["scheduler"] = copy.deepcopy(obj.scheduler)
-    engine = Engine(options)
-    plan = engine.plan(result.unet, result.scheduler)  # raises before anything is changed
-    for reason in plan.general:
-        _log.warning("%s; it runs as it is (allow_general)", reason)
+    engine = Engine(options, scales=parts)
+    engine.plan(result.unet, result.scheduler, scales=cls.scales)  # raises before anything is changed
     result.__class__ = cls
     result.__dict__["_engine"] = engine
     return result
+
+
+@functools.cache
+def _accelerated(kind: type) -> Any:
+    """Return the class of a pipeline's class, accelerated, or None. Subclasses that call as their base count."""
+    if issubclass(kind, _Accelerated):
+        return kind
+    for ours in _CLASSES:
+        if kind is ours.base:
+            return ours
+        if issubclass(kind, ours.base) and kind.__call__ is ours.base.__call__:
+            return type(kind.__name__, (ours, kind), {"__module__": kind.__module__, "base": kind})
+    return None
 
 
 def _pipeline_of(parts: Any, inplace: bool) -> Any:
@@ -99,45 +115,66 @@ class _Accelerated:
     """What the accelerated pipelines have in common; the rest is diffusers' class."""
 
     base: Any
+    _engine: Engine
+    scales = False  # whether the original's loop scales noise and inputs for schedulers in sigma
 
     def _plan(self: Any) -> Plan:
         # A pipeline that the class itself made, such as by `from_pipe`, has no engine yet.
-        return self.__dict__.setdefault("_engine", Engine(Options())).plan(self.unet, self.scheduler)
+        engine = self.__dict__.setdefault("_engine", Engine(Options()))
+        return engine.plan(self.unet, self.scheduler, scales=self.scales)
+
+    def _table(self: Any, plan: Plan, num_inference_steps: int, **options: Any) -> StepTable | None:
+        """Set the timesteps and return the table; None where the pipeline has to keep its own loop.
+
+        Raises:
+            ValueError: the scheduler cannot be set to so many steps; or `allow_general` is False.
+        """
+        recognised, scheduler, before = plan.recognised, self.scheduler, dict(vars(self.scheduler))
+        if recognised is None:
+            return None
+        first = scheduler.init_noise_sigma  # LDMPipeline asks before it sets the timesteps
+        scheduler.set_timesteps(num_inference_steps)
+        try:
+            table = recognised.table(scheduler, **options)
+        except ValueError as error:
+            self._engine.keep_loop(f"{recognised.name}: {error}")
+            vars(scheduler).clear()
+            vars(scheduler).update(before)
+            return None
+        first = first if self.scales else scheduler.init_noise_sigma
+        return replace(table, init_noise_sigma=float(first) * recognised.initial_scale(scheduler))
 
     def _denoise(
         self: Any,
         plan: Plan,
+        table: StepTable,
         shape: tuple[int, ...],
         generator: Generators,
-        num_inference_steps: int,
         *,
         latents: bool = False,
         eta: float = 0.0,
-        use_clipped_model_output: bool = False,
     ) -> Tensor:
-        """The whole loop: float32 [N, C, H, W] where the U-Net is.
+        """Run the whole loop: float32 [N, C, H, W] where the U-Net is.
 
         `latents`: as LDMPipeline draws: x_T in float32 on the CPU, the steps' noise from torch's global generator.
         """
         recognised = plan.recognised
         assert recognised is not None
         device, dtype = self._execution_device, self.unet.dtype
-        self.scheduler.set_timesteps(num_inference_steps)
-        timesteps = self.scheduler.timesteps.cpu()
-        table = recognised.table(
-            timesteps, num_inference_steps, eta=eta, use_clipped_model_output=use_clipped_model_output
-        )
         sampler = self._engine.sampler(plan, device, table)
         arguments: dict[str, Any] = {}
         noise = None
         if generator is None and self._engine.options.noise == "philox":
-            arguments["seed"] = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+            arguments["seed"] = seed = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+            if table.start[1] == 0:  # inversion, which begins with images, is given noise all the same
+                keys = philox.sample_keys([seed] * shape[0], range(shape[0]), device=device)
+                arguments["x_T"] = philox.normal(keys, shape[1:], step=0, stream=philox.STREAM_INITIAL)
         else:
             _check_generators(generator, shape[0])
             place: dict[str, Any] = {} if latents else {"device": device, "dtype": dtype}
-            arguments["x_T"] = randn_tensor(shape, generator=generator, **place)
+            arguments["x_T"] = randn_tensor(shape, generator=generator, **place) * table.init_noise_sigma
             of_steps = None if latents else generator
-            draws = recognised.draws(timesteps, eta)
+            draws = recognised.draws(table.timesteps, eta)
             noise = StepNoise(draws, lambda: randn_tensor(shape, generator=of_steps, device=device, dtype=dtype))
             if any(draws):
                 arguments["noise"] = noise
@@ -186,10 +223,14 @@ class DDPMPipeline(_Accelerated, diffusers.DDPMPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """As `diffusers.DDPMPipeline`; see `accelerate` for the noise without a generator."""
         plan = self._plan()
-        if plan.recognised is None:
-            arguments = (num_inference_steps, output_type, return_dict)
-            return plan.their_loop(self, self.base, batch_size, generator, *arguments)
-        images = self._denoise(plan, self._shape(batch_size), generator, num_inference_steps)
+        table = self._table(plan, num_inference_steps)
+        if table is not None:
+            images = self._denoise(plan, table, self._shape(batch_size), generator)
+        elif self._engine.scales:
+            images = plan.scaled_loop(self, self._shape(batch_size), generator, num_inference_steps)
+        else:
+            arguments = (batch_size, generator, num_inference_steps, output_type, return_dict)
+            return plan.their_loop(self, self.base, *arguments)
         return self._result(images, output_type, return_dict)
 
 
@@ -211,23 +252,18 @@ class DDIMPipeline(_Accelerated, diffusers.DDIMPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """As `diffusers.DDIMPipeline`; see `accelerate` for the noise without a generator."""
         plan = self._plan()
-        arguments = (eta, num_inference_steps, use_clipped_model_output, output_type, return_dict)
-        if plan.recognised is None:
-            return plan.their_loop(self, self.base, batch_size, generator, *arguments)
-        if plan.recognised.method != "ddim":
+        if plan.recognised is not None and plan.recognised.method != "ddim":
             raise TypeError(f"scheduler is a {plan.recognised.name}, must be a DDIMScheduler: it is given eta")
+        clipped = bool(use_clipped_model_output)
+        table = self._table(plan, num_inference_steps, eta=eta, use_clipped_model_output=clipped)
+        if table is None:
+            arguments = (eta, num_inference_steps, use_clipped_model_output, output_type, return_dict)
+            return plan.their_loop(self, self.base, batch_size, generator, *arguments)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator has {len(generator)} entries, must have one per image, {batch_size}")
         if not 0 <= eta <= 1:
             _log.warning("eta is %s, should be from 0 (DDIM) to 1 (DDPM's variance)", eta)
-        images = self._denoise(
-            plan,
-            self._shape(batch_size),
-            generator,
-            num_inference_steps,
-            eta=eta,
-            use_clipped_model_output=bool(use_clipped_model_output),
-        )
+        images = self._denoise(plan, table, self._shape(batch_size), generator, eta=eta)
         return self._result(images, output_type, return_dict)
 
 
@@ -235,6 +271,7 @@ class LDMPipeline(_Accelerated, diffusers.LDMPipeline):
     """diffusers' LDMPipeline, accelerated: the latents are sampled here, decoded by its VQModel."""
 
     base = diffusers.LDMPipeline
+    scales = True
     vqvae: Any
 
     @torch.no_grad()
@@ -250,12 +287,13 @@ class LDMPipeline(_Accelerated, diffusers.LDMPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """As `diffusers.LDMPipeline`; see `accelerate` for the noise without a generator."""
         plan = self._plan()
-        if plan.recognised is None:
+        # As in the original: eta is passed only to schedulers that take it.
+        own = eta if plan.recognised is not None and plan.recognised.method == "ddim" else 0.0
+        table = self._table(plan, num_inference_steps, eta=own)
+        if table is None:
             arguments = (eta, num_inference_steps, output_type, return_dict)
             return plan.their_loop(self, self.base, batch_size, generator, *arguments)
-        if plan.recognised.method != "ddim":
-            eta = 0.0  # as in the original: passed only to schedulers that take it
-        latents = self._denoise(plan, self._shape(batch_size), generator, num_inference_steps, latents=True, eta=eta)
+        latents = self._denoise(plan, table, self._shape(batch_size), generator, latents=True, eta=own)
         decoder = self.vqvae
         images = decoder.decode((latents / decoder.config.scaling_factor).to(decoder.dtype)).sample.float()
         # The original has no "pt": whatever is not "pil" is an array.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastddpm.interop.diffusers.scheduler import Recognised, recognise, state_of
-from fastddpm.interop.diffusers.unet import AsUNet2D, check_same, check_unet, share_unet, unwrapped
+from fastddpm.interop.diffusers.unet import AsUNet2D, check_same, check_unet, managed, share_unet, unwrapped
 from fastddpm.interop.shared import check_noise
 from fastddpm.networks.comparing import Settings, changed, settings_of
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.tables import StepTable
 from fastddpm.sampling.sampler import Sampler
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Options:
         ValueError: `noise` is not known.
     """
 
-    allow_general: bool = False
+    allow_general: bool = True
     noise: str = "philox"
     dtype: torch.dtype | str | None = None
     backend: str = "auto"
@@ -53,12 +57,28 @@ class Plan:
     theirs: Any
 
     def their_loop(self, pipeline: Any, base: Any, *arguments: Any) -> Any:
-        """The pipeline's own loop and scheduler around fastddpm's U-Net: `base.__call__` with its arguments."""
+        """Run the pipeline's own loop and scheduler around fastddpm's U-Net: `base.__call__` with its arguments."""
         original = copy.copy(pipeline)
         original.__class__ = base
-        assert isinstance(self.model, UNet)
-        original.__dict__["unet"] = AsUNet2D(self.model, self.theirs)
+        original.__dict__["unet"] = self._as_theirs()
         return original(*arguments)
+
+    def _as_theirs(self) -> Any:
+        return AsUNet2D(self.model, self.theirs) if isinstance(self.model, UNet) else self.theirs
+
+    def scaled_loop(self, pipeline: Any, shape: tuple[int, ...], generator: Any, steps: int) -> Tensor:
+        """Run the loop that diffusers documents around fastddpm's U-Net, with noise and inputs scaled."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        unet, scheduler = self._as_theirs(), pipeline.scheduler
+        given = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        images = randn_tensor(shape, generator=generator, device=pipeline._execution_device, dtype=self.theirs.dtype)
+        scheduler.set_timesteps(steps)
+        images = images * scheduler.init_noise_sigma
+        for t in pipeline.progress_bar(scheduler.timesteps):
+            out = unet(scheduler.scale_model_input(images, t), t).sample
+            images = scheduler.step(out, t, images, **given).prev_sample
+        return images
 
 
 @dataclass(eq=False)
@@ -66,15 +86,25 @@ class Engine:
     """Keeps what was made for a pipeline's parts as long as they stay the same.
 
     A copy of an engine starts anew, with the same options.
+
+    Attributes:
+        options: of `accelerate`.
+        scales: whether the loop scales noise and inputs where a scheduler wants it, whatever the pipeline's does.
     """
 
     options: Options
+    scales: bool = False
     _unet: tuple[list[nn.Parameter], Settings, nn.Module, str] | None = field(default=None, init=False)
     _scheduler: tuple[Any, Recognised | str] | None = field(default=None, init=False)
     _sampler: tuple[Any, Sampler] | None = field(default=None, init=False)
+    _logged: set[str] = field(default_factory=set, init=False)
 
-    def plan(self, unet: Any, scheduler: Any) -> Plan:
-        """How to run these two.
+    def plan(self, unet: Any, scheduler: Any, *, scales: bool = False) -> Plan:
+        """Return how to run these two.
+
+        Args:
+            unet, scheduler: the pipeline's.
+            scales: whether the pipeline's loop scales noise and inputs where a scheduler wants it.
 
         Raises:
             ValueError: one of them is not supported and `allow_general` is False, or neither is, or they do not fit.
@@ -87,29 +117,46 @@ class Engine:
                     f"unet.config.{name} is {config[name]!r}, must be None: the pipeline passes no class labels, "
                     "Sampler.sample does"
                 )
-        if hasattr(theirs, "_hf_hook"):
-            raise ValueError("unet is offloaded, must be on its device: pipe.remove_all_hooks(), then pipe.to(device)")
+        if reason := managed(theirs):
+            self.keep_loop(reason)
+            return Plan(theirs, None, [reason], theirs)
         model, why_not_unet = self._find_unet(theirs)
         recognised = self._recognise(scheduler)
+        if isinstance(recognised, Recognised) and recognised.scales and not (scales or self.scales):
+            recognised = f"{recognised.name} scales the network's input, which the loop of this pipeline does not"
         general = [why_not_unet] if why_not_unet else []
         if isinstance(recognised, Recognised):
             recognised.check_channels(config.in_channels, config.out_channels)
         else:
             general.append(recognised)
-        if general and not self.options.allow_general:
-            how = "is called as it is, in fastddpm's loop" if why_not_unet else "keeps its own loop"
-            what = "U-Net" if why_not_unet else "pipeline"
-            raise ValueError(f"{general[0]}; with allow_general=True the {what} {how}")
         if len(general) == 2:
             raise ValueError(f"{general[0]}, and {general[1]}: there is nothing left to accelerate")
-        if not isinstance(recognised, Recognised):
-            for name, default in (("dtype", None), ("cuda_graph", "auto")):
-                if (value := getattr(self.options, name)) not in (default, False):
-                    raise ValueError(f"{name} is {value!r} but {recognised}: in its own loop it must be {default!r}")
+        if why_not_unet:
+            self._allow(why_not_unet, "the U-Net is called as it is, in fastddpm's loop")
+        if isinstance(recognised, str):
+            self.keep_loop(recognised)
         return Plan(model, recognised if isinstance(recognised, Recognised) else None, general, theirs)
 
+    def keep_loop(self, reason: str) -> None:
+        """Note that the pipeline keeps its own loop for a reason, and log it once.
+
+        Raises:
+            ValueError: `allow_general` is False, or an option says how fastddpm's loop is to run.
+        """
+        for name, default in (("dtype", None), ("cuda_graph", "auto")):
+            if (value := getattr(self.options, name)) not in (default, False):
+                raise ValueError(f"{name} is {value!r} but {reason}: in its own loop it must be {default!r}")
+        self._allow(reason, "the pipeline keeps its own loop")
+
+    def _allow(self, reason: str, how: str) -> None:
+        if not self.options.allow_general:
+            raise ValueError(f"{reason}; with allow_general=True {how}")
+        if reason not in self._logged:
+            self._logged.add(reason)
+            _log.warning("%s: %s", reason, how)
+
     def sampler(self, plan: Plan, device: torch.device, table: StepTable) -> Sampler:
-        """A sampler for the plan on `device`; the table is only its own default.
+        """Return a sampler for the plan on `device`; the table is only its own default.
 
         Raises:
             ValueError: the U-Net is elsewhere, or as `Sampler`.
@@ -123,16 +170,19 @@ class Engine:
         if self._sampler is not None and self._sampler[0] == key:
             return self._sampler[1]
         self._sampler = None  # its memory is free before the next one takes its own
-        options = self.options
+        options, settings = self.options, recognised.of_sampler
+        if options.dtype == "auto":  # tries the network at the levels of a schedule
+            predicts = recognised.settings.get("prediction_type", "epsilon")
+            settings["prediction_type"] = "v_prediction" if predicts == "flow_prediction" else predicts
+            settings["timesteps"] = [0]
         sampler = Sampler(
             plan.model,
-            recognised.schedule,
-            timesteps=table.timesteps,
+            recognised.schedule if options.dtype == "auto" else table,
             dtype=options.dtype,
             device=place,
             backend=options.backend,
             cuda_graph=options.cuda_graph,
-            **recognised.settings,
+            **settings,
         )
         self._sampler = (key, sampler)
         return sampler
@@ -170,7 +220,7 @@ class Engine:
         return self._scheduler[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options}
+        return {"options": self.options, "scales": self.scales}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["options"])  # type: ignore[misc]
+        self.__init__(state["options"], state["scales"])  # type: ignore[misc]

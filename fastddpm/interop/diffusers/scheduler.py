@@ -1,26 +1,60 @@
-"""diffusers' schedulers as schedules and tables, and the random numbers that their pipelines draw."""
+"""diffusers' schedulers as schedules and tables, and the random numbers that their pipelines draw.
+
+The levels and timesteps that a loop visits are read off the scheduler once it has set them, in its own rounding; the
+formulas that lead from level to level are those of `fastddpm.process`.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.interop.scheduler_config import scheduler_settings
+from fastddpm.interop.scheduler_config import noise_schedule, scheduler_settings
 from fastddpm.interop.shared import StepNoise
 from fastddpm.networks.comparing import difference
+from fastddpm.process.grids import SigmaGrid, trained_sigmas
+from fastddpm.process.methods import METHODS
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import dpmsolver_table
-from fastddpm.process.tables import StepTable, ddim_table, ddpm_table
+from fastddpm.process.sigma_space import euler_table
+from fastddpm.process.tables import StepTable, ddim_inversion_table, ddim_table, ddpm_table
 from fastddpm.sampling.sampler import Sampler
 
 # Rounding of float32 grows by the gain of the first step, from noise to x0: 160 for 1000 steps.
 _SAME_TO = 1e-3
-_OF_A_LOOP = ("timesteps", "sigmas")
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
+_OF_A_LOOP = (
+    "timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "log_sigmas", "prk_timesteps",
+    "plms_timesteps", "sample", "last_sample", "cur_sample", "cur_model_output", "prev_derivative", "dt",
+)  # fmt: skip
+# Each with the method that has its formulas; None: its config says which.
+SCHEDULERS: dict[str, str | None] = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "DDIMInverseScheduler": "ddim_inverse",
+    "DPMSolverMultistepScheduler": None,
+    "DPMSolverSinglestepScheduler": None,
+    "DEISMultistepScheduler": "deis",
+    "UniPCMultistepScheduler": "unipc",
+    "PNDMScheduler": "plms",
+    "LCMScheduler": "lcm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "KDPM2AncestralDiscreteScheduler": "dpm2_a",
+    "LMSDiscreteScheduler": "lms",
+    "EDMEulerScheduler": "edm_euler",
+}
+# Their state is x_0 + sigma * epsilon, and `scale_model_input` makes the network's input of it.
+_SCALE = ("euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "edm_euler")
+# Their steps go by timesteps, and levels are those of the schedule; the others have sigmas.
+_BY_TIMESTEPS = ("ddpm", "ddim", "ddim_inverse", "plms", "lcm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +63,10 @@ class Recognised:
 
     Attributes:
         name: of its class.
-        method: `Sampler`'s name of it.
-        schedule: its noise levels, to the last bit of its float32.
-        settings: keyword arguments of `Sampler`, `method` among them.
+        method: `Sampler`'s name of it, or "ddim_inverse" or "edm_euler".
+        schedule: its noise levels, for the methods that go by timesteps to the last bit of its float32; of EDM, which
+            has none, that of the levels that it visits, in units of `sigma_data`.
+        settings: of its table and of `Sampler`.
     """
 
     name: str
@@ -44,13 +79,28 @@ class Recognised:
         """Whether the network has channels for the variance."""
         return self.settings.get("variance_type") in ("learned", "learned_range")
 
-    def check_channels(self, channels: int, out_channels: int) -> None:
-        """Raises ValueError unless a network of so many channels fits.
+    @property
+    def scales(self) -> bool:
+        """Whether its loop has to scale the first noise and every input of the network."""
+        return self.method in _SCALE
 
-        diffusers' multistep solver takes the first three channels where the variance is learned.
+    @property
+    def of_sampler(self) -> dict[str, Any]:
+        """Return the settings of `Sampler` beside its table."""
+        names = (
+            "variance_type", "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
+            "sample_max_value",
+        )  # fmt: skip
+        clips = self.method in ("ddpm", "ddim", "ddim_inverse")
+        return {"clip_sample": clips, **{name: self.settings[name] for name in names if name in self.settings}}
+
+    def check_channels(self, channels: int, out_channels: int) -> None:
+        """Raise ValueError unless a network of so many channels fits.
+
+        diffusers' solvers take the first three channels where the variance is learned.
         """
         variance = self.settings.get("variance_type")
-        if self.learned_variance and self.method == "dpmsolver++" and channels != 3:
+        if self.learned_variance and self.method != "ddpm" and channels != 3:
             raise ValueError(
                 f"{self.name}: variance_type is {variance!r} but unet.config.in_channels is {channels}, must be 3"
             )
@@ -61,90 +111,182 @@ class Recognised:
                 f"{self.name}'s variance_type {variance!r}"
             )
 
-    def table(
-        self, timesteps: Tensor, num_inference_steps: int, *, eta: float = 0.0, use_clipped_model_output: bool = False
-    ) -> StepTable:
-        """The coefficients of its steps.
+    def table(self, scheduler: Any, *, eta: float = 0.0, use_clipped_model_output: bool = False) -> StepTable:
+        """Return the coefficients of the steps that a scheduler has set.
+
+        The states of those that scale are taken as the network reads them. The last row undoes that, so that the
+        table ends with the scheduler's sample; `initial_scale` does it for the first.
 
         Args:
-            timesteps: int64 [S], those that the scheduler has set.
-            num_inference_steps: what it has set them for. A DDIMScheduler steps by T // this, wherever the next
-                timestep is.
+            scheduler: the one that was recognised, after its `set_timesteps`.
             eta, use_clipped_model_output: of DDIM.
 
         Raises:
-            ValueError: a setting is not supported, or timesteps do not fall.
+            ValueError: timesteps do not fall or repeat, or a step has no finite coefficients.
         """
+        with np.errstate(all="ignore"):
+            table = self._table(scheduler, eta, use_clipped_model_output)
+        if len(table) != len(scheduler.timesteps):
+            raise ValueError(f"timesteps are {len(scheduler.timesteps)}, must be {len(table)} for its config")
+        if not bool(torch.isfinite(table.rows).all()):
+            raise ValueError("num_inference_steps: two levels it visits are so close that a step has no coefficients")
+        return table
+
+    def _table(self, scheduler: Any, eta: float, use_clipped_model_output: bool) -> StepTable:
         prediction_type = self.settings.get("prediction_type", "epsilon")
-        if self.method == "ddpm":
-            variance_type = self.settings.get("variance_type", "fixed_small")
-            table = ddpm_table(self.schedule, timesteps, prediction_type=prediction_type, variance_type=variance_type)
-            return _rounded_ddpm_table(table, self.schedule, variance_type)
-        if self.method == "ddim":
-            stride = self.schedule.num_train_timesteps // num_inference_steps
-            return _strided_ddim_table(
-                self.schedule,
-                timesteps,
-                stride,
-                prediction_type=prediction_type,
-                eta=eta,
-                use_clipped_model_output=use_clipped_model_output,
-                set_alpha_to_one=self.settings.get("set_alpha_to_one", True),
-            )
-        names = ("solver_order", "lower_order_final", "final_sigmas_type")
-        options = {name: self.settings[name] for name in names if name in self.settings}
-        return dpmsolver_table(self.schedule, timesteps, prediction_type=prediction_type, **options)
+        if self.method in ("ddpm", "ddim", "ddim_inverse"):
+            timesteps, options = scheduler.timesteps.cpu(), {"prediction_type": prediction_type}
+            if self.method == "ddpm":
+                variance_type = self.settings.get("variance_type", "fixed_small")
+                table = ddpm_table(self.schedule, timesteps, variance_type=variance_type, **options)
+                return _rounded_ddpm_table(table, self.schedule, variance_type)
+            # DDIM steps by T // S, wherever the next timestep is.
+            stride = self.schedule.num_train_timesteps // scheduler.num_inference_steps
+            options["set_alpha_to_one"] = self.settings.get("set_alpha_to_one", True)
+            if self.method == "ddim_inverse":
+                return _strided_inversion_table(self.schedule, timesteps, stride, **options)
+            options |= {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+            return _strided_ddim_table(self.schedule, timesteps, stride, **options)
+        told = scheduler.timesteps.cpu().double()
+        if len(told) > 1 and bool((told[1:] == told[0]).any()) and not (self.method == "plms" and len(told) == 2):
+            raise ValueError(f"num_inference_steps: its first timestep, {told[0]:g}, is visited twice")
+        grid = self._grid(scheduler)
+        if self.method == "edm_euler":
+            table = euler_table(self.schedule, grid, prediction_type="v_prediction")
+            if prediction_type == "epsilon":  # its network says -v
+                table.rows[:, [1, 4]] *= -1
+            table.rows[-1, 2:] *= scheduler.config.sigma_data
+        else:
+            method = METHODS[self.method]
+            own = inspect.signature(method.table).parameters
+            options = {name: value for name, value in self.settings.items() if name in own}
+            table = method.table(self.schedule, grid, **{**options, **method.fixed})
+        if self.scales:
+            table.rows[-1, 2:] /= table.levels[-1, 0]
+        timesteps = told.to(torch.int64) if bool((told == told.round()).all()) else told
+        return replace(table, timesteps=timesteps)
+
+    def initial_scale(self, scheduler: Any) -> float:
+        """Return what a network reads of an initial sample, as a factor, once the timesteps are set."""
+        if not self.scales:
+            return 1.0
+        return 1 / math.hypot(float(scheduler.sigmas[0]), scheduler.config.get("sigma_data", 1.0))
+
+    def _grid(self, scheduler: Any) -> SigmaGrid:
+        """Return the levels that a scheduler has set, one for every step."""
+        told = scheduler.timesteps.cpu().double().numpy()
+        trained = trained_sigmas(self.schedule)
+        if self.method in ("lcm", "plms"):
+            levels = scheduler.alphas_cumprod.cpu().double().numpy()
+            if self.method == "lcm":
+                last = 1.0
+            else:
+                told = np.append(told[:1], told[2:])
+                stride = self.schedule.num_train_timesteps // scheduler.num_inference_steps
+                if (np.diff(told) != -stride).any():
+                    raise ValueError(f"timesteps are not {stride} apart, must be as of timestep_spacing 'leading'")
+                after = int(told[-1]) - stride
+                last = float(levels[after] if after >= 0 else scheduler.final_alpha_cumprod)
+            bar = np.append(levels[told.astype(np.int64)], last)
+            return SigmaGrid(told, np.sqrt((1 - bar) / bar), init_noise_sigma=1.0, trained=trained)
+        sigmas = scheduler.sigmas.cpu().double().numpy()
+        if self.method in ("dpm2", "dpm2_a"):  # twice each, as of two evaluations
+            sigmas = np.append(sigmas[:1], sigmas[1:-1:2])
+        elif self.method == "heun":
+            sigmas = np.concatenate([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])
+        else:
+            sigmas = sigmas[: len(told) + 1]
+        if self.method == "edm_euler":
+            sigmas = sigmas / scheduler.config.sigma_data
+        flow = bool(scheduler.config.get("use_flow_sigmas"))
+        return SigmaGrid(told[: len(sigmas) - 1], sigmas, flow, init_noise_sigma=1.0, trained=trained)
 
     def draws(self, timesteps: Tensor, eta: float) -> list[bool]:
-        """At which steps diffusers draws noise, whether or not it then counts."""
+        """Return at which steps diffusers draws noise, whether or not it then counts."""
+        rows = range(len(timesteps))
         if self.method == "ddpm":
             return (timesteps > 0).tolist()
-        return [self.method == "ddim" and eta > 0] * len(timesteps)
+        if self.method == "lcm":
+            return [row < len(timesteps) - 1 for row in rows]
+        if self.method == "dpm2_a":  # at the second evaluation of a step
+            return [row % 2 == 1 for row in rows]
+        always = self.method == "euler_a" or self.method.startswith("sde-") or (self.method == "ddim" and eta > 0)
+        return [always] * len(timesteps)
 
 
 def recognise(scheduler: Any) -> Recognised:
-    """What a scheduler does, by its class, its config and its noise levels.
+    """Return what a scheduler does, by its class, its config and its noise levels.
 
     Raises:
         ValueError: its class or a setting is not supported; the message names it and what is.
     """
-    name = type(scheduler).__name__
-    if name not in SCHEDULERS or type(scheduler).__module__.partition(".")[0] != "diffusers":
-        raise ValueError(f"scheduler is a {name}, must be one of {', '.join(SCHEDULERS)} of diffusers")
-    # Its levels, which are rounded to float32, rather than the betas of its config: what is as small as
-    # 1 - abar at the end of sampling would differ by that rounding.
-    levels = scheduler.alphas_cumprod.detach().cpu().double()
-    if name == "DPMSolverMultistepScheduler" and scheduler.config.get("rescale_betas_zero_snr"):
-        levels[-1] = 0  # where diffusers has put 2**-24, which may be more than the level before
-    betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
-    config = {**scheduler.config, "_class_name": name, "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
-    schedule, settings = scheduler_settings(config, name)
-    method = settings["method"]
-    if settings.get("variance_type") and method == "dpmsolver++" and settings.get("prediction_type") != "epsilon":
+    name, module = type(scheduler).__name__, type(scheduler).__module__
+    if name not in SCHEDULERS or module.partition(".")[0] != "diffusers":
+        raise ValueError(f"scheduler is a {name} of {module}, must be one of {', '.join(SCHEDULERS)} of diffusers")
+    config = {**scheduler.config, "_class_name": name}
+    levels = getattr(scheduler, "alphas_cumprod", torch.ones(1))
+    if bool((levels[:-1] == 0).any()):
+        raise ValueError(
+            f"{name}: beta_end is {config.get('beta_end')}, so large that alphas_cumprod is 0 in float32 from timestep "
+            f"{int((levels == 0).nonzero()[0])} of {config['num_train_timesteps']} on"
+        )
+    if name == "EDMEulerScheduler":
+        schedule, settings = _edm_schedule(config), {"prediction_type": config["prediction_type"]}
+    elif name == "DDIMInverseScheduler":
+        schedule, settings = scheduler_settings({**config, "_class_name": "DDIMScheduler"}, name)
+    else:
+        schedule, settings = scheduler_settings(config, name)
+    method = SCHEDULERS[name] or settings["method"]
+    if method in _BY_TIMESTEPS:
+        schedule = _own_levels(scheduler, name)
+    if method not in METHODS and method not in _SCALE and method != "ddim_inverse":
+        algorithm = config["algorithm_type"]
+        raise ValueError(f"{name}: algorithm_type is {algorithm!r}, must be 'dpmsolver++' or 'dpmsolver'")
+    if settings.get("variance_type") and method != "ddpm" and settings.get("prediction_type") != "epsilon":
         raise ValueError(
             f"{name}: variance_type is {settings['variance_type']!r} but prediction_type is "
             f"{settings['prediction_type']!r}, must be 'epsilon'"
         )
+    if settings.get("variance_type") == "fixed_large_log":
+        raise ValueError(f"{name}: variance_type is 'fixed_large_log', whose root diffusers takes of the logarithm")
+    stores_x0 = method not in METHODS or METHODS[method].stores_x0
+    if settings.get("thresholding") and not (stores_x0 and settings.get("predict_x0", True)):
+        raise ValueError(f"{name}: thresholding is True, must be False for an algorithm that extrapolates epsilon")
     result = Recognised(name, method, schedule, settings)
-    first, middle = schedule.num_train_timesteps - 1, schedule.num_train_timesteps // 2
-    try:
-        result.table(torch.tensor([middle, 0] if middle else [0]), 1)  # raises for what no table is made of
-        if schedule.zero_terminal_snr and result.settings.get("timestep_spacing") == "trailing":
-            result.table(torch.tensor([first]), 1)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
     _check_same(scheduler, result)
     return result
+
+
+def _own_levels(scheduler: Any, name: str) -> NoiseSchedule:
+    """Return the schedule of a scheduler's levels, which are rounded to float32, rather than of its config's betas.
+
+    What is as small as 1 - abar at the end of sampling would differ by that rounding.
+    """
+    levels = scheduler.alphas_cumprod.detach().cpu().double()
+    betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+    try:
+        return noise_schedule({"trained_betas": betas.tolist()})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _edm_schedule(config: dict[str, Any]) -> NoiseSchedule:
+    """Return a schedule with the levels of EDM's trained range, in units of `sigma_data`."""
+    low, high = (math.log(config[end] / config["sigma_data"]) for end in ("sigma_min", "sigma_max"))
+    bar = 1 / (1 + np.exp(2 * np.linspace(low, high, int(config["num_train_timesteps"]))))
+    return NoiseSchedule.from_betas(1 - bar / np.append(1.0, bar[:-1]))
 
 
 def state_of(scheduler: Any) -> tuple[Any, ...]:
     """Return what decides what a scheduler does: class, config, values and methods, but not where a loop stands."""
     kind = type(scheduler)
-    methods = tuple(id(getattr(kind, name)) for name in dir(kind) if callable(getattr(kind, name)))
+    methods = tuple(id(value) for base in kind.__mro__[:-1] for value in vars(base).values() if callable(value))
     own: list[Any] = [kind, methods, repr(sorted(scheduler.config.items(), key=str))]
     for name, value in vars(scheduler).items():
         if isinstance(value, Tensor) and name not in _OF_A_LOOP:
             own += [name, value.cpu().numpy().tobytes()]
+        elif isinstance(value, (float, str)):  # integers count steps
+            own += [name, value]
         elif callable(value):
             own += [name, id(value)]
     return tuple(own)
@@ -155,35 +297,39 @@ def _check_same(scheduler: Any, recognised: Recognised) -> None:
     """Take a few steps of a small network with a copy of the scheduler and with the table, at the same noise.
 
     Raises:
-        ValueError: a method has been replaced, or the results differ by more than rounding.
+        ValueError: a method has been replaced, no table is made of its config, or the results differ by more than
+            rounding.
     """
     theirs, name = copy.deepcopy(scheduler), recognised.name
     if replaced := [own for own, value in vars(theirs).items() if callable(value) and hasattr(type(theirs), own)]:
         raise ValueError(f"{name}: its {', '.join(replaced)} has been replaced, must be that of its class")
     steps = max(1, min(5, recognised.schedule.num_train_timesteps // 4))
-    theirs.set_timesteps(steps)
-    timesteps, copies = theirs.timesteps.cpu(), 2 if recognised.learned_variance else 1
-    eta, call = 0.0, {}
-    if recognised.method == "ddim":
-        eta = call["eta"] = 0.5
+    copies = 2 if recognised.learned_variance else 1
+    eta = 0.5 if recognised.method == "ddim" else 0.0
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        out = torch.tanh(x + 1e-3 * t.view(-1, 1, 1, 1))
+        out = torch.tanh(x + 1e-3 * t.to(x.dtype).view(-1, 1, 1, 1))
         return torch.cat([out, out.abs() / 2], dim=1) if copies == 2 else out  # variances are positive
 
     shape, theirs_noise, ours_noise = (1, 3, 4, 4), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    start = x = torch.randn(shape, generator=theirs_noise)
-    x = x * theirs.init_noise_sigma
-    for t in timesteps:
-        out = network(theirs.scale_model_input(x, t), t[None])
-        x = theirs.step(out, t, x, generator=theirs_noise, **call).prev_sample
-    table = recognised.table(timesteps, steps, eta=eta)
+    given = {"eta": eta, "generator": theirs_noise}
+    call = {option: given[option] for option in inspect.signature(theirs.step).parameters if option in given}
+    try:
+        theirs.set_timesteps(steps)
+        table = recognised.table(theirs, eta=eta)
+        start = x = torch.randn(shape, generator=theirs_noise) * theirs.init_noise_sigma
+        scale, timesteps = recognised.initial_scale(theirs), theirs.timesteps.cpu()
+        for t in timesteps:
+            out = network(theirs.scale_model_input(x, t), t[None])
+            x = theirs.step(out, t, x, **call).prev_sample
+    except Exception as error:  # whatever a scheduler raises that is not set up to run
+        raise ValueError(f"{name}: {str(error).strip().partition(chr(10))[0]}") from None
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name}: its own steps give NaN for its config")
     torch.randn(shape, generator=ours_noise)  # the start
     draws = recognised.draws(timesteps, eta)
-    ours = Sampler(
-        network, recognised.schedule, timesteps=timesteps, device="cpu", backend="eager", **recognised.settings
-    ).sample(
-        1, shape=shape[1:], x_T=start, table=table,
+    ours = Sampler(network, table, device="cpu", backend="eager", **recognised.of_sampler).sample(
+        1, shape=shape[1:], x_T=start * scale,
         noise=StepNoise(draws, lambda: torch.randn(shape, generator=ours_noise)) if any(draws) else None,
     )  # fmt: skip
     if apart := difference(x, ours, torch.float32, floor=_SAME_TO):
@@ -223,3 +369,14 @@ def _strided_ddim_table(schedule: NoiseSchedule, timesteps: Tensor, stride: int,
         step = ddim_table(schedule, pair, **options)
         rows[index], levels[index] = step.rows[0], step.levels[0]
     return replace(table, rows=rows, levels=levels)
+
+
+def _strided_inversion_table(schedule: NoiseSchedule, timesteps: Tensor, stride: int, **options: Any) -> StepTable:
+    """Return the table of DDIM's inversion with steps from t - `stride` up to t."""
+    found = [ddim_inversion_table(schedule, [t], **options) for t in timesteps.tolist()]
+    rows, levels = torch.cat([table.rows for table in found]), torch.cat([table.levels for table in found])
+    for index, t in enumerate(timesteps.tolist()):
+        if t >= stride:
+            step = ddim_inversion_table(schedule, [t, t - stride], **{**options, "set_alpha_to_one": False})
+            rows[index], levels[index] = step.rows[1], step.levels[1]
+    return replace(found[0], timesteps=timesteps, rows=rows, levels=levels, needs_network=torch.ones(len(rows)) > 0)

@@ -33,6 +33,20 @@ def unwrapped(unet: Any) -> Any:
     return getattr(unet, "_orig_mod", unet)
 
 
+def managed(unet: Any) -> str | None:
+    """Return what moves or converts a U-Net's weights while it runs, in words, or None.
+
+    That is offloading, of whole models or group by group, and layerwise casting.
+    """
+    for module in unet.modules():
+        if hasattr(module, "_hf_hook"):
+            return "unet is offloaded by accelerate's hooks, and runs as it is"
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            return f"unet has diffusers' hook {next(iter(hooks))!r}, and runs as it is"
+    return None
+
+
 def check_unet(unet: Any) -> None:
     """Raise ValueError, by the name of the layer, where a `UNet2DModel` is not made of plain layers of its library.
 
@@ -44,7 +58,7 @@ def check_unet(unet: Any) -> None:
     if kind.__name__ != "UNet2DModel" or not _is_diffusers(kind):
         raise ValueError(f"unet is a {kind.__name__}, must be a UNet2DModel of diffusers")
     if reason := why_not_layers(unet, lambda kind: _is_diffusers(kind) or _library(kind) == "torch"):
-        raise ValueError(f"unet cannot be replaced: {reason} (offloading does so, too)")
+        raise ValueError(f"unet cannot be replaced: {reason}")
     for name, module in unet.named_modules():
         processor = type(getattr(module, "processor", None))
         known = processor.__name__ in _PROCESSORS

@@ -6,6 +6,11 @@ Their files are bare state dicts; what network one is of, its flags say, which a
     sampler = load_sampler("64x64_diffusion.pt", timestep_respacing="250", device="cuda", **flags)
     images = sampler.sample(16, seed=0, class_labels=207)  # float32 [16, 3, 64, 64] in [-1, 1]
 
+An upsampler, whose flags have large_size and small_size, takes the small images when it samples:
+
+    upsampler = load_sampler("64_256_upsampler.pt", "250", large_size=256, small_size=64, num_channels=192, ...)
+    larger = upsampler.sample(16, low_res=images, class_labels=207)
+
 A classifier of theirs guides like any other function of `Sampler`:
 
     classifier = load_classifier("64x64_classifier.pt", classifier_depth=4, device="cuda")
@@ -30,6 +35,7 @@ from fastddpm.common.files import read_weights
 from fastddpm.interop.guided_diffusion import weights
 from fastddpm.interop.guided_diffusion.classifier import Classifier
 from fastddpm.interop.guided_diffusion.flags import Flags, classifier_flags, model_flags, noise_schedule, unet_config
+from fastddpm.interop.guided_diffusion.upsampler import Upsampler
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
@@ -65,9 +71,10 @@ def load_unet(
         **flags: as on the command line, text allowed: image_size, num_channels, num_res_blocks, num_heads, ... and
             those of the diffusion. What is not given has the library's default, which is seldom that of a published
             file. With rescale_timesteps the U-Net takes the timesteps of the diffusion, from 0 to diffusion_steps - 1,
-            and scales them itself. How many classes there are the weights say. dropout is for training; use_fp16 (see
-            `dtype`), use_checkpoint, use_kl and rescale_learned_sigmas change nothing here. conv_resample is the
-            argument of `UNetModel` that no flag sets.
+            and scales them itself. With large_size or small_size it is a `SuperResModel`, which reads x and, as further
+            channels, the small images enlarged (bilinear). How many classes there are the weights say. dropout is for
+            training; use_fp16 (see `dtype`), use_checkpoint, use_kl and rescale_learned_sigmas change nothing here.
+            conv_resample and in_channels (of an image) are arguments of `UNetModel` that no flag sets.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -89,6 +96,8 @@ def load_sampler(
 ) -> Sampler:
     """A `UNetModel` and its diffusion as a `Sampler`, whose samples are the library's at equal noise.
 
+    Of a `SuperResModel` it is an `Upsampler`, whose `sample` takes `low_res`.
+
     Args:
         path_or_state_dict, library: as for `load_unet`.
         timestep_respacing: "" for all steps, "250", "ddim25", or "10,15,20": so many in each of equal sections.
@@ -109,7 +118,8 @@ def load_sampler(
         if method != other:
             del said[name]
     unet = _load_unet(path_or_state_dict, parsed, None, settings.get("device") or "cpu")
-    return Sampler(unet, schedule, **said, clip_sample=clip_denoised, **settings)
+    kind = Sampler if parsed.small_size is None else Upsampler
+    return kind(unet, schedule, **said, clip_sample=clip_denoised, **settings)
 
 
 def sampler_settings(flags: Flags, *, use_ddim: bool | None = None) -> tuple[NoiseSchedule, dict[str, Any]]:

@@ -33,8 +33,8 @@ _MODEL: dict[str, Any] = {
     "use_checkpoint": False,
     "use_scale_shift_norm": True,
 }
-# An argument of UNetModel that no command line sets.
-_ARGUMENTS: dict[str, Any] = {"conv_resample": True}
+# Arguments of UNetModel that no command line sets.
+_ARGUMENTS: dict[str, Any] = {"conv_resample": True, "in_channels": 3, "dims": 2}
 # By library, the flags with their defaults, as its `model_and_diffusion_defaults()` has them.
 FLAGS: dict[str, dict[str, Any]] = {
     "guided_diffusion": {
@@ -56,6 +56,16 @@ FLAGS: dict[str, dict[str, Any]] = {
         **_ARGUMENTS,
     },
 }
+# guided-diffusion's `sr_model_and_diffusion_defaults()`, and the widths, which there follow from the size alone.
+UPSAMPLER_FLAGS: dict[str, Any] = {
+    "large_size": 256,
+    "small_size": 64,
+    **{
+        name: default
+        for name, default in FLAGS["guided_diffusion"].items()
+        if name not in ("image_size", "use_new_attention_order")
+    },
+}
 # guided-diffusion's `classifier_and_diffusion_defaults()`.
 CLASSIFIER_FLAGS: dict[str, Any] = {
     "image_size": 64,
@@ -68,6 +78,7 @@ CLASSIFIER_FLAGS: dict[str, Any] = {
     "classifier_pool": "attention",
     **_DIFFUSION,
 }
+UPSAMPLER = "an upsampler of guided_diffusion"
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 # The widths of the levels in multiples of `num_channels`, by library and image size, where no flag gives them.
 _MULTIPLIERS: dict[str, dict[int, tuple[float, ...]]] = {
@@ -77,6 +88,7 @@ _MULTIPLIERS: dict[str, dict[int, tuple[float, ...]]] = {
         128: (1, 1, 2, 3, 4),
         64: (1, 2, 3, 4),
     },
+    UPSAMPLER: {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)},
     "improved_diffusion": {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)},
 }
 _POSITIVE_OR_NOT_SET = ("num_heads_upsample", "num_head_channels")
@@ -88,6 +100,7 @@ class Flags:
 
     Attributes:
         library: "guided_diffusion" or "improved_diffusion".
+        small_size: of the images that an upsampler reads besides; None of other models.
         channel_mult: the widths of the levels in multiples of `num_channels`.
         attention_resolutions: pixels.
         The others: as on the command line.
@@ -115,6 +128,8 @@ class Flags:
     timestep_respacing: str = ""
     predict_xstart: bool = False
     rescale_timesteps: bool = False
+    in_channels: int = 3
+    small_size: int | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -136,16 +151,23 @@ class Flags:
 def model_flags(library: str, given: Mapping[str, Any]) -> Flags:
     """The flags of a model and its diffusion, as numbers and truth values or as text of a command line.
 
+    Those of guided-diffusion are an upsampler's if `large_size` or `small_size` is among them.
+
     Raises:
         TypeError: some are no flags of the library; all are named.
         ValueError: the library is not known, or a value is not one.
     """
     if library not in FLAGS:
         raise ValueError(f"library is {library!r}, must be one of {', '.join(FLAGS)}")
-    values = _parsed(given, FLAGS[library], library)
+    upsamples = library == "guided_diffusion" and not given.keys().isdisjoint(("large_size", "small_size"))
+    of, size_name = (UPSAMPLER, "large_size") if upsamples else (library, "image_size")
+    values = _parsed(given, UPSAMPLER_FLAGS if upsamples else FLAGS[library], of)
+    if values["dims"] != 2:
+        raise ValueError(f"dims is {values['dims']}, must be 2: fastddpm.UNet is for images")
     own = {name: value for name, value in values.items() if name in Flags.__dataclass_fields__}
     own["attention_resolutions"] = _numbers("attention_resolutions", values["attention_resolutions"])
-    own["channel_mult"] = _multipliers(library, values["image_size"], values.get("channel_mult", ""))
+    own["image_size"] = values[size_name]
+    own["channel_mult"] = _multipliers(of, size_name, values[size_name], values.get("channel_mult", ""))
     return Flags(library=library, **own)
 
 
@@ -166,7 +188,7 @@ def classifier_flags(given: Mapping[str, Any]) -> tuple[Flags, str]:
         image_size=values["image_size"],
         num_channels=values["classifier_width"],
         num_res_blocks=values["classifier_depth"],
-        channel_mult=_multipliers(library, values["image_size"], ""),
+        channel_mult=_multipliers(library, "image_size", values["image_size"], ""),
         attention_resolutions=resolutions,
         num_head_channels=64,
         use_scale_shift_norm=values["classifier_use_scale_shift_norm"],
@@ -199,7 +221,8 @@ def unet_config(flags: Flags, num_classes: int | None = None, *, channels_name: 
     own_channels = widths[0] == flags.num_channels
     return UNetConfig(
         sample_size=flags.image_size,
-        out_channels=6 if flags.learn_sigma else 3,
+        in_channels=flags.in_channels * (1 if flags.small_size is None else 2),
+        out_channels=flags.in_channels * (2 if flags.learn_sigma else 1),
         block_out_channels=widths,
         layers_per_block=flags.num_res_blocks,
         down_block_types=tuple(down),
@@ -269,13 +292,13 @@ def _head_dim(flags: Flags, width: int, name: str, heads: int) -> int:
     return divisor if by_channels else width // heads
 
 
-def _multipliers(library: str, image_size: int, given: str | Sequence[float]) -> tuple[float, ...]:
+def _multipliers(of: str, size_name: str, size: int, given: str | Sequence[float]) -> tuple[float, ...]:
     if isinstance(given, str) and not given.strip():
-        known = _MULTIPLIERS[library]
-        if image_size in known:
-            return known[image_size]
-        instead = " where channel_mult is not given" if library == "guided_diffusion" else ""
-        raise ValueError(f"image_size is {image_size}, must be one of {', '.join(map(str, known))}{instead}")
+        known = _MULTIPLIERS[of]
+        if size in known:
+            return known[size]
+        instead = "" if of == "improved_diffusion" else " where channel_mult is not given"
+        raise ValueError(f"{size_name} is {size}, must be one of {', '.join(map(str, known))}{instead}")
     return _numbers("channel_mult", given)
 
 

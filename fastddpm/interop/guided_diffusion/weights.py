@@ -168,7 +168,9 @@ def told_by_weights(state: Mapping[str, Tensor], flags: Flags) -> dict[str, tupl
     channels = first.shape[1]
     tell("num_channels", flags.num_channels, channels)
     tell("class_cond", flags.class_cond, "label_emb.weight" in state)
-    tell("learn_sigma", flags.learn_sigma, rows("out.2.bias") == 6)
+    if (reads := state.get("input_blocks.0.0.weight")) is not None and reads.ndim > 1:
+        tell("in_channels", flags.in_channels, reads.shape[1] // (1 if flags.small_size is None else 2))
+        tell("learn_sigma", flags.learn_sigma, rows("out.2.bias") == 2 * flags.in_channels)
     if convolved := rows("input_blocks.1.0.in_layers.2.bias"):
         film = rows("input_blocks.1.0.emb_layers.1.bias") == 2 * convolved
         tell("use_scale_shift_norm", flags.use_scale_shift_norm, film)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.common.checks import listed
-from fastddpm.common.files import read_tensors
+from fastddpm.common.files import check_weights, read_tensors
 from fastddpm.interop.lucidrains.shapes import unet_arguments
 from fastddpm.interop.lucidrains.tables import OBJECTIVES
 from fastddpm.process.schedule import NoiseSchedule
@@ -141,7 +141,11 @@ def network_of_checkpoint(
             "pip install 'fastddpm[denoising-diffusion-pytorch]'"
         ) from None
     # Arguments that are the library's defaults are left out: some versions lack them.
-    network = Unet(**arguments, **({} if theta == 10000 else {"sinusoidal_pos_emb_theta": theta}))
+    try:
+        network = Unet(**arguments, **({} if theta == 10000 else {"sinusoidal_pos_emb_theta": theta}))
+    except Exception as error:  # the library checks little
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{where} has weights of no Unet of denoising_diffusion_pytorch ({reason})") from None
     _check_keys(where, network.state_dict(), weights)
     network.load_state_dict(weights)
     network.config = ImageConfig(size, arguments["channels"])
@@ -177,6 +181,7 @@ def _state(data: Any, path: str | os.PathLike[str], weights: str) -> dict[str, T
     if not isinstance(data, dict) or not isinstance(data.get(entry), dict):
         held = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{path} has {held}, must have {entry!r}, as the checkpoints of Trainer have")
+    check_weights(data[entry], f"{path}: {entry!r}")
     state = {name.removeprefix(prefix): v for name, v in data[entry].items() if name.startswith(prefix)}
     if "betas" not in state:
         raise ValueError(f"{path} has no {prefix}betas in {entry!r}, must have, as the checkpoints of Trainer have")
@@ -213,7 +218,7 @@ def _objective(state: Mapping[str, Tensor]) -> str | None:
     ratio is low.
     """
     weight, bar = state.get("loss_weight"), state.get("alphas_cumprod")
-    if weight is None or bar is None or weight.shape != bar.shape:
+    if weight is None or bar is None or weight.shape != bar.shape or bar.ndim != 1:
         return None
     snr = bar.double() / (1 - bar.double())
     low = (snr <= 1) & (snr > 1e-6)

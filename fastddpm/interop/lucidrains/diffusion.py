@@ -1,8 +1,8 @@
-"""The diffusions of denoising_diffusion_pytorch with `Sampler` in place of their loops."""
+"""The diffusions of denoising_diffusion_pytorch that have betas, with `Sampler` in place of their loops."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,42 +10,14 @@ from fastddpm_kernels import philox
 from torch import Tensor
 
 from fastddpm.common import checks
-from fastddpm.interop.lucidrains.models import LIBRARY
-from fastddpm.interop.lucidrains.run import Drawing, Options, Samplers, Variant
+from fastddpm.interop.lucidrains.accelerated import PLAIN, Accelerated
+from fastddpm.interop.lucidrains.run import Drawing, Traits, Variant
 from fastddpm.interop.lucidrains.tables import ddim_sample_table, p_sample_table
-
-METHODS = ("sample", "p_sample_loop", "ddim_sample", "interpolate")
-# What the library's versions of these call: a diffusion with one of its own samples in another way than ours.
-_PARTS = (
-    *METHODS,
-    *("p_sample", "p_mean_variance", "model_predictions", "q_posterior", "q_sample"),
-    *("predict_start_from_noise", "predict_noise_from_start", "predict_start_from_v"),
-)
-_PLAIN = Variant()
+from fastddpm.interop.shared import kind_of
+from fastddpm.process.tables import StepTable
 
 
-def check_parts(diffusion: Any) -> None:
-    """Raise ValueError where a method that sampling calls is not the library's: overridden, or replaced on either."""
-    given = {name: value for name, value in vars(diffusion).items() if name in _PARTS}
-    own = [n for n, value in given.items() if not isinstance(getattr(value, "__self__", None), AcceleratedDiffusion)]
-    own += [name for name in _PARTS if not _is_librarys(getattr(type(diffusion), name, None))]
-    if own:
-        raise ValueError(
-            f"{type(diffusion).__name__} has its own {', '.join(dict.fromkeys(own))}, which would not be called; must "
-            f"have those of {LIBRARY}. Sampler(model, schedule) samples its network"
-        )
-
-
-def _is_librarys(function: Any) -> bool:
-    """Return whether a function and what wraps it were written in the library or in torch. None counts."""
-    while function is not None:
-        if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] not in (LIBRARY, "torch"):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
-
-
-class AcceleratedDiffusion:
+class AcceleratedDiffusion(Accelerated):
     """A `GaussianDiffusion` that samples with `Sampler`; made by `accelerate`, which says what the options are.
 
     `sample`, `p_sample_loop`, `ddim_sample` and `interpolate` take the arguments of the original, and by name:
@@ -63,16 +35,9 @@ class AcceleratedDiffusion:
         diffusion: the original object.
     """
 
+    of = (("denoising_diffusion_pytorch", "GaussianDiffusion"),)
+    methods = ("sample", "p_sample_loop", "ddim_sample", "interpolate")
     _rederives = True  # whether DDIM derives the predicted noise again from the clipped x0
-    _by_name = False  # whether the network is given x_self_cond by name
-    _usual = _PLAIN  # what is sampled with by default
-
-    def __init__(self, diffusion: Any, options: Options) -> None:
-        options.check_for(diffusion)
-        samplers = Samplers(diffusion, options, self._by_name)
-        self.__dict__.update(diffusion=diffusion, options=options, _samplers=samplers)
-
-    # -- the library's methods ------------------------------------------------------------------------------------
 
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False, **drawing: Any) -> Tensor:
         """Images [N, C, H, W], in [0, 1] with `auto_normalize`; or with all states, [N, S + 1, C, H, W], x_T first."""
@@ -82,11 +47,11 @@ class AcceleratedDiffusion:
 
     def p_sample_loop(self, shape: tuple[int, ...], return_all_timesteps: bool = False, **drawing: Any) -> Tensor:
         """As `sample`, of `shape` [N, C, H, W], by DDPM with all timesteps."""
-        return self._images(self._walk("ddpm", shape, drawing, all_states=return_all_timesteps)[0])
+        return self._images(self._ancestral(shape, drawing, all_states=return_all_timesteps)[0])
 
     def ddim_sample(self, shape: tuple[int, ...], return_all_timesteps: bool = False, **drawing: Any) -> Tensor:
         """As `sample`, of `shape` [N, C, H, W], by DDIM with `sampling_timesteps` steps."""
-        return self._images(self._walk("ddim", shape, drawing, all_states=return_all_timesteps)[0])
+        return self._images(self._implicit(shape, drawing, all_states=return_all_timesteps)[0])
 
     def interpolate(
         self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, **drawing: Any
@@ -94,82 +59,28 @@ class AcceleratedDiffusion:
         """x1 and x2 [N, C, H, W], in [-1, 1], noised to timestep t, mixed and denoised by DDPM: like them."""
         return self._interpolate(x1, x2, t, lam, drawing)
 
-    # -- the object's own -----------------------------------------------------------------------------------------
-
-    def to(self, *arguments: Any, **named: Any) -> AcceleratedDiffusion:
-        """Moves the original, and with it where it is sampled, unless a device was given."""
-        self.diffusion.to(*arguments, **named)
-        return self
-
-    def cuda(self, device: int | torch.device | None = None) -> AcceleratedDiffusion:
-        """As `to`."""
-        self.diffusion.cuda(device)
-        return self
-
-    def cpu(self) -> AcceleratedDiffusion:
-        """As `to`."""
-        return self.to("cpu")
-
-    def train(self, mode: bool = True) -> AcceleratedDiffusion:
-        """Sets the mode of the original."""
-        self.diffusion.train(mode)
-        return self
-
-    def eval(self) -> AcceleratedDiffusion:
-        """Sets the mode of the original."""
-        return self.train(False)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The training loss, of the original."""
-        return self.diffusion(*arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "diffusion":  # not there yet, while being copied
-            raise AttributeError(name)
-        return getattr(self.diffusion, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.diffusion, name, value)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.diffusion!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"diffusion": self.diffusion, "options": self.options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
     def check(self) -> None:
-        """Makes what sampling by default needs, and raises what is wrong with it; see `accelerate`."""
-        p_sample_table(self.diffusion)
-        self._samplers.check(self._usual)
+        self.check_parts()
+        self._p_table()
+        super().check()
 
-    # -- sampling -------------------------------------------------------------------------------------------------
+    def _p_table(self) -> StepTable:
+        return p_sample_table(self.diffusion)
 
-    def _walk(
-        self,
-        method: str,
-        shape: tuple[int, ...],
-        drawing: Mapping[str, Any],
-        *,
-        variant: Variant = _PLAIN,
-        labels: Tensor | None = None,
-        all_states: bool = False,
-        keep_start: bool = False,
-        scales: tuple[float, float] | None = None,
+    def _ddim_table(self) -> StepTable:
+        return ddim_sample_table(self.diffusion, rederive=self._rederives)
+
+    def _ancestral(
+        self, shape: tuple[int, ...], drawing: Mapping[str, Any], **named: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return samples of `shape`, or all states [N, S + 1, ...]; and x_T, if it was drawn beforehand."""
-        check_parts(self.diffusion)
-        table = (
-            p_sample_table(self.diffusion)
-            if method == "ddpm"
-            else ddim_sample_table(self.diffusion, rederive=self._rederives)
-        )
-        with self._samplers.lent(variant, scales) as sampler:
-            draw = Drawing(drawing, self.options, self.diffusion, sampler, tuple(shape))
-            x = draw.initial() if draw.by_torch or all_states or keep_start else None
-            return draw.walk(table, method, x, labels=labels, all_states=all_states), x
+        table = self._p_table()
+        return self._walk(table, (table.timesteps > 0).tolist(), shape, drawing, **named)
+
+    def _implicit(
+        self, shape: tuple[int, ...], drawing: Mapping[str, Any], **named: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        table = self._ddim_table()
+        return self._walk(table, [True] * (len(table) - 1) + [False], shape, drawing, **named)
 
     def _interpolate(
         self,
@@ -179,12 +90,12 @@ class AcceleratedDiffusion:
         lam: float,
         drawing: Mapping[str, Any],
         *,
-        variant: Variant = _PLAIN,
+        variant: Variant = PLAIN,
         labels: Tensor | None = None,
         scales: tuple[float, float] | None = None,
     ) -> Tensor:
         diffusion = self.diffusion
-        check_parts(diffusion)
+        self.check_parts()
         total = int(diffusion.num_timesteps)
         checks.floating(x1, tuple(getattr(x1, "shape", ())), "x1")
         checks.floating(x2, tuple(x1.shape), "x2")
@@ -193,14 +104,16 @@ class AcceleratedDiffusion:
             raise ValueError(f"t is {t!r}, must be an integer from 0 to {total - 1}")
         checks.finite(lam, "lam")
         with self._samplers.lent(variant, scales) as sampler:
-            draw = Drawing(drawing, self.options, diffusion, sampler, tuple(x1.shape))
-            times = torch.full((len(x1),), t, device=diffusion.device)
-            images = (x.to(diffusion.device) for x in (x1, x2))
+            device = self.traits.device(diffusion)
+            draw = Drawing(drawing, self.options, device, sampler, tuple(x1.shape))
+            times = torch.full((len(x1),), t, device=device)
+            images = (x.to(device) for x in (x1, x2))
             first, second = (self._noised(x, times, draw, index) for index, x in enumerate(images))
             mixed = ((1 - lam) * first + lam * second).to(sampler.device)
             if t == 0:
                 return mixed
-            return draw.walk(p_sample_table(diffusion), "ddpm", mixed, labels=labels, start=total - t)
+            table = self._p_table()
+            return draw.walk(table, (table.timesteps > 0).tolist(), mixed, labels=labels, start=total - t)
 
     def _noised(self, x: Tensor, times: Tensor, draw: Drawing, index: int) -> Tensor:
         """q_sample of the image that is the `index`-th to be noised."""
@@ -214,10 +127,12 @@ class AcceleratedDiffusion:
 class AcceleratedDiffusion1D(AcceleratedDiffusion):
     """A `GaussianDiffusion1D` that samples with `Sampler`: see `AcceleratedDiffusion`.
 
-    `model_forward_kwargs` are for the original's own loop, which runs them if `allow_general` was given.
+    With `model_forward_kwargs` the network is called as it is, without CUDA graphs, with all samples at once.
     """
 
-    _rederives, _by_name = False, True
+    of = (("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"),)
+    _rederives = False
+    traits = Traits(by_name=True)
 
     def sample(  # type: ignore[override]
         self,
@@ -248,10 +163,7 @@ class AcceleratedDiffusion1D(AcceleratedDiffusion):
         **drawing: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `sample`, by DDPM with all timesteps."""
-        if model_forward_kwargs:
-            named = {"return_noise": return_noise, "model_forward_kwargs": dict(model_forward_kwargs)}
-            return self._samplers.general("p_sample_loop", "model_forward_kwargs", drawing, shape, **named)
-        x, start = self._walk("ddpm", shape, drawing, keep_start=return_noise)
+        x, start = self._ancestral(shape, drawing, keep_start=return_noise, named=model_forward_kwargs)
         return (self._images(x), start) if return_noise and start is not None else self._images(x)
 
     def ddim_sample(  # type: ignore[override]
@@ -263,13 +175,8 @@ class AcceleratedDiffusion1D(AcceleratedDiffusion):
         **drawing: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `sample`, by DDIM with `sampling_timesteps` steps; x0 is clipped to [-1, 1] or not."""
-        if model_forward_kwargs:
-            named = {"return_noise": return_noise, "model_forward_kwargs": dict(model_forward_kwargs)}
-            return self._samplers.general(
-                "ddim_sample", "model_forward_kwargs", drawing, shape, clip_denoised=clip_denoised, **named
-            )
         variant = Variant(clip=bool(clip_denoised))
-        x, start = self._walk("ddim", shape, drawing, variant=variant, keep_start=return_noise)
+        x, start = self._implicit(shape, drawing, variant=variant, keep_start=return_noise, named=model_forward_kwargs)
         return (self._images(x), start) if return_noise and start is not None else self._images(x)
 
 
@@ -277,9 +184,10 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
     """The class-conditional `GaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
 
     Both halves of the guidance are one batch. `cond_scale` 1 computes the conditional half alone (the original fails).
-    DDIM with `use_cfg_plus_plus` is for the original's own loop, which runs it if `allow_general` was given.
+    DDIM with `use_cfg_plus_plus` is the original's own loop around the prepared network.
     """
 
+    of = (("classifier_free_guidance", "GaussianDiffusion"),)
     _rederives = False
     _usual = Variant(labelled=True, guided=True, rescaled=True)
 
@@ -302,7 +210,7 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
     ) -> Tensor:
         """As `sample`, by DDPM with all timesteps."""
         guided = self._guided(cond_scale, rescaled_phi)
-        return self._images(self._walk("ddpm", shape, drawing, labels=self._classes(classes), **guided)[0])
+        return self._images(self._ancestral(shape, drawing, labels=self._classes(classes), **guided)[0])
 
     def ddim_sample(  # type: ignore[override]
         self,
@@ -314,11 +222,11 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
         **drawing: Any,
     ) -> Tensor:
         """As `sample`, by DDIM with `sampling_timesteps` steps; x0 is clipped to [-1, 1] or not."""
-        if getattr(self.diffusion, "use_cfg_plus_plus", False) and cond_scale != 1:
-            arguments = (classes, shape, cond_scale, rescaled_phi, clip_denoised)
-            return self._samplers.general("ddim_sample", "use_cfg_plus_plus", drawing, *arguments)
         guided = self._guided(cond_scale, rescaled_phi, clip=bool(clip_denoised))
-        return self._images(self._walk("ddim", shape, drawing, labels=self._classes(classes), **guided)[0])
+        if getattr(self.diffusion, "use_cfg_plus_plus", False) and cond_scale != 1:
+            arguments = (self._classes(classes), shape, cond_scale, rescaled_phi, clip_denoised)
+            return self._own_loop("ddim_sample", "use_cfg_plus_plus is True", drawing, *arguments, **guided)
+        return self._images(self._implicit(shape, drawing, labels=self._classes(classes), **guided)[0])
 
     def interpolate(  # type: ignore[override]
         self, x1: Tensor, x2: Tensor, classes: Tensor, t: int | None = None, lam: float = 0.5, **drawing: Any
@@ -353,3 +261,171 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
 
     def _images(self, x: Tensor) -> Tensor:
         return (x + 1) * 0.5
+
+
+class AcceleratedLearnedDiffusion(AcceleratedDiffusion):
+    """A `LearnedGaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
+
+    As in the original, the network predicts noise whatever `objective` says, and the variance of every step.
+    """
+
+    of = (("learned_gaussian_diffusion", "LearnedGaussianDiffusion"),)
+    _rederives = False
+    traits = Traits(by_name=True, predicts=lambda _: "epsilon", variance_type="learned_range")
+
+    def _p_table(self) -> StepTable:
+        return p_sample_table(self.diffusion, predicts="epsilon", learned=True)
+
+    def _ddim_table(self) -> StepTable:
+        """The original's DDIM is not run (it lacks an import); what its lines say is clear for noise alone."""
+        objective = self.diffusion.objective
+        if objective != "pred_noise":
+            raise ValueError(
+                f"objective is {objective!r}, must be 'pred_noise' for ddim_sample of a {kind_of(self.diffusion)}, "
+                f"whose networks predict noise; or sampling_timesteps num_timesteps, {self.diffusion.num_timesteps}"
+            )
+        return super()._ddim_table()
+
+
+class AcceleratedWeightedDiffusion(AcceleratedDiffusion):
+    """A `WeightedObjectiveGaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
+
+    (The original's `p_sample` expects a fourth value of its `p_mean_variance` and fails; here is what it says.)
+    """
+
+    of = (("weighted_objective_gaussian_diffusion", "WeightedObjectiveGaussianDiffusion"),)
+    traits = Traits(by_name=True, predicts=lambda _: "sample", weighted=True)
+
+    def _p_table(self) -> StepTable:
+        return p_sample_table(self.diffusion, predicts="sample")
+
+    def _ddim_table(self) -> StepTable:
+        own = self.diffusion
+        raise ValueError(
+            f"sampling_timesteps is {own.sampling_timesteps}, must be num_timesteps, {own.num_timesteps}, for a "
+            f"{kind_of(own)}, which has no DDIM"
+        )
+
+
+class AcceleratedRepaintDiffusion(AcceleratedDiffusion):
+    """A `repaint.GaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
+
+    As in the original `sample` is always by DDPM. With a mask the original's own loop runs around the prepared network.
+    """
+
+    of = (("repaint", "GaussianDiffusion"),)
+
+    def sample(  # type: ignore[override]
+        self, batch_size: int = 16, return_all_timesteps: bool = False, gt: Tensor | None = None,
+        mask: Tensor | None = None, resample: bool = True, resample_iter: int = 10, resample_jump: int = 10,
+        resample_every: int = 50, **drawing: Any,
+    ) -> Tensor:  # fmt: skip
+        """Images [N, C, H, W], in [0, 1] with `auto_normalize`; those of `gt`, in [0, 1], where `mask` is 1."""
+        count = checks.positive(batch_size, "batch_size") if mask is None else len(mask)
+        return self.p_sample_loop(
+            (count, self.diffusion.channels, *self.diffusion.image_size), return_all_timesteps, gt, mask, resample,
+            resample_iter, resample_jump, resample_every, **drawing,
+        )  # fmt: skip
+
+    def p_sample_loop(  # type: ignore[override]
+        self, shape: tuple[int, ...], return_all_timesteps: bool = False, gt: Tensor | None = None,
+        mask: Tensor | None = None, resample: bool = True, resample_iter: int = 10, resample_jump: int = 3,
+        resample_every: int = 50, **drawing: Any,
+    ) -> Tensor:  # fmt: skip
+        """As `sample`, of `shape` [N, C, H, W]."""
+        if mask is None:
+            return super().p_sample_loop(shape, return_all_timesteps, **drawing)
+        if gt is None:
+            raise ValueError("gt is None but mask is given, must be the images that are kept where it is 1")
+        checks.floating(mask, tuple(getattr(mask, "shape", ())), "mask")
+        checks.floating(gt, tuple(getattr(gt, "shape", ())), "gt")
+        if resample is True and not 0 <= resample_jump < self.diffusion.num_timesteps:
+            total = self.diffusion.num_timesteps
+            raise ValueError(f"resample_jump is {resample_jump!r}, must be from 0 to {total - 1}, a timestep")
+        return self._own_loop(
+            "p_sample_loop", "mask is given", drawing, shape, return_all_timesteps, gt, mask, resample, resample_iter,
+            resample_jump, resample_every,
+        )  # fmt: skip
+
+
+class AcceleratedClassifierDiffusion(AcceleratedDiffusion):
+    """A `guided_diffusion.GaussianDiffusion` of this library that samples with `Sampler`: see `AcceleratedDiffusion`.
+
+    With `cond_fn` the original's own loop runs around the prepared network.
+    """
+
+    of = (("guided_diffusion", "GaussianDiffusion"),)
+    _rederives = False
+
+    def sample(  # type: ignore[override]
+        self, batch_size: int = 16, return_all_timesteps: bool = False, cond_fn: Callable[..., Tensor] | None = None,
+        guidance_kwargs: Mapping[str, Any] | None = None, **drawing: Any,
+    ) -> Tensor:  # fmt: skip
+        """Images [N, C, H, W], in [0, 1] with `auto_normalize`."""
+        loop = self.ddim_sample if self.diffusion.is_ddim_sampling else self.p_sample_loop
+        size = self.diffusion.image_size
+        shape = (checks.positive(batch_size, "batch_size"), self.diffusion.channels, size, size)
+        return loop(shape, return_all_timesteps, cond_fn, guidance_kwargs, **drawing)
+
+    def p_sample_loop(  # type: ignore[override]
+        self, shape: tuple[int, ...], return_all_timesteps: bool = False, cond_fn: Callable[..., Tensor] | None = None,
+        guidance_kwargs: Mapping[str, Any] | None = None, **drawing: Any,
+    ) -> Tensor:  # fmt: skip
+        """As `sample`, of `shape` [N, C, H, W], by DDPM with all timesteps."""
+        if cond_fn is None or guidance_kwargs is None:
+            return super().p_sample_loop(shape, return_all_timesteps, **drawing)
+        return self._own_loop(
+            "p_sample_loop", "cond_fn is given", drawing, shape, return_all_timesteps, cond_fn, guidance_kwargs
+        )
+
+    def ddim_sample(  # type: ignore[override]
+        self, shape: tuple[int, ...], return_all_timesteps: bool = False, cond_fn: Callable[..., Tensor] | None = None,
+        guidance_kwargs: Mapping[str, Any] | None = None, **drawing: Any,
+    ) -> Tensor:  # fmt: skip
+        """As `sample`, by DDIM, which has no use for `cond_fn`. As there, all states are x_T, x_T, ..., without x_0."""
+        if not return_all_timesteps:
+            return super().ddim_sample(shape, **drawing)
+        states = self._implicit(shape, drawing, all_states=True)[0]
+        return self._images(torch.cat([states[:, :1], states[:, :-1]], dim=1))
+
+
+class AcceleratedOwnLoop(Accelerated):
+    """A diffusion of a class of the user's, whose own loops run around the prepared network.
+
+    The network is evaluated in eval mode. Noise is torch's.
+    """
+
+    methods = AcceleratedDiffusion.methods
+
+    @classmethod
+    def like(cls, kind: type[Accelerated]) -> type[AcceleratedOwnLoop]:
+        """Return this class for diffusions that use their network as those of another class do."""
+        return _OwnLoopGuided if kind is AcceleratedGuidedDiffusion else cls
+
+    def check_parts(self) -> None:
+        """Any will do."""
+
+    def sample(self, *arguments: Any, **named: Any) -> Any:
+        """As the original."""
+        return self._loop("sample", *arguments, **named)
+
+    def p_sample_loop(self, *arguments: Any, **named: Any) -> Any:
+        """As the original."""
+        return self._loop("p_sample_loop", *arguments, **named)
+
+    def ddim_sample(self, *arguments: Any, **named: Any) -> Any:
+        """As the original."""
+        return self._loop("ddim_sample", *arguments, **named)
+
+    def interpolate(self, *arguments: Any, **named: Any) -> Any:
+        """As the original."""
+        return self._loop("interpolate", *arguments, **named)
+
+    def _loop(self, method: str, *arguments: Any, **named: Any) -> Any:
+        drawing: dict[str, Any] = {name: named.pop(name) for name in ("noise", "seed", "progress") if name in named}
+        reason = f"{kind_of(self.diffusion)} has methods of its own"
+        return self._own_loop(method, reason, drawing, *arguments, **named)
+
+
+class _OwnLoopGuided(AcceleratedOwnLoop):
+    _usual = AcceleratedGuidedDiffusion._usual

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,19 +26,21 @@ class Predictor(nn.Module):
     Args:
         model: any network of the library, or one that stands in for it.
         by_name: give x_self_cond by name, and only where there is one, as the one-dimensional diffusion does.
+        named: what the model is given besides, by name.
     """
 
     starts_without = True  # x_self_cond is None at the first step
 
-    def __init__(self, model: nn.Module, *, by_name: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, by_name: bool = False, named: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.model, self.by_name = model, by_name
+        self.model, self.by_name, self.named = model, by_name, dict(named or {})
 
     def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
         """x [N, ...], t int64 [N], x_self_cond like x: the prediction [N, ...]."""
         if not self.by_name:
             return self.model(x, t, x_self_cond)
-        return self.model(x, t) if x_self_cond is None else self.model(x, t, x_self_cond=x_self_cond)
+        named = self.named if x_self_cond is None else {**self.named, "x_self_cond": x_self_cond}
+        return self.model(x, t, **named)
 
 
 class GuidedPredictor(UNetWrapper):
@@ -72,15 +74,18 @@ class GuidedPredictor(UNetWrapper):
         """x [N, C, H, W], t and classes int64 [N]: the guided prediction [N, C, H, W]."""
         if not self.guided:
             return self.model(x, t, classes, cond_drop_prob=0.0)
+        return self.combine(*self.halves(x, t, classes))
+
+    def halves(self, x: Tensor, t: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictions with classes and without, float32 [N, C, H, W]."""
         n = len(x)
         if self._masks:
             keep = torch.arange(2 * n, device=x.device) < n
             both = self.model(x.repeat(2, 1, 1, 1), t.repeat(2), classes.repeat(2), cond_keep_mask=keep)
             cond, null = both.float().split(n)
-        else:
-            cond = self.model(x, t, classes, cond_drop_prob=0.0).float()
-            null = self.model(x, t, classes, cond_drop_prob=1.0).float()
-        return self.combine(cond, null)
+            return cond, null
+        cond = self.model(x, t, classes, cond_drop_prob=0.0).float()
+        return cond, self.model(x, t, classes, cond_drop_prob=1.0).float()
 
     def combine(self, cond: Tensor, null: Tensor) -> Tensor:
         """The guided prediction of both halves, float32 [N, C, H, W]."""
@@ -96,10 +101,10 @@ class GuidedPredictor(UNetWrapper):
     def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
         if labels is None or not self.guided:
             return frozen.bind(inputs, timesteps, labels)
-        return _GuidedProgram(self, frozen, inputs, timesteps, labels)
+        return GuidedProgram(self, frozen, inputs, timesteps, labels)
 
 
-class _GuidedProgram:
+class GuidedProgram:
     """A `GuidedPredictor` on its buffers, the U-Net frozen."""
 
     def __init__(
@@ -117,9 +122,70 @@ class _GuidedProgram:
         self._program.load()
 
     def __call__(self, step: Tensor) -> Tensor:
+        return self._combine(*self.halves(step))
+
+    def halves(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictions with classes and without, float32 [N, C, H, W]."""
         for half in self._both.split(len(self._inputs)):
             half.copy_(self._inputs)
-        return self._combine(*self._program(step).float().split(len(self._inputs)))
+        cond, null = self._program(step).float().split(len(self._inputs))
+        return cond, null
+
+
+class Mixture(UNetWrapper):
+    """x0 as `WeightedObjectiveGaussianDiffusion` mixes it: of predicted noise, predicted x0, and weights of both.
+
+    Args:
+        model: predicts [noise, x0, two weights] as channels.
+        diffusion: with the buffers that make x0 of noise; `refresh` takes over what they are then.
+        device: where it runs.
+        freeze: whether the model is a U-Net that may be frozen.
+    """
+
+    def __init__(self, model: nn.Module, diffusion: Any, device: torch.device, *, freeze: bool) -> None:
+        super().__init__()
+        self.model, self._freeze = model, freeze and not isinstance(model, Predictor)
+        # Neither a submodule, nor copied with this.
+        self._now = lambda: torch.stack([diffusion.sqrt_recip_alphas_cumprod, diffusion.sqrt_recipm1_alphas_cumprod])
+        # No buffer, so that it stays float32 where the network does not.
+        self._scales = torch.empty(2, len(diffusion.betas), dtype=torch.float32, device=device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes over the diffusion's buffers, in place."""
+        self._scales.copy_(self._now())
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x [N, C, H, W], t int64 [N]: x0, float32."""
+        return self.mix(x, t, self.model(x, t))
+
+    def mix(self, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
+        """x0, float32 [N, C, H, W], of the model's output [N, 2 C + 2, H, W]."""
+        channels = x.shape[1]
+        noise, x0, weights = out.float().split((channels, channels, 2), dim=1)
+        recip, recipm1 = self._scales.index_select(1, t).view(2, -1, 1, 1, 1)
+        first, second = weights.softmax(dim=1).split(1, dim=1)
+        return first * (recip * x.float() - recipm1 * noise) + second * x0
+
+    def to_freeze(self) -> nn.Module | None:
+        return self.model if self._freeze else None
+
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
+        return _MixtureProgram(self, frozen, inputs, timesteps)
+
+
+class _MixtureProgram:
+    """A `Mixture` on its buffers, the U-Net frozen."""
+
+    def __init__(self, mixture: Mixture, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor) -> None:
+        self._mix, self._inputs, self._timesteps = mixture.mix, inputs, timesteps
+        self._program = frozen.bind(inputs, timesteps)
+
+    def load(self) -> None:
+        self._program.load()
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return self._mix(self._inputs, self._timesteps.index_select(0, step), self._program(step))
 
 
 def _orthogonal(update: Tensor, to: Tensor) -> Tensor:
@@ -227,7 +293,7 @@ def verify_fused(model: nn.Module, fused: nn.Module, shape: tuple[int, ...], *mo
         apart = difference(model(x, t, *more), fused(x, t, *more), parameter.dtype)
     if apart is not None:
         raise RuntimeError(
-            f"the network with fused norms {apart} from the network; fuse_norms=False samples with the network as it is"
+            f"the network with fused norms {apart}, must equal the network; fuse_norms=False samples with that as it is"
         )
 
 

@@ -6,6 +6,7 @@ Not to be seen in them are `dropout` and `flash_attn`, which change nothing when
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,12 @@ def unet_arguments(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
         if name not in state:
             raise ValueError(f"{where} has no {name}, must be of a Unet of denoising_diffusion_pytorch 2.0 or newer")
     first, last, time = state["init_conv.weight"], state["final_conv.weight"], state["time_mlp.1.weight"]
+    for name, tensor in state.items():
+        if not tensor.dtype.is_floating_point or 0 in tensor.shape:
+            raise ValueError(f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, must be floating-point numbers")
+    if time.ndim != 2 or time.shape[0] < 4 or last.ndim != 4:
+        shapes = f"time_mlp.1.weight {list(time.shape)}, final_conv.weight {list(last.shape)}"
+        raise ValueError(f"{where} has {shapes}, must have two and four dimensions")
     if first.ndim != 4:
         raise ValueError(
             f"{where} is of a network for sequences (init_conv.weight has shape {list(first.shape)}), must be of a "
@@ -41,13 +48,13 @@ def unet_arguments(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
             f"{where}: init_conv.weight reads {first.shape[1]} channels and final_conv.weight gives {channels}, must "
             "be as many, or twice as many with self-conditioning"
         )
-    stages = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("downs.")), default=-1)
+    stages = len({match[0] for name in state if (match := re.match(r"downs\.\d+\.", name))})
     widths, heads, dims, full = [], [], [], []
     for stage in range(stages):
         names = (f"downs.{stage}.3.1.weight", f"downs.{stage}.3.weight")  # with a rearrangement before, and without
         convolution = next((state[name] for name in names if name in state), None)
         kept = state.get(f"downs.{stage}.2.mem_kv")  # keys and values that attention always sees
-        if convolution is None or kept is None or kept.ndim != 4:
+        if convolution is None or kept is None or kept.ndim != 4 or not convolution.ndim:
             raise ValueError(
                 f"{where} has no {names[0]} or no downs.{stage}.2.mem_kv, must be of a Unet of "
                 "denoising_diffusion_pytorch 2.0 or newer"

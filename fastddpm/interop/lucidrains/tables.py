@@ -31,17 +31,24 @@ def prediction_type(diffusion: Any) -> str:
     return OBJECTIVES[objective]
 
 
-def p_sample_table(diffusion: Any) -> StepTable:
+def p_sample_table(diffusion: Any, *, predicts: str | None = None, learned: bool = False) -> StepTable:
     """`p_sample` at every timestep from T - 1 to 0: DDPM with x0 clipped by the sampler; no noise at timestep 0.
+
+    Args:
+        diffusion: the object.
+        predicts: the prediction type; None for that of its `objective`.
+        learned: whether the network's second half of channels sets the variance, between beta_tilde and beta.
 
     Raises:
         ValueError: the objective is not known, or a coefficient is not finite.
     """
     timesteps = torch.arange(int(diffusion.num_timesteps) - 1, -1, -1)
-    std = (0.5 * _buffer(diffusion, "posterior_log_variance_clipped")[timesteps]).exp().double()
+    low = _buffer(diffusion, "posterior_log_variance_clipped")[timesteps]
+    bounds = torch.stack([low, _buffer(diffusion, "betas")[timesteps].log()], dim=1).double() if learned else None
+    std = torch.ones(len(timesteps), dtype=torch.float64) if learned else (0.5 * low).exp().double()
     zero = torch.zeros_like(std)
     columns = (
-        *_x0_from(diffusion, timesteps),
+        *_x0_from(diffusion, timesteps, predicts),
         _buffer(diffusion, "posterior_mean_coef1")[timesteps].double(),
         _buffer(diffusion, "posterior_mean_coef2")[timesteps].double(),
         zero,
@@ -49,7 +56,11 @@ def p_sample_table(diffusion: Any) -> StepTable:
         torch.where(timesteps > 0, std, zero),
     )
     bar = _buffer(diffusion, "alphas_cumprod")[timesteps].double()
-    return _checked(diffusion, make_table(timesteps, columns, before=bar, after=_following(bar)))
+    table = make_table(
+        timesteps, columns, before=bar, after=_following(bar), log_variance=bounds,
+        learned="range" if learned else None,
+    )  # fmt: skip
+    return _checked(diffusion, table)
 
 
 def ddim_sample_table(diffusion: Any, *, rederive: bool) -> StepTable:
@@ -96,9 +107,9 @@ def ddim_sample_table(diffusion: Any, *, rederive: bool) -> StepTable:
     return _checked(diffusion, make_table(timesteps, columns, before=bar, after=_following(bar)))
 
 
-def _x0_from(diffusion: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def _x0_from(diffusion: Any, timesteps: Tensor, predicts: str | None = None) -> tuple[Tensor, Tensor]:
     """(A, B) in x0 = A x + B out, float64 [S]."""
-    predicts = prediction_type(diffusion)
+    predicts = predicts or prediction_type(diffusion)
     if predicts == "sample":
         zero = torch.zeros(len(timesteps), dtype=torch.float64)
         return zero, torch.ones_like(zero)

@@ -21,6 +21,7 @@ from fastddpm.networks.unet.plan import (
 )
 
 CLASS_NAME = "UNet2DModel"
+MOST = 2**24  # of any integer: more channels, pixels or steps than a machine can hold
 
 # The values of a field that are supported, where diffusers knows more.
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -296,13 +297,13 @@ class UNetConfig:
         for name in _FLAGS:
             yield name, isinstance(getattr(self, name), bool), "True or False"
         for name in _POSITIVE:
-            yield name, _is_int(getattr(self, name), 1), "a positive integer"
+            yield name, _is_int(getattr(self, name), 1), f"a positive integer up to {MOST}"
         for name in _POSITIVE_OR_NONE:
             value = getattr(self, name)
-            yield name, value is None or _is_int(value, 1), "a positive integer or None"
+            yield name, value is None or _is_int(value, 1), f"a positive integer up to {MOST}, or None"
         size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
         pair = len(size) == 2 and all(_is_int(n, 1) for n in size)
-        yield "sample_size", self.sample_size is None or pair, "a positive integer, a pair, or None"
+        yield "sample_size", self.sample_size is None or pair, f"a positive integer up to {MOST}, a pair, or None"
         padding, dropout, eps = self.downsample_padding, self.dropout, self.norm_eps
         yield "downsample_padding", _is_int(padding, 0), "0 or 1"
         yield "dropout", _is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1"
@@ -321,7 +322,7 @@ class UNetConfig:
         yield "num_train_timesteps", valid, f"given {of_type}: it has an embedding for each"
         widths = self.block_out_channels
         valid = isinstance(widths, tuple) and len(widths) > 0 and all(_is_int(n, 1) for n in widths)
-        yield "block_out_channels", valid, "a non-empty sequence of positive integers"
+        yield "block_out_channels", valid, f"a non-empty sequence of positive integers up to {MOST}"
 
     def _check_blocks(self) -> _Findings:
         widths, groups = self.block_out_channels, self.norm_num_groups
@@ -342,7 +343,9 @@ class UNetConfig:
         what = f"a positive integer, None, or {count} positive integers, of the down, mid and up blocks"
         yield "attention_head_dim", valid, what
         half = self.sinusoid_channels // 2
-        valid = _is_number(self.freq_shift) and self.freq_shift < half
+        name = "timestep_channels" if self.timestep_channels is not None else "block_out_channels"
+        yield name, half > 0, "at least 2, for a sine and a cosine of the timestep (of block_out_channels the first)"
+        valid = half < 1 or (_is_number(self.freq_shift) and self.freq_shift < half)
         yield "freq_shift", valid, f"a number below {half}, the number of frequencies"
         if self.null_class is not None:
             labels = self.num_class_embeds if self.class_embed_type is None else None
@@ -401,8 +404,8 @@ class UNetConfig:
 
 
 def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30

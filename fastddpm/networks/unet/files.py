@@ -40,43 +40,38 @@ def index_files(variant: str | None = None) -> tuple[str, str]:
     return f"{WEIGHTS_FILE}.index{more}.json", f"{OLD_WEIGHTS_FILE}.index{more}.json"
 
 
-def shards_of(index: Path) -> list[str]:
-    """The names of the files that an index lists.
+def shards(index: Path) -> list[str]:
+    """Return the names of the files that hold sharded weights.
 
     Raises:
-        ValueError: it is no index, or lists files elsewhere.
+        FileNotFoundError, ValueError: the index is missing or is none; the message names it.
     """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index} has no weight_map of names of files")
-    names = sorted(set(weight_map.values()))
-    if away := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} lists {away[0]}, must list files of its own folder")
+    places = read_json(index).get("weight_map")
+    names = sorted(set(places.values()), key=str) if isinstance(places, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(f"{index}: weight_map must name, for each tensor, a file beside it")
     return names
 
 
 def read(folder: Path, variant: str | None) -> tuple[Path, dict[str, Tensor]]:
-    """Read the weights of a folder, with the names of today.
-
-    Returns:
-        The file, or the index of several, and the weights by name.
+    """Return where the weights are, in one file or in shards that an index lists, and the tensors, by today's names.
 
     Raises:
         FileNotFoundError: there are none, or a shard is missing.
         ValueError: a file cannot be read.
     """
-    for name, index in zip(weights_files(variant), index_files(variant), strict=True):
-        if (folder / name).is_file():
-            state = read_weights(folder / name)
-            return folder / name, apart({_new_name(key): tensor for key, tensor in state.items()})
-        if (folder / index).is_file():
-            state = {}
-            for shard in shards_of(folder / index):
-                if not (folder / shard).is_file():
-                    raise FileNotFoundError(f"{folder} has no {shard}, which {index} lists")
-                state.update(read_weights(folder / shard))
-            return folder / index, apart({_new_name(key): tensor for key, tensor in state.items()})
-    raise FileNotFoundError(f"{folder} has neither {' nor '.join(weights_files(variant))}")
+    names = weights_files(variant)
+    for name, index in zip(names, index_files(variant), strict=True):
+        path = folder / name if (folder / name).is_file() else folder / index
+        if path.is_file():
+            parts = [path] if path.name == name else [folder / shard for shard in shards(path)]
+            state: dict[str, Tensor] = {}
+            for part in parts:
+                if not part.is_file():
+                    raise FileNotFoundError(f"{part} is missing, which {index} lists")
+                state |= {_new_name(key): tensor for key, tensor in read_weights(part).items()}
+            return path, apart(state)
+    raise FileNotFoundError(f"{folder} has neither {' nor '.join(names)}, whole or in shards")
 
 
 def write(
@@ -90,22 +85,22 @@ def write(
     """Write a U-Net's folder; see `UNet.save_pretrained`. Weights of the same variant that lie there are replaced."""
     place = 0 if safe_serialization else 1
     name, index = weights_files(variant)[place], index_files(variant)[place]
-    shards = _split(state, bytes_of(max_shard_size))
+    parts = _split(state, bytes_of(max_shard_size))
     names = [name]
-    if len(shards) > 1:
+    if len(parts) > 1:
         stem, _, ending = name.rpartition(".")
-        names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.{ending}" for i in range(len(shards))]
+        names = [f"{stem}-{i + 1:05}-of-{len(parts):05}.{ending}" for i in range(len(parts))]
     save = partial(save_file, metadata={"format": "pt"}) if safe_serialization else torch.save
-    for file, shard in zip(names, shards, strict=True):
-        atomic_write(folder / file, partial(save, shard))
-    if len(shards) > 1:
+    for file, part in zip(names, parts, strict=True):
+        atomic_write(folder / file, partial(save, part))
+    if len(parts) > 1:
         total = sum(tensor.nbytes for tensor in state.values())
-        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+        weight_map = {key: file for file, part in zip(names, parts, strict=True) for key in part}
         write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     write_json(folder / CONFIG_FILE, config)
     # What an earlier save left would be read in place of this, or beside it.
     for old in folder.iterdir():
-        if old.name not in names and (_SHARD.sub("", old.name) == name or (old.name == index and len(shards) == 1)):
+        if old.name not in names and (_SHARD.sub("", old.name) == name or (old.name == index and len(parts) == 1)):
             old.unlink()
 
 
@@ -142,15 +137,15 @@ def apart(state: dict[str, Tensor], joined: Iterable[str] = ()) -> dict[str, Ten
 
 def _split(state: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     """Distribute weights, in order, over as many shards as `size` bytes need; one that is larger has its own."""
-    shards: list[dict[str, Tensor]] = [{}]
+    parts: list[dict[str, Tensor]] = [{}]
     held = 0
     for name, tensor in state.items():
-        if shards[-1] and held + tensor.nbytes > size:
-            shards.append({})
+        if parts[-1] and held + tensor.nbytes > size:
+            parts.append({})
             held = 0
-        shards[-1][name] = tensor
+        parts[-1][name] = tensor
         held += tensor.nbytes
-    return shards
+    return parts
 
 
 def _new_name(name: str) -> str:

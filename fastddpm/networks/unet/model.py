@@ -7,6 +7,7 @@ other way round. Every option with which UNet2DModel runs is here; `config.py` s
 from __future__ import annotations
 
 import math
+import re
 from functools import reduce
 from os import PathLike
 from pathlib import Path
@@ -325,6 +326,7 @@ class UNet(nn.Module):
             dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else None
         config = UNetConfig.from_file(folder / files.CONFIG_FILE)
         path, state = files.read(folder, variant)
+        _check_layers(folder / files.CONFIG_FILE, config, path, state)
         with torch.device("meta"):
             unet = cls(config)
         _check_state(path, state, unet.state_dict())
@@ -336,6 +338,15 @@ class UNet(nn.Module):
         state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
         unet.load_state_dict(state, assign=True)
         return unet.eval()
+
+    def load_weights(self, state: dict[str, Tensor], where: str) -> None:
+        """Copy weights into the U-Net, which keeps its dtype and device.
+
+        Raises:
+            ValueError: they do not fit; the message begins with `where` and names them.
+        """
+        _check_state(where, state, self.state_dict())
+        self.load_state_dict(state)
 
     @classmethod
     def from_diffusers(cls, model: nn.Module) -> UNet:
@@ -472,6 +483,17 @@ def sinusoids(config: UNetConfig) -> Sinusoids:
     )
 
 
+def _check_layers(config_path: Path, config: UNetConfig, path: Path, state: dict[str, Tensor]) -> None:
+    """Hold the numbers of layers against the weights before any is built: thousands would take minutes."""
+    blocks = {match[0] for name in state if (match := re.match(r"down_blocks\.\d+\.", name))}
+    layers = {match[0] for name in state if (match := re.match(r"down_blocks\.0\.resnets\.\d+\.", name))}
+    if config.layers_per_block != len(layers):
+        raise ValueError(f"{config_path}: layers_per_block is {config.layers_per_block}, but {path} has {len(layers)}")
+    if len(config.block_out_channels) != len(blocks):
+        widths = len(config.block_out_channels)
+        raise ValueError(f"{config_path}: block_out_channels has {widths} widths, but {path} has {len(blocks)} levels")
+
+
 def _check_state(path: Path | str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     shared = expected.keys() & state.keys()
     wrong = {
@@ -479,6 +501,10 @@ def _check_state(path: Path | str, state: dict[str, Tensor], expected: dict[str,
         "unexpected": state.keys() - shared,
         "of another shape": {name for name in shared if expected[name].shape != state[name].shape},
     }
+    integers = {name: tensor.dtype for name, tensor in state.items() if not tensor.dtype.is_floating_point}
+    if integers:
+        name, dtype = next(iter(integers.items()))
+        raise ValueError(f"{path}: {name} has dtype {dtype}, must be a floating-point type")
     problems = []
     for what, names in wrong.items():
         if names:

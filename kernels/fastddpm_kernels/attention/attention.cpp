@@ -5,6 +5,7 @@
 // bfloat16 the exponentials, at most 1, are rounded before they are multiplied, and their sum is that of the rounded.
 
 #include "attention.h"
+#include "native/instruction.h"
 
 namespace fastddpm {
 namespace {
@@ -128,3 +129,4 @@ extern "C" void fastddpm_attention(
         SelfAttention<A>(args).run();
     });
 }
+FASTDDPM_INSTRUCTION(fastddpm_attention)

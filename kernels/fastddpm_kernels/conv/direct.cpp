@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "native/gemm.h"
+#include "native/instruction.h"
 #include "native/runtime.h"
 
 namespace fastddpm {
@@ -36,6 +37,9 @@ class Direct {
     using Element = typename A::Element;
     static constexpr long kBlock = 4 * kRows;  // output pixels of an item
 
+    static constexpr long kFewWords = 8;  // of a pixel: rows are then gathered before they are multiplied
+    static constexpr int kFewChannels = 4, kPixels = 4;
+
     const Conv<A>& c;
     const long depth, panels, taps;  // depth in words: whole ones, as of channels that are next to each other
 
@@ -48,21 +52,49 @@ class Direct {
 
     void run() const {
         const long phases = c.upsample ? 4 : 1;
-        const long rows = c.n * c.out_height * c.out_width / phases;
-        const long blocks = ceil_div(rows, kBlock);
+        const long blocks = ceil_div(rows(), kBlock);
         // Few blocks: every thread reads its own part of the weights. Else its own part of the pixels.
         const long parts = blocks >= 4 * c.threads || c.threads == 1 ? 1 : panels;
-        // What lies outside of the image is read from here.
-        Element* zeros = scratch<Element>(Slot::kShared, std::max(c.channels, c.channels2));
-        std::fill_n(zeros, std::max(c.channels, c.channels2), Element{});
+        // What lies outside of the image is read from here. Behind it, for few output channels, their weights.
+        const long outside = ceil_div(std::max(c.channels, c.channels2) * sizeof(Element), sizeof(float));
+        float* words = scratch<float>(Slot::kShared, outside + (few_channels() ? c.out_channels * taps * depth : 0));
+        std::fill_n(words, outside, 0.0f);
+        const Element* zeros = reinterpret_cast<const Element*>(words);
+        if (few_channels()) {
+            float* rows = words + outside;
+            for (long k = 0; k < taps * depth; ++k)
+                for (long o = 0; o < c.out_channels; ++o) rows[o * taps * depth + k] = load_word(c.weight + k * kPanel + o);
+            for_each(blocks, c.threads, [&](long block) {
+                const long first = rows_of(blocks, block), last = rows_of(blocks, block + 1);
+                with_rows<kFewChannels>(static_cast<int>(c.out_channels), [&](auto channels) {
+                    dot_products<channels>(zeros, rows, first, last - first);
+                });
+            });
+            return;
+        }
         for_each(phases * blocks * parts, c.threads, [&](long i) {
             const long block = i % blocks, part = i / blocks % parts, phase = i / blocks / parts;
-            const long first = rows * block / blocks, last = rows * (block + 1) / blocks;
+            const long first = rows_of(blocks, block), last = rows_of(blocks, block + 1);
             multiply(this->phase(phase), zeros, first, last - first, panels * part / parts, panels * (part + 1) / parts);
         });
     }
 
   private:
+    // Output pixels of a phase, and the first of a block.
+    long rows() const { return c.n * c.out_height * c.out_width / (c.upsample ? 4 : 1); }
+    long rows_of(long blocks, long block) const { return rows() * block / blocks; }
+
+    // Of the two sources, whose segments take turns.
+    long words_of(long segment, long sources) const {
+        return (sources == 2 && segment % 2 ? c.channels2 : c.channels) / A::kDeep;
+    }
+
+    // Whether whole vectors of a pixel's words are multiplied with those of each output channel: a panel would be empty.
+    bool few_channels() const {
+        const long words = c.channels / A::kDeep, words2 = c.channels2 / A::kDeep;
+        return !c.upsample && c.out_channels <= kFewChannels && words % kLanes == 0 && words2 % kLanes == 0;
+    }
+
     Phase phase(long index) const {
         const float* weight = c.weight + index * taps * panels * depth * kPanel;
         if (!c.upsample) return {c.kernel, c.padding, c.padding, 1, 0, 0, c.out_height, c.out_width, weight};
@@ -70,45 +102,131 @@ class Direct {
         return {2, 1 - top, 1 - left, 2, top, left, c.height, c.width, weight};
     }
 
-    void multiply(const Phase& p, const Element* zeros, long first, long count, long begin, long end) const {
+    // Where each row begins, of every tap and source; and where its result goes.
+    struct Gathered {
+        const Element** starts;
+        long* targets;
+    };
+    Gathered gather(const Phase& p, const Element* zeros, long first, long count) const {
         const long sources = c.channels2 ? 2 : 1;
-        // Where each row begins, of every tap and source; and where its result goes.
         const Element** starts = scratch<const Element*>(Slot::kPointers, taps * sources * count);
         long* targets = scratch<long>(Slot::kOutput, count);
+        long j = first % p.width, i = first / p.width % p.height, n = first / (p.width * p.height);
         for (long r = 0; r < count; ++r) {
-            const long row = first + r, n = row / (p.height * p.width);
-            const long i = row / p.width % p.height, j = row % p.width;
-            for (long tap = 0; tap < taps; ++tap) {
-                const long y = i * c.stride - p.pad_top + tap / p.kernel;
-                const long x = j * c.stride - p.pad_left + tap % p.kernel;
-                const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
-                const long pixel = (n * c.height + y) * c.width + x;
-                starts[tap * sources * count + r] = inside ? c.x + pixel * c.channels : zeros;
-                if (sources == 2)
-                    starts[(tap * sources + 1) * count + r] = inside ? c.x2 + pixel * c.channels2 : zeros;
+            const Element** place = starts + r;
+            for (long row = 0; row < p.kernel; ++row) {
+                const long y = i * c.stride - p.pad_top + row;
+                for (long column = 0; column < p.kernel; ++column, place += sources * count) {
+                    const long x = j * c.stride - p.pad_left + column;
+                    const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
+                    const long pixel = (n * c.height + y) * c.width + x;
+                    place[0] = inside ? c.x + pixel * c.channels : zeros;
+                    if (sources == 2) place[count] = inside ? c.x2 + pixel * c.channels2 : zeros;
+                }
             }
             targets[r] = ((n * c.out_height + p.step * i + p.top) * c.out_width + p.step * j + p.left) * c.out_channels;
+            if (++j == p.width) {
+                j = 0;
+                if (++i == p.height) {
+                    i = 0;
+                    ++n;
+                }
+            }
+        }
+        return {starts, targets};
+    }
+
+    void multiply(const Phase& p, const Element* zeros, long first, long count, long begin, long end) const {
+        const Gathered rows = gather(p, zeros, first, count);
+        const Element* const* starts = rows.starts;
+        long segments = taps * (c.channels2 ? 2 : 1), words[2] = {c.channels / A::kDeep, c.channels2 / A::kDeep};
+        if (depth < kFewWords && segments > 1) {
+            starts = put_together(starts, segments, count);
+            segments = 1;
+            words[0] = taps * depth;
         }
         for (long panel = begin; panel < end; ++panel)
-            for_row_tiles(count, [&](long r, auto rows) {
-                tile<rows>(starts + r, targets + r, count, sources, p.weight + panel * taps * depth * kPanel, panel);
+            with_columns(c.out_channels - panel * kPanel, [&](auto columns) {
+                for_row_tiles(count, [&](long r, auto height) {
+                    tile<height, columns>(
+                        starts + r, rows.targets + r, count, segments, words, p.weight + panel * taps * depth * kPanel,
+                        panel);
+                });
             });
     }
 
-    template <int R>
+    // The words of all segments of a row, next to each other. Returns where the rows begin.
+    const Element* const* put_together(const Element* const* starts, long segments, long count) const {
+        const long sources = c.channels2 ? 2 : 1;
+        float* together = scratch<float>(Slot::kInput, count * taps * depth);
+        const Element** begins = scratch<const Element*>(Slot::kPacked, count);
+        for (long r = 0; r < count; ++r) {
+            begins[r] = reinterpret_cast<const Element*>(together);
+            for (long segment = 0; segment < segments; ++segment) {
+                const float* from = reinterpret_cast<const float*>(starts[segment * count + r]);
+                const long words = words_of(segment, sources);
+                for (long k = 0; k < words; ++k) *together++ = load_word(from + k);
+            }
+        }
+        return begins;
+    }
+
+    // The outputs of `count` pixels, few channels each: sums of products of vectors, and those of their lanes.
+    template <int O>
+    void dot_products(const Element* zeros, const float* weights, long first, long count) const {
+        const Gathered rows = gather(this->phase(0), zeros, first, count);
+        const long sources = c.channels2 ? 2 : 1, all = taps * depth;
+        for (long r = 0; r < count; r += kPixels) {
+            Vec sums[kPixels][O] = {};
+            long k = 0;
+            for (long segment = 0; segment < taps * sources; ++segment) {
+                const float* from[kPixels];
+                for (long i = 0; i < kPixels; ++i)
+                    from[i] = reinterpret_cast<const float*>(rows.starts[segment * count + std::min(r + i, count - 1)]);
+                const long words = words_of(segment, sources);
+                for (long word = 0; word < words; word += kLanes, k += kLanes)
+#pragma GCC unroll 4
+                    for (int o = 0; o < O; ++o) {
+                        const Vec weight = load(weights + o * all + k);
+#pragma GCC unroll 4
+                        for (int i = 0; i < kPixels; ++i)
+                            sums[i][o] = A::multiply_add(sums[i][o], load(from[i] + word), weight);
+                    }
+            }
+            for (long i = 0; i < std::min<long>(kPixels, count - r); ++i)
+                for (int o = 0; o < O; ++o) {
+                    const long at = rows.targets[r + i] + o;
+                    float value = sum_of_lanes(sums[i][o]) + (c.bias ? c.bias[o] : 0.0f);
+                    if (c.residual) value += load_some(c.residual + at, 1)[0];
+                    store_some(c.y + at, broadcast(value), 1);
+                }
+        }
+    }
+
+    static float sum_of_lanes(Vec value) {
+        float lanes[kLanes];
+        store(lanes, value);
+        for (int half = kLanes / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        return lanes[0];
+    }
+
+    // `words` of the two sources, whose segments take turns.
+    template <int R, int C>
     void tile(
-        const Element* const* starts, const long* targets, long count, long sources, const float* weights,
-        long panel) const {
-        Vec sums[R][kColumns] = {};
-        for (long segment = 0; segment < taps * sources; ++segment) {
+        const Element* const* starts, const long* targets, long count, long segments, const long* words,
+        const float* weights, long panel) const {
+        Vec sums[R][C] = {};
+        const bool two = segments > taps;
+        for (long segment = 0; segment < segments; ++segment) {
             const float* rows[R];  // of words
             for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const float*>(starts[segment * count + r]);
-            const long words = (segment % sources ? c.channels2 : c.channels) / A::kDeep;
-            multiply_add_blocks<A, R>(sums, [&](int r) { return rows[r]; }, words, weights);
-            weights += words * kPanel;
+            const long length = words[two ? segment % 2 : 0];
+            multiply_add_blocks<A>(sums, [&](int r) { return rows[r]; }, length, weights);
+            weights += length * kPanel;
         }
 #pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) {
+        for (int j = 0; j < C; ++j) {
             const long channel = panel * kPanel + j * kLanes, lanes = std::min<long>(kLanes, c.out_channels - channel);
             if (lanes <= 0) break;
             const Vec bias = c.bias ? load_some(c.bias + channel, lanes) : zero();
@@ -145,3 +263,4 @@ extern "C" void fastddpm_conv_direct(
         Direct<A>(conv).run();
     });
 }
+FASTDDPM_INSTRUCTION(fastddpm_conv_direct)

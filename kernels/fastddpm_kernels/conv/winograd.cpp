@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "native/gemm.h"
+#include "native/instruction.h"
 #include "native/runtime.h"
 #include "winograd_transforms.h"
 
@@ -168,9 +169,11 @@ class Winograd {
             float* out = products + point * count * width;
             for (long panel = begin; panel < end; ++panel) {
                 const float* weights = c.weight + (point * panels + panel) * depth * kPanel;
-                for_row_tiles(count, [&](long r, auto rows) {
-                    multiply_tile<A, rows>(
-                        a + r * stride, stride, weights, depth, out + r * width + (panel - begin) * kPanel, width);
+                with_columns(c.out_channels - panel * kPanel, [&](auto columns) {
+                    for_row_tiles(count, [&](long r, auto rows) {
+                        multiply_tile<A, rows, columns>(
+                            a + r * stride, stride, weights, depth, out + r * width + (panel - begin) * kPanel, width);
+                    });
                 });
             }
         }
@@ -235,3 +238,4 @@ extern "C" void fastddpm_conv3x3_winograd(
             Winograd<A, tile, false>(conv).run();
     });
 }
+FASTDDPM_INSTRUCTION(fastddpm_conv3x3_winograd)

@@ -9,9 +9,7 @@ offset, so that accesses are wide.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from fastddpm_kernels import tuned
 from fastddpm_kernels.device.variant import Launch
+from fastddpm_kernels.layout import Strides, walk
 
 # Where no table has a choice.
 BLOCK = 512  # elements to a program
@@ -44,29 +43,6 @@ def offsets(n, element, sample_stride, channel_stride, pixel_stride, P, LINEAR: 
         return n * sample_stride + element
     channel = element // P
     return n * sample_stride + (channel * channel_stride + (element - channel * P) * pixel_stride)
-
-
-class Strides(NamedTuple):
-    """How a tensor [N, C, ...] is walked."""
-
-    sample: int
-    channel: int
-    pixel: int
-    linear: bool
-
-
-def walk(tensor: Tensor) -> Strides | None:
-    """The strides of `tensor` [N, C, ...]; None where its pixels have no one stride, or lie further than 2^31 apart."""
-    size, stride = list(tensor.shape), list(tensor.stride())
-    pixels = [(n, s) for n, s in zip(size[2:], stride[2:], strict=True) if n != 1]
-    if any(s != n_next * s_next for (_, s), (n_next, s_next) in itertools.pairwise(pixels)):
-        return None
-    num_pixels, pixel_stride = math.prod(size[2:]), pixels[-1][1] if pixels else 1
-    channel_stride = stride[1] if size[1] != 1 else num_pixels * pixel_stride
-    if (size[1] - 1) * channel_stride + (num_pixels - 1) * pixel_stride >= 2**31:
-        return None
-    linear = pixel_stride == 1 and channel_stride == num_pixels
-    return Strides(stride[0] if size[0] != 1 else 0, channel_stride, pixel_stride, linear)
 
 
 def walkable(tensor: Tensor) -> tuple[Tensor, Strides]:

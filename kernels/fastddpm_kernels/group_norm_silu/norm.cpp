@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "native/instruction.h"
 #include "native/runtime.h"
 #include "native/simd.h"
 
@@ -251,6 +252,7 @@ extern "C" void fastddpm_group_norm(
         GroupNorm<Element>(args).run();
     });
 }
+FASTDDPM_INSTRUCTION(fastddpm_group_norm)
 
 // y = silu(h / max(|h|, eps) * sqrt(C + C2) * weight * (1 + scale) + shift) + residual, h = concat(x, x2) at a pixel;
 // residual [N, P, C + C2]. With `bfloat16`, y, x, x2 and residual are bfloat16.
@@ -268,3 +270,4 @@ extern "C" void fastddpm_rms_norm(
         RmsNorm<Element>(args).run();
     });
 }
+FASTDDPM_INSTRUCTION(fastddpm_rms_norm)

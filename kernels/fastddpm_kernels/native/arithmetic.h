@@ -31,6 +31,7 @@ struct Float32 {
     static Vec combine(const Vec* values) { return values[0]; }
     static Vec total(Vec words) { return words; }
     static Vec multiply_add(Vec sum, Vec words, float word) { return sum + words * word; }
+    static Vec multiply_add(Vec sum, Vec words, Vec others) { return sum + words * others; }
 };
 
 #if defined(__AVX512BF16__)
@@ -67,6 +68,9 @@ struct Bfloat16 {
     static Vec multiply_add(Vec sum, Vec words, float word) {
         const __m512bh pair = (__m512bh)_mm512_set1_ps(word);
         return (Vec)_mm512_dpbf16_ps((__m512)sum, pair, (__m512bh)(__m512)words);
+    }
+    static Vec multiply_add(Vec sum, Vec words, Vec others) {
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512)others, (__m512bh)(__m512)words);
     }
 
   private:

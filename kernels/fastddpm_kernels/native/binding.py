@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastddpm_kernels import native
 
+if TYPE_CHECKING:
+    from fastddpm_kernels.native.program import Program
+
 THREADS = object()  # stands for torch's number of threads at the launch
+
+
+class Recording(threading.local):
+    """The program that takes in what this thread calls, or None."""
+
+    program: Program | None = None
+
+
+recording = Recording()
 
 
 def bind(name: str, *arguments: Any) -> Callable[[], None]:
@@ -19,19 +32,24 @@ def bind(name: str, *arguments: Any) -> Callable[[], None]:
     Args:
         name: of a function of the library.
         arguments: tensors, for their addresses, which the returned function keeps alive; None for no tensor; numbers;
-            and `THREADS` once.
+            and `THREADS` once, or not at all.
     """
     function = getattr(native.get().functions, name)
-    at = arguments.index(THREADS)
+    at = next((i for i, value in enumerate(arguments) if value is THREADS), -1)  # == would ask the tensors
     converted = [
-        None if value is THREADS else kind(value.data_ptr() if isinstance(value, Tensor) else value)
+        kind(0) if value is THREADS else kind(value.data_ptr() if isinstance(value, Tensor) else value)
         for kind, value in zip(function.argtypes, arguments, strict=True)
     ]
     before, after = converted[:at], converted[at + 1 :]
     threads, kept = torch.get_num_threads, [value for value in arguments if isinstance(value, Tensor)]
 
-    def run(_: Any = kept) -> None:
-        function(*before, threads(), *after)
+    def run() -> None:
+        if recording.program is not None:
+            recording.program.append(name, converted, at, kept)
+        elif at < 0:
+            function(*converted)
+        else:
+            function(*before, threads(), *after)
 
     return run
 
@@ -41,9 +59,7 @@ def row_stride(row: Tensor | None) -> int:
     return 0 if row is None else row.stride(0)
 
 
-def bind_with_floats(
-    make: Callable[..., Callable[[], None]], *vectors: Tensor | None
-) -> Callable[[], None]:
+def bind_with_floats(make: Callable[..., Callable[[], None]], *vectors: Tensor | None) -> Callable[[], None]:
     """Return `make(*vectors)`, where native kernels read the vectors as float32.
 
     Vectors of another dtype are converted at every run, since their values may change between runs.

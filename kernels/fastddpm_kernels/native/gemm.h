@@ -12,47 +12,55 @@ namespace fastddpm {
 // Products are summed in blocks, and these then, which loses less than one long sum.
 constexpr long kDepth = 128;
 
-// sums[r][j] += sum_k rows(r)[k] * panel[k][j]. `Rows` says where row r begins.
-template <class A, int R, class Rows>
+// sums[r][j] += sum_k rows(r)[k] * panel[k][j], for the first C of a panel's vectors. `Rows` says where row r begins.
+template <class A, int R, int C, class Rows>
 inline __attribute__((always_inline)) void multiply_add(
-    Vec (&sums)[R][kColumns], const Rows& rows, long depth, const float* panel) {
+    Vec (&sums)[R][C], const Rows& rows, long depth, const float* panel) {
     for (long k = 0; k < depth; ++k, panel += kPanel) {
-        Vec weights[kColumns];
+        Vec weights[C];
 #pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) weights[j] = load(panel + j * kLanes);
+        for (int j = 0; j < C; ++j) weights[j] = load(panel + j * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const float word = load_word(rows(r) + k);
 #pragma GCC unroll 8
-            for (int j = 0; j < kColumns; ++j) sums[r][j] = A::multiply_add(sums[r][j], weights[j], word);
+            for (int j = 0; j < C; ++j) sums[r][j] = A::multiply_add(sums[r][j], weights[j], word);
         }
     }
 }
 
-// total[r][j] += the same, in blocks.
-template <class A, int R, class Rows>
+// total[r][j] += the same, in blocks. Between them the total is in memory: the registers are for the sums.
+template <class A, int R, int C, class Rows>
 inline __attribute__((always_inline)) void multiply_add_blocks(
-    Vec (&total)[R][kColumns], const Rows& rows, long depth, const float* panel) {
+    Vec (&total)[R][C], const Rows& rows, long depth, const float* panel) {
     for (long start = 0; start < depth; start += kDepth) {
-        Vec sums[R][kColumns] = {};
-        multiply_add<A, R>(
+        Vec sums[R][C] = {};
+        multiply_add<A>(
             sums, [&](int r) { return rows(r) + start; }, std::min(kDepth, depth - start), panel + start * kPanel);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-            for (int j = 0; j < kColumns; ++j) total[r][j] += sums[r][j];
+            for (int j = 0; j < C; ++j) total[r][j] += sums[r][j];
+        asm volatile("" : "+m"(total));
     }
 }
 
-// c[R][kPanel] = a[R][depth] x panel[depth][kPanel]
-template <class A, int R>
+// c[R][kPanel] = a[R][depth] x panel[depth][kPanel], the blocks added in c; of a row the first C vectors.
+template <class A, int R, int C = kColumns>
 void multiply_tile(const float* a, long a_stride, const float* panel, long depth, float* c, long c_stride) {
-    Vec sums[R][kColumns] = {};
-    multiply_add_blocks<A, R>(sums, [=](int r) { return a + r * a_stride; }, depth, panel);
+    for (long start = 0; start < depth; start += kDepth) {
+        Vec sums[R][C] = {};
+        multiply_add<A>(
+            sums, [=](int r) { return a + r * a_stride + start; }, std::min(kDepth, depth - start),
+            panel + start * kPanel);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) store(c + r * c_stride + j * kLanes, sums[r][j]);
+            for (int j = 0; j < C; ++j) {
+                float* place = c + r * c_stride + j * kLanes;
+                store(place, start ? load(place) + sums[r][j] : sums[r][j]);
+            }
+    }
 }
 
 // Calls f(std::integral_constant<int, rows>) for a number of rows, at most R, that is known only now.
@@ -74,6 +82,15 @@ inline void for_row_tiles(long count, const F& f) {
         const long first = count * i / tiles, last = count * (i + 1) / tiles;
         with_rows<kRows>(static_cast<int>(last - first), [&](auto rows) { f(first, rows); });
     }
+}
+
+// Calls f(std::integral_constant<int, columns>) for the vectors of a panel of which `channels` are left.
+template <class F>
+inline void with_columns(long channels, const F& f) {
+    if (channels <= kLanes)
+        f(std::integral_constant<int, 1>{});
+    else
+        f(std::integral_constant<int, kColumns>{});
 }
 
 }  // namespace fastddpm

@@ -2,34 +2,20 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
+
+#include "native/team.h"
 
 namespace fastddpm {
 
-// The OpenMP runtime that torch has loaded, by the entry that GNU's, LLVM's and Intel's all have. Using it, and not
-// linking one, keeps a second pool of threads from spinning against torch's.
-using ParallelEntry = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-extern ParallelEntry parallel_entry;
-
-// body(i) for every i below count, on up to `threads` threads, each taking the next item when it is done with one.
+// body(i) for every i below count, on up to `threads` threads. Who has done its part takes from others'.
 template <class Body>
 void for_each(long count, int threads, const Body& body) {
-    if (threads <= 1 || count <= 1 || parallel_entry == nullptr) {
+    if (threads <= 1 || count <= 1) {
         for (long i = 0; i < count; ++i) body(i);
         return;
     }
-    struct Work {
-        std::atomic<long> next;
-        long count;
-        const Body& body;
-    } work{{0}, count, body};
-    parallel_entry(
-        [](void* data) {
-            Work& work = *static_cast<Work*>(data);
-            for (long i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) work.body(i);
-        },
-        &work, static_cast<unsigned>(std::min<long>(threads, count)), 0);
+    share(count, threads, [](const void* data, long i) { (*static_cast<const Body*>(data))(i); }, &body);
 }
 
 // Memory of this thread, grown as needed and kept; what was in it is lost. Slots are independent of each other.

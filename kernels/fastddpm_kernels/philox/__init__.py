@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.checks import check_keys, check_step, values_are_at_hand
+from fastddpm_kernels.native.binding import THREADS, bind
 
 # The last word of the counter: noise for different purposes never repeats.
 STREAM_INITIAL, STREAM_STEP, STREAM_Q_SAMPLE, STREAM_KNOWN = 0, 1, 2, 3
@@ -142,7 +143,7 @@ def normal(keys: Tensor, shape: Sequence[int], *, step: int | Tensor, stream: in
         shape: the shape of one sample.
         step: third word of the counter, 0 <= step < 2^32, or an int64 tensor [1] on the keys' device.
         stream: fourth word of the counter, 0 <= stream < 2^32, one of the `STREAM_` constants.
-        backend: "auto", "triton", "eager" or "reference".
+        backend: "auto", "triton", "native", "eager" or "reference".
 
     Raises:
         TypeError, ValueError: a bad argument.
@@ -156,6 +157,10 @@ def normal(keys: Tensor, shape: Sequence[int], *, step: int | Tensor, stream: in
     if backend == "triton":
         flat = torch.ops.fastddpm.normal(keys, step, stream, math.prod(shape))
         return flat.view(keys.shape[0], *shape)
+    if backend == "native":
+        out = torch.empty(keys.shape[0], *shape, dtype=torch.float32)
+        bind("fastddpm_normal", out, keys.contiguous(), step, stream, len(keys), math.prod(shape), THREADS)()
+        return out
     if backend == "reference":
         words = _reference_words(keys, step, stream, 4 * -(-math.prod(shape) // 4)).unflatten(1, (-1, 2))
         z = torch.stack(_box_muller(*words.unbind(-1), dtype=torch.float64), dim=-1)

@@ -12,7 +12,8 @@ The ancestral sampler of DDPM (Ho et al. 2020, eq. 7 and 11), DDIM (Song et al. 
   conditional half c; u + scale * (c - u) takes out's place. The learned variance is read from c;
 - inpainting (Lugmayr et al. 2022, eq. 8): where mask is 1, next is the known image, noised to the next level:
   next = mask * (signal*known + sigma*z2) + (1 - mask) * next;
-- multistep: x0_prev is the x0 of the step before;
+- multistep: x0_prev is the x0 of the step before; a history of up to three more adds F2, F3, F4 times the x0 of two,
+  three and four steps before (DPM-Solver++(3M), UniPC, LMS, PLMS), the columns after S;
 - dynamic thresholding (Saharia et al. 2022, section 2.3): x0 is clipped to a threshold of its sample, and divided by
   it, in place of clip_range.
 
@@ -21,7 +22,8 @@ between replays of a CUDA graph. z is not made where S is 0, nor is x0_prev read
 
 Memory traffic of the fused kernel, per element of x: read 4 (x) + b (out of b bytes; 2b with a learned variance or
 guidance, 3b with both), write 4 (x), and 4 for x0 and b for net_in where asked for; noise made in registers moves
-nothing. Multistep reads 4 more. For float16 and an ancestral sampler that is 12 bytes.
+nothing. Multistep reads 4 more, a history of k x0 reads and writes 4k more. For float16 and an ancestral sampler that
+is 12 bytes.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ from fastddpm_kernels.checks import (
     check_tensor,
     values_are_at_hand,
 )
+from fastddpm_kernels.native.binding import recording
 from fastddpm_kernels.reverse_step import op as _reverse_step_op  # noqa: F401  (registers the custom ops)
 from fastddpm_kernels.reverse_step.formula import Options, torch_step
+from fastddpm_kernels.reverse_step.native import bind_reverse_step, why_not_native
 
 
 def reverse_step(
@@ -119,6 +123,7 @@ def reverse_step_(
     x0: Tensor | None = None,
     net_in: Tensor | None = None,
     multistep: bool = False,
+    history: Tensor | None = None,
     keys: Tensor | None = None,
     noise: Tensor | None = None,
     clip_range: float | None = None,
@@ -142,6 +147,11 @@ def reverse_step_(
         net_in: overwritten with x_next in its own dtype: the network's next input. [N, C, ...], or with guidance
             [2N, C, ...], of which both halves are written; contiguous, channels-last or a slice of channels.
         multistep: whether `x0` is read as x0_prev.
+        history: float32 [k, N, C, ...], contiguous, k from 1 to 3, with `multistep`: the x0 before x0_prev, the newest
+            first. It is read with the columns after S, [steps, 7 + k], and moves on by one: x0_prev becomes the first.
+            Where a row's factor is 0 it may hold anything.
+        backend: "auto", "triton", "native" (`out` and `net_in` in float32 or bfloat16, all else in float32), "eager"
+            or "reference".
         others: as in `reverse_step`.
 
     Raises:
@@ -150,6 +160,8 @@ def reverse_step_(
     """
     if multistep and x0 is None:
         raise ValueError("x0 is None, must be given with multistep=True")
+    if history is not None and not multistep:
+        raise ValueError("multistep is False but a history is given, must be True with it")
     o = Options(
         keys,
         noise,
@@ -163,7 +175,7 @@ def reverse_step_(
         known_noise,
         threshold,
     )
-    _validate(x, out, table, step, o)
+    _validate(x, out, table, step, o, 7 if history is None else 7 + _check_history(history, x))
     if x0 is not None:
         _check_like("x0", x0, x)
         if not x0.is_contiguous():
@@ -171,13 +183,23 @@ def reverse_step_(
     if net_in is not None:
         batch = x.shape[0] * (1 if guidance_scale is None else 2)
         check_tensor("net_in", net_in, (batch, *x.shape[1:]), x.device)
-    backend = resolve("reverse_step", backend, x.device.type, x.dtype)
+    backend = resolve(
+        "reverse_step_", backend, x.device.type, x.dtype, lambda: why_not_native(x, out, table, step, net_in, o)
+    )
+    if backend == "native":
+        bind_reverse_step(x, out, table, step, x0, net_in, multistep, o, history)()
+        return
     if backend == "triton":
         _check_triton(x, table, o)
-        torch.ops.fastddpm.reverse_step_inplace(x, out, table, step, x0, net_in, multistep, *o._replace(x0_prev=None))
+        given = o._replace(x0_prev=None)
+        torch.ops.fastddpm.reverse_step_inplace(x, out, table, step, x0, net_in, multistep, history, *given)
         return
-    x_next, new_x0 = torch_step(x, out, table, step, o, torch.float64 if backend == "reference" else x.dtype)
+    x_next, new_x0 = torch_step(x, out, table, step, o, torch.float64 if backend == "reference" else x.dtype, history)
     x.copy_(x_next)
+    if history is not None and x0 is not None:
+        for age in range(len(history) - 1, 0, -1):
+            history[age].copy_(history[age - 1])
+        history[0].copy_(x0)
     if x0 is not None:
         x0.copy_(new_x0)
     if net_in is not None:
@@ -198,7 +220,20 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}, must be {x.dtype}, as x")
 
 
-def _validate(x: Tensor, out: Tensor, table: Tensor, step: Tensor, o: Options) -> None:
+def _check_history(history: Tensor, x: Tensor) -> int:
+    """Return how many x0 a history holds, once it is checked."""
+    k = len(history) if history.ndim == x.ndim + 1 else 0
+    if not 1 <= k <= 3 or tuple(history.shape[1:]) != tuple(x.shape):
+        raise ValueError(f"history has shape {list(history.shape)}, must be [1 to 3, {', '.join(map(str, x.shape))}]")
+    if history.dtype != x.dtype:
+        raise TypeError(f"history is {history.dtype}, must be {x.dtype}, as x")
+    check_device("history", history, x.device)
+    if not history.is_contiguous():
+        raise ValueError(f"history has strides {history.stride()}, must be contiguous")
+    return k
+
+
+def _validate(x: Tensor, out: Tensor, table: Tensor, step: Tensor, o: Options, columns: int = 7) -> None:
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x is {x.dtype}, must be torch.float32 (or torch.float64)")
     if x.ndim < 2:
@@ -208,10 +243,10 @@ def _validate(x: Tensor, out: Tensor, table: Tensor, step: Tensor, o: Options) -
     n, c = x.shape[:2]
     out_shape = (n if o.guidance_scale is None else 2 * n, c if o.log_variance is None else 2 * c, *x.shape[2:])
     check_tensor("out", out, out_shape, x.device)
-    check_table("table", table, None, 7, x.device)
+    check_table("table", table, None, columns, x.device)
     check_step(step, x.device)
     steps = table.shape[0]
-    if values_are_at_hand(step) and not 0 <= int(step) < steps:
+    if values_are_at_hand(step) and recording.program is None and not 0 <= int(step) < steps:
         raise ValueError(f"step is {int(step)}, must be in [0, {steps}), a row of the table")
     if o.keys is not None:
         check_keys(o.keys, n, x.device)

@@ -28,12 +28,18 @@ class Options(NamedTuple):
 
 
 def torch_step(
-    x: Tensor, out: Tensor, table: Tensor, step: Tensor, o: Options, dtype: torch.dtype
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    step: Tensor,
+    o: Options,
+    dtype: torch.dtype,
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x_next, x0), computed in `dtype`, returned in `x`'s."""
+    """Return (x_next, x0), computed in `dtype`, in `x`'s. `history` is read alone."""
     given_dtype = x.dtype
     x = x.to(dtype)
-    a, b, c, d, e, f, s = table_row(table, step, dtype)
+    a, b, c, d, e, f, s, *older = table_row(table, step, dtype)
     unconditional, prediction, v = split_out(x, out, o.guidance_scale is not None)
     prediction = guide(unconditional, prediction, o.guidance_scale)
     x0 = torch.addcmul(a * x, b, prediction)
@@ -46,6 +52,9 @@ def torch_step(
     if o.x0_prev is not None and not _is_zero(f):
         # What a buffer holds before the first x0 was written may be NaN, which 0 would not hide.
         x_next = x_next + torch.where(f == 0, 0, f * o.x0_prev.to(dtype))
+    for factor, past in zip(older, () if history is None else history, strict=False):
+        if not _is_zero(factor):
+            x_next = x_next + torch.where(factor == 0, 0, factor * past.to(dtype))
     if (o.noise is not None or o.keys is not None) and not _is_zero(s):
         std = s if o.log_variance is None else s * learned_std(v, o.log_variance, step)
         x_next = torch.addcmul(x_next, std, given_or_made(o.noise, o.keys, x, step, STREAM_STEP))

@@ -48,9 +48,9 @@ def _(x: Tensor, out: Tensor, table: Tensor, step: Tensor, *options: Any) -> tup
 
 @torch.library.custom_op(
     "fastddpm::reverse_step_inplace",
-    mutates_args=("x", "x0", "net_in"),
+    mutates_args=("x", "x0", "net_in", "history"),
     schema="(Tensor(a!) x, Tensor out, Tensor table, Tensor step, Tensor(b!)? x0, Tensor(c!)? net_in, bool multistep, "
-    f"{_OPTIONS_SCHEMA}) -> ()",
+    f"Tensor(d!)? history, {_OPTIONS_SCHEMA}) -> ()",
 )
 def _reverse_step_inplace_op(
     x: Tensor,
@@ -60,11 +60,13 @@ def _reverse_step_inplace_op(
     x0: Tensor | None,
     net_in: Tensor | None,
     multistep: bool,
+    history: Tensor | None,
     *options: Any,
 ) -> None:
     from fastddpm_kernels.reverse_step.triton import launch
 
-    launch(x, x0, net_in, x, out, table, step, Options(*options)._replace(x0_prev=x0 if multistep else None))
+    o = Options(*options)._replace(x0_prev=x0 if multistep else None)
+    launch(x, x0, net_in, x, out, table, step, o, history)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -79,7 +81,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_next: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate in closed form, in torch and not fused; the noise is made again. Such gradients are rare."""
     x, out, table, step, keys, noise, log_variance, scale, mask, threshold = ctx.saved_tensors
-    a, b, c, d, e, f, s = table_row(table, step, x.dtype)
+    a, b, c, d, e, f, s = table_row(table, step, x.dtype)[:7]
     unconditional, conditional, v = split_out(x, out, scale is not None)
     if mask is not None:
         grad_next = (1 - mask) * grad_next

@@ -18,7 +18,6 @@ from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import (
     AOT,
     BLOCK,
-    Strides,
     aot,
     block_and_warps,
     num_programs,
@@ -27,6 +26,7 @@ from fastddpm_kernels.device.strided import (
     walkable,
 )
 from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
+from fastddpm_kernels.layout import Strides
 from fastddpm_kernels.philox import STREAM_KNOWN, STREAM_STEP
 from fastddpm_kernels.philox.triton import normals
 from fastddpm_kernels.reverse_step.formula import Options
@@ -39,14 +39,16 @@ def _entry(table, row, column, COLUMNS: tl.constexpr, valid):
 
 @triton.jit
 def _reverse_step(
-    x_next, x0, net_in, x, out, table, step, keys, noise, x0_prev, log_variance, guidance_scale,
+    x_next, x0, net_in, x, out, table, step, keys, noise, x0_prev, history, log_variance, guidance_scale,
     known, known_mask, known_table, known_noise, threshold,
     clip_range, batch, numel, P, num_steps, v_offset,
     out_sample, out_channel, out_pixel, net_sample, net_channel, net_pixel,
     known_sample, known_channel, known_pixel, mask_sample, mask_channel, mask_pixel,
     OUT_LINEAR: tl.constexpr, NET_LINEAR: tl.constexpr, KNOWN_LINEAR: tl.constexpr, MASK_LINEAR: tl.constexpr,
     SCALE_STRIDE: tl.constexpr, STREAM: tl.constexpr, KNOWN_STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    HISTORY: tl.constexpr,
 ):  # fmt: skip
+    COLUMNS: tl.constexpr = 7 + HISTORY
     blocks = tl.cdiv(numel, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK
@@ -68,15 +70,18 @@ def _reverse_step(
 
     row = tl.load(step)
     valid = (row >= 0) & (row < num_steps)
-    a = _entry(table, row, 0, 7, valid)
-    b = _entry(table, row, 1, 7, valid)
-    c = _entry(table, row, 2, 7, valid)
-    d = _entry(table, row, 3, 7, valid)
-    e = _entry(table, row, 4, 7, valid)
-    s = _entry(table, row, 6, 7, valid)
+    a = _entry(table, row, 0, COLUMNS, valid)
+    b = _entry(table, row, 1, COLUMNS, valid)
+    c = _entry(table, row, 2, COLUMNS, valid)
+    d = _entry(table, row, 3, COLUMNS, valid)
+    e = _entry(table, row, 4, COLUMNS, valid)
+    s = _entry(table, row, 6, COLUMNS, valid)
     if x0_prev is not None:
-        f = _entry(table, row, 5, 7, valid)
-        previous = tl.load(x0_prev + here, mask=element < tl.where(f != 0.0, numel, 0), other=0.0)
+        f = _entry(table, row, 5, COLUMNS, valid)
+        if HISTORY > 0:  # it moves on, whatever f is
+            previous = tl.load(x0_prev + here, mask=mask)
+        else:
+            previous = tl.load(x0_prev + here, mask=element < tl.where(f != 0.0, numel, 0), other=0.0)
 
     z = tl.zeros((BLOCK,), tl.float32)
     if noise is not None:
@@ -98,7 +103,14 @@ def _reverse_step(
         tl.store(x0 + here, clean, mask=mask)
     result = tl.fma(e, prediction, tl.fma(d, x_t, c * clean))
     if x0_prev is not None:
-        result = tl.fma(f, previous, result)
+        result = tl.fma(f, tl.where(f != 0.0, previous, 0.0) if HISTORY > 0 else previous, result)
+        for age in tl.static_range(HISTORY):
+            factor = _entry(table, row, 7 + age, COLUMNS, valid)
+            place = history + age * batch.to(tl.int64) * numel + here
+            older = tl.load(place, mask=mask)
+            result = tl.fma(factor, tl.where(factor != 0.0, older, 0.0), result)
+            tl.store(place, previous, mask=mask)
+            previous = older
     if (noise is not None) or (keys is not None):
         if log_variance is not None:
             log_min = _entry(log_variance, row, 0, 2, valid)
@@ -141,6 +153,7 @@ def launch(
     table: Tensor,
     step: Tensor,
     options: Options,
+    history: Tensor | None = None,
 ) -> None:
     """Write `x_next` and, unless None, `x0` and `net_in`. `x_next` may be `x`, and `x0` may be `x0_prev`.
 
@@ -148,7 +161,7 @@ def launch(
         ValueError: `net_in` is laid out so that its pixels have no one stride.
     """
     if x.numel():
-        run(make_launch(x_next, x0, net_in, x, out, table, step, options), x)
+        run(make_launch(x_next, x0, net_in, x, out, table, step, options, history=history), x)
 
 
 # Read without strides.
@@ -157,7 +170,7 @@ _READ_WHOLE = ("keys", "noise", "x0_prev", "log_variance", "guidance_scale", "kn
 
 def make_launch(
     x_next: Tensor, x0: Tensor | None, net_in: Tensor | None, x: Tensor, out: Tensor, table: Tensor, step: Tensor,
-    o: Options, choice: tuned.Choice | None = None,
+    o: Options, choice: tuned.Choice | None = None, history: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """Return the one launch; `choice` replaces that of the tables or heuristics.
 
@@ -187,6 +200,7 @@ def make_launch(
     block, num_warps = block_and_warps(choice, numel)
     args: dict[str, Any] = {
         "x_next": x_next, "x0": x0, "net_in": net_in, "x": x, "out": out, "table": table.contiguous(), "step": step,
+        "history": history,
     }  # fmt: skip
     args |= {name: _contiguous(getattr(o, name)) for name in _READ_WHOLE}
     args |= {"known": known, "known_mask": known_mask, "clip_range": o.clip_range, "batch": n, "numel": numel,
@@ -197,7 +211,7 @@ def make_launch(
     constexprs = {
         "OUT_LINEAR": out_walk.linear, "NET_LINEAR": net_walk.linear, "KNOWN_LINEAR": known_walk.linear,
         "MASK_LINEAR": mask_walk.linear, "SCALE_STRIDE": 0 if scale is None or scale.shape[0] == 1 else 1,
-        "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": block,
+        "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": block, "HISTORY": table.shape[1] - 7,
     }  # fmt: skip
     return Launch("reverse_step", _reverse_step, num_programs(n, numel, block), args, constexprs, num_warps)
 
@@ -220,6 +234,7 @@ def aot_variants() -> list[Variant]:
         ("fp32", ancestral | {"known"}), ("fp16", ancestral | {"known", "channels_last"}),
         ("fp16", {"philox", "net_in", "threshold"}), ("fp16", {"net_in", "threshold", "multistep", "x0"}),
         ("fp16", ancestral | {"guided", "learned", "known", "multistep", "x0"}),
+        ("fp16", {"net_in", "multistep", "x0", "history"}), ("fp32", ancestral | {"multistep", "x0", "history"}),
     ]  # fmt: skip
     return [_variant(dtype, flags) for dtype, flags in cases] + packaged_variants(("reverse_step",), tuned_variants)
 
@@ -265,7 +280,8 @@ def example(key: tuned.Key, clip_range: float | None, threshold: bool) -> tuple[
 def _variant(dtype: str, flags: set[str]) -> Variant:
     optional = {
         "x0": ("*fp32", {"x0"}), "net_in": (f"*{dtype}", {"net_in"}), "keys": ("*i64", {"philox"}),
-        "noise": ("*fp32", {"noise"}), "x0_prev": ("*fp32", {"multistep"}), "log_variance": ("*fp32", {"learned"}),
+        "noise": ("*fp32", {"noise"}), "x0_prev": ("*fp32", {"multistep"}), "history": ("*fp32", {"history"}),
+        "log_variance": ("*fp32", {"learned"}),
         "guidance_scale": ("*fp32", {"guided"}), "known": ("*fp32", {"known"}), "known_mask": ("*fp32", {"known"}),
         "known_table": ("*fp32", {"known"}), "known_noise": ("*fp32", {"known", "noise"}),
         "threshold": ("*fp32", {"threshold"}), "clip_range": ("fp32", {"clip"}),
@@ -273,6 +289,7 @@ def _variant(dtype: str, flags: set[str]) -> Variant:
     signature = {"x_next": "*fp32", "x": "*fp32", "out": f"*{dtype}", "table": "*fp32", "step": "*i64"}
     constexprs: dict[str, Any] = {
         "SCALE_STRIDE": 0, "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": BLOCK,
+        "HISTORY": 3 if "history" in flags else 0,
     }  # fmt: skip
     for name, (kind, needed) in optional.items():
         if needed <= flags:

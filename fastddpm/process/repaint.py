@@ -1,4 +1,4 @@
-"""Coefficient tables of the samplers that are more than one posterior step after another: DPM-Solver++ and RePaint."""
+"""The coefficient table of RePaint, which goes back up between steps down."""
 
 from __future__ import annotations
 
@@ -9,73 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.tables import StepTable, ddim_table, ddpm_table, make_table, walk, x0_from
-
-# What diffusers puts in place of abar = 0, so that log(signal / noise) is finite.
-_LEAST_BAR = 2.0**-24
-
-
-def dpmsolver_table(
-    schedule: NoiseSchedule,
-    timesteps: Sequence[int] | Tensor,
-    *,
-    prediction_type: str = "epsilon",
-    solver_order: int = 2,
-    lower_order_final: bool = True,
-    final_sigmas_type: str = "zero",
-) -> StepTable:
-    """Return the table of DPM-Solver++, multistep, midpoint (Lu et al. 2022b, algorithm 2).
-
-    diffusers' `DPMSolverMultistepScheduler`.
-
-    With lambda = log(signal / noise) and h the step in it, the exact solution of the ODE takes x0 as constant (order
-    1, which is DDIM) or as linear through the last two x0 (order 2). The first step is of order 1, and so is the last
-    one where it ends at x_0, which is at lambda = infinity. diffusers visits other timesteps with this solver than
-    with DDPM: `schedule.timesteps(..., multistep=True)`.
-
-    Args:
-        schedule, timesteps, prediction_type: as for `ddpm_table`.
-        solver_order: 1 or 2.
-        lower_order_final: with fewer than 15 steps the last one is of order 1. It always is if `final_sigmas_type` is
-            "zero".
-        final_sigmas_type: "zero" ends at x_0, "sigma_min" at the level of timestep 0.
-
-    Raises:
-        ValueError: as `ddpm_table`, or a setting is not one of those named.
-    """
-    if isinstance(solver_order, bool) or solver_order not in (1, 2):
-        raise ValueError(f"solver_order is {solver_order!r}, must be 1 or 2")
-    if final_sigmas_type not in ("zero", "sigma_min"):
-        raise ValueError(f"final_sigmas_type is {final_sigmas_type!r}, must be 'zero' or 'sigma_min'")
-    to_zero = final_sigmas_type == "zero"
-    timesteps, bar, bar_next = walk(schedule, timesteps, set_alpha_to_one=to_zero)
-    x0_from(prediction_type, bar, timesteps)  # epsilon where there is no signal is an error, before it is hidden
-    bar = torch.where(bar == 0, _LEAST_BAR, bar)
-    signal, noise, signal_next, noise_next = bar.sqrt(), (1 - bar).sqrt(), bar_next.sqrt(), (1 - bar_next).sqrt()
-    shrink = noise_next / noise
-    weight = signal_next - shrink * signal  # signal_next (1 - exp(-h)), also where h is infinite
-    last = len(timesteps) - 1
-    slope = torch.zeros_like(bar)
-    if solver_order == 2:
-        lower_last = to_zero or (lower_order_final and len(timesteps) < 15)
-        inner = slice(1, last if lower_last else last + 1)
-        log_snr = (signal / noise).log()
-        step = (signal_next / noise_next).log() - log_snr
-        slope[inner] = (step / (log_snr - log_snr.roll(1)))[inner] / 2  # 1 / (2 r), r = h_before / h
-    zero = torch.zeros_like(bar)
-    return make_table(
-        timesteps,
-        (
-            *x0_from(prediction_type, bar, timesteps),
-            weight * (1 + slope),
-            shrink,
-            zero,
-            -weight * slope,
-            zero,
-        ),
-        before=bar,
-        after=bar_next,
-    )
+from fastddpm.process.tables import StepTable, ddim_table, ddpm_table, make_table
 
 
 def repaint_table(

@@ -1,0 +1,270 @@
+"""Samplers in sigma, the noise over the signal: Euler, Heun, DPM2, LMS, ancestral and stochastic ones, and LCM.
+
+The state divided by its signal is x = x_0 + sigma * epsilon, and the probability flow ODE is
+d x / d sigma = (x - x0) / sigma (Karras et al. 2022, eq. 3). The network reads that state times `c_in`: for the
+networks of DDPM, which were trained with signal^2 + noise^2 = 1, that is 1 / sqrt(1 + sigma^2).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from fastddpm.process.grids import SigmaGrid
+from fastddpm.process.tables import StepTable
+from fastddpm.process.trace import Symbol, Trace, lagrange, on_grid
+
+
+class _Walk:
+    """A trace whose states are x_0 + sigma * epsilon."""
+
+    def __init__(self, grid: SigmaGrid, prediction_type: str, stores: str = "x0") -> None:
+        if grid.flow:
+            raise ValueError("sigma_schedule is 'flow', must be another for samplers in sigma")
+        self.grid, self.sigmas = grid, [float(sigma) for sigma in grid.sigmas]
+        self.timesteps = [float(t) for t in grid.timesteps]
+        deviation = float(grid.noise[0]) if grid.init_noise_sigma is None else grid.init_noise_sigma
+        self.trace = Trace(prediction_type, stores, init_noise_sigma=deviation)
+        self.x = self.trace.sample / _signal(self.sigmas[0])
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def evaluate(self, x: Symbol, sigma: float, timestep: float) -> tuple[Symbol, Symbol]:
+        """Return the state x at `sigma`, and what the network predicts there: x0, or what else is stored."""
+        signal = _signal(sigma)
+        x, x0 = self.trace.evaluate(signal * x, timestep=timestep, signal=signal, noise=sigma * signal)
+        return x / signal, x0
+
+    def finish(self, x: Symbol) -> StepTable:
+        """Return the table that ends with x at the last sigma."""
+        signal = _signal(self.sigmas[-1])
+        return self.trace.finish(signal * x, signal=signal, noise=self.sigmas[-1] * signal)
+
+
+@on_grid()
+def euler_table(
+    grid: SigmaGrid,
+    *,
+    prediction_type: str = "epsilon",
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> StepTable:
+    """Return the table of Euler's method (Karras et al. 2022, algorithm 2 without its correction).
+
+    diffusers' `EulerDiscreteScheduler`, which with churn adds the noise to the state AFTER the network has read it.
+
+    Args:
+        grid: the levels to visit.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        s_churn, s_tmin, s_tmax, s_noise: noise added at every step with sigma in [s_tmin, s_tmax]; 0 adds none.
+
+    Raises:
+        ValueError: a setting is not known, or there is churn with "v_prediction".
+    """
+    walk = _Walk(grid, prediction_type)
+    if s_churn and prediction_type == "v_prediction":
+        raise ValueError("prediction_type is 'v_prediction' but s_churn is not 0, must be 'epsilon' or 'sample'")
+    x = walk.x
+    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
+        sigma_hat = _churned(sigma, s_churn, s_tmin, s_tmax, len(walk))
+        if sigma_hat > sigma:
+            epsilon = (x - x0) / sigma
+            x = x + s_noise * math.sqrt(sigma_hat**2 - sigma**2) * walk.trace.noise()
+            x0 = x - sigma_hat * epsilon if prediction_type == "epsilon" else x0
+        x = x + (x - x0) * ((after - sigma_hat) / sigma_hat)
+    return walk.finish(x)
+
+
+@on_grid()
+def euler_ancestral_table(
+    grid: SigmaGrid, *, prediction_type: str = "epsilon", eta: float = 1.0, s_noise: float = 1.0
+) -> StepTable:
+    """Return the table of Euler's method with ancestral noise; diffusers' `EulerAncestralDiscreteScheduler`.
+
+    Each step goes down further than the next level and adds noise up to it, with DDPM's variance at `eta` 1
+    (Song et al. 2021, eq. 16).
+
+    Args:
+        grid, prediction_type: as for `euler_table`.
+        eta: share of the ancestral standard deviation, at least 0.
+        s_noise: factor of the noise.
+
+    Raises:
+        ValueError: a setting is not known or out of range.
+    """
+    walk = _Walk(grid, prediction_type)
+    x = walk.x
+    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
+        down, up = _ancestral(sigma, after, eta)
+        x = x + (x - x0) * ((down - sigma) / sigma)
+        if up > 0:
+            x = x + s_noise * up * walk.trace.noise()
+    return walk.finish(x)
+
+
+@on_grid()
+def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTable:
+    """Return the table of Heun's method, 2 S - 1 evaluations (Karras et al. 2022, algorithm 1).
+
+    diffusers' `HeunDiscreteScheduler`. The last step, to zero noise, is Euler's.
+
+    Args:
+        grid, prediction_type: as for `euler_table`.
+    """
+    walk = _Walk(grid, prediction_type)
+    x = walk.x
+    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        walk.trace.begin_step()
+        x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
+        slope = (x - x0) / sigma
+        there = x + slope * (after - sigma)
+        if i == len(walk) - 1:
+            x = there
+        else:
+            there, x0 = walk.evaluate(there, after, walk.timesteps[i + 1])
+            x = x + (slope + (there - x0) / after) * ((after - sigma) / 2)
+    return walk.finish(x)
+
+
+@on_grid()
+def dpm2_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", ancestral: bool = False) -> StepTable:
+    """Return the table of the midpoint method in log sigma, 2 S - 1 evaluations (DPM-Solver-2, Lu et al. 2022a).
+
+    diffusers' `KDPM2DiscreteScheduler` and, ancestral, `KDPM2AncestralDiscreteScheduler`.
+
+    Args:
+        grid, prediction_type: as for `euler_table`.
+        ancestral: go down further than the next level and add noise up to it.
+    """
+    walk = _Walk(grid, prediction_type)
+    x = walk.x
+    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        walk.trace.begin_step()
+        x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
+        slope = (x - x0) / sigma
+        down, up = _ancestral(sigma, after, 1.0) if ancestral else (after, 0.0)
+        if after == 0:
+            x = x + slope * (after - sigma)
+            continue
+        middle = math.exp((math.log(sigma) + math.log(down)) / 2)
+        there, x0 = walk.evaluate(x + slope * (middle - sigma), middle, grid.timestep(middle))
+        x = x + (there - x0) * ((down - sigma) / middle)
+        if up > 0:
+            x = x + up * walk.trace.noise()
+    return walk.finish(x)
+
+
+@on_grid()
+def lms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", order: int = 4) -> StepTable:
+    """Return the table of the linear multistep method in sigma; diffusers' `LMSDiscreteScheduler`.
+
+    The slope is a polynomial in sigma through the last `order` slopes, integrated exactly (diffusers integrates it
+    numerically).
+
+    Args:
+        grid, prediction_type: as for `euler_table`.
+        order: 1 to 4.
+
+    Raises:
+        ValueError: `order` is out of range.
+    """
+    if isinstance(order, bool) or not isinstance(order, numbers.Integral) or not 1 <= order <= 4:
+        raise ValueError(f"order is {order!r}, must be an integer from 1 to 4")
+    walk, slopes = _Walk(grid, prediction_type, "epsilon"), list[Symbol]()
+    x = walk.x
+    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        x, slope = walk.evaluate(x, sigma, walk.timesteps[i])
+        slopes = [slope, *slopes][:order]
+        nodes = [walk.sigmas[i - k] for k in range(len(slopes))]
+        for k, past in enumerate(slopes):
+            integral = lagrange(nodes, k).integ()
+            x = x + float(integral(after) - integral(sigma)) * past
+    return walk.finish(x)
+
+
+@on_grid()
+def edm_table(
+    grid: SigmaGrid,
+    *,
+    prediction_type: str = "epsilon",
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> StepTable:
+    """Return the table of EDM's stochastic sampler: churn, then Heun's step (Karras et al. 2022, algorithm 2).
+
+    With churn the network is asked at a raised sigma, and told the timestep of that.
+
+    Args:
+        grid, prediction_type: as for `euler_table`.
+        s_churn, s_tmin, s_tmax, s_noise: noise added before each step with sigma in [s_tmin, s_tmax].
+    """
+    walk = _Walk(grid, prediction_type)
+    x = walk.x
+    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+        sigma_hat, told = _churned(sigma, s_churn, s_tmin, s_tmax, len(walk)), walk.timesteps[i]
+        walk.trace.begin_step()
+        if sigma_hat > sigma:
+            told = grid.timestep(sigma_hat)
+            deviation = s_noise * math.sqrt(sigma_hat**2 - sigma**2)
+            level = {"signal": _signal(sigma), "noise": sigma * _signal(sigma)}
+            x = walk.trace.add_noise(x, deviation, timestep=told, **level)
+        x, x0 = walk.evaluate(x, sigma_hat, told)
+        slope = (x - x0) / sigma_hat
+        there = x + slope * (after - sigma_hat)
+        if i == len(walk) - 1:
+            x = there
+        else:
+            there, x0 = walk.evaluate(there, after, walk.timesteps[i + 1])
+            x = x + (slope + (there - x0) / after) * ((after - sigma_hat) / 2)
+    return walk.finish(x)
+
+
+@on_grid()
+def lcm_table(
+    grid: SigmaGrid, *, prediction_type: str = "epsilon", timestep_scaling: float = 10.0, sigma_data: float = 0.5
+) -> StepTable:
+    """Return the table of a consistency model's sampler (Luo et al. 2023, LCM); diffusers' `LCMScheduler`.
+
+    Each step predicts x_0 through the boundary condition c_skip x + c_out x0, and noises it to the next level.
+
+    Args:
+        grid: the levels to visit.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        timestep_scaling, sigma_data: of the boundary condition.
+    """
+    trace = Trace(prediction_type)
+    x, signal, noise = trace.sample, grid.signal, grid.noise
+    for i, timestep in enumerate(grid.timesteps):
+        x, x0 = trace.evaluate(x, timestep=float(timestep), signal=float(signal[i]), noise=float(noise[i]))
+        scaled = float(timestep) * timestep_scaling
+        x = (sigma_data**2 * x + scaled * math.hypot(scaled, sigma_data) * x0) / (scaled**2 + sigma_data**2)
+        if i < len(grid.timesteps) - 1:
+            x = float(signal[i + 1]) * x + float(noise[i + 1]) * trace.noise()
+    return trace.finish(x, signal=1.0, noise=0.0)
+
+
+def _signal(sigma: float) -> float:
+    return 1 / math.sqrt(1 + sigma * sigma)
+
+
+def _churned(sigma: float, churn: float, low: float, high: float, steps: int) -> float:
+    """Return sigma raised by the churn (Karras et al. 2022, algorithm 2)."""
+    for name, value in (("s_churn", churn), ("s_tmin", low)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, must be a finite number of at least 0")
+    return sigma * (1 + min(churn / steps, math.sqrt(2) - 1)) if low <= sigma <= high else sigma
+
+
+def _ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
+    """Return the sigma to go down to, and the standard deviation of the noise that leads up to `after`."""
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta is {eta}, must be a finite number of at least 0")
+    up = min(after, eta * math.sqrt(max(0.0, after**2 * (sigma**2 - after**2) / sigma**2)))
+    return math.sqrt(after**2 - up**2), up

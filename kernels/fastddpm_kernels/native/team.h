@@ -1,0 +1,32 @@
+// Threads that share the items of a call.
+#pragma once
+
+namespace fastddpm {
+
+// Item `index` of a body.
+using Item = void (*)(const void* body, long index);
+
+// An OpenMP runtime's entry that GNU's, LLVM's and Intel's all have.
+using ParallelEntry = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// The runtime whose threads torch runs on, or null. Between two operations of torch they spin, for they wait for the
+// third: so an op that is called between them runs on the same, lest two pools of threads share the cores.
+extern ParallelEntry torchs_threads;
+
+// All items below `count`, on the calling thread and up to `threads` - 1 others: of its team if it has engaged one, else
+// torch's.
+void share(long count, int threads, Item item, const void* body);
+
+// Has a team of the library's own for all calls of `share` by this thread.
+class Engagement {
+  public:
+    explicit Engagement(int threads);
+    ~Engagement();
+    Engagement(const Engagement&) = delete;
+    Engagement& operator=(const Engagement&) = delete;
+
+  private:
+    bool engaged_;
+};
+
+}  // namespace fastddpm
