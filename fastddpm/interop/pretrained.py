@@ -23,7 +23,8 @@ from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
-from fastddpm.networks.unet.model import UNet, index_files, shards, weights_files
+from fastddpm.networks.unet.files import index_files, shards, weights_files
+from fastddpm.networks.unet.model import UNet
 from fastddpm.process.methods import find_method, own_settings
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler

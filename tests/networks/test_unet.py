@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from unets import CELEBA_HQ, CIFAR10, SMALL, randomize
 
 from fastddpm.networks.unet.config import UNetConfig
-from fastddpm.networks.unet.model import OLD_WEIGHTS_FILE, WEIGHTS_FILE, UNet
+from fastddpm.networks.unet.files import OLD_WEIGHTS_FILE, WEIGHTS_FILE
+from fastddpm.networks.unet.model import UNet
 
 RESNETS: dict[str, Any] = {
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
@@ -348,6 +349,7 @@ def test_to_and_from_diffusers(option: str) -> None:
 
 
 def test_from_diffusers_names_what_it_does_not_know() -> None:
-    model = UNet2DModel(**SMALL | {"act_fn": "gelu"})
-    with pytest.raises(ValueError, match="act_fn is 'gelu'"):
+    model = UNet2DModel(**SMALL)
+    model.register_to_config(act_fn="tanh")
+    with pytest.raises(ValueError, match="act_fn is 'tanh'"):
         UNet.from_diffusers(model)

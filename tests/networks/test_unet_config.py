@@ -38,16 +38,16 @@ def test_config_round_trip() -> None:
 
 
 BAD_CONFIG: dict[str, Any] = {
-    "time_embedding_type": "fourier",
+    "time_embedding_type": "sinusoidal",
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "downsample_type": "nearest",
     "upsample_type": "pool",
     "timestep_channels": 0,
     "timestep_scale": 0.0,
-    "act_fn": "gelu",
+    "act_fn": "tanh",
     "resnet_time_scale_shift": "spatial",
     "class_embed_type": "projection",
-    "down_block_types": ("DownBlock2D", "SkipDownBlock2D"),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D",),
     "block_out_channels": (16, 20),
     "in_channels": 0,
@@ -79,15 +79,15 @@ def test_bad_config(field: str) -> None:
 
 
 def test_all_that_is_wrong_with_a_file_is_named_at_once(tmp_path: Path) -> None:
-    wrong = {"act_fn": "gelu", "dropout": 2, "layers_per_block": 0, "num_heads": 8, "depth": 3}
+    wrong = {"act_fn": "tanh", "dropout": 2, "layers_per_block": 0, "num_heads": 8, "depth": 3}
     (tmp_path / "config.json").write_text(json.dumps(UNetConfig(**SMALL).to_dict() | wrong))
     with pytest.raises(ValueError) as raised:
         UNetConfig.from_file(tmp_path / "config.json")
     first, *others = str(raised.value).split("; ")
-    assert first.endswith("config.json: act_fn is 'gelu', must be one of 'silu', 'swish'")
+    assert first.endswith("config.json: act_fn is 'tanh', must be one of 'silu', 'swish', 'mish', 'gelu', 'relu'")
     assert [text.split(",")[0] for text in others] == ["layers_per_block is 0", "dropout is 2", "num_heads (8)"]
     assert "depth (3) are no fields of a U-Net, which are: sample_size, " in others[-1]
-    with pytest.raises(ValueError, match="norm_num_groups, 7; down_block_types is .*; freq_shift is 8, must be"):
+    with pytest.raises(ValueError, match="down_block_types is .*norm_num_groups, 7; freq_shift is 8, must be"):
         UNetConfig(**SMALL | {"norm_num_groups": 7, "down_block_types": ("DownBlock2D",), "freq_shift": 8})
 
 

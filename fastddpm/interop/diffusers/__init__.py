@@ -10,6 +10,7 @@ This module imports diffusers; `fastddpm.interop.accelerate` imports it when it 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from dataclasses import replace
 from typing import Any
@@ -74,7 +75,7 @@ def accelerate(
         obj = _pipeline_of(obj, inplace)
         inplace = True  # it is new
     kind = type(obj)
-    cls = next((ours for ours in _CLASSES if kind in (ours, ours.base)), None)
+    cls = _accelerated(kind)  # type: ignore[arg-type]
     if cls is None:
         raise not_supported(obj)
     result = obj if inplace else copy.copy(obj)
@@ -85,6 +86,19 @@ def accelerate(
     result.__class__ = cls
     result.__dict__["_engine"] = engine
     return result
+
+
+@functools.cache
+def _accelerated(kind: type) -> Any:
+    """Return the class of a pipeline's class, accelerated, or None. Subclasses that call as their base count."""
+    if issubclass(kind, _Accelerated):
+        return kind
+    for ours in _CLASSES:
+        if kind is ours.base:
+            return ours
+        if issubclass(kind, ours.base) and kind.__call__ is ours.base.__call__:
+            return type(kind.__name__, (ours, kind), {"__module__": kind.__module__, "base": kind})
+    return None
 
 
 def _pipeline_of(parts: Any, inplace: bool) -> Any:

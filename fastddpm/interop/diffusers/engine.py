@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.interop.diffusers.scheduler import Recognised, recognise, state_of
-from fastddpm.interop.diffusers.unet import AsUNet2D, check_same, check_unet, share_unet, unwrapped
+from fastddpm.interop.diffusers.unet import AsUNet2D, check_same, check_unet, managed, share_unet, unwrapped
 from fastddpm.interop.shared import check_noise
 from fastddpm.networks.comparing import Settings, changed, settings_of
 from fastddpm.networks.unet.model import UNet
@@ -117,8 +117,9 @@ class Engine:
                     f"unet.config.{name} is {config[name]!r}, must be None: the pipeline passes no class labels, "
                     "Sampler.sample does"
                 )
-        if hasattr(theirs, "_hf_hook"):
-            raise ValueError("unet is offloaded, must be on its device: pipe.remove_all_hooks(), then pipe.to(device)")
+        if reason := managed(theirs):
+            self.keep_loop(reason)
+            return Plan(theirs, None, [reason], theirs)
         model, why_not_unet = self._find_unet(theirs)
         recognised = self._recognise(scheduler)
         if isinstance(recognised, Recognised) and recognised.scales and not (scales or self.scales):

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from fastddpm.common.checks import listed
 from fastddpm.networks.comparing import changed, difference, evaluating, settings_of, some_noise, why_not_layers
 from fastddpm.networks.unet.config import UNetConfig
+from fastddpm.networks.unet.layers import Attention
 from fastddpm.networks.unet.model import UNet
 
 # Attention processors that compute plain attention, each in its own way.
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+# The one that reads queries, keys and values from one layer.
+_JOINED = "FusedAttnProcessor2_0"
 
 
 def _library(kind: type) -> str:
@@ -30,6 +33,20 @@ def unwrapped(unet: Any) -> Any:
     return getattr(unet, "_orig_mod", unet)
 
 
+def managed(unet: Any) -> str | None:
+    """Return what moves or converts a U-Net's weights while it runs, in words, or None.
+
+    That is offloading, of whole models or group by group, and layerwise casting.
+    """
+    for module in unet.modules():
+        if hasattr(module, "_hf_hook"):
+            return "unet is offloaded by accelerate's hooks, and runs as it is"
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            return f"unet has diffusers' hook {next(iter(hooks))!r}, and runs as it is"
+    return None
+
+
 def check_unet(unet: Any) -> None:
     """Raise ValueError, by the name of the layer, where a `UNet2DModel` is not made of plain layers of its library.
 
@@ -41,10 +58,13 @@ def check_unet(unet: Any) -> None:
     if kind.__name__ != "UNet2DModel" or not _is_diffusers(kind):
         raise ValueError(f"unet is a {kind.__name__}, must be a UNet2DModel of diffusers")
     if reason := why_not_layers(unet, lambda kind: _is_diffusers(kind) or _library(kind) == "torch"):
-        raise ValueError(f"unet cannot be replaced: {reason} (offloading does so, too)")
+        raise ValueError(f"unet cannot be replaced: {reason}")
     for name, module in unet.named_modules():
         processor = type(getattr(module, "processor", None))
-        if processor is not type(None) and not (processor.__name__ in _PROCESSORS and _is_diffusers(processor)):
+        known = processor.__name__ in _PROCESSORS
+        if processor.__name__ == _JOINED:
+            known = getattr(module, "fused_projections", False)
+        if processor is not type(None) and not (known and _is_diffusers(processor)):
             raise ValueError(
                 f"unet.{name}.processor is a {processor.__name__} of {_library(processor)}, must be one of "
                 f"{', '.join(_PROCESSORS)} of diffusers"
@@ -58,8 +78,8 @@ def check_same(unet: Any, ours: UNet) -> None:
         ValueError: they differ by more than rounding; the message names the layer that is not as its config says.
     """
     size = 2 ** len(ours.config.block_out_channels)
-    x = some_noise((ours.config.in_channels, size, size), next(unet.parameters()))
-    t = torch.tensor([500], device=x.device)
+    x = some_noise((ours.config.in_channels, size, size), unet.conv_in.weight)
+    t = torch.tensor([min(500, (ours.config.num_train_timesteps or 1000) - 1)], device=x.device)
     with evaluating(unet):
         apart = difference(unet(x, t).sample, ours(x, t), x.dtype)
     if apart is None:
@@ -81,9 +101,16 @@ def share_unet(unet: Any) -> UNet:
     """
     check_unet(unet)
     config = _config(dict(unet.config))
+    joined: list[str] = []
     with torch.device("meta"):
         ours = UNet(config)
-    parameters = dict(unet.named_parameters())
+    for name, module in unet.named_modules():  # joined projections, and not those that they were made of
+        if type(getattr(module, "processor", None)).__name__ == _JOINED:
+            attention = ours.get_submodule(name)
+            assert isinstance(attention, Attention)
+            attention.fuse()
+            joined.append(name)
+    parameters = {name: p for name, p in unet.named_parameters() if not _unread(name, joined)}
     own = dict(ours.named_parameters())
     problems = {
         "lacks": own.keys() - parameters.keys(),
@@ -101,6 +128,12 @@ def share_unet(unet: Any) -> UNet:
     return ours.eval()
 
 
+def _unread(name: str, joined: list[str]) -> bool:
+    """Return whether attention leaves a parameter aside: one of `fuse_projections`, or of what that replaced."""
+    layer, _, leaf = name.rpartition(".to_")
+    return bool(layer) and leaf.partition(".")[0] in (("q", "k", "v") if layer in joined else ("qkv",))
+
+
 def _config(fields: dict[str, Any]) -> UNetConfig:
     """Return the config of a U-Net.
 
@@ -111,7 +144,7 @@ def _config(fields: dict[str, Any]) -> UNetConfig:
     problems: dict[str, str] = {}
     while True:
         try:
-            config = UNetConfig.from_dict(fields)
+            config = UNetConfig.of_diffusers(fields)
         except ValueError as error:
             named = {text.partition(" ")[0]: text for text in str(error).split("; ")}
             new = named.keys() - problems.keys()  # the others are about the defaults that were put there
@@ -154,6 +187,8 @@ class AsUNet2D(nn.Module):
         return_dict: bool = True,
     ) -> Any:
         """As `UNet2DModel.forward`: sample [N, C, H, W], one timestep or [N] -> `UNet2DOutput`, or a tuple."""
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor([timestep], dtype=torch.long)  # as there, where a float is cut off
         out = self.model(sample, timestep, class_labels)
         if not return_dict:
             return (out,)

@@ -73,7 +73,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The logits [N, K] of noisy images x [N, 3, H, W], about [-1, 1] where clean, at timesteps t [N]."""
         t = torch.as_tensor(t, device=x.device).expand(len(x))
-        emb = F.silu(self.time_embedding(sinusoids(self.config, t).to(x.dtype)))
+        emb = F.silu(self.time_embedding(sinusoids(self.config)(t).to(x.dtype)))
         x = self.conv_in(x)
         features = [x]
         for block in self.down_blocks:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -15,13 +16,15 @@ if TYPE_CHECKING:
 class Embeddings(nn.Module, ABC):
     """A U-Net's time and label embeddings in float64, apart from each other and before their activation.
 
-    The projections of all blocks read the SiLU of the sum of both.
+    The projections of all blocks read what `activate` makes of the sum of both.
 
     Attributes:
         num_labels: labels are integers below this; None where they are not, or where there are none.
+        reads_raw: whether projections read the embedding itself behind its activation.
     """
 
     num_labels: int | None = None
+    reads_raw: bool = False
 
     @abstractmethod
     def of_time(self, t: Tensor) -> Tensor:
@@ -30,6 +33,10 @@ class Embeddings(nn.Module, ABC):
     def of_labels(self, labels: Tensor) -> Tensor:
         """Return the embeddings [N, E] of labels as the U-Net takes them, [N] or [N, E]."""
         raise NotImplementedError
+
+    def activate(self, emb: Tensor) -> Tensor:
+        """Return what the projections read of embeddings [.., E]: their SiLU."""
+        return F.silu(emb)
 
 
 class Blueprint(ABC):
@@ -42,6 +49,7 @@ class Blueprint(ABC):
         in_channels, out_channels: of its input and of its output.
         optional_channels: the first channels of its input, which may be left out and are then zero.
         factor: heights and widths must be multiples of it.
+        smallest_size: what they must be at least; None for `factor`.
         has_labels: whether it takes labels.
         sample_size: (height, width) of the images it is for.
         alone: whether a call of the U-Net with x, timesteps and labels computes what the frozen one does.
@@ -55,6 +63,7 @@ class Blueprint(ABC):
     out_channels: int
     optional_channels: int = 0
     factor: int
+    smallest_size: int | None = None
     has_labels: bool
     sample_size: tuple[int, int] = (32, 32)
     alone: bool = True
@@ -85,10 +94,11 @@ class Blueprint(ABC):
 
     @abstractmethod
     def time_projections(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
-        """Join the projections of all blocks into one linear layer of the embedding's SiLU, in float64.
+        """Join the projections of all blocks into one linear layer of the activated embedding, in float64.
 
         Returns:
-            weight [sum C, E], bias [sum C], and the columns of every block by its name.
+            weight [sum C, E], or [sum C, 2E] where `Embeddings.reads_raw`; bias [sum C], and the columns of
+            every block by its name.
         """
 
     def call(self, x: Tensor, t: Tensor, labels: Tensor | None, **more: Tensor) -> Tensor:

@@ -157,13 +157,17 @@ class Builder(ABC):
         self, layer: nn.GroupNorm, x: Activation, second: Activation | None = None, *, time_bias: Tensor | None = None,
         scale: Tensor | None = None, shift: Tensor | None = None, activation: str | None = "silu",
     ) -> Activation:  # fmt: skip
-        """Emit the norm of concat(x, second), complete. Afterwards the slot of `x` holds the sum with its residual."""
+        """Emit the norm of concat(x, second), complete. Afterwards the slot of `x` holds the sum with its residual.
+
+        An `activation` other than SiLU is an instruction of its own.
+        """
         name = self.names[layer]
         own, height, width = self.shapes[x.slot]
         channels = layer.num_channels
         if x.bias is not None or (second is not None and second.bias is not None):
             assert time_bias is None
-            zeros = torch.zeros(channels, dtype=torch.float64, device=layer.weight.device)
+            known = x.bias if x.bias is not None else second.bias if second is not None else None
+            zeros = torch.zeros(channels, dtype=torch.float64, device=None if known is None else known.device)
             parts = [zeros[:own] if x.bias is None else x.bias]
             if second is not None:
                 parts.append(zeros[own:] if second.bias is None else second.bias)
@@ -178,23 +182,27 @@ class Builder(ABC):
                 self.workspace_numel, group_norm_silu_workspace(like, channels, layer.num_groups)
             )
         residual = x.residual
+        weight = layer.weight if layer.affine else functools.partial(torch.ones, channels)
+        bias = layer.bias if layer.affine else functools.partial(torch.zeros, channels)
+        fused = activation if activation == "silu" else None
         reads = [x.slot] + [a for a in (None if second is None else second.slot, residual) if a is not None]
         self.emit(
             name, "norm", reads, [target] + ([x.slot] if residual is not None else []),
             ops.norm(
                 self.m, x.slot, target, None if second is None else second.slot, residual,
-                self.put(f"{name}.weight", layer.weight, self.vector_dtype),
-                self.put(f"{name}.bias", layer.bias, self.vector_dtype),
-                layer.num_groups, layer.eps, time_bias, scale, shift, activation,
+                self.put(f"{name}.weight", weight, self.vector_dtype),
+                self.put(f"{name}.bias", bias, self.vector_dtype),
+                layer.num_groups, layer.eps, time_bias, scale, shift, fused,
             ),
             kernels=launches,
         )  # fmt: skip
         x.residual = None
+        if activation != fused:
+            assert activation is not None
+            self.emit(f"{name}.{activation}", "other", [target], [target], ops.activate(self.m, target, activation))
         return Activation(target)
 
-    def shortcut(
-        self, layer: nn.Conv2d, x: Activation, skip: Activation | None, h: Activation
-    ) -> Activation:
+    def shortcut(self, layer: nn.Conv2d, x: Activation, skip: Activation | None, h: Activation) -> Activation:
         """Emit a 1x1 convolution of concat(x, skip), added to `h` in its place, with every pending bias."""
         width = self.shapes[x.slot][0]
         weight = layer.weight.double().flatten(1)
@@ -269,9 +277,15 @@ class Builder(ABC):
         self.complete(x, f"{name}.sum")
         return self.other(f"{name}.output_scale", [x.slot], lambda v: v / divisor)
 
-    def other(self, name: str, sources: list[int], function: Callable[..., Tensor]) -> Activation:
-        shapes = [torch.empty(1, *self.shapes[slot], device="meta") for slot in sources]
-        target = self.new(*function(*shapes).shape[1:])
+    def other(
+        self, name: str, sources: list[int], function: Callable[..., Tensor], shape: tuple[int, int, int] | None = None
+    ) -> Activation:
+        """Emit a function in plain torch. Its result has `shape` (C, H, W), or what it returns for meta tensors."""
+        if shape is None:
+            operands = [torch.empty(1, *self.shapes[slot], device="meta") for slot in sources]
+            _, channels, height, width = function(*operands).shape
+            shape = (channels, height, width)
+        target = self.new(*shape)
         self.loose.add(target)
         self.emit(name, "other", sources, [target], ops.other(self.m, sources, target, function))
         return Activation(target)
@@ -355,9 +369,7 @@ class Builder(ABC):
         )
 
 
-def _packed(
-    weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int
-) -> Tensor:
+def _packed(weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int) -> Tensor:
     return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2)
 
 

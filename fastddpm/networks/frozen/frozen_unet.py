@@ -78,8 +78,10 @@ class FrozenUNet:
             raise ValueError(f"dtype is {dtype}, must be a floating-point type")
         self.device = first.device if device is None else torch.empty(0, device=device).device
         gpu = self.device.type in ("cuda", "meta")  # meta stands for CUDA, to count kernels where there is none
-        self.backend = "triton" if self.device.type == "meta" else resolve(
-            "group_norm_silu_", backend, self.device.type, self.dtype
+        self.backend = (
+            "triton"
+            if self.device.type == "meta"
+            else resolve("group_norm_silu_", backend, self.device.type, self.dtype)
         )
         if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
             self.backend = "eager"  # native products take channels in pairs
@@ -140,9 +142,12 @@ class FrozenUNet:
         if inputs.ndim != 4 or blueprint.in_channels - inputs.shape[1] not in (0, blueprint.optional_channels):
             shape = tuple(inputs.shape)
             raise ValueError(f"inputs have shape {shape}, must have shape [N, {blueprint.in_channels}, H, W]")
-        if any(size % factor or not size for size in inputs.shape[2:]):
+        least = blueprint.smallest_size or factor
+        if any(size % factor or size < least for size in inputs.shape[2:]):
+            more = "" if least == factor else f", at least {least}"
             raise ValueError(
-                f"inputs are {inputs.shape[2]}x{inputs.shape[3]} pixels, both must be positive multiples of {factor}"
+                f"inputs are {inputs.shape[2]}x{inputs.shape[3]} pixels, both must be positive multiples of "
+                f"{factor}{more}"
             )
         timesteps = self.timesteps if timesteps is None else timesteps
         if timesteps is None:
@@ -215,10 +220,10 @@ class FrozenUNet:
         self.time_bias.copy_(bias)
         machine = Machine(self.fused, self.static, self.backend)
         row = torch.zeros(1, len(self.time_bias), dtype=self.row_dtype, device=self.device)
-        factor = self.blueprint.factor
+        size = self.blueprint.smallest_size or self.blueprint.factor
         self.constants.refilling = True
         try:
-            self.blueprint.builder(self, machine, row, 1, (factor, factor), self.in_channels).lower()
+            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels).lower()
         finally:
             self.constants.refilling = False
 

@@ -62,6 +62,7 @@ class Machine:
         slots: the activations.
         fixed: the slots whose place in memory is the same at every run.
         workspace: scratch for the fused kernels, float32.
+        timesteps: int64 [S], those of the rows of the table.
         step: int64 [1], the row of the table that the present run is at.
     """
 
@@ -72,6 +73,7 @@ class Machine:
     slots: list[Any] = field(default_factory=list)
     fixed: set[int] = field(default_factory=set)
     workspace: Tensor | None = None
+    timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
     step: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -281,6 +283,19 @@ def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..
         m.slots[target] = channels_last(function(*(m.slots[slot] for slot in sources)))
 
     return run
+
+
+_ACTIVATE: dict[str, Callable[[Tensor], object]] = {
+    "mish": partial(F.mish, inplace=True),
+    "gelu": torch.ops.aten.gelu_,
+    "relu": torch.relu_,
+}
+
+
+def activate(m: Machine, target: int, activation: str) -> Callable[[], object]:
+    """Apply "mish", "gelu" or "relu" in place."""
+    function = _ACTIVATE[activation]
+    return lambda: function(m.slots[target])
 
 
 def add_bias(m: Machine, target: int, bias: Tensor) -> Callable[[], object]:

@@ -32,6 +32,7 @@ class Program:
         self._frozen, self._timesteps = frozen, timesteps
         self._out_channels = frozen.blueprint.out_channels
         self._machine = m = Machine(frozen.fused, frozen.static, frozen.backend, frozen.allow_tf32)
+        m.timesteps = timesteps
         inputs = frozen.whole_input(inputs)
         batch, channels, *size = inputs.shape
         self._times = frozen.time_table(m, timesteps, labels, batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.networks.frozen.blueprint import Embeddings
@@ -30,7 +29,8 @@ class TimeTable:
         """`weight` [sum C, E] and `bias` [sum C] are float64: `Blueprint.time_projections`."""
         self._m, self._embeddings, self._weight, self._bias = machine, embeddings, weight, bias
         self._timesteps, self._labels = timesteps, labels
-        device, (width, channels), steps = weight.device, weight.shape, len(timesteps)
+        device, (width, reads), steps = weight.device, weight.shape, len(timesteps)
+        channels = reads // 2 if embeddings.reads_raw else reads
 
         def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=of, device=device)
@@ -43,13 +43,14 @@ class TimeTable:
         if self._classes is None:
             self._table, self._of_step = empty(steps, channels), empty(1, channels)
             self._of_labels, self._sum = empty(batch, channels), empty(batch, channels)
-            self._weight_t, self._own_bias = empty(channels, width), empty(width)
+            self._weight_t, self._own_bias = empty(reads, width), empty(width)
+            self._active = self._sum
             size = self._weight_t.numel() * dtype.itemsize
             self._emit("time.lookup", lambda: self._look_up(machine.step, self._of_step))
             self._emit("time.add", lambda: torch.add(self._of_step, self._of_labels, out=self._sum))
-            self._emit("time.silu", lambda: F.silu(self._sum, inplace=True))
-            self._emit("time.project", lambda: torch.addmm(self._own_bias, self._sum, self._weight_t, out=self.row),
-                       flops=2 * batch * width * channels, more=size)  # fmt: skip
+            self._emit("time.activate", self._activate)
+            self._emit("time.project", lambda: torch.addmm(self._own_bias, self._active, self._weight_t, out=self.row),
+                       flops=2 * batch * width * reads, more=size)  # fmt: skip
         else:
             self._table = empty(steps * self._classes, width)
             if labels is None:
@@ -73,7 +74,7 @@ class TimeTable:
         steps_at_once = max(_ROWS_AT_ONCE // self._classes, 1)
         for start in range(0, len(of_time), steps_at_once):
             part = of_time[start : start + steps_at_once]
-            emb = F.silu(part if of_labels is None else part[:, None] + of_labels)
+            emb = self._embeddings.activate(part if of_labels is None else part[:, None] + of_labels)
             rows = torch.addmm(self._bias, emb.flatten(0, -2), self._weight.T)
             first = start * self._classes
             self._table[first : first + len(rows)] = rows.to(self._table.dtype)
@@ -83,6 +84,9 @@ class TimeTable:
         if self._classes is None:
             assert self._labels is not None
             self._of_labels.copy_(self._embeddings.of_labels(self._labels))
+
+    def _activate(self) -> None:
+        self._active = self._embeddings.activate(self._sum)
 
     def _look_up(self, index: Tensor, out: Tensor) -> None:
         torch.index_select(self._table, 0, index, out=out)

@@ -10,29 +10,46 @@ from os import PathLike
 from typing import Any
 
 from fastddpm.common.files import read_json
+from fastddpm.networks.unet.plan import (
+    K_GROUP_SIZE,
+    SKIP_IMAGE_CHANNELS,
+    carries_image,
+    family_of,
+    misfit,
+    plan_down,
+    uneven_norms,
+)
 
 CLASS_NAME = "UNet2DModel"
 MOST = 2**24  # of any integer: more channels, pixels or steps than a machine can hold
 
 # The values of a field that are supported, where diffusers knows more.
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "time_embedding_type": ("positional",),
+    "time_embedding_type": ("positional", "fourier", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
     "downsample_type": ("conv", "resnet", "pool"),
     "upsample_type": ("conv", "resnet", "nearest"),
-    "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None, "timestep", "identity"),
 }
 _BLOCK_CHOICES = {
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "down_block_types": (
+        *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        *("SkipDownBlock2D", "AttnSkipDownBlock2D", "KDownBlock2D"),
+    ),
+    "up_block_types": (
+        *("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        *("SkipUpBlock2D", "AttnSkipUpBlock2D", "KUpBlock2D"),
+    ),
 }
+# By the name in a config, in any case.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu", "relu": "relu"}
 # Fields of our own, with their defaults. But for `null_class`, which changes nothing that diffusers computes, they have
 # their plain names in a config.json, so that diffusers warns that it ignores them.
 _OWN: dict[str, Any] = {"null_class": None, "timestep_channels": None, "timestep_scale": 1.0}
-_POSITIVE = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+_POSITIVE = ("in_channels", "out_channels", "layers_per_block")
 _POSITIVE_OR_NONE = (
+    "norm_num_groups",
     "time_embedding_dim",
     "attn_norm_num_groups",
     "num_class_embeds",
@@ -54,9 +71,13 @@ class UNetConfig:
 
     `block_out_channels` are the widths of the levels, each at half the resolution of the one before. What
     None means: `time_embedding_dim`, 4 * block_out_channels[0]; `attention_head_dim`, one head of all
-    channels; `attn_norm_num_groups` (of the mid block's attention), `norm_num_groups`, or with "scale_shift"
-    no norm; `mid_block_type`, no mid block. `sample_size` (pixels) and `num_train_timesteps` do not change
-    the network. diffusers documents the other fields.
+    channels; `norm_num_groups` (of a U-Net of Skip or K blocks alone), a quarter of the channels and at most 32;
+    `attn_norm_num_groups` (of the mid block's attention), as many as its other norms, or with "scale_shift" no norm;
+    `mid_block_type`, no mid block. `sample_size` (pixels) does not change the network, `num_train_timesteps` only where
+    the time embedding is "learned". diffusers documents the other fields.
+
+    With `time_embedding_type` "fourier" the timesteps are noise levels (Song et al. 2021): the output is divided by
+    them, and 0 gives no number.
 
     As in diffusers, blocks without attention choose by their type how they change the resolution, by a residual block
     in "ResnetDownsampleBlock2D" and "ResnetUpsampleBlock2D" and by a convolution in "DownBlock2D" and "UpBlock2D";
@@ -96,7 +117,7 @@ class UNetConfig:
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | tuple[int, ...] | None = 8
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -112,7 +133,7 @@ class UNetConfig:
         for name, value in vars(self).items():
             if isinstance(value, list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(value))
-        for check in (self._check_types, self._check_blocks, self._check_heads):
+        for check in (self._check_types, self._check_blocks, self._check_heads, self._check_fit):
             wrong: dict[str, str] = {}
             for name, valid, what in check():
                 if not valid:
@@ -127,8 +148,28 @@ class UNetConfig:
 
     @property
     def sinusoid_channels(self) -> int:
-        """How many sinusoids of the timestep the time embedding reads."""
+        """How many values of the timestep the time embedding reads."""
+        if self.time_embedding_type == "fourier":
+            return 2 * self.block_out_channels[0]
         return self.timestep_channels or self.block_out_channels[0]
+
+    @property
+    def activation(self) -> str:
+        """What follows the norms of residual blocks: "silu", "mish", "gelu" or "relu"."""
+        return _ACTIVATIONS[self.act_fn.lower()]
+
+    @property
+    def reads_raw_embedding(self) -> bool:
+        """Whether blocks read the embedding before its activation, too: those of the K family."""
+        return any(family_of(kind) == "k" for kind in (*self.down_block_types, *self.up_block_types))
+
+    @property
+    def smallest_size(self) -> int:
+        """The height and width that an input must have at least; they are multiples of 2 ** (levels - 1)."""
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        # The filter of K blocks mirrors a pixel at the border, of two or more.
+        k = any(family_of(kind) == "k" for kind in self.up_block_types[:-1])
+        return 2 * factor if k else factor
 
     @property
     def head_dims(self) -> tuple[int | None, ...]:
@@ -149,11 +190,21 @@ class UNetConfig:
         return self.class_embed_type is not None or self.num_class_embeds is not None
 
     @property
+    def mid_groups(self) -> int:
+        """Groups of the norms of the mid block's residual blocks."""
+        return self.norm_num_groups or min(self.block_out_channels[-1] // 4, 32)
+
+    @property
+    def out_groups(self) -> int:
+        """Groups of the last norm."""
+        return self.norm_num_groups or min(self.block_out_channels[0] // 4, 32)
+
+    @property
     def mid_attention_groups(self) -> int | None:
         """Groups of the norm of the mid block's attention; None: it has no norm."""
         if self.attn_norm_num_groups is not None:
             return self.attn_norm_num_groups
-        return self.norm_num_groups if self.resnet_time_scale_shift == "default" else None
+        return self.mid_groups if self.resnet_time_scale_shift == "default" else None
 
     def replace(self, **fields: Any) -> UNetConfig:
         """A copy with other values of the named fields.
@@ -193,6 +244,23 @@ class UNetConfig:
         return cls().replace(**fields)
 
     @classmethod
+    def of_diffusers(cls, config: dict[str, Any]) -> UNetConfig:
+        """From the config of a UNet2DModel itself, whose words mean what they mean there.
+
+        Raises:
+            ValueError: as `from_dict`, or with "pool" or "nearest" where blocks with attention would use it.
+        """
+        config = dict(config)
+        for name, kinds in (("downsample_type", "down_block_types"), ("upsample_type", "up_block_types")):
+            value = config.get(name, "conv")
+            attends = any(kind.removeprefix("UNetRes").startswith("Attn") for kind in (config.get(kinds) or ())[:-1])
+            if value is None or (value not in ("conv", "resnet") and not attends and name in config):
+                config[name] = "conv"  # which diffusers takes, or does not look at
+            elif value not in ("conv", "resnet"):
+                raise ValueError(f"{name} is {value!r}, must be 'conv' or 'resnet': else nothing is resampled there")
+        return cls.from_dict(config)
+
+    @classmethod
     def from_file(cls, path: str | PathLike[str]) -> UNetConfig:
         """From a config.json.
 
@@ -224,6 +292,8 @@ class UNetConfig:
     def _check_types(self) -> _Findings:
         for name, choices in _CHOICES.items():
             yield name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices))
+        act, known = self.act_fn, ", ".join(map(repr, _ACTIVATIONS))
+        yield "act_fn", isinstance(act, str) and act.lower() in _ACTIVATIONS, f"one of {known}"
         for name in _FLAGS:
             yield name, isinstance(getattr(self, name), bool), "True or False"
         for name in _POSITIVE:
@@ -235,7 +305,7 @@ class UNetConfig:
         pair = len(size) == 2 and all(_is_int(n, 1) for n in size)
         yield "sample_size", self.sample_size is None or pair, f"a positive integer up to {MOST}, a pair, or None"
         padding, dropout, eps = self.downsample_padding, self.dropout, self.norm_eps
-        yield "downsample_padding", _is_int(padding, 0) and padding <= 1, "0 or 1"
+        yield "downsample_padding", _is_int(padding, 0), "0 or 1"
         yield "dropout", _is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1"
         yield "norm_eps", _is_number(eps) and eps > 0, "a positive number"
         scale = self.mid_block_scale_factor
@@ -244,18 +314,26 @@ class UNetConfig:
         yield "timestep_scale", _is_number(scale) and 0 < scale < math.inf, "a positive number"
         valid = scale == 1 or self.class_embed_type != "timestep"
         yield "timestep_scale", valid, "1 where class_embed_type is 'timestep': labels are not scaled"
+        positional = self.time_embedding_type == "positional"
+        of_type = f"where time_embedding_type is {self.time_embedding_type!r}"
+        yield "timestep_scale", scale == 1 or positional, f"1 {of_type}"
+        yield "timestep_channels", self.timestep_channels is None or positional, f"None {of_type}"
+        valid = self.num_train_timesteps is not None or self.time_embedding_type != "learned"
+        yield "num_train_timesteps", valid, f"given {of_type}: it has an embedding for each"
         widths = self.block_out_channels
         valid = isinstance(widths, tuple) and len(widths) > 0 and all(_is_int(n, 1) for n in widths)
         yield "block_out_channels", valid, f"a non-empty sequence of positive integers up to {MOST}"
 
     def _check_blocks(self) -> _Findings:
         widths, groups = self.block_out_channels, self.norm_num_groups
-        yield "block_out_channels", all(n % groups == 0 for n in widths), f"multiples of norm_num_groups, {groups}"
         for name, choices in _BLOCK_CHOICES.items():
             kinds = getattr(self, name)
             valid = isinstance(kinds, tuple) and len(kinds) == len(widths) and set(kinds) <= set(choices)
             names = " or ".join(map(repr, choices))
             yield name, valid, f"a sequence of {names}, as many as block_out_channels ({len(widths)})"
+        if groups is not None:
+            uneven = [n for n in self._grouped_widths() if n % groups]
+            yield "block_out_channels", not uneven, f"multiples of norm_num_groups, {groups}"
         if self.mid_block_type is not None and self.add_attention:
             valid = self.attn_norm_num_groups is None or widths[-1] % self.attn_norm_num_groups == 0
             yield "attn_norm_num_groups", valid, f"None or a divisor of the last width, {widths[-1]}"
@@ -273,6 +351,46 @@ class UNetConfig:
             labels = self.num_class_embeds if self.class_embed_type is None else None
             valid = labels is not None and _is_int(self.null_class, 0) and self.null_class < labels
             yield "null_class", valid, f"None or a label below num_class_embeds ({labels})"
+
+    def _grouped_widths(self) -> set[int]:
+        """Return the widths whose norms have `norm_num_groups`, as far as types and widths are as many."""
+        widths = self.block_out_channels
+        grouped = {widths[0], *([widths[-1]] if self.mid_block_type is not None else [])}
+        for kinds, way in ((self.down_block_types, widths), (self.up_block_types, widths[::-1])):
+            if isinstance(kinds, tuple) and len(kinds) == len(widths):
+                of_plain = [i for i, kind in enumerate(kinds) if family_of(str(kind)) == "plain"]
+                grouped |= {way[j] for i in of_plain for j in (max(i - 1, 0), i)}
+        return grouped
+
+    def _check_fit(self) -> _Findings:
+        """Blocks must fit together, and norms have groups of equal size; diffusers fails in the first call."""
+        kinds = (*self.down_block_types, *self.up_block_types)
+        families = {family_of(kind) for kind in kinds}
+        valid = self.norm_num_groups is not None or "plain" not in families
+        yield "norm_num_groups", valid, "a positive integer: only Skip and K blocks choose their groups themselves"
+        if not valid:
+            return
+        padding = self.downsample_padding
+        yield "downsample_padding", padding <= 1 or not self._convolves_down(), "0 or 1"
+        unfit = misfit(self)
+        if unfit is not None:
+            yield unfit[0], False, unfit[1]
+        for kind, channels, groups in uneven_norms(self):
+            of = f"groups of {K_GROUP_SIZE}" if family_of(kind) == "k" else f"{groups} equal groups"
+            yield "block_out_channels", False, f"such that {of} divide the {channels} channels in {kind}"
+        down, up = carries_image(self)
+        yield "in_channels", not down or self.in_channels == SKIP_IMAGE_CHANNELS, "3 with Skip blocks"
+        yield "out_channels", not up or self.out_channels == SKIP_IMAGE_CHANNELS, "3 with Skip blocks"
+        widths = self.block_out_channels
+        ends = [(widths[0], self.out_groups)]
+        if self.mid_block_type is not None:
+            ends.append((widths[-1], self.mid_groups))
+        for width, groups in ends:
+            valid = groups > 0 and width % groups == 0
+            yield "block_out_channels", valid, f"such that {groups} equal groups divide {width} channels"
+
+    def _convolves_down(self) -> bool:
+        return any(block.resample == "conv" for block in plan_down(self))
 
     def _check_heads(self) -> _Findings:
         """Heads must be no wider than where there is attention; diffusers lets them divide a width with a rest."""

@@ -10,20 +10,25 @@ autocast to bfloat16; in evaluation mode torch's own, of the least error.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from fastddpm_kernels.attention import training as attention_training
 from fastddpm_kernels.backend import why_not
 from fastddpm_kernels.conv.training import conv3x3, resolve_conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
 
+from fastddpm.networks.unet.plan import SKIP_IMAGE_CHANNELS
+
 # From how many channels on, of inputs and of outputs, a native 3x3 convolution trains faster than torch's, and from how
 # many values on a native norm does (benchmarks/NOTES.md).
 NATIVE_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 NATIVE_VALUES = 2**17
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 
 
 def timestep_embedding(
@@ -47,6 +52,35 @@ def timestep_embedding(
     angle = (t.float() * scale)[:, None] * torch.exp(exponent / (half - freq_shift))[None, :]
     parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
+
+
+class Sinusoids(nn.Module):
+    """`timestep_embedding` of the timesteps it is called with, with settings of its own."""
+
+    def __init__(self, channels: int, *, flip_sin_to_cos: bool, freq_shift: float, scale: float = 1.0) -> None:
+        super().__init__()
+        self.channels, self.flip_sin_to_cos = channels, flip_sin_to_cos
+        self.freq_shift, self.scale = freq_shift, scale
+
+    def forward(self, t: Tensor) -> Tensor:
+        return timestep_embedding(
+            t, self.channels, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift, scale=self.scale
+        )
+
+
+class FourierProjection(nn.Module):
+    """Sines and cosines of random frequencies of log t (Tancik et al. 2020; Song et al. 2021): [N] -> [N, 2 channels].
+
+    The frequencies are drawn once and not trained.
+    """
+
+    def __init__(self, channels: int, scale: float = 16.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels) * scale, requires_grad=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = torch.log(t)[:, None] * self.weight[None, :] * 2 * math.pi
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class EmbeddingMLP(nn.Module):
@@ -84,8 +118,9 @@ class ResnetBlock(nn.Module):
     """(shortcut(x) + conv2(dropout(SiLU(norm2(conv1(SiLU(norm1(x))), embedding))))) / output_scale.
 
     The embedding, projected, is added before the second norm, or (`scale_shift`) applied after it, as
-    norm2 * (1 + scale) + shift. With `resample` "down" or "up" what conv1 and shortcut read is pooled or upsampled by
-    two first.
+    norm2 * (1 + scale) + shift. With `resample` what conv1 and shortcut read is halved or doubled first, by one of
+    `RESAMPLE`. `activation` is one of `ACTIVATIONS`, of norms and embedding. The second norm has `groups_out` groups,
+    if given. `shortcut` asks for the convolution on the residual path even where the widths are the same.
     """
 
     def __init__(
@@ -100,60 +135,126 @@ class ResnetBlock(nn.Module):
         scale_shift: bool = False,
         output_scale: float = 1.0,
         resample: str | None = None,
+        groups_out: int | None = None,
+        activation: str = "silu",
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.backend = "auto"
+        self.activation = activation
         self.scale_shift = scale_shift
         self.output_scale = output_scale
         self.resample = resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = nn.GroupNorm(groups_out or groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        shortcut = shortcut or in_channels != out_channels
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if shortcut else None
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """The block's output [N, out_channels, H, W], of half or twice the size where it resamples.
 
         Args:
             x: [N, C, H, W].
-            emb: SiLU of the time (and class) embedding, [N, emb_channels].
+            emb: the activation of the time (and class) embedding, [N, emb_channels], and behind it what others read.
             skip: [N, in_channels - C, H, W], as if concatenated to `x`.
         """
-        h = norm_silu(self.norm1, x, self.backend, x2=skip)
+        act = self.activation
+        h = norm_silu(self.norm1, x, self.backend, x2=skip, activation=act)
         if self.resample is not None:
             assert skip is None  # no U-Net has such a block
-            resample = halve if self.resample == "down" else double
+            resample = RESAMPLE[self.resample]
             h, x = resample(h), resample(x)
         h = self.conv1(h)
-        time = self.time_emb_proj(emb)
+        own = self.time_emb_proj.in_features
+        time = self.time_emb_proj(emb if emb.shape[1] == own else emb[:, :own])
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = norm_silu(self.norm2, h, self.backend, scale=scale, shift=shift)
+            h = norm_silu(self.norm2, h, self.backend, scale=scale, shift=shift, activation=act)
         else:
-            h = norm_silu(self.norm2, h, self.backend, time_bias=time)
+            h = norm_silu(self.norm2, h, self.backend, time_bias=time, activation=act)
         h = self.conv2(self.dropout(h))
-        y = self._shortcut(x, skip) + h
+        y = shortcut(self.conv_shortcut, x, skip) + h
         return y if self.output_scale == 1 else y / self.output_scale
 
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        if self.conv_shortcut is None:
-            return x if skip is None else torch.cat([x, skip], dim=1)
-        if skip is None:
-            return self.conv_shortcut(x)
-        # A 1x1 convolution of a concatenation is the sum over its parts: the concatenation need not exist.
-        first, second = self.conv_shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        return F.conv2d(x, first, self.conv_shortcut.bias) + F.conv2d(skip, second)
+
+def shortcut(conv: nn.Conv2d | None, x: Tensor, skip: Tensor | None) -> Tensor:
+    """The residual path of a block: concat(x, skip), convolved by 1x1 where there is a `conv`."""
+    if conv is None:
+        return x if skip is None else torch.cat([x, skip], dim=1)
+    if skip is None:
+        return conv(x)
+    # A 1x1 convolution of a concatenation is the sum over its parts: the concatenation need not exist.
+    first, second = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
+    return F.conv2d(x, first, conv.bias) + F.conv2d(skip, second)
+
+
+class AdaGroupNorm(nn.GroupNorm):
+    """Group norm without parameters, times 1 + scale and plus shift, both linear in the embedding as it is."""
+
+    def __init__(self, emb_channels: int, channels: int, groups: int, eps: float) -> None:
+        super().__init__(groups, channels, eps, affine=False)
+        self.linear = nn.Linear(emb_channels, 2 * channels)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, skip: Tensor | None = None, activation: str | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """Of concat(x, skip); `emb` is the embedding [N, emb_channels], perhaps behind its activation."""
+        scale, shift = self.linear(emb[:, emb.shape[1] - self.linear.in_features :]).chunk(2, dim=1)
+        return norm_silu(self, x, backend, x2=skip, scale=scale, shift=shift, activation=activation)
+
+
+class AdaResnetBlock(nn.Module):
+    """x + conv2(dropout(act(norm2(conv1(act(norm1(x)))))), with norms that the embedding scales and shifts.
+
+    The convolution on the residual path, of a block that changes the width, has no bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        emb_channels: int,
+        groups: int,
+        groups_out: int,
+        eps: float,
+        dropout: float = 0.0,
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        self.backend = "auto"
+        self.activation = activation
+        self.norm1 = AdaGroupNorm(emb_channels, in_channels, groups, eps)
+        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.norm2 = AdaGroupNorm(emb_channels, out_channels, groups_out, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv_shortcut: nn.Conv2d | None = None
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """As `ResnetBlock.forward`; of `emb` the last channels are read."""
+        h = self.conv1(self.norm1(x, emb, skip, self.activation, self.backend))
+        h = self.norm2(h, emb, None, self.activation, self.backend)
+        return shortcut(self.conv_shortcut, x, skip) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
     """Self-attention over the pixels, with residual: (x + to_out(attend(norm(x)))) / output_scale.
 
     `channels // head_dim` heads of `head_dim` channels; one head of all channels where `head_dim` is None.
-    Without norm where `groups` is None.
+    Without norm where `groups` is None. Queries, keys and values are of three linear layers or, after `fuse`, of one.
     """
+
+    to_q: nn.Linear | None
+    to_k: nn.Linear | None
+    to_v: nn.Linear | None
+    to_qkv: nn.Linear | None
 
     def __init__(
         self,
@@ -174,13 +275,44 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
+        self.to_qkv = None
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    @torch.no_grad()
+    def fuse(self, fused: bool = True) -> None:
+        """Join the layers of queries, keys and values into one, `to_qkv`, or take them apart again."""
+        if fused == (self.to_qkv is not None):
+            return
+        weight, bias = self.qkv()
+        made = []
+        for w, b in zip(*(([x] if fused else x.chunk(3)) for x in (weight, bias)), strict=True):
+            layer = nn.Linear(w.shape[1], w.shape[0], device="meta")
+            layer.weight, layer.bias = nn.Parameter(w.clone()), nn.Parameter(b.clone())
+            made.append(layer)
+        self.to_q = self.to_k = self.to_v = self.to_qkv = None
+        if fused:
+            (self.to_qkv,) = made
+        else:
+            self.to_q, self.to_k, self.to_v = made
+
+    def qkv(self) -> tuple[Tensor, Tensor]:
+        """Weight [3 inner, C] and bias [3 inner] of queries, keys and values."""
+        if self.to_qkv is not None:
+            return self.to_qkv.weight, self.to_qkv.bias
+        layers = [layer for layer in (self.to_q, self.to_k, self.to_v) if layer is not None]
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
         h = x if self.group_norm is None else norm_silu(self.group_norm, x, self.backend, activation=None)
         h = h.flatten(2).transpose(1, 2)  # [N, pixels, C], a view where x is channels-last
-        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        if self.to_qkv is not None:
+            q, k, v = self.to_qkv(h).chunk(3, dim=-1)
+        else:
+            assert self.to_q is not None
+            assert self.to_k is not None
+            assert self.to_v is not None
+            q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         backend = "native" if self.backend == "native" else "eager"
         if self.backend == "auto" and self.training:
             backend = attention_training.resolve_attention(q, k, v, self.heads)
@@ -200,6 +332,46 @@ def double(x: Tensor) -> Tensor:
     if 4 * x.numel() >= 2**31:  # beyond this, channels-last, CUDA returns zeros (pytorch issue 141831)
         x = x.contiguous()
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def fir_halve(x: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """[N, C, H, W] -> [N, C, H / 2, W / 2] through the filter (1, 3, 3, 1), zeros around the image."""
+    return F.conv2d(x, fir_kernel(x) / 64 if kernel is None else kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+def fir_double(x: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W] through the filter (1, 3, 3, 1), zeros around the image."""
+    kernel = fir_kernel(x) / 16 if kernel is None else kernel
+    return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+def mirrored_halve(x: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """As `fir_halve`, the image mirrored at its borders."""
+    kernel = fir_kernel(x) / 64 if kernel is None else kernel
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), kernel, stride=2, groups=x.shape[1])
+
+
+def mirrored_double(x: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """As `fir_double`, the image mirrored at its borders."""
+    kernel = fir_kernel(x) / 16 if kernel is None else kernel
+    return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), "reflect"), kernel, stride=2, padding=3, groups=x.shape[1])
+
+
+def fir_kernel(x: Tensor) -> Tensor:
+    """The filter (1, 3, 3, 1) in both directions for every channel of `x`: [C, 1, 4, 4].
+
+    It is computed where `x` is, not copied there: that would be forbidden inside a CUDA graph.
+    """
+    taps = 4 - (2 * torch.arange(4, dtype=x.dtype, device=x.device) - 3).abs()
+    return (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
+
+
+RESAMPLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "down": halve,
+    "up": double,
+    "fir_down": fir_halve,
+    "fir_up": fir_double,
+}
 
 
 class Downsample(nn.Module):
@@ -232,7 +404,28 @@ class Upsample(nn.Module):
         return x if self.conv is None else self.conv(x)
 
 
-class DownBlock(nn.Module):
+class Block(nn.Module):
+    """What blocks of a U-Net have in common.
+
+    Attributes:
+        gradient_checkpointing: whether residual blocks are computed again for gradients, which saves their memory.
+    """
+
+    gradient_checkpointing: bool
+
+    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[Attention] = ()) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def _run(self, resnet: nn.Module, *args: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(resnet, *args, use_reentrant=False)
+        return resnet(*args)
+
+
+class DownBlock(Block):
     """Residual blocks, each followed by attention if there are `attentions`, then the downsampler if any."""
 
     def __init__(
@@ -241,16 +434,14 @@ class DownBlock(nn.Module):
         attentions: Sequence[Attention],
         downsampler: Downsample | ResnetBlock | None,
     ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
+        super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output, and every intermediate result that the up blocks take up again, in order."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+            x = self._run(resnet, x, emb)
             if len(self.attentions) > 0:
                 x = self.attentions[i](x)
             skips.append(x)
@@ -260,22 +451,60 @@ class DownBlock(nn.Module):
         return x, skips
 
 
-class MidBlock(nn.Module):
-    """A residual block, attention if any, a residual block."""
+class SkipDownBlock(Block):
+    """A `DownBlock` of NCSN++, which halves the image too and adds a 1x1 convolution of it."""
 
-    def __init__(self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention]) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
+    def __init__(
+        self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention], resnet_down: ResnetBlock | None
+    ) -> None:
+        super().__init__(resnets, attentions)
+        self.resnet_down = resnet_down
+        self.skip_conv: nn.Conv2d | None = None
+        if resnet_down is not None:
+            self.skip_conv = nn.Conv2d(SKIP_IMAGE_CHANNELS, resnet_down.conv2.out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """As `DownBlock.forward`, and the image [N, 3, H, W] as the next block takes it."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = self._run(resnet, x, emb)
+            if len(self.attentions) > 0:
+                x = self.attentions[i](x)
+            skips.append(x)
+        if self.resnet_down is not None and self.skip_conv is not None:
+            image = fir_halve(image)
+            x = self.skip_conv(image) + self.resnet_down(x, emb)
+            skips.append(x)
+        return x, skips, image
+
+
+class KDownBlock(Block):
+    """Residual blocks that end in skips, then, if `downsample`, a filter."""
+
+    def __init__(self, resnets: Sequence[AdaResnetBlock], downsample: bool) -> None:
+        super().__init__(resnets)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `DownBlock.forward`; what is halved is no skip."""
+        skips = []
+        for resnet in self.resnets:
+            x = self._run(resnet, x, emb)
+            skips.append(x)
+        return mirrored_halve(x) if self.downsample else x, skips
+
+
+class MidBlock(Block):
+    """A residual block, attention if any, a residual block."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = self.resnets[0](x, emb)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x, emb)
+        return self._run(self.resnets[1], x, emb)
 
 
-class UpBlock(nn.Module):
+class UpBlock(Block):
     """Residual blocks that take up a skip each, attention after each if any, then the upsampler if any."""
 
     def __init__(
@@ -284,20 +513,65 @@ class UpBlock(nn.Module):
         attentions: Sequence[Attention],
         upsampler: Upsample | ResnetBlock | None,
     ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
+        super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         """The output; takes one skip per residual block off the end of `skips`."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb, skips.pop())
+            x = self._run(resnet, x, emb, skips.pop())
             if len(self.attentions) > 0:
                 x = self.attentions[i](x)
         for upsampler in self.upsamplers:
             x = upsampler(x, emb) if isinstance(upsampler, ResnetBlock) else upsampler(x)
         return x
+
+
+class SkipUpBlock(Block):
+    """An `UpBlock` of NCSN++, with one attention at most, which doubles the image too and adds to it."""
+
+    def __init__(
+        self,
+        resnets: Sequence[ResnetBlock],
+        attentions: Sequence[Attention],
+        resnet_up: ResnetBlock | None,
+        skip_norm: nn.GroupNorm | None,
+    ) -> None:
+        super().__init__(resnets, attentions)
+        self.backend = "auto"
+        self.resnet_up, self.skip_norm = resnet_up, skip_norm
+        self.skip_conv = None if skip_norm is None else Conv3x3(skip_norm.num_channels, SKIP_IMAGE_CHANNELS)
+
+    def forward(
+        self, x: Tensor, emb: Tensor, skips: list[Tensor], image: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `UpBlock.forward`, and the image [N, 3, H, W]; None if no block has begun it."""
+        for resnet in self.resnets:
+            x = self._run(resnet, x, emb, skips.pop())
+        for attention in self.attentions:
+            x = attention(x)
+        if image is not None:
+            image = fir_double(image)
+        if self.resnet_up is not None and self.skip_norm is not None and self.skip_conv is not None:
+            more = self.skip_conv(norm_silu(self.skip_norm, x, self.backend))
+            image = more if image is None else image + more
+            x = self.resnet_up(x, emb)
+        return x, image
+
+
+class KUpBlock(Block):
+    """Residual blocks, the first of which takes up a skip, then, if `upsample`, a filter."""
+
+    def __init__(self, resnets: Sequence[AdaResnetBlock], upsample: bool) -> None:
+        super().__init__(resnets)
+        self.upsample = upsample
+
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+        """The output; takes as many skips as residual blocks off the end of `skips` and reads the last."""
+        for i, resnet in enumerate(self.resnets):
+            skip = skips.pop()
+            x = self._run(resnet, x, emb, skip if i == 0 else None)
+        return mirrored_double(x) if self.upsample else x
 
 
 def norm_silu(
@@ -311,7 +585,13 @@ def norm_silu(
     shift: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """`group_norm_silu` with the parameters of `norm`; see there."""
+    """`group_norm_silu` with the parameters of `norm`; see there. `activation` may be any of `ACTIVATIONS`, too."""
+    if activation is not None and activation != "silu":
+        more = {"x2": x2, "time_bias": time_bias, "scale": scale, "shift": shift}
+        return ACTIVATIONS[activation](norm_silu(norm, x, backend, **more, activation=None))
+    weight, bias = norm.weight, norm.bias
+    if weight is None:
+        weight, bias = x.new_ones(norm.num_channels), x.new_zeros(norm.num_channels)
     if backend == "native" or (backend == "auto" and norm.training):
         h, h2 = _as_autocast(x), None if x2 is None else _as_autocast(x2)
         many = x.numel() + (0 if x2 is None else x2.numel()) >= NATIVE_VALUES
@@ -320,8 +600,8 @@ def norm_silu(
             x, x2, backend = h, h2, "native"
     return group_norm_silu(
         x,
-        norm.weight,
-        norm.bias,
+        weight,
+        bias,
         norm.num_groups,
         eps=norm.eps,
         x2=x2,

@@ -1,48 +1,49 @@
 """The compact U-Net: what diffusers' UNet2DModel computes, with its parameter names, on fused norms.
 
 A folder written by `UNet.save_pretrained` is one that `diffusers.UNet2DModel.from_pretrained` loads, and the
-other way round. Every option of the public google/ddpm-* models is here, and class embeddings and FiLM
-(`scale_shift`); `unet_config.py` says no, by name, to the rest.
+other way round. Every option with which UNet2DModel runs is here; `config.py` says no, by name, to the rest.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from functools import partial, reduce
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fastddpm_kernels.backend import BACKENDS
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastddpm.common.checks import listed
-from fastddpm.common.files import atomic_write, read_json, read_weights, write_json
+from fastddpm.networks.unet import files
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.layers import (
+    ACTIVATIONS,
+    AdaResnetBlock,
     Attention,
+    Block,
     Conv3x3,
     DownBlock,
     Downsample,
     EmbeddingMLP,
+    FourierProjection,
+    KDownBlock,
+    KUpBlock,
     MidBlock,
     ResnetBlock,
+    Sinusoids,
+    SkipDownBlock,
+    SkipUpBlock,
     UpBlock,
     Upsample,
     norm_silu,
-    timestep_embedding,
 )
+from fastddpm.networks.unet.plan import BlockPlan, ResnetPlan, plan_down, plan_up
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-OLD_WEIGHTS_FILE = "diffusion_pytorch_model.bin"
-
-# What old versions of diffusers called the attention's linear layers.
-_OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
-_NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_SKIP_SCALE = math.sqrt(2)  # of sums in Skip blocks
 
 
 class UNet(nn.Module):
@@ -60,20 +61,17 @@ class UNet(nn.Module):
         super().__init__()
         self.config = c = (config or UNetConfig()).replace(**fields)
         self._backend = "auto"
-        widths = c.block_out_channels
-        emb = c.embedding_channels
-        resnet = partial(
-            ResnetBlock,
-            emb_channels=emb,
-            groups=c.norm_num_groups,
-            eps=c.norm_eps,
-            dropout=c.dropout,
-            scale_shift=c.resnet_time_scale_shift == "scale_shift",
-        )
-        groups, scale = c.norm_num_groups, c.mid_block_scale_factor
-        attention = partial(Attention, groups=groups, eps=c.norm_eps)
+        widths, emb, scale = c.block_out_channels, c.embedding_channels, c.mid_block_scale_factor
 
         self.conv_in = Conv3x3(c.in_channels, widths[0])
+        self.time_proj: nn.Module
+        if c.time_embedding_type == "fourier":
+            self.time_proj = FourierProjection(widths[0])
+        elif c.time_embedding_type == "learned":
+            assert c.num_train_timesteps is not None
+            self.time_proj = nn.Embedding(c.num_train_timesteps, widths[0])
+        else:
+            self.time_proj = sinusoids(c)
         self.time_embedding = EmbeddingMLP(c.sinusoid_channels, emb)
         self.class_embedding: nn.Module | None = None
         if c.class_embed_type == "timestep":
@@ -81,52 +79,25 @@ class UNet(nn.Module):
         elif c.class_embed_type is None and c.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(c.num_class_embeds, emb)
 
-        levels, layers = len(widths), c.layers_per_block
-        self.down_blocks = nn.ModuleList()
-        skip_widths = [widths[0]]
-        for i, (out, kind) in enumerate(zip(widths, c.down_block_types, strict=True)):
-            ins = [widths[max(i - 1, 0)]] + [out] * (layers - 1)
-            last, head_dim = i == levels - 1, c.head_dims[i]
-            downsampler: ResnetBlock | Downsample | None = None
-            if not last and _by_resnet(kind, c.downsample_type):
-                downsampler = resnet(out, out, resample="down")
-            elif not last:
-                downsampler = Downsample(out, None if c.downsample_type == "pool" else c.downsample_padding)
-            self.down_blocks.append(
-                DownBlock(
-                    [resnet(n, out) for n in ins],
-                    [attention(out, head_dim=head_dim) for _ in ins if kind == "AttnDownBlock2D"],
-                    downsampler,
-                )
-            )
-            skip_widths += [out] * (layers if last else layers + 1)
-
+        self.down_blocks = nn.ModuleList([_down_block(c, plan) for plan in plan_down(c)])
         self.mid_block: MidBlock | None = None
         if c.mid_block_type is not None:
-            resnets = [resnet(widths[-1], widths[-1], output_scale=scale) for _ in range(2)]
-            middle = partial(attention, head_dim=c.head_dims[levels], groups=c.mid_attention_groups, output_scale=scale)
-            self.mid_block = MidBlock(resnets, [middle(widths[-1])] if c.add_attention else [])
-
-        self.up_blocks = nn.ModuleList()
-        below = widths[-1]
-        for i, (out, kind) in enumerate(zip(reversed(widths), c.up_block_types, strict=True)):
-            ins = [n + skip_widths.pop() for n in [below] + [out] * layers]
-            last, head_dim = i == levels - 1, c.head_dims[levels + 1 + i]
-            upsampler: ResnetBlock | Upsample | None = None
-            if not last and _by_resnet(kind, c.upsample_type):
-                upsampler = resnet(out, out, resample="up")
-            elif not last:
-                upsampler = Upsample(out, convolve=c.upsample_type != "nearest")
-            self.up_blocks.append(
-                UpBlock(
-                    [resnet(n, out) for n in ins],
-                    [attention(out, head_dim=head_dim) for _ in ins if kind == "AttnUpBlock2D"],
-                    upsampler,
+            middle = ResnetPlan(widths[-1], widths[-1], c.mid_groups, c.mid_groups)
+            attentions = []
+            if c.add_attention:
+                attentions.append(
+                    Attention(
+                        widths[-1],
+                        head_dim=c.head_dims[len(widths)],
+                        groups=c.mid_attention_groups,
+                        eps=c.norm_eps,
+                        output_scale=scale,
+                    )
                 )
-            )
-            below = out
+            self.mid_block = MidBlock([_resnet(c, middle, output_scale=scale) for _ in range(2)], attentions)
+        self.up_blocks = nn.ModuleList([_up_block(c, plan) for plan in plan_up(c)])
 
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], c.norm_eps)
+        self.conv_norm_out = nn.GroupNorm(c.out_groups, widths[0], c.norm_eps)
         self.conv_out = Conv3x3(widths[0], c.out_channels)
 
     @property
@@ -150,8 +121,38 @@ class UNet(nn.Module):
             raise ValueError(f"backend is {backend!r}, must be 'auto' or one of {', '.join(BACKENDS)}")
         self._backend = backend
         for module in self.modules():
-            if isinstance(module, ResnetBlock | Attention | Conv3x3):
+            if isinstance(module, ResnetBlock | AdaResnetBlock | SkipUpBlock | Attention | Conv3x3):
                 module.backend = backend
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute residual blocks again for gradients rather than keep what they computed: less memory, more time."""
+        self._checkpoint(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep what residual blocks compute for gradients, as in the beginning."""
+        self._checkpoint(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether residual blocks are computed again for gradients."""
+        return any(isinstance(module, Block) and module.gradient_checkpointing for module in self.modules())
+
+    def _checkpoint(self, value: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.gradient_checkpointing = value
+
+    def fuse_qkv_projections(self) -> None:
+        """Join the layers of queries, keys and values of all attention into one each; parameters are then new ones."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse()
+
+    def unfuse_qkv_projections(self) -> None:
+        """Take apart what `fuse_qkv_projections` has joined."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse(False)
 
     def forward(self, x: Tensor, t: float | Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The network's prediction of what it was trained for (the noise, say): [N, out_channels, H, W].
@@ -160,20 +161,24 @@ class UNet(nn.Module):
             x: noisy pixels [N, in_channels, H, W], about [-1, 1] where clean, in the U-Net's dtype and any
                 memory format; H and W divisible by 2 ** (levels - 1).
             t: the timestep, from 0 (almost clean) to num_train_timesteps - 1 (noise), one for all or a tensor
-                [N]. Its range is not checked.
+                [N]. Its range is not checked. Of a U-Net with `time_embedding_type` "fourier" it is a noise level.
             class_labels: int64 [N], where the U-Net has classes (see `embed`).
 
         Raises:
             ValueError: a wrong shape, dtype, device or label; or labels missing or not wanted.
         """
         self._check_input(x)
-        return self.predict(x, self.embed(t, class_labels, batch_size=x.shape[0]))
+        t = torch.as_tensor(t, device=self.device)
+        out = self.predict(x, self.embed(t, class_labels, batch_size=x.shape[0]))
+        return out / t.reshape(-1, 1, 1, 1) if self.config.time_embedding_type == "fourier" else out
 
     def embed(self, t: float | Tensor, class_labels: Tensor | None = None, *, batch_size: int) -> Tensor:
-        """SiLU of the time and class embedding, as every block takes it: [N, embedding channels].
+        """The activation of the time and class embedding, as every block takes it: [N, embedding channels].
+
+        Where there are K blocks, the embedding itself stands behind it: [N, 2 * embedding channels].
 
         Args:
-            t: the timestep, one for all or a tensor [N].
+            t: the timestep, one for all or a tensor [1] or [N].
             class_labels: int64 [N] from 0 to num_class_embeds - 1; with `class_embed_type` "timestep" real or
                 integer [N], with "identity" real [N, embedding channels]. The range is checked on the CPU
                 only.
@@ -183,40 +188,52 @@ class UNet(nn.Module):
             ValueError: a wrong shape, dtype or label; or labels missing or not wanted.
         """
         t = torch.as_tensor(t, device=self.device)
-        if t.shape not in ((), (batch_size,)):
+        if t.shape not in ((), (1,), (batch_size,)):
             raise ValueError(f"t has shape {tuple(t.shape)}, must be one number or have ({batch_size},)")
         self._check_labels(class_labels, batch_size)
-        emb = self.time_embedding(sinusoids(self.config, t.expand(batch_size)).to(self.dtype))
+        emb = self.time_embedding(self.time_proj(t.expand(batch_size)).to(self.dtype))
         if class_labels is not None:
             if self.config.class_embed_type == "timestep":
-                class_labels = sinusoids(self.config, class_labels).to(self.dtype)
+                class_labels = self.time_proj(class_labels).to(self.dtype)
             if self.class_embedding is not None:
                 class_labels = self.class_embedding(class_labels)
             emb = emb + class_labels.to(emb.dtype)
-        return F.silu(emb)
+        active = ACTIVATIONS[self.config.activation](emb)
+        return torch.cat([active, emb], dim=1) if self.config.reads_raw_embedding else active
 
     def predict(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`forward` after `embed`: from `x` and `emb` [N, embedding channels]. Checks nothing."""
+        """`forward` after `embed`, before any division by t: from `x` and what `embed` returned. Checks nothing."""
         if self.config.center_input_sample:
             x = 2 * x - 1
+        image: Tensor | None = x  # what Skip blocks carry beside the state
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, block_skips = block(x, emb)
+            if isinstance(block, SkipDownBlock):
+                x, block_skips, image = block(x, emb, image)
+            else:
+                x, block_skips = block(x, emb)
             skips += block_skips
         if self.mid_block is not None:
             x = self.mid_block(x, emb)
+        image = None
         for block in self.up_blocks:
-            x = block(x, emb, skips)
-        return self.conv_out(norm_silu(self.conv_norm_out, x, self._backend))
+            if isinstance(block, SkipUpBlock):
+                x, image = block(x, emb, skips, image)
+            else:
+                x = block(x, emb, skips)
+        out = self.conv_out(norm_silu(self.conv_norm_out, x, self._backend))
+        return out if image is None else out + image
 
     def _check_input(self, x: Tensor) -> None:
         channels, factor = self.config.in_channels, 2 ** (len(self.config.block_out_channels) - 1)
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, must have shape [N, {channels}, H, W]")
         height, width = x.shape[2:]
-        if height % factor or width % factor or not height or not width:
-            raise ValueError(f"x is {height}x{width} pixels, both must be positive multiples of {factor}")
+        least = self.config.smallest_size
+        if height % factor or width % factor or min(height, width) < least:
+            more = "" if least == factor else f", at least {least}"
+            raise ValueError(f"x is {height}x{width} pixels, both must be positive multiples of {factor}{more}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device}, must be where the U-Net is, on {self.device}")
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -245,16 +262,30 @@ class UNet(nn.Module):
             if low < 0 or high >= classes:
                 raise ValueError(f"class_labels go from {low} to {high}, must be in 0..{classes - 1}")
 
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Writes `folder`/config.json and the weights as safetensors, each whole or not at all.
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write `folder`/config.json and the weights, each file whole or not at all.
 
         `diffusers.UNet2DModel.from_pretrained(folder)` loads them, unless the config has what diffusers cannot be
         (`UNetConfig.not_in_diffusers`).
+
+        Args:
+            folder: created if it does not exist.
+            variant: part of the names of the weights' files: "fp16" for diffusion_pytorch_model.fp16.safetensors.
+            max_shard_size: bytes, or text such as "200MB", beyond which weights go into several files and an index.
+            safe_serialization: write safetensors; False for torch's own format, `diffusion_pytorch_model.bin`.
+
+        Raises:
+            ValueError: `max_shard_size` is no size.
         """
-        folder = Path(folder)
-        state = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
-        atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        write_json(folder / CONFIG_FILE, self.config.to_dict())
+        state = {name: p.detach().cpu().contiguous() for name, p in files.apart(self.state_dict()).items()}
+        files.write(Path(folder), self.config.to_dict(), state, variant, max_shard_size, safe_serialization)
 
     @classmethod
     def from_pretrained(
@@ -264,26 +295,38 @@ class UNet(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         variant: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        low_cpu_mem_usage: bool = True,
     ) -> UNet:
         """The U-Net that `save_pretrained`, or diffusers' UNet2DModel, saved in `folder`; in evaluation mode.
 
-        Reads safetensors; where there are none, `diffusion_pytorch_model.bin`, and of it tensors only, never
-        other objects.
+        Reads safetensors, in one file or in shards; where there are none, `diffusion_pytorch_model.bin`, and of it
+        tensors only, never other objects.
 
         Args:
             folder: holds config.json and the weights.
             dtype: of the parameters; the file's own (the widest in it) if None.
             device: where to put them.
             variant: of the weights, as diffusers names files: "ema" for diffusion_pytorch_model.ema.safetensors.
+            torch_dtype: diffusers' name of `dtype`; "auto" is the file's own.
+            low_cpu_mem_usage: of no effect: weights are never held twice.
 
         Raises:
             FileNotFoundError: no such folder, no config or no weights in it.
-            ValueError: a file cannot be read or does not fit; the message names it, and the keys.
+            ValueError: a file cannot be read or does not fit; the message names it, and the keys. Or `dtype` and
+                `torch_dtype` are both given, or are no floating-point type.
         """
+        del low_cpu_mem_usage
         folder = Path(folder)
-        config = UNetConfig.from_file(folder / CONFIG_FILE)
-        path, state = _read_weights(folder, variant)
-        _check_layers(folder / CONFIG_FILE, config, path, state)
+        if torch_dtype is not None:
+            if dtype is not None:
+                raise ValueError(f"torch_dtype is {torch_dtype} but dtype is {dtype}, must be None: they are the same")
+            if torch_dtype != "auto" and not isinstance(torch_dtype, torch.dtype):
+                raise ValueError(f"torch_dtype is {torch_dtype!r}, must be a torch.dtype or 'auto'")
+            dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else None
+        config = UNetConfig.from_file(folder / files.CONFIG_FILE)
+        path, state = files.read(folder, variant)
+        _check_layers(folder / files.CONFIG_FILE, config, path, state)
         with torch.device("meta"):
             unet = cls(config)
         _check_state(path, state, unet.state_dict())
@@ -309,13 +352,17 @@ class UNet(nn.Module):
     def from_diffusers(cls, model: nn.Module) -> UNet:
         """A copy of a `UNet2DModel` of diffusers, in evaluation mode, with its dtype and where it is.
 
+        Projections that `fuse_qkv_projections` has joined are taken apart.
+
         Raises:
             ValueError: its config has a setting that is not supported, or its weights do not fit it; the message
                 names them.
         """
         with torch.device("meta"):
-            unet = cls(UNetConfig.from_dict(dict(model.config)))  # type: ignore[arg-type, call-overload]
+            unet = cls(UNetConfig.of_diffusers(dict(model.config)))  # type: ignore[arg-type, call-overload]
+        joined = [name for name, layer in model.named_modules() if getattr(layer, "fused_projections", False)]
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        state = files.apart(state, joined)
         _check_state(type(model).__name__, state, unet.state_dict())
         unet.load_state_dict(state, assign=True)
         return unet.eval()
@@ -333,74 +380,107 @@ class UNet(nn.Module):
             values = " and ".join(f"{name} is {getattr(self.config, name)!r}" for name in names)
             raise ValueError(f"{values}, which diffusers' UNet2DModel does not have; fastddpm.UNet does")
         config = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
-        with torch.device("meta"):
+        # Filters of K blocks are buffers, which no state dict holds.
+        with torch.device(self.device if self.config.reads_raw_embedding else "meta"):
             model: Any = UNet2DModel(**config)
-        model.load_state_dict({name: p.detach().clone() for name, p in self.state_dict().items()}, assign=True)
-        return model.eval()
+        state = {name: p.detach().clone() for name, p in files.apart(self.state_dict()).items()}
+        model.load_state_dict(state, assign=True)
+        return model.to(self.dtype).eval()
 
 
-def sinusoids(config: UNetConfig, t: Tensor) -> Tensor:
-    """What the layers of a U-Net's time embedding read: [N] timesteps -> float32 [N, config.sinusoid_channels]."""
-    return timestep_embedding(
-        t,
+def _resnet(c: UNetConfig, plan: ResnetPlan, **more: Any) -> ResnetBlock:
+    return ResnetBlock(
+        plan.in_channels,
+        plan.out_channels,
+        emb_channels=c.embedding_channels,
+        groups=plan.groups,
+        groups_out=plan.groups_out,
+        eps=c.norm_eps,
+        dropout=c.dropout,
+        scale_shift=c.resnet_time_scale_shift == "scale_shift",
+        activation=c.activation,
+        **more,
+    )
+
+
+def _k_resnets(c: UNetConfig, plan: BlockPlan) -> list[AdaResnetBlock]:
+    return [
+        AdaResnetBlock(
+            part.in_channels,
+            part.out_channels,
+            emb_channels=c.embedding_channels,
+            groups=part.groups,
+            groups_out=part.groups_out,
+            eps=c.norm_eps,
+            dropout=c.dropout,
+            activation=c.activation,
+        )
+        for part in plan.resnets
+    ]
+
+
+def _attentions(c: UNetConfig, plan: BlockPlan) -> list[Attention]:
+    return [
+        Attention(
+            plan.channels,
+            head_dim=plan.head_dim,
+            groups=plan.attention_groups,
+            eps=c.norm_eps,
+            output_scale=_SKIP_SCALE if plan.family == "skip" else 1.0,
+        )
+        for _ in range(plan.attentions)
+    ]
+
+
+def _resampling(c: UNetConfig, plan: BlockPlan, **more: Any) -> ResnetBlock:
+    """A residual block from the block's width to the same."""
+    groups = c.norm_num_groups if plan.family == "plain" else plan.resnets[-1].groups_out
+    assert groups is not None
+    return _resnet(c, ResnetPlan(plan.channels, plan.channels, groups, groups), **more)
+
+
+def _down_block(c: UNetConfig, plan: BlockPlan) -> Block:
+    if plan.family == "k":
+        return KDownBlock(_k_resnets(c, plan), plan.resample is not None)
+    if plan.family == "skip":
+        resnets = [_resnet(c, part, output_scale=_SKIP_SCALE) for part in plan.resnets]
+        last = plan.resample is None
+        by = None if last else _resampling(c, plan, output_scale=_SKIP_SCALE, resample="fir_down", shortcut=True)
+        return SkipDownBlock(resnets, _attentions(c, plan), by)
+    downsampler: ResnetBlock | Downsample | None = None
+    if plan.resample == "resnet":
+        downsampler = _resampling(c, plan, resample="down")
+    elif plan.resample is not None:
+        downsampler = Downsample(plan.channels, None if plan.resample == "plain" else c.downsample_padding)
+    return DownBlock([_resnet(c, part) for part in plan.resnets], _attentions(c, plan), downsampler)
+
+
+def _up_block(c: UNetConfig, plan: BlockPlan) -> Block:
+    if plan.family == "k":
+        return KUpBlock(_k_resnets(c, plan), plan.resample is not None)
+    if plan.family == "skip":
+        resnets = [_resnet(c, part, output_scale=_SKIP_SCALE) for part in plan.resnets]
+        if plan.resample is None:
+            return SkipUpBlock(resnets, _attentions(c, plan), None, None)
+        by = _resampling(c, plan, output_scale=_SKIP_SCALE, resample="fir_up", shortcut=True)
+        norm = nn.GroupNorm(plan.resnets[-1].groups_out, plan.channels, c.norm_eps)
+        return SkipUpBlock(resnets, _attentions(c, plan), by, norm)
+    upsampler: ResnetBlock | Upsample | None = None
+    if plan.resample == "resnet":
+        upsampler = _resampling(c, plan, resample="up")
+    elif plan.resample is not None:
+        upsampler = Upsample(plan.channels, convolve=plan.resample != "plain")
+    return UpBlock([_resnet(c, part) for part in plan.resnets], _attentions(c, plan), upsampler)
+
+
+def sinusoids(config: UNetConfig) -> Sinusoids:
+    """What the layers of a U-Net's time embedding read: from [N] timesteps to [N, config.sinusoid_channels]."""
+    return Sinusoids(
         config.sinusoid_channels,
         flip_sin_to_cos=config.flip_sin_to_cos,
         freq_shift=config.freq_shift,
         scale=config.timestep_scale,
     )
-
-
-def _by_resnet(kind: str, resample_type: str) -> bool:
-    """Whether a block of that type changes the resolution by a residual block."""
-    return kind.startswith("Resnet") or (kind.startswith("Attn") and resample_type == "resnet")
-
-
-def weights_files(variant: str | None = None) -> tuple[str, str]:
-    """What the files of weights are called, the one that is preferred first."""
-    if variant is None:
-        return WEIGHTS_FILE, OLD_WEIGHTS_FILE
-    new, old = (f".{variant}.".join(name.rsplit(".", 1)) for name in (WEIGHTS_FILE, OLD_WEIGHTS_FILE))
-    return new, old
-
-
-def index_files(variant: str | None = None) -> tuple[str, str]:
-    """Return the names of the files that list the shards of weights, in the same order."""
-    infix = "" if variant is None else f".{variant}"
-    return f"{WEIGHTS_FILE}.index{infix}.json", f"{OLD_WEIGHTS_FILE}.index{infix}.json"
-
-
-def shards(index: Path) -> list[str]:
-    """Return the names of the files that hold sharded weights.
-
-    Raises:
-        FileNotFoundError, ValueError: the index is missing or is none; the message names it.
-    """
-    places = read_json(index).get("weight_map")
-    names = sorted(set(places.values()), key=str) if isinstance(places, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{index}: weight_map must name, for each tensor, a file beside it")
-    return names
-
-
-def _read_weights(folder: Path, variant: str | None) -> tuple[Path, dict[str, Tensor]]:
-    """Return where the weights are, in one file or in shards that an index lists, and the tensors."""
-    names = weights_files(variant)
-    for name, index in zip(names, index_files(variant), strict=True):
-        path = folder / name if (folder / name).is_file() else folder / index
-        if path.is_file():
-            parts = [path] if path.name == name else [folder / shard for shard in shards(path)]
-            state: dict[str, Tensor] = {}
-            for part in parts:
-                if not part.is_file():
-                    raise FileNotFoundError(f"{part} is missing, which {index} lists")
-                state |= {_new_name(key): tensor for key, tensor in read_weights(part).items()}
-            return path, state
-    raise FileNotFoundError(f"{folder} has neither {' nor '.join(names)}, whole or in shards")
-
-
-def _new_name(name: str) -> str:
-    match = _OLD_ATTENTION.fullmatch(name)
-    return f"{match[1]}.{_NEW_ATTENTION[match[2]]}.{match[3]}" if match else name
 
 
 def _check_layers(config_path: Path, config: UNetConfig, path: Path, state: dict[str, Tensor]) -> None:
@@ -430,4 +510,4 @@ def _check_state(path: Path | str, state: dict[str, Tensor], expected: dict[str,
         if names:
             problems.append(f"{what}: {listed(names)}")
     if problems:
-        raise ValueError(f"{path} does not fit its {CONFIG_FILE}; {'; '.join(problems)}")
+        raise ValueError(f"{path} does not fit its {files.CONFIG_FILE}; {'; '.join(problems)}")

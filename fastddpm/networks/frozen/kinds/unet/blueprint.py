@@ -18,14 +18,22 @@ from fastddpm.networks.unet.model import UNet
 _LAYERS = (
     UNet,
     layers.Conv3x3,
+    layers.Sinusoids,
+    layers.FourierProjection,
     layers.EmbeddingMLP,
     layers.ResnetBlock,
+    layers.AdaGroupNorm,
+    layers.AdaResnetBlock,
     layers.Attention,
     layers.Downsample,
     layers.Upsample,
     layers.DownBlock,
+    layers.SkipDownBlock,
+    layers.KDownBlock,
     layers.MidBlock,
     layers.UpBlock,
+    layers.SkipUpBlock,
+    layers.KUpBlock,
     nn.Conv2d,
     nn.Dropout,
     nn.Embedding,
@@ -47,6 +55,7 @@ class UNetBlueprint(Blueprint):
         self.unet = unet
         self.in_channels, self.out_channels = config.in_channels, config.out_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.smallest_size = config.smallest_size
         self.has_labels = config.has_classes
         size = config.sample_size or 32
         self.sample_size = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -61,7 +70,8 @@ class UNetBlueprint(Blueprint):
 
     @staticmethod
     def edited(model: UNet) -> str | None:
-        return changed(_settings(model.config), settings_of(model), of_another=True)
+        joined = [name for name, layer in _attentions(model) if layer.to_qkv is not None]
+        return changed(_settings(model.config, frozenset(joined)), settings_of(model), of_another=True)
 
     def embeddings(self) -> folding.UNetEmbeddings:
         return folding.UNetEmbeddings(self.unet)
@@ -83,8 +93,15 @@ class UNetBlueprint(Blueprint):
         return super().some_labels(batch, device)
 
 
+def _attentions(unet: UNet) -> list[tuple[str, layers.Attention]]:
+    return [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, layers.Attention)]
+
+
 @functools.lru_cache(maxsize=16)
-def _settings(config: UNetConfig) -> Settings:
-    """Return the settings of the layers of a U-Net as it is made."""
+def _settings(config: UNetConfig, joined: frozenset[str]) -> Settings:
+    """Return the settings of the layers of a U-Net as it is made, with some layers' projections joined."""
     with torch.device("meta"):
-        return settings_of(UNet(config))
+        unet = UNet(config)
+        for name, layer in _attentions(unet):
+            layer.fuse(name in joined)
+        return settings_of(unet)

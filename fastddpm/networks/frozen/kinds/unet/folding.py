@@ -6,12 +6,13 @@ import copy
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen.blueprint import Embeddings
 from fastddpm.networks.frozen.folding import side_by_side
-from fastddpm.networks.unet.layers import Attention, ResnetBlock
-from fastddpm.networks.unet.model import UNet, sinusoids
+from fastddpm.networks.unet.layers import ACTIVATIONS, AdaGroupNorm, Attention, ResnetBlock
+from fastddpm.networks.unet.model import UNet
 
 # What a row of a 4x4 transposed convolution of stride 2 holds of the rows of a 3x3 convolution of the upsampled image:
 # output row 2i sees input rows i - 1 (weight row 0) and i (rows 1 and 2), output row 2i + 1 sees i (0 and 1) and i + 1.
@@ -47,9 +48,9 @@ def attention_projections(attention: Attention) -> tuple[Tensor, Tensor]:
     Where `folds_output`, the values carry the output projection too. They also carry its bias, since the attention's
     weights add up to one.
     """
-    q, k, v, out = attention.to_q, attention.to_k, attention.to_v, cast(nn.Linear, attention.to_out[0])
-    weights = [layer.weight.double() for layer in (q, k, v)]
-    biases = [layer.bias.double() for layer in (q, k, v)]
+    weight, bias = attention.qkv()
+    weights, biases = list(weight.double().chunk(3)), list(bias.double().chunk(3))
+    out = cast(nn.Linear, attention.to_out[0])
     if folds_output(attention):
         to_out = out.weight.double()
         biases[2] = to_out @ biases[2] + out.bias.double()
@@ -61,17 +62,27 @@ def time_projections(unet: UNet) -> tuple[Tensor, Tensor, dict[str, slice]]:
     """See `Blueprint.time_projections`.
 
     The bias of a block's first convolution, to whose output the projection is added, is in the projection's. A block
-    with scale and shift keeps the two apart: its projection is applied after the norm.
+    with scale and shift keeps the two apart: its projection is applied after the norm. Norms of K blocks read the
+    embedding itself, the others its activation; where there are both, the weights of one are zero on the other.
     """
+    raw = unet.config.reads_raw_embedding
 
     def projection(block: ResnetBlock) -> tuple[Tensor, Tensor]:
         weight, bias = block.time_emb_proj.weight, block.time_emb_proj.bias.double()
         if not block.scale_shift and block.conv1.bias is not None:
             bias = bias + block.conv1.bias.double()
-        return weight, bias
+        return F.pad(weight, (0, weight.shape[1])) if raw else weight, bias
 
-    blocks = ((name, module) for name, module in unet.named_modules() if isinstance(module, ResnetBlock))
-    return side_by_side((name, *projection(block)) for name, block in blocks)
+    def of_norm(norm: AdaGroupNorm) -> tuple[Tensor, Tensor]:
+        return F.pad(norm.linear.weight, (norm.linear.in_features, 0)), norm.linear.bias
+
+    layers = []
+    for name, module in unet.named_modules():
+        if isinstance(module, ResnetBlock):
+            layers.append((name, *projection(module)))
+        elif isinstance(module, AdaGroupNorm):
+            layers.append((name, *of_norm(module)))
+    return side_by_side(layers)
 
 
 class UNetEmbeddings(Embeddings):
@@ -79,18 +90,24 @@ class UNetEmbeddings(Embeddings):
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
+        self.time_proj = copy.deepcopy(unet.time_proj).double()
         self.time = copy.deepcopy(unet.time_embedding).double()
         self.classes = None if unet.class_embedding is None else copy.deepcopy(unet.class_embedding).double()
-        self._config = unet.config
+        self._config, self.reads_raw = unet.config, unet.config.reads_raw_embedding
         if isinstance(self.classes, nn.Embedding):
             self.num_labels = self.classes.num_embeddings
 
     def of_time(self, t: Tensor) -> Tensor:
         """[S] timesteps -> [S, E]."""
-        return self.time(sinusoids(self._config, t).double())
+        return self.time(self.time_proj(t).double())
 
     def of_labels(self, labels: Tensor) -> Tensor:
         """Class labels, of the kind that the U-Net takes, [N] or [N, E] -> [N, E]."""
         if self._config.class_embed_type == "timestep":
-            labels = sinusoids(self._config, labels).double()
+            labels = self.time_proj(labels).double()
         return labels.double() if self.classes is None else self.classes(labels)
+
+    def activate(self, emb: Tensor) -> Tensor:
+        """See `Embeddings.activate`."""
+        active = ACTIVATIONS[self._config.activation](emb)
+        return torch.cat([active, emb], dim=-1) if self.reads_raw else active

@@ -6,13 +6,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
 from fastddpm.networks.frozen.builder import Activation, Builder, add
 from fastddpm.networks.frozen.kinds.unet import folding
-from fastddpm.networks.unet.layers import DownBlock, ResnetBlock, UpBlock, double, halve
+from fastddpm.networks.unet import layers
+from fastddpm.networks.unet.layers import AdaResnetBlock, Block, ResnetBlock, double, halve
 from fastddpm.networks.unet.model import UNet
+
+_FILTERS: dict[Callable[..., Tensor], int] = {
+    layers.fir_halve: 64,
+    layers.fir_double: 16,
+    layers.mirrored_halve: 64,
+    layers.mirrored_double: 16,
+}  # and by what their taps are divided
 
 
 class Lowering(Builder):
@@ -27,62 +37,143 @@ class Lowering(Builder):
         x = Activation(self.INPUT)
         if unet.config.center_input_sample:
             x = self.other("center_input_sample", [x.slot], lambda v: 2 * v - 1)
+        image: Activation | None = x  # what Skip blocks carry beside the state
         x = self.conv(unet.conv_in, x, in_channels=self.shapes[self.INPUT][0])
         skips = [x]
-        for down in cast(Iterable[DownBlock], unet.down_blocks):
+        for down in cast(Iterable[Block], unet.down_blocks):
             attentions = list(down.attentions)
             for resnet in down.resnets:
                 x = self._resnet(resnet, x)
                 if attentions:
                     x = self._attention(attentions.pop(0), x)
                 skips.append(x)
-            for layer in down.downsamplers:
-                x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._downsample(layer, x)
+            if isinstance(down, layers.SkipDownBlock) and down.resnet_down is not None:
+                assert image is not None
+                x, image = self._skip_down(down, x, image)
                 skips.append(x)
+            elif isinstance(down, layers.KDownBlock) and down.downsample:
+                x = self._filtered(x, layers.mirrored_halve, self.names[down])
+            elif isinstance(down, layers.DownBlock):
+                for layer in down.downsamplers:
+                    x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._downsample(layer, x)
+                    skips.append(x)
         if unet.mid_block is not None:
             first, last = unet.mid_block.resnets
             x = self._resnet(first, x)
             for attention in unet.mid_block.attentions:
                 x = self._attention(attention, x)
             x = self._resnet(last, x)
-        for up in cast(Iterable[UpBlock], unet.up_blocks):
-            attentions = list(up.attentions)
-            for resnet in up.resnets:
-                x = self._resnet(resnet, x, skips.pop())
+        image = None
+        for up in cast(Iterable[Block], unet.up_blocks):
+            of_skip, of_k = isinstance(up, layers.SkipUpBlock), isinstance(up, layers.KUpBlock)
+            attentions = [] if of_skip else list(up.attentions)
+            for i, resnet in enumerate(up.resnets):
+                skip = skips.pop()
+                x = self._resnet(resnet, x, None if of_k and i else skip)
                 if attentions:
                     x = self._attention(attentions.pop(0), x)
-            for layer in up.upsamplers:
-                x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._upsample(layer, x)
+            if isinstance(up, layers.SkipUpBlock):
+                x, image = self._skip_up(up, x, image)
+            elif isinstance(up, layers.KUpBlock) and up.upsample:
+                x = self._filtered(x, layers.mirrored_double, self.names[up])
+            elif isinstance(up, layers.UpBlock):
+                for layer in up.upsamplers:
+                    x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._upsample(layer, x)
         x = self.norm(unet.conv_norm_out, x)
-        out_channels = unet.config.out_channels
+        x = self._conv_to_image(unet.conv_out, x)
+        if image is not None:
+            x = self.other("conv_out.image", [x.slot, image.slot], torch.add)
+        if unet.config.time_embedding_type == "fourier":
+            m = self.m
+            x = self.other(
+                "conv_out.level", [x.slot], lambda v: v / m.timesteps.index_select(0, m.step), self.shapes[x.slot]
+            )
+        return x.slot
+
+    def _conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
+        """Emit a convolution to the channels of an image, complete; they may be padded."""
+        name, out_channels = self.names[layer], layer.out_channels
         # Whole vectors of channels: a convolution to three is otherwise a slow one, or padded by the library.
         padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
-        x = self.conv(unet.conv_out, x, out_channels=padded)
+        x = self.conv(layer, x, out_channels=padded)
         if x.bias is not None:
-            bias = self.put("conv_out.pending", x.bias)
-            self.emit("conv_out.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
-        return x.slot
+            bias = self.put(f"{name}.pending", x.bias)
+            self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
+            x.bias = None
+        return x
+
+    def _skip_down(
+        self, block: layers.SkipDownBlock, x: Activation, image: Activation
+    ) -> tuple[Activation, Activation]:
+        """Emit the end of a block of NCSN++: the state and the image, halved."""
+        name, conv = self.names[block], block.skip_conv
+        assert conv is not None
+        image = self._filtered(image, layers.fir_halve, f"{name}.image")
+        x = self._resnet(block.resnet_down, x)
+        self.complete(x, f"{name}.sum")
+        channels = conv.in_channels
+        assert conv.bias is not None
+        weight, bias = self.put(f"{name}.skip_conv.weight", conv.weight), self.put(f"{name}.skip_conv.bias", conv.bias)
+
+        def added(v: Tensor, of: Tensor) -> Tensor:
+            return v + F.conv2d(of[:, :channels], weight, bias)
+
+        return self.other(f"{name}.skip_conv", [x.slot, image.slot], added, self.shapes[x.slot]), image
+
+    def _skip_up(
+        self, block: layers.SkipUpBlock, x: Activation, image: Activation | None
+    ) -> tuple[Activation, Activation | None]:
+        """Emit the end of a block of NCSN++: the state and the image, doubled, with what the block adds to it."""
+        name = self.names[block]
+        for attention in block.attentions:
+            x = self._attention(attention, x)
+        if image is not None:
+            image = self._filtered(image, layers.fir_double, f"{name}.image")
+        if block.resnet_up is not None:
+            assert block.skip_norm is not None
+            assert block.skip_conv is not None
+            more = self._conv_to_image(block.skip_conv, self.norm(block.skip_norm, x))
+            image = more if image is None else self.other(f"{name}.sum", [image.slot, more.slot], torch.add)
+            x = self._resnet(block.resnet_up, x)
+        return x, image
+
+    def _filtered(self, x: Activation, resample: Callable[..., Tensor], name: str) -> Activation:
+        """Emit `x`, complete, through a filter."""
+        self.complete(x, name)
+        (channels, height, width), divisor = self.shapes[x.slot], _FILTERS[resample]
+        to = (channels, height // 2, width // 2) if divisor == 64 else (channels, 2 * height, 2 * width)
+
+        def taps() -> Tensor:
+            return layers.fir_kernel(torch.empty(0, channels, dtype=torch.float64)) / divisor
+
+        kernel = self.put(f"filter.{channels}.{divisor}", taps)
+        return self.other(f"{name}.{resample.__name__}", [x.slot], lambda v: resample(v, kernel), to)
 
     def _resnet(self, block: Any, x: Activation, skip: Activation | None = None) -> Activation:
         name = self.names[block]
         if skip is not None and skip.residual is not None:
             self.complete(skip, f"{name}.skip")
-        time = self.row[:, self.columns[name]]
-        h = self.norm(block.norm1, x, skip)  # from here on x has no pending residual
+        if isinstance(block, AdaResnetBlock):
+            return self._ada_resnet(block, x, skip)
+        time, act = self.row[:, self.columns[name]], block.activation
+        h = self.norm(block.norm1, x, skip, activation=act)  # from here on x has no pending residual
         conv1: Callable[..., Activation] = self.conv
         if block.resample == "down":
             h, x = self._resampled(h, halve, f"{name}.norm1"), self._resampled(x, halve, name)
         elif block.resample == "up":
             x, conv1 = self._resampled(x, double, name), self.conv_of_double
+        elif block.resample is not None:
+            resample = layers.RESAMPLE[block.resample]
+            h, x = self._filtered(h, resample, f"{name}.norm1"), self._filtered(x, resample, name)
         if block.scale_shift:
             h = conv1(block.conv1, h)
             scale, shift = time.expand(self.batch, -1).chunk(2, dim=1)
-            h = self.norm(block.norm2, h, scale=scale, shift=shift)
+            h = self.norm(block.norm2, h, scale=scale, shift=shift, activation=act)
         elif self.m.fused or len(time) > 1:  # the bias of conv1 is in the row
             h = conv1(block.conv1, h, bias=None)
-            h = self.norm(block.norm2, h, time_bias=time.expand(self.batch, -1))
+            h = self.norm(block.norm2, h, time_bias=time.expand(self.batch, -1), activation=act)
         else:
-            h = self.norm(block.norm2, conv1(block.conv1, h, bias=time[0]))
+            h = self.norm(block.norm2, conv1(block.conv1, h, bias=time[0]), activation=act)
         h = self.conv(block.conv2, h)
 
         if block.conv_shortcut is not None:
@@ -91,6 +182,27 @@ class Lowering(Builder):
             assert skip is None  # it would make the block's input wider than its output
             y = Activation(h.slot, add(h.bias, x.bias), x.slot)
         return self.divided(y, block.output_scale, name)
+
+    def _ada_resnet(self, block: AdaResnetBlock, x: Activation, skip: Activation | None) -> Activation:
+        if skip is not None and block.conv_shortcut is None:  # the residual path is the concatenation itself
+            name = self.names[block]
+            self.complete(x, f"{name}.input")
+            self.complete(skip, f"{name}.skip")
+            x = self.other(f"{name}.concat", [x.slot, skip.slot], lambda *parts: torch.cat(parts, dim=1))
+            skip = None
+        h = self._ada_norm(block.norm1, x, skip, block.activation)
+        h = self._ada_norm(block.norm2, self.conv(block.conv1, h), None, block.activation)
+        h = self.conv(block.conv2, h)
+        if block.conv_shortcut is not None:
+            return self.shortcut(block.conv_shortcut, x, skip, h)
+        assert skip is None
+        return Activation(h.slot, add(h.bias, x.bias), x.slot)
+
+    def _ada_norm(
+        self, norm: layers.AdaGroupNorm, x: Activation, skip: Activation | None, activation: str
+    ) -> Activation:
+        scale, shift = self.row[:, self.columns[self.names[norm]]].expand(self.batch, -1).chunk(2, dim=1)
+        return self.norm(norm, x, skip, scale=scale, shift=shift, activation=activation)
 
     def _attention(self, layer: Any, x: Activation) -> Activation:
         name = self.names[layer]
