@@ -41,6 +41,7 @@ class Blueprint(ABC):
         unet: the module.
         in_channels, out_channels: of its input and of its output.
         optional_channels: the first channels of its input, which may be left out and are then zero.
+        dims: 2, or 1 for sequences [N, C, L], which are computed as images of height 1.
         factor: heights and widths must be multiples of it.
         has_labels: whether it takes labels.
         sample_size: (height, width) of the images it is for.
@@ -54,6 +55,7 @@ class Blueprint(ABC):
     in_channels: int
     out_channels: int
     optional_channels: int = 0
+    dims: int = 2
     factor: int
     has_labels: bool
     sample_size: tuple[int, int] = (32, 32)
