@@ -21,9 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import denoising_diffusion_pytorch as library
+import torch
 from denoising_diffusion_pytorch import classifier_free_guidance, guided_diffusion, repaint, simple_diffusion
 from torch import Tensor, nn
 

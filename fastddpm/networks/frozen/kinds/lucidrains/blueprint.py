@@ -20,8 +20,8 @@ from fastddpm.networks.frozen.kinds.lucidrains.lowering import Lowering, Sequenc
 LIBRARY = "denoising_diffusion_pytorch"
 _SHARED = {"ResnetBlock", "Block", "RMSNorm", "LinearAttention", "Attention"}
 _SHARED |= {"SinusoidalPosEmb", "RandomOrLearnedSinusoidalPosEmb"}
-_OF_TORCH = {nn.Conv1d, nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential}
-_OF_TORCH |= {nn.SiLU, nn.Upsample}
+_OF_TORCH = {nn.Conv1d, nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList}
+_OF_TORCH |= {nn.Sequential, nn.SiLU, nn.Upsample}
 
 
 class LucidrainsEmbeddings(Embeddings):
@@ -146,7 +146,8 @@ def _unusual(module: Any) -> str | None:
     """What of a layer is not as the library makes it, and would be passed over."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         own = (module.groups, module.dilation, module.padding_mode)
-        return None if own == (1, (1,) * len(module.dilation), "zeros") else f"has groups, dilation and padding_mode {own}"
+        usual = (1, (1,) * len(module.dilation), "zeros")
+        return None if own == usual else f"has groups, dilation and padding_mode {own}"
     if isinstance(module, nn.Upsample):
         mode, factor = module.mode, module.scale_factor
         return None if (mode, factor) == ("nearest", 2.0) else f"has mode {mode} and scale_factor {factor}"

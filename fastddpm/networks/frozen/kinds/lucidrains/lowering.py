@@ -195,7 +195,7 @@ class Lowering(Builder):
 class SequenceLowering(Lowering):
     """A `Unet1D` as instructions, on sequences as images of height 1."""
 
-    def conv(self, layer: Any, x: Activation, *, stride: int = 1, padding: int = 1, **_: Any) -> Activation:
+    def conv(self, layer: Any, x: Activation, *, stride: int = 1, padding: int = 1, **more: Any) -> Activation:
         """Emit a convolution along the sequence, with its bias."""
         assert x.residual is None
         assert x.bias is None
@@ -203,8 +203,9 @@ class SequenceLowering(Lowering):
         weight = self.put(f"{name}.weight", lambda: layer.weight.unsqueeze(2))
         bias = self.put(f"{name}.bias", layer.bias)
         target = self.new(layer.out_channels, 1, (length + 2 * padding - layer.kernel_size[0]) // stride + 1)
+        run = ops.conv_of_sequence(self.m, x.slot, target, weight, bias, stride, padding)
         self.emit(
-            name, "conv", [x.slot], [target], ops.conv_of_sequence(self.m, x.slot, target, weight, bias, stride, padding),
+            name, "conv", [x.slot], [target], run,
             flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
         )  # fmt: skip
         return Activation(target)
