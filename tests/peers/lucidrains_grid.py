@@ -184,13 +184,14 @@ def verdict(given: Case) -> tuple[str, str]:
     else:
         generator = torch.Generator().manual_seed(given.words["seed"])
 
-        def rounded(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        def rounded(*arguments: Any, **named: Any) -> Tensor:
+            out = type(network).forward(network, *arguments, **named)
             noise = torch.randn(out.shape, generator=generator)
             return out + _PERTURBATION * out.square().mean().sqrt() * noise
 
-        hook = network.register_forward_hook(rounded)
+        network.forward = rounded  # no hook: guidance calls `forward` itself
         perturbed, _ = drawn(given.diffusion, given)
-        hook.remove()
+        del network.forward
     try:
         ours, ours_next = drawn(accelerate(given.diffusion, noise="torch", progress=False, **given.options), given)
     except (ValueError, TypeError) as error:
