@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import unets
-from denoising_diffusion_pytorch import Unet, Unet1D
+from denoising_diffusion_pytorch import KarrasUnet1D, Unet
 from denoising_diffusion_pytorch import classifier_free_guidance as cfg
 from fastddpm_kernels.backend import why_not as why_not_backend
 from fastddpm_kernels.conv.upsampling import transposed_weight as upsample_conv
@@ -681,7 +681,7 @@ def test_default_unet_takes_few_kernels() -> None:
 
 def test_what_cannot_be_frozen_is_named() -> None:
     for make, reason in (
-        (lambda: Unet1D(8, dim_mults=(1, 2)), "it is a Unet1D, must be a fastddpm.UNet or a Unet of denoising"),
+        (lambda: KarrasUnet1D(seq_len=8, dim=8, dim_max=8), "it is a KarrasUnet1D, must be a fastddpm.UNet"),
         (lambda: _with(make_unet("lucidrains"), "final_conv", nn.ConvTranspose2d(8, 3, 1)), "layer final_conv is a"),
         (lambda: _with(make_unet("lucidrains"), "forward", lambda x: x), "its forward has been replaced"),
         (

@@ -48,6 +48,7 @@ class Blueprint(ABC):
         unet: the module.
         in_channels, out_channels: of its input and of its output.
         optional_channels: the first channels of its input, which may be left out and are then zero.
+        dims: 2, or 1 for sequences [N, C, L], which are computed as images of height 1.
         factor: heights and widths must be multiples of it.
         smallest_size: what they must be at least; None for `factor`.
         has_labels: whether it takes labels.
@@ -62,6 +63,7 @@ class Blueprint(ABC):
     in_channels: int
     out_channels: int
     optional_channels: int = 0
+    dims: int = 2
     factor: int
     smallest_size: int | None = None
     has_labels: bool

@@ -106,7 +106,7 @@ class FrozenUNet:
 
     def _has_odd_widths(self) -> bool:
         widths = {m.in_features for m in self.unet.modules() if isinstance(m, nn.Linear)}
-        widths |= {m.in_channels for m in self.unet.modules() if isinstance(m, nn.Conv2d)}
+        widths |= {m.in_channels for m in self.unet.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))}
         return any(width % 2 for width in widths - {self.blueprint.in_channels})  # the input's are filled up
 
     def new_input(self, shape: Sequence[int]) -> Tensor:
@@ -115,8 +115,10 @@ class FrozenUNet:
         C is the U-Net's number of channels, or less by those that may be left out.
         """
         blueprint = self.blueprint
-        if len(shape) != 4:
-            raise ValueError(f"x has shape {tuple(shape)}, must have shape [N, {blueprint.in_channels}, H, W]")
+        if len(shape) != 2 + blueprint.dims:
+            raise ValueError(f"x has shape {tuple(shape)}, must have shape {self._shape}")
+        if blueprint.dims == 1:  # the program copies it
+            return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
         n, channels, height, width = shape
         first = blueprint.in_channels - channels
         if first not in (0, blueprint.optional_channels):  # which `bind` refuses
@@ -139,16 +141,17 @@ class FrozenUNet:
             ValueError: a wrong shape or dtype, or labels missing or not wanted.
         """
         blueprint, factor = self.blueprint, self.blueprint.factor
-        if inputs.ndim != 4 or blueprint.in_channels - inputs.shape[1] not in (0, blueprint.optional_channels):
-            shape = tuple(inputs.shape)
-            raise ValueError(f"inputs have shape {shape}, must have shape [N, {blueprint.in_channels}, H, W]")
+        left_out = blueprint.in_channels - inputs.shape[1] if inputs.ndim == 2 + blueprint.dims else None
+        if left_out not in (0, blueprint.optional_channels):
+            raise ValueError(f"inputs have shape {tuple(inputs.shape)}, must have shape {self._shape}")
         least = blueprint.smallest_size or factor
         if any(size % factor or size < least for size in inputs.shape[2:]):
+            sizes = "x".join(map(str, inputs.shape[2:]))
             more = "" if least == factor else f", at least {least}"
-            raise ValueError(
-                f"inputs are {inputs.shape[2]}x{inputs.shape[3]} pixels, both must be positive multiples of "
-                f"{factor}{more}"
-            )
+            both = "pixels, both must be positive multiples"
+            if blueprint.dims == 1:
+                both = "long, which must be a positive multiple"
+            raise ValueError(f"inputs are {sizes} {both} of {factor}{more}")
         timesteps = self.timesteps if timesteps is None else timesteps
         if timesteps is None:
             raise ValueError("timesteps is None, must be given: the U-Net was frozen without")
@@ -162,6 +165,10 @@ class FrozenUNet:
             blueprint.check_labels(labels, len(inputs))
         with self._lock:
             return Program(self, inputs, timesteps, labels)
+
+    @property
+    def _shape(self) -> str:
+        return f"[N, {self.blueprint.in_channels}, {'L' if self.blueprint.dims == 1 else 'H, W'}]"
 
     def whole_input(self, inputs: Tensor) -> Tensor:
         """`inputs` from `new_input` with the channels that were left out or fill it up."""
@@ -182,7 +189,7 @@ class FrozenUNet:
         """Return how far this is from the U-Net's own forward on one small sample, or None if rounding explains it."""
         blueprint, first = self.blueprint, next(self.unet.parameters())
         size, optional = 2 * blueprint.factor, blueprint.optional_channels
-        x = some_noise((blueprint.in_channels, size, size), first)
+        x = some_noise((blueprint.in_channels, *[size] * blueprint.dims), first)
         with evaluating(self.unet):
             inputs, t = self.new_input(x.shape), torch.tensor([500], device=self.device)
             inputs.copy_(x)

@@ -33,7 +33,11 @@ class Program:
         self._out_channels = frozen.blueprint.out_channels
         self._machine = m = Machine(frozen.fused, frozen.static, frozen.backend, frozen.allow_tf32)
         m.timesteps = timesteps
-        inputs = frozen.whole_input(inputs)
+        self._sequences: Tensor | None = None
+        if frozen.blueprint.dims == 1:
+            self._sequences, inputs = inputs, self._image_of(inputs)
+        else:
+            inputs = frozen.whole_input(inputs)
         batch, channels, *size = inputs.shape
         self._times = frozen.time_table(m, timesteps, labels, batch)
         builder = frozen.blueprint.builder(frozen, m, self._times.row, batch, (size[0], size[1]), channels)
@@ -59,12 +63,21 @@ class Program:
             self.load()
         m = self._machine
         m.step = step
+        if self._sequences is not None:
+            self._image[:, -self._sequences.shape[1] :].copy_(self._sequences.unsqueeze(2))
         with self._own_dtype():
             for instruction, dead in zip(self.instructions, self._clear, strict=True):
                 instruction.run()
                 for slot in dead:
                     m.slots[slot] = None
-        return m.slots[self._result][:, : self._out_channels]
+        result: Tensor = m.slots[self._result][:, : self._out_channels]
+        return result if self._sequences is None else result.squeeze(2)
+
+    def _image_of(self, sequences: Tensor) -> Tensor:
+        """Return zeros [N, C, 1, L], channels-last, for sequences [N, C, L] and, before them, what may be left out."""
+        n, _, length = sequences.shape
+        self._image = sequences.new_zeros(n, 1, length, self._frozen.blueprint.in_channels).permute(0, 3, 1, 2)
+        return self._image
 
     def _own_dtype(self) -> AbstractContextManager[object]:
         """Keeps autocast, where it is on, from choosing another dtype for some of the instructions."""

@@ -16,13 +16,20 @@ networks and one that evaluates them: every test there then holds for it.
 from __future__ import annotations
 
 from fastddpm.networks.frozen.blueprint import Blueprint
-from fastddpm.networks.frozen.kinds.lucidrains.blueprint import ClassConditionalBlueprint, LucidrainsBlueprint
+from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
+    ClassConditionalBlueprint,
+    LucidrainsBlueprint,
+    RepaintBlueprint,
+    SequenceBlueprint,
+)
 from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
 
 KINDS: tuple[type[Blueprint], ...] = (
     UNetBlueprint,
     LucidrainsBlueprint,
     ClassConditionalBlueprint,
+    RepaintBlueprint,
+    SequenceBlueprint,
 )
 
 

@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from fastddpm.networks.comparing import why_not_layers
 from fastddpm.networks.frozen.blueprint import Blueprint, Embeddings
 from fastddpm.networks.frozen.folding import side_by_side
-from fastddpm.networks.frozen.kinds.lucidrains.lowering import Lowering
+from fastddpm.networks.frozen.kinds.lucidrains.lowering import Lowering, SequenceLowering
 
 LIBRARY = "denoising_diffusion_pytorch"
 _SHARED = {"ResnetBlock", "Block", "RMSNorm", "LinearAttention", "Attention"}
 _SHARED |= {"SinusoidalPosEmb", "RandomOrLearnedSinusoidalPosEmb"}
-_OF_TORCH = {nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential}
-_OF_TORCH |= {nn.SiLU, nn.Upsample}
+_OF_TORCH = {nn.Conv1d, nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList}
+_OF_TORCH |= {nn.Sequential, nn.SiLU, nn.Upsample}
 
 
 class LucidrainsEmbeddings(Embeddings):
     """See `Embeddings`. Where there are classes, time and class stand beside each other: the sum has both.
 
-    The sinusoids are those that the library computes, in torch's default dtype; learned or random frequencies are
-    multiplied in float64.
+    The sinusoids are those that the library computes, in torch's default dtype or, of learned or random frequencies,
+    in theirs: their angles are large, and rounding moves them. Half precision is not enough for these.
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         sinusoids, *mlp = unet.time_mlp
         self.sinusoids = copy.deepcopy(sinusoids)
-        if next(self.sinusoids.parameters(), None) is not None:
-            self.sinusoids.double()
+        if (frequencies := next(self.sinusoids.parameters(), None)) is not None and frequencies.dtype.itemsize < 4:
+            self.sinusoids.float()
         self.time = copy.deepcopy(nn.Sequential(*mlp)).double()
         self._time_width: int = mlp[-1].out_features
         self.classes: nn.Embedding | None = None
@@ -81,7 +81,7 @@ class LucidrainsBlueprint(Blueprint):
 
     @classmethod
     def why_not(cls, model: Any) -> str | None:
-        own = {(cls._kind[0], name) for name in (*_SHARED, *cls._wrappers, "Unet")} | cls._attend
+        own = {(cls._kind[0], name) for name in (*_SHARED, *cls._wrappers, cls._kind[1])} | cls._attend
         if reason := why_not_layers(model, lambda kind: kind in _OF_TORCH or _name(kind) in own):
             return reason
         for name, module in model.named_modules():
@@ -93,7 +93,7 @@ class LucidrainsBlueprint(Blueprint):
             for index, level in enumerate(levels):
                 kinds = [type(part).__name__ for part in level]
                 usual = len(kinds) == 4 and kinds[:2] == 2 * ["ResnetBlock"] and kinds[2] in attentions
-                if not usual or kinds[3] not in ("Conv2d", "Sequential"):
+                if not usual or kinds[3] not in ("Conv1d", "Conv2d", "Sequential"):
                     return f"its layer {name}.{index} is of {', '.join(kinds)}"
         return None
 
@@ -121,15 +121,33 @@ class ClassConditionalBlueprint(LucidrainsBlueprint):
         return self.unet(x, t, labels, cond_drop_prob=0.0, **more)
 
 
+class RepaintBlueprint(LucidrainsBlueprint):
+    """`denoising_diffusion_pytorch.repaint.Unet`."""
+
+    _kind = (f"{LIBRARY}.repaint", "Unet")
+
+
+class SequenceBlueprint(LucidrainsBlueprint):
+    """`denoising_diffusion_pytorch.Unet1D`."""
+
+    name = f"a Unet1D of {LIBRARY}"
+    builder = SequenceLowering
+    dims = 1
+    _kind = (f"{LIBRARY}.{LIBRARY}_1d", "Unet1D")
+    _attend = frozenset()
+    _wrappers = ("Residual", "PreNorm")
+
+
 def _name(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
 def _unusual(module: Any) -> str | None:
     """What of a layer is not as the library makes it, and would be passed over."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         own = (module.groups, module.dilation, module.padding_mode)
-        return None if own == (1, (1, 1), "zeros") else f"has groups, dilation and padding_mode {own}"
+        usual = (1, (1,) * len(module.dilation), "zeros")
+        return None if own == usual else f"has groups, dilation and padding_mode {own}"
     if isinstance(module, nn.Upsample):
         mode, factor = module.mode, module.scale_factor
         return None if (mode, factor) == ("nearest", 2.0) else f"has mode {mode} and scale_factor {factor}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastddpm_kernels.group_norm_silu import rms_norm_silu, rms_norm_silu_
 from torch import Tensor
 
-from fastddpm.networks.frozen.instructions import Machine, bound_once
+from fastddpm.networks.frozen.instructions import Machine, bound_once, channels_last
 
 
 class Projections(NamedTuple):
@@ -157,6 +157,21 @@ def rms_norm(
         m.slots[target] = y if residual is None else y.add_(m.slots[residual])
 
     return bound_once(m, (source, target, residual), bind) if m.fused else run
+
+
+def conv_of_sequence(
+    m: Machine, source: int, target: int, weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> Callable[[], object]:
+    """Convolve along the width, by [O, I, 1, K], with bias."""
+
+    def run() -> None:
+        y = F.conv2d(m.slots[source], weight, bias, (1, stride), (0, padding))
+        if m.static:
+            m.slots[target].copy_(y)
+        else:
+            m.slots[target] = channels_last(y)
+
+    return run
 
 
 def concatenate(m: Machine, first: int, second: int, target: int) -> Callable[[], object]:

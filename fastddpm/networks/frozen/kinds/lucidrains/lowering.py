@@ -190,3 +190,36 @@ class Lowering(Builder):
             ),
         )  # fmt: skip
         return Activation(target)
+
+
+class SequenceLowering(Lowering):
+    """A `Unet1D` as instructions, on sequences as images of height 1."""
+
+    def conv(self, layer: Any, x: Activation, *, stride: int = 1, padding: int = 1, **more: Any) -> Activation:
+        """Emit a convolution along the sequence, with its bias."""
+        assert x.residual is None
+        assert x.bias is None
+        name, (_, _, length) = self.names[layer], self.shapes[x.slot]
+        weight = self.put(f"{name}.weight", lambda: layer.weight.unsqueeze(2))
+        bias = self.put(f"{name}.bias", layer.bias)
+        target = self.new(layer.out_channels, 1, (length + 2 * padding - layer.kernel_size[0]) // stride + 1)
+        run = ops.conv_of_sequence(self.m, x.slot, target, weight, bias, stride, padding)
+        self.emit(
+            name, "conv", [x.slot], [target], run,
+            flops=2 * self.pixels(target) * weight.numel(), weights=weight.numel(),
+        )  # fmt: skip
+        return Activation(target)
+
+    def conv_of_double(self, layer: Any, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
+        """Emit a convolution of a sequence twice as long."""
+        double = self.other(f"{self.names[layer]}.double", [x.slot], lambda value: value.repeat_interleave(2, dim=3))
+        return self.conv(layer, double)
+
+    def _conv_of_both(self, layer: Any, x: Activation, skip: Activation | None) -> Activation:
+        if skip is None:
+            return self.conv(layer, x)
+        channels, _, length = self.shapes[x.slot]
+        both = self.new(channels + self.shapes[skip.slot][0], 1, length)
+        run = ops.concatenate(self.m, x.slot, skip.slot, both)
+        self.emit(f"{self.names[layer]}.cat", "other", [x.slot, skip.slot], [both], run)
+        return self.conv(layer, Activation(both))
