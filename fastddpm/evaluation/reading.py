@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastddpm.common.images import picture_files, read_npz, read_pixels, to_uint8, upright_shape
+from fastddpm.common.shards import ShardFolder, is_shard_folder
 from fastddpm.evaluation.frechet import Moments, moments_of_statistics, real_digits
 from fastddpm.evaluation.image_sets import ImageSet, of_array
 
@@ -41,7 +42,8 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
 
     Args:
         source: an `ImageSet`; a float tensor [N, C, H, W] in [-1, 1]; a uint8 array or tensor [N, H, W, C] (channels
-            last, as in files); the path of a `.npz` or of a folder of pictures, which may have subfolders; or "digits".
+            last, as in files); the path of a `.npz`, of a folder of pictures, which may have subfolders, or of
+            shards; or "digits".
         shape: (C, H, W) that pictures of a folder are to have: cut to the middle part of that aspect ratio, resized by
             Lanczos' kernel where their size is another, and made grey or coloured. None for that of the first one,
             which all others must have too.
@@ -68,6 +70,8 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
         images, labels = real_digits()
         return of_array(to_uint8(images), "scikit-learn's digits", labels)
     path = Path(source)
+    if is_shard_folder(path):
+        return _of_shards(path)
     if path.is_dir():
         return _of_folder(path, shape)
     arrays = _read_npz(path)
@@ -104,8 +108,10 @@ def open_reference(source: Any, shape: tuple[int, int, int], *, name: str = "rea
 
 
 def is_image_set(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of ready images and not of a model: a `.npz`, or a folder with pictures in it."""
+    """Whether a path is that of ready images and not of a model: a `.npz`, or a folder with pictures or shards in it."""
     path = Path(path)
+    if is_shard_folder(path):
+        return True
     if path.suffix.lower() == ".npz":
         return True
     if not path.is_dir() or any(
@@ -177,6 +183,20 @@ def _of_folder(folder: Path, shape: tuple[int, int, int] | None) -> ImageSet:
             )
 
     return ImageSet(str(folder), len(files), wanted, pieces, notes=notes)
+
+
+def _of_shards(folder: Path) -> ImageSet:
+    """The images of a folder of shards, of which one is in memory at a time."""
+    shards = ShardFolder(folder)
+    if shards.dtype != "uint8":
+        raise ValueError(f"{folder} has {shards.dtype} samples of {list(shards.shape)}, must be 8-bit images")
+    height, width, channels = shards.shape
+
+    def pieces() -> Iterator[Tensor]:
+        for samples in shards:
+            yield torch.from_numpy(samples.values).permute(0, 3, 1, 2)
+
+    return ImageSet(str(folder), shards.layout.num_samples, (channels, height, width), pieces)
 
 
 def _shape_of_first(files: list[Path], folder: Path) -> tuple[int, int, int]:
