@@ -1,9 +1,9 @@
 """The command `fastddpm`.
 
-`sample` draws images from a model, and `merge` joins its shards; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `train` makes a
-model from images; `evaluate` measures how good a model's samples are; `profile` measures a machine and a model on it;
-`tune` finds the fastest kernels for a model's shapes; `info` says what would run here and why. Bad input ends in one
-line on standard error and exit code 2, before anything is computed or written.
+`sample` draws images from a model, and `merge` joins its shards; `edit`, `inpaint`, `interpolate` and `upscale` start
+from images; `train` makes a model from images; `evaluate` measures how good a model's samples are; `profile` measures a
+machine and a model on it; `tune` finds the fastest kernels for a model's shapes; `info` says what would run here and
+why. Bad input ends in one line on standard error and exit code 2, before anything is computed or written.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class _Terminated(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    0; 1 where results are not finite or a job of shards is not at its end; 2 for bad input; 130 when interrupted, 143 when terminated, after what is half
-    written was removed.
+    0; 1 where results are not finite or a job of shards is not at its end; 2 for bad input; 130 when interrupted, 143
+    when terminated, after what is half written was removed.
     """
     from fastddpm.common.version import __version__
 

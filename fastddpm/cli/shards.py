@@ -29,7 +29,8 @@ ENGINES = ("local", "ray")
 def add_shard_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sample` that make it write shards."""
     group = parser.add_argument_group(
-        "many samples", "into a folder, which a second start completes; torchrun, accelerate launch and SLURM arrays "
+        "many samples",
+        "into a folder, which a second start completes; torchrun, accelerate launch and SLURM arrays "
         "share the work by rank"
     )  # fmt: skip
     add = group.add_argument
@@ -80,7 +81,7 @@ def sample_shards(options: argparse.Namespace) -> None:
     _own_device(options)
     model = open_model(options, latents=True)
     count = options.num_samples or 16
-    labels = _labels(options, model, count)
+    labels: Any = _labels(options, model, count)
     source: Any = _Source(_plain(options))
     if options.engine != "ray":
         sampler = shared.make_sampler(options, model)
@@ -150,8 +151,8 @@ def add_commands(commands: Any) -> None:
     merge = commands.add_parser(
         "merge",
         help="make one .npz of a folder of shards",
-        description="Make one .npz of the shards that `fastddpm sample --shard-size` wrote, as evaluators read it: arr_0 "
-        "uint8 [N, H, W, 3], arr_1 labels. Every shard is checked; memory holds one at a time.",
+        description="Make one .npz of the shards that `fastddpm sample --shard-size` wrote, as evaluators read it: "
+        "arr_0 uint8 [N, H, W, 3], arr_1 labels. Every shard is checked; memory holds one at a time.",
     )
     merge.add_argument("folder", type=Path, metavar="FOLDER", help="of shards, all of them there")
     merge.add_argument("output", type=Path, metavar="PATH.npz", help="the file to write")

@@ -108,7 +108,7 @@ def open_reference(source: Any, shape: tuple[int, int, int], *, name: str = "rea
 
 
 def is_image_set(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of ready images and not of a model: a `.npz`, or a folder with pictures or shards in it."""
+    """Whether a path is that of ready images and not of a model: a `.npz`, a folder of pictures or of shards."""
     path = Path(path)
     if is_shard_folder(path):
         return True

@@ -122,7 +122,8 @@ class Drawer:
                 if wrong and not bad:
                     step = found
                 bad += [done + place for place in wrong]
-                parts.append(to_uint8(values) if self.pixels else values.float().cpu().numpy())
+                if not bad:
+                    parts.append(to_uint8(values) if self.pixels else values.float().cpu().numpy())
                 done += len(values)
                 continue
             release_memory()

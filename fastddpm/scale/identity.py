@@ -32,7 +32,7 @@ def model_identity(model: Callable[..., Any], config: Any) -> dict[str, Any]:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     kind = type(model)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
@@ -59,20 +59,24 @@ def _plain(value: Any) -> Any:
         return str(value)
 
 
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).data
+
+
 def sampler_identity(sampler: Sampler) -> dict[str, Any]:
     """Return a sampler's settings by name, with its table as the hash of its rows."""
     table, settings = sampler.table, sampler.settings
     digest = hashlib.sha256()
     for tensor in (table.timesteps, table.rows, table.log_variance, table.levels, table.needs_network, table.mean_std):
         if tensor is not None:
-            digest.update(np.ascontiguousarray(tensor.cpu().numpy()))
+            digest.update(_bytes(tensor.cpu().numpy()))
     digest.update(repr((table.start, table.learned, table.shifts)).encode())
     frozen = sampler.network.frozen
     classifier = settings.classifier
     return {
         "method": sampler.method,
         "steps": len(table),
-        "timesteps_sha256": hashlib.sha256(np.ascontiguousarray(table.timesteps.cpu().numpy())).hexdigest(),
+        "timesteps_sha256": hashlib.sha256(_bytes(table.timesteps.cpu().numpy())).hexdigest(),
         "prediction_type": sampler.prediction_type,
         "variance_type": sampler.variance_type,
         "guidance_scale": sampler.guidance_scale,
@@ -106,7 +110,7 @@ def labels_identity(labels: np.ndarray | None) -> dict[str, Any] | None:
     """Return what tells the labels of a job from another's."""
     if labels is None:
         return None
-    return {"sha256": hashlib.sha256(np.ascontiguousarray(labels)).hexdigest(), "classes": len(np.unique(labels))}
+    return {"sha256": hashlib.sha256(_bytes(labels)).hexdigest(), "classes": len(np.unique(labels))}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:

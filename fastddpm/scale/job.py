@@ -112,7 +112,7 @@ def sample_shards(
     if engine == "ray":
         from fastddpm.scale import ray_engine
 
-        with ray_engine.cluster(address) as session:
+        with ray_engine.cluster(address, workers) as session:
             manifest = session.manifest(recipe)
             with _occupied(place, place_in):
                 content = _claim(place, manifest)
@@ -181,8 +181,8 @@ def _check_free(place: Place) -> None:
         return
     held = [name for name in place.names() if not name.startswith(".")]
     if held and not place.exists(MANIFEST):  # another rank may have begun just now
-        raise ValueError(f"output is {place}, a folder that has {len(held)} files and no manifest of shards; it must be "
-                         "empty or a new one")  # fmt: skip
+        raise ValueError(f"output is {place}, a folder that has {len(held)} files and no manifest of shards; it must "
+                         "be empty or a new one")  # fmt: skip
 
 
 @contextmanager
@@ -271,8 +271,8 @@ def _finish(outcomes: list[Outcome], layout: Layout, place: Place, rank: Rank) -
         if lost:
             parts.append(f"{len(lost)} ranges are missing: {few_ranges(layout, lost)}")
         raise Incomplete(
-            f"{place}: {'; '.join(parts)}; {len(layout) - len(absent)} ranges are saved, and the same command tries the "
-            "others again"
+            f"{place}: {'; '.join(parts)}; {len(layout) - len(absent)} ranges are saved, and the same command tries "
+            "the others again"
         )
     done = [outcome for outcome in outcomes if outcome.what != FAILED]
     return Report(

@@ -6,9 +6,11 @@ and says so.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,11 +72,16 @@ class Session:
         from ray.data import range as ray_range
 
         count = -(-recipe.num_samples // recipe.shard_size)
-        most = min(count, workers or self._gpus or max(1, self._cpus - 1))  # a CPU is left for Ray's own tasks
+        room = self._gpus or max(1, self._cpus - 1)  # a CPU is left for Ray's own tasks
+        most = min(count, workers or room)
+        if not self._gpus and most >= self._cpus:
+            raise ValueError(f"workers is {workers} but the cluster has {self._cpus} CPUs, must be at most {room}")
         context = DataContext.get_current().copy()
         context.max_errored_blocks = 0
         context.enable_progress_bars = False
-        with DataContext.current(context):
+        with DataContext.current(context), warnings.catch_warnings():
+            # There is no other way to say how often to retry until the release that removes this one.
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             results = ray_range(count, override_num_blocks=count).map_batches(
                 Settler,
                 batch_size=1,
@@ -99,8 +106,11 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[Session]:
+def cluster(address: str | None, workers: int | None) -> Iterator[Session]:
     """Connect to the cluster at `address`, or start one on this machine, unless the process has one already.
+
+    One that is started has a CPU more than `workers`: Ray Data's own tasks need one beside the actors, and wait for it
+    for ever.
 
     Raises:
         ModuleNotFoundError: Ray Data is not installed.
@@ -118,7 +128,14 @@ def cluster(address: str | None) -> Iterator[Session]:
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(
+            address=address or "local",
+            num_cpus=None if address else max(os.cpu_count() or 1, (workers or 1) + 1),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False,
+        )
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ValueError(f"address is {address!r}, must be of a Ray cluster: {_first_line(error)}") from None
     try:
