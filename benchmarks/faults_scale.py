@@ -17,7 +17,6 @@ import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,55 +50,70 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def child(out: Path, count: int, format: str) -> None:
-    """Draw, after saying that the model is there: kills before that would only test Python's start."""
-    sampler = tiny_sampler(20)
-    print("ready", flush=True)
-    sample_shards(sampler, out, count, format=format, **JOB)
+def start(sampler: Sampler, out: Path, count: int, format: str) -> int:
+    """Fork a child that draws, and return its process once it is at its first range that is not there."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(writer)
+        assert os.read(reader, 5) == b"ready"
+        os.close(reader)
+        return process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command does: an exception, so that it tidies up
+    draw = working.Drawer.draw
+
+    def told(self: working.Drawer, first: int, end: int) -> Any:
+        working.Drawer.draw = draw  # type: ignore[method-assign]
+        os.write(writer, b"ready")
+        return draw(self, first, end)
+
+    working.Drawer.draw = told  # type: ignore[method-assign]
+    code = 70
+    try:
+        sample_shards(sampler, out, count, format=format, **JOB)
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    finally:
+        os._exit(code)
 
 
 def kills(folder: Path, times: int, sign: signal.Signals, format: str, seed: int) -> dict[str, Any]:
     """Send a signal at random moments, and return what was found after each and at the end."""
     rng = random.Random(seed)
     count = 8 * 4000
-    found = {
+    sampler = tiny_sampler(20)
+    sampler.sample(8, batch_size=8)  # children find its loop built, so that kills come between shards and within
+    found: dict[str, Any] = {
         "signal": sign.name, "format": format, "sent": 0, "exit_codes": {}, "half_written": 0, "shards_at_kills": [],
         "temporaries_left_by_kills": 0,
     }  # fmt: skip
     out, done = folder / f"{sign.name}-{format}", {}
     for _ in range(times):
-        command = [sys.executable, __file__, "--child", str(out), "--count", str(count), "--format", format]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        process = start(sampler, out, count, format)
         time.sleep(rng.uniform(0.0, 0.6))
-        process.send_signal(sign)
-        code = str(process.wait())
+        os.kill(process, sign)
+        code = str(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
         found["sent"] += 1
         found["exit_codes"][code] = found["exit_codes"].get(code, 0) + 1
         now = contents(out) if out.exists() else {}
         shown = {name: digest for name, digest in now.items() if not name.startswith(".")}
         found["temporaries_left_by_kills"] += sum(name.startswith(".unfinished") for name in now)
         found["half_written"] += sum(shown.get(name) != digest for name, digest in done.items())
-        found["shards_at_kills"].append(sum(name.startswith("shard-") for name in shown))
+        found["shards_at_kills"].append(len({name.split("/")[0] for name in shown if name.startswith("shard-")}))
         done = shown
-    return found | finish(folder, out, count, format, done)
+    return found | finish(sampler, folder, out, count, format)
 
 
-def finish(folder: Path, out: Path, count: int, format: str, done: dict[str, str]) -> dict[str, Any]:
-    """Shrink the job to what is done and some more, end it, and compare it with an uninterrupted one."""
-    del count, done
+def finish(sampler: Sampler, folder: Path, out: Path, count: int, format: str) -> dict[str, Any]:
+    """Draw what was begun and three shards more, and compare that with what a run draws that nobody interrupts."""
     last = max((int(path.name.split("-")[1]) for path in out.glob("shard-*")), default=0) // 8
-    manifest = json.loads((out / "manifest.json").read_text())
     whole = folder / f"whole-{format}"
-    sampler = tiny_sampler(20)
-    # Only the first shards of the uninterrupted job are drawn: as a rank of so many that one has them all.
-    _first_shards(sampler, whole, manifest["num_samples"], format, last + 3)
-    _first_shards(sampler, out, manifest["num_samples"], format, last + 3)
+    _first_shards(sampler, whole, count, format, last + 4)
+    _first_shards(sampler, out, count, format, last + 4)
     want, got = contents(whole), contents(out)
     shutil.rmtree(whole)
     return {
-        "shards_at_end": sum("shard-" in name.split("/")[0] for name in got),
+        "shards_at_end": len({name.split("/")[0] for name in got if name.startswith("shard-")}),
         "lost": len(set(want) - set(got)),
         "twice_or_left_over": len(set(got) - set(want)),
         "differ": sum(got[name] != want[name] for name in set(got) & set(want)),
@@ -135,7 +149,7 @@ def long_run(folder: Path, shards: int) -> dict[str, Any]:
     settle = working.Worker.settle
 
     def counted(self: working.Worker, index: int) -> working.Outcome:
-        if index % max(1, shards // 10) == 50 or index == shards - 1:
+        if index % (shards // 10) == shards // 20 or index == shards - 1:
             with open("/proc/self/statm", encoding="ascii") as file:
                 resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             rows.append({
@@ -164,13 +178,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults_scale.json")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--format", default="npz", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.child is not None:
-        return child(options.child, options.count, options.format)
     commit, dirty = commit_here()
     with tempfile.TemporaryDirectory() as name:
         results: dict[str, Any] = {
