@@ -1,9 +1,9 @@
 """The command `fastddpm`.
 
-`sample` draws images from a model; `edit`, `inpaint`, `interpolate` and `upscale` start from images; `train` makes a
-model from images; `evaluate` measures how good a model's samples are; `profile` measures a machine and a model on it;
-`tune` finds the fastest kernels for a model's shapes; `info` says what would run here and why. Bad input ends in one
-line on standard error and exit code 2, before anything is computed or written.
+`sample` draws images from a model, and `merge` joins its shards; `edit`, `inpaint`, `interpolate` and `upscale` start
+from images; `train` makes a model from images; `evaluate` measures how good a model's samples are; `profile` measures a
+machine and a model on it; `tune` finds the fastest kernels for a model's shapes; `info` says what would run here and
+why. Bad input ends in one line on standard error and exit code 2, before anything is computed or written.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fastddpm.cli import edit, evaluate, info, profile, sample, train, tune
+from fastddpm.cli import edit, evaluate, info, profile, sample, shards, train, tune
 from fastddpm.cli.options import Parser, one_line
-from fastddpm.cli.outputs import NotFinite, tolerant_streams
+from fastddpm.cli.outputs import Unfinished, tolerant_streams
 
 
 class _Terminated(BaseException):
@@ -26,8 +26,8 @@ class _Terminated(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    0; 1 where results are not finite; 2 for bad input; 130 when interrupted, 143 when terminated, after what is half
-    written was removed.
+    0; 1 where results are not finite or a job of shards is not at its end; 2 for bad input; 130 when interrupted, 143
+    when terminated, after what is half written was removed.
     """
     from fastddpm.common.version import __version__
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (sample, edit, train, evaluate, profile, tune, info):
+    for module in (sample, shards, edit, train, evaluate, profile, tune, info):
         module.add_commands(commands)
     tolerant_streams()
     options = parser.parse_args(arguments)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminable(), warnings.catch_warnings():
             warnings.showwarning = warn  # type: ignore[assignment]
             options.run(options)
-    except NotFinite as error:
+    except Unfinished as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError, ModuleNotFoundError, BackendError, torch.OutOfMemoryError) as error:

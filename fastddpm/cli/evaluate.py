@@ -53,7 +53,7 @@ def add_commands(commands: Any) -> None:
     )
     add = evaluate.add_argument
     add("model", nargs="?", metavar="MODEL",
-        help=f"{MODEL_HELP}; or images that exist already: a .npz (arr_0 uint8 NHWC) or a folder of pictures",
+        help=f"{MODEL_HELP}; or images that are there: a .npz (arr_0 uint8 NHWC), a folder of pictures or of shards",
         )  # fmt: skip
     add("real", nargs="?", metavar="REAL",
         help="real images: a folder of pictures, cut and resized to the model's size; a .npz as the ADM evaluator "

@@ -21,7 +21,11 @@ INCOMPLETE = "INCOMPLETE"  # the file that a folder has until all its pictures a
 _PICTURE = re.compile(r"\d{5,}(-class\d+)?\.png")
 
 
-class NotFinite(Exception):
+class Unfinished(Exception):
+    """A command did what it could, and that is not all. The message says what is missing; the exit code is 1."""
+
+
+class NotFinite(Unfinished):
     """Some results are not finite; the others are written."""
 
 
@@ -30,7 +34,7 @@ def add_output_options(
 ) -> None:
     """Add --output and --trajectory; `png` and `gif` say what such a file shows."""
     add = parser.add_argument_group("output").add_argument
-    add("-o", "--output", type=Path, default=Path(default), metavar="PATH",
+    add("-o", "--output", type=path_or_url, default=Path(default), metavar="PATH",
         help=f"its suffix says what is written: .png {png}, .npz arrays (arr_0 uint8 NHWC, arr_1 labels), .gif {gif}, "
              f"no suffix a folder of PNGs (default: {default})")  # fmt: skip
     if trajectory:
@@ -40,9 +44,16 @@ def add_output_options(
         parser.set_defaults(trajectory=None)
 
 
+def path_or_url(text: str) -> Path | str:
+    """Return a URL as it is, all else as a path."""
+    return text if "://" in text else Path(text)
+
+
 def check_outputs(options: argparse.Namespace) -> str:
     """Return the suffix of --output, once all files that the options name can be written."""
     trajectory, output = options.trajectory, options.output
+    if isinstance(output, str):
+        raise ValueError(f"--output is {output}, must be a path; only shards go to URLs, see --shard-size")
     if trajectory is not None:
         check_output("--trajectory", trajectory, ".png")
         if trajectory.resolve() == output.resolve():

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import options as shared
-from fastddpm.cli import outputs
+from fastddpm.cli import outputs, shards
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import check_labels, integer, integers
 
@@ -36,12 +36,15 @@ def add_commands(commands: Any) -> None:
     add_model_options(sample)
     shared.add_sampler_options(sample, steps=None, method=None, seed=0)
     outputs.add_output_options(sample, "samples.png", "a grid")
+    shards.add_shard_options(sample)
     sample.set_defaults(run=_sample)
 
 
 def _sample(options: argparse.Namespace) -> None:
     from fastddpm.common.images import check_drawable, check_memory, grid
 
+    if shards.wants_shards(options):
+        return shards.sample_shards(options)
     kind = outputs.check_outputs(options)
     model = open_model(options, latents=True)
     if model.decoder is not None and outputs.recording(options, kind, 1):

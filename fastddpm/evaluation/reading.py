@@ -32,6 +32,7 @@ from fastddpm.common.images import (
     read_pixels,
     to_uint8,
 )
+from fastddpm.common.shards import ShardFolder, is_shard_folder
 from fastddpm.evaluation.frechet import Moments, moments_of_statistics, real_digits
 from fastddpm.evaluation.image_sets import ImageSet, of_array
 
@@ -54,7 +55,7 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
     Args:
         source: an `ImageSet`; a float tensor [N, C, H, W] in [-1, 1]; a uint8 array or tensor [N, H, W, C] (channels
             last, as in files) or [N, H, W]; a list of PIL images, of arrays uint8 [H, W, C] or of tensors; the path of
-            a `.npz`, of a `.npy` or of a folder of pictures, which may have subfolders; or "digits".
+            a `.npz`, of a `.npy`, of a folder of pictures, which may have subfolders, or of shards; or "digits".
         shape: (C, H, W) that pictures are to be compared with: they are cut to the middle part of that aspect ratio
             and resized by Lanczos' kernel where their size is another, and keep their opacity if C is 4. None for the
             size of the first one, which all others must have too. Pictures are grey if all of them are.
@@ -87,6 +88,8 @@ def open_images(source: Any, *, shape: tuple[int, int, int] | None = None, name:
         images, labels = real_digits()
         return of_array(to_uint8(images), "scikit-learn's digits", labels)
     path = Path(source)
+    if is_shard_folder(path):
+        return _of_shards(path)
     if path.is_dir():
         return _of_folder(path, shape)
     arrays = _read_npz(path)
@@ -123,9 +126,9 @@ def open_reference(source: Any, shape: tuple[int, int, int], *, name: str = "rea
 
 
 def is_image_set(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is that of images and not of a model: a `.npz` or `.npy`, or a folder with pictures."""
+    """Return whether a path is that of images, not of a model: a `.npz`, a `.npy`, a folder of pictures or shards."""
     path = Path(path)
-    if is_archive(path):
+    if is_archive(path) or is_shard_folder(path):
         return True
     if not path.is_dir() or any(
         (path / name).exists() for name in ("model_index.json", "unet", "scheduler_config.json")
@@ -209,6 +212,20 @@ def _of_folder(folder: Path, shape: tuple[int, int, int] | None) -> ImageSet:
             )
 
     return ImageSet(str(folder), len(listing.paths), wanted, pieces, notes=notes)
+
+
+def _of_shards(folder: Path) -> ImageSet:
+    """Return the images of a folder of shards, of which one is in memory at a time."""
+    shards = ShardFolder(folder)
+    if shards.dtype != "uint8":
+        raise ValueError(f"{folder} has {shards.dtype} samples of {list(shards.shape)}, must be 8-bit images")
+    height, width, channels = shards.shape
+
+    def pieces() -> Iterator[Tensor]:
+        for samples in shards:
+            yield torch.from_numpy(samples.values).permute(0, 3, 1, 2)
+
+    return ImageSet(str(folder), shards.layout.num_samples, (channels, height, width), pieces)
 
 
 def _size(shape: tuple[int, int, int]) -> str:
