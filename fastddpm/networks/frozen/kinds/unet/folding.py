@@ -14,25 +14,6 @@ from fastddpm.networks.frozen.folding import side_by_side
 from fastddpm.networks.unet.layers import ACTIVATIONS, AdaGroupNorm, Attention, ResnetBlock
 from fastddpm.networks.unet.model import UNet
 
-# What a row of a 4x4 transposed convolution of stride 2 holds of the rows of a 3x3 convolution of the upsampled image:
-# output row 2i sees input rows i - 1 (weight row 0) and i (rows 1 and 2), output row 2i + 1 sees i (0 and 1) and i + 1.
-_TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
-
-
-def upsample_conv(weight: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling by two and a 3x3 convolution as one transposed convolution of stride 2, padding 1.
-
-    16 multiplications per input pixel and pair of channels in place of 36.
-
-    Args:
-        weight: [O, I, 3, 3], of the convolution.
-
-    Returns:
-        [I, O, 4, 4], as `conv_transpose2d` takes it.
-    """
-    taps = torch.tensor(_TAPS, dtype=torch.float64, device=weight.device)
-    return torch.einsum("ak,bl,oikl->ioab", taps, taps, weight.double())
-
 
 def folds_output(attention: Attention) -> bool:
     """Return whether the output projection can be folded into the values, which then have the output's width.
