@@ -209,6 +209,8 @@ def check_weights(state: Mapping[Any, Any], where: str) -> None:
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise ValueError(f"{where} has a key {str(name)[:40]!r}, must have names of tensors")
+        if not name.isprintable() or len(name) > 400:
+            raise ValueError(f"{where} has a key {name[:40]!r}, must have names of tensors")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: {name} is a {type(tensor).__name__}, must be a tensor")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":

@@ -203,6 +203,9 @@ def _load_unet(
     labels = state.get("label_emb.weight")
     if flags.class_cond and labels is not None and labels.ndim == 2:
         config = config.replace(num_class_embeds=len(labels))
+    if config.layers_per_block > len(state):  # held against the weights before thousands of layers are built
+        blocks = config.layers_per_block
+        raise ValueError(f"num_res_blocks is {blocks}, but {where} has {len(state)} tensors, must have more than that")
     with torch.device("meta"):
         unet = UNet(config)
     found = weights.sources(unet, weights.unet_names(unet))
