@@ -290,7 +290,7 @@ def test_another_build_is_not_waited_for_for_ever(
     use_compiler(monkeypatch, tmp_path, COMPILES)
     path = path_of_library()
     path.unlink()
-    monkeypatch.setattr(build, "_SECONDS", 0.5)
+    monkeypatch.setattr(build, "_PATIENCE", 0.5)
     with build._locked(path.parent), library() as own:
         assert own.parent.parent == private
 

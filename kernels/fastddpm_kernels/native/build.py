@@ -37,7 +37,8 @@ _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi",
 )  # fmt: skip
-_SECONDS = 300  # that a build may take, and that another process's is waited for
+_SECONDS = 300  # that a build may take
+_PATIENCE = 300  # seconds that another process's build is waited for
 _TEMPORARY = "fastddpm-native-"  # folders of processes that cannot use the cache
 # A compiler says in words that a disk is full or read-only.
 _NOT_THE_SOURCES = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)}
@@ -182,10 +183,10 @@ def _locked(folder: Path) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = _try_lock(folder)
     try:
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + _PATIENCE
         while lock is None:
             if time.monotonic() > deadline:
-                raise OSError(f"another process has been building in {folder} for {_SECONDS} s")
+                raise OSError(f"another process has been building in {folder} for {_PATIENCE} s")
             time.sleep(0.05)
             lock = _try_lock(folder)
         yield lock
