@@ -1,15 +1,18 @@
-"""What fastddpm is worth on this CPU: other libraries' samplers before and after `accelerate`, in turn.
+"""What fastddpm is worth on this CPU, in one run: beside other libraries, on a busy machine, from a process's start.
 
-    python benchmarks/cpu_check.py --out results.json [--steps 10] [--rounds 5] [--batch-sizes 1,16] [--threads 2]
+    python benchmarks/cpu_check.py --out results.json [--against CHECKOUT] [--threads 2]     at most 15 minutes
+    python benchmarks/cpu_check.py --quick --out results.json [--against CHECKOUT]           at most 4 minutes
 
-The arms of a network and batch size take turns, so that a ratio is one of the same minutes: medians, and the 20 % and
-80 % quantiles of the rounds' ratios. Whole calls are timed, with everything in them. Weights are random but seeded, and
-so is the noise, which both arms draw alike; then their images are compared, as floats and as 8-bit pixels.
+    cifar10, lucidrains   other libraries' samplers before and after `accelerate`, whole calls (`cpu/calls.py`)
+    step                  one evaluation of the U-Nets of google/ddpm-cifar10-32 and of the bundled digits, beside
+                          diffusers, torch.compile and OpenVINO at their best (`cpu/step.py`)
+    isa                   that beside diffusers where all are held to fewer instructions: AVX2, in a process of its own
+    crowd                 a step of the loop, idle, beside a busy loop, and of two processes at once (`cpu/crowd.py`)
+    start                 `fastddpm sample` from the start of its process, 100 digits and 1000 steps (`cpu/start.py`)
 
-    cifar10      diffusers' DDPMPipeline with the configuration of google/ddpm-cifar10-32
-    lucidrains   GaussianDiffusion of denoising_diffusion_pytorch with its default Unet (dim 64), 32x32
-    step         one evaluation of the first's U-Net, beside diffusers, torch.compile and OpenVINO at their best
-                 (`cpu_step.py`): minutes of compiling
+The arms of a section take turns, so that a ratio is one of the same minutes: medians, and the 20 % and 80 % quantiles
+of the rounds' ratios. Every arm is checked before it is timed. `--against` adds another checkout of fastddpm to crowd
+and start; it is named by its commit. Beside each time of a step stands its floor (`cpu/floor.py`).
 
 `float32` is the default and what is claimed; `bfloat16` of whole calls is shown for information.
 """
@@ -17,162 +20,49 @@ so is the noise, which both arms draw alike; then their images are compared, as 
 from __future__ import annotations
 
 import argparse
-import copy
+import os
 import platform
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent))  # for what it shares with gpu_check.py
 
-import report
-from cpu_step import ARMS, measure, versions
+import torch
+from cpu import calls, crowd, start, step, tables
+from cpu.floor import Ceilings
 from fastddpm_kernels import backend as _backend
+from fastddpm_kernels.native.build import compiler
 from gpu.results import commit_here
-from measuring import Missing, peer
-from networks import CONFIGS, make_problem
+from measuring import Missing
+from networks import make_problem
 
-from fastddpm.common.files import write_json
+from fastddpm.common.files import read_json, write_json
 from fastddpm.perf.profiling.compare import CPU_SCHEMA
-from fastddpm.perf.profiling.timing import interleave, quantiles, timed
 
-Arm = Callable[[], np.ndarray]  # a whole call: images [N, H, W, 3] in [0, 1]
-NETWORKS = ("cifar10", "lucidrains", "step")
-
-
-def _random(model: nn.Module) -> nn.Module:
-    """Give a model seeded weights: those of norms differ from 1 and 0, and no output is zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.ndim > 1 and not name.startswith("g"):
-                    parameter.copy_(noise * parameter[0].numel() ** -0.5)
-                else:
-                    parameter.copy_((name in ("weight", "g")) + 0.1 * noise)
-    return model.eval()
-
-
-def cifar10(base: str, batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
-    """Return the pipeline, and accelerated ones; `base` names the U-Net's configuration."""
-    peer("diffusers")
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    from fastddpm.interop import accelerate
-
-    unet = _random(UNet2DModel(**CONFIGS[base]))
-    scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, variance_type="fixed_large")
-    original: Any = DDPMPipeline(unet=unet, scheduler=scheduler)
-    pipelines = {"original": original}
-    for dtype in dtypes:
-        pipelines[dtype] = accelerate(copy.deepcopy(original), **({} if dtype == "float32" else {"dtype": dtype}))
-
-    def arm(pipeline: Any) -> Arm:
-        pipeline.set_progress_bar_config(disable=True)
-        return lambda: np.asarray(
-            pipeline(batch, torch.manual_seed(0), num_inference_steps=steps, output_type="np").images
-        )
-
-    return {name: arm(pipeline) for name, pipeline in pipelines.items()}
-
-
-def lucidrains(base: str, batch: int, steps: int, dtypes: list[str]) -> dict[str, Arm]:
-    """Return the diffusion, and accelerated ones."""
-    peer("denoising_diffusion_pytorch")
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-
-    from fastddpm.interop.lucidrains import accelerate
-
-    original: Any = GaussianDiffusion(
-        _random(Unet(dim=64 if base == "cifar10" else 8)), image_size=32, timesteps=steps
-    ).eval()
-    samplers = {"original": original}
-    for dtype in dtypes:
-        own = {} if dtype == "float32" else {"dtype": dtype}
-        samplers[dtype] = accelerate(copy.deepcopy(original), noise="torch", **own)
-
-    def arm(sampler: Any) -> Arm:
-        @torch.no_grad()
-        def run() -> np.ndarray:
-            torch.manual_seed(0)
-            return sampler.sample(batch).permute(0, 2, 3, 1).float().numpy()
-
-        return run
-
-    return {name: arm(sampler) for name, sampler in samplers.items()}
-
-
-def differences(images: np.ndarray, original: np.ndarray) -> dict[str, float | int]:
-    """Return how far images in [0, 1] are from each other, as floats and as the 8-bit pixels that are saved."""
-    a, b = ((x * 255).round().astype(np.int32) for x in (images, original))
-    return {
-        "largest": float(np.abs(images.astype(np.float64) - original).max()),
-        "rms": float(np.sqrt(np.square(images.astype(np.float64) - original).mean())),
-        "pixels": int(a.size),
-        "pixels_differ": int((a != b).sum()),
-        "pixels_differ_by_more_than_1": int((np.abs(a - b) > 1).sum()),
-    }
-
-
-def compare(arms: dict[str, Arm], rounds: int) -> list[dict[str, Any]]:
-    """Time the arms in turn; the first is what the others are compared with."""
-    images = {name: run() for name, run in arms.items()}  # builds what is built once
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    runs = {name: partial(timed, run, torch.device("cpu")) for name, run in arms.items()}
-    for name, value in interleave(runs, seconds=float("inf"), least=rounds, most=rounds):
-        seconds[name].append(value)
-    first = next(iter(arms))
-    records = []
-    for name, own in seconds.items():
-        median, ratios = quantiles(own)["median"], [a / b for a, b in zip(seconds[first], own, strict=True)]
-        spread = quantiles(ratios)
-        records.append(
-            {
-                "arm": name,
-                "median_s": median,
-                "times_as_fast": spread["median"],
-                "times_as_fast_p20": spread["p20"],
-                "times_as_fast_p80": spread["p80"],
-                "images": differences(images[name], images[first]),
-            }
-        )
-    return records
-
-
-def _counts(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be positive whole numbers, separated by commas")
-    return values
+SECTIONS = (*calls.NETWORKS, "step", "isa", "crowd", "start")
+# Sets of instructions: what the compiler of the native library is told, and the variables that hold torch to the same.
+INSTRUCTIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "avx2": (
+        "-mno-avx512f",
+        {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    ),
+    "avx512": ("-mno-avx512bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}),
+}
+DIGITS_BATCHES = (1, 8)
+STEP_BATCHES_OF_ISA = "1,8"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code: 1 where something was not measured, as for want of a library."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
-    parser.add_argument("--networks", default=",".join(NETWORKS), help="what is measured (default: %(default)s)")
-    parser.add_argument("--batch-sizes", type=_counts, default=[1, 16], metavar="N,N", help="default: 1,16")
-    parser.add_argument("--steps", type=int, default=10, help="of a call (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of all arms (default: %(default)s)")
-    parser.add_argument("--step-rounds", type=int, default=15, help="of all arms of step (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--no-bfloat16", action="store_true", help="leave out what is only for information")
-    parser.add_argument("--arms", default=",".join(ARMS), help="of step (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="tiny U-Nets, to try the code")
+    parser = _parser()
     options = parser.parse_args(arguments)
-    networks, base = options.networks.split(","), "small" if options.small else "cifar10"
-    if unknown := set(networks) - set(NETWORKS):
-        parser.error(f"--networks is {options.networks}, has unknown {', '.join(sorted(unknown))}")
-    if min(options.steps, options.rounds, options.step_rounds, options.threads or 1) < 1:
-        parser.error("--steps, --rounds, --step-rounds and --threads must be at least 1")
+    _check(parser, options)
     if options.threads:
         torch.set_num_threads(options.threads)
     dtypes = ["float32"] + ([] if options.no_bfloat16 else ["bfloat16"])
@@ -186,35 +76,191 @@ def main(arguments: list[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "native": _backend.why_not("native", "cpu") or "yes",
+        "quick": options.quick,
         "steps": options.steps,
         "rounds": options.rounds,
         "records": [],
     }
     print(f"{content['cpu']}, {content['threads']} threads, torch {content['torch']}, native: {content['native']}")
+    ceilings = Ceilings(0.5 if options.quick or options.small else 1.5)
+    others = {_commit_of(path): path.resolve() for path in options.against}
     missing = False
-    for network in networks:
-        for batch in options.batch_sizes:
-            if network == "step":
-                problem, chosen = make_problem(base, torch.device("cpu")), options.arms.split(",")
-                arms = {name: build for name, build in ARMS.items() if name in chosen}
-                found = measure(problem, batch, options.step_rounds, dtypes, arms)
-                about = {"rounds": options.step_rounds, "versions": versions(), "records": []}
-                content.setdefault("step", about)["records"] += found
-                missing |= any(record["status"] not in ("ok", "unavailable") for record in found)
-            else:
-                try:
-                    make = partial(cifar10 if network == "cifar10" else lucidrains, base)
-                    arms = make(batch, options.steps, dtypes)
-                    found = compare(arms, options.rounds)
-                    content["records"] += [{"network": network, "batch": batch, **record} for record in found]
-                except Missing as error:
-                    print(f"{network}: {error}")
-                    missing = True
-                    break
-            if options.out:
-                write_json(options.out, content)
-    print(report.table([content]).removeprefix(report.NOTHING).strip())
-    return int(missing)
+    for section in options.sections:
+        began = time.monotonic()
+        if section in calls.NETWORKS:
+            missing |= not _calls(section, dtypes, options, content)
+        elif section == "step":
+            missing |= not _step(dtypes, options, content, ceilings)
+        elif section == "isa":
+            for name in options.isa:
+                content.setdefault("isa", {})[name] = _held_to(name, options)
+        elif section == "crowd":
+            found = crowd.measure(
+                _cases(options), crowd.CONDITIONS, options.crowd_rounds, options.crowd_seconds,
+                content["threads"], ceilings, others,
+            )  # fmt: skip
+            content["crowd"] = {"rounds": options.crowd_rounds, "versions": step.versions(), "records": found}
+        else:
+            found = start.measure(options.samples, options.sample_steps, options.start_rounds, others)
+            content["start"] = {"samples": options.samples, "steps": options.sample_steps, "records": found}
+        content["ceilings"] = ceilings.to_dict()
+        content.setdefault("seconds", {})[section] = round(time.monotonic() - began, 1)
+        print(f"{section}: {content['seconds'][section]} s", flush=True)
+        if options.out:
+            write_json(options.out, content)
+    print(tables.of(content))
+    return int(missing or any(map(_is_bad, _records(content))))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, help="write the figures there, as JSON")
+    add("--quick", action="store_true", help="step and whole calls are left out, fewer rounds; at most 4 minutes")
+    add("--sections", type=_names, help=f"of {','.join(SECTIONS)} (default: all; of --quick the last 3)")
+    add(
+        "--against", type=Path, action="append", default=[], metavar="PATH", help="another checkout, of crowd and start"
+    )
+    add("--batch-sizes", type=_counts, default=[1, 16], metavar="N,N", help="default: 1,16; the digits' are 1 and 8")
+    add("--steps", type=int, default=10, help="of a call (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="of all arms of calls (default: %(default)s)")
+    add("--step-rounds", type=int, help="of all arms of step (default: 9; --quick: 7)")
+    add("--step-networks", type=_names, default=["cifar10", "digits"], help="of step (default: cifar10,digits)")
+    add("--crowd-rounds", type=int, help="of crowd (default: 5; --quick: 3)")
+    add("--crowd-seconds", type=float, help="of a sample of crowd (default: 0.5; --quick: 0.25)")
+    add("--start-rounds", type=int, help="of start (default: 2; --quick: 1)")
+    add("--samples", type=int, default=100, help="digits that start draws (default: %(default)s)")
+    add("--sample-steps", type=int, default=1000, help="of start (default: %(default)s)")
+    add("--isa", type=_names, default=["avx2"], help=f"of {','.join(INSTRUCTIONS)} (default: avx2)")
+    add("--threads", type=int, help="default: torch's")
+    add("--no-bfloat16", action="store_true", help="leave out what is only for information")
+    add("--arms", type=_names, default=list(step.ARMS), help=f"of step (default: {','.join(step.ARMS)})")
+    add("--every-setting", action="store_true", help="torch.compile at the fastest of three settings, 4 minutes more")
+    add("--small", action="store_true", help="tiny U-Nets, to try the code")
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in what depends on --quick, and refuse what cannot be."""
+    quick = options.quick
+    options.sections = options.sections or list(SECTIONS[-3:] if quick else SECTIONS)
+    options.step_rounds = options.step_rounds or (7 if quick else 9)
+    options.crowd_rounds = options.crowd_rounds or (3 if quick else 5)
+    options.crowd_seconds = options.crowd_seconds or (0.25 if quick else 0.5)
+    options.start_rounds = options.start_rounds or (1 if quick else 2)
+    known = {
+        "sections": SECTIONS,
+        "arms": tuple(step.ARMS),
+        "isa": tuple(INSTRUCTIONS),
+        "step_networks": ("cifar10", "digits"),
+    }
+    for name, values in known.items():
+        if unknown := set(getattr(options, name)) - set(values):
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} has unknown {', '.join(sorted(unknown))}, may have {', '.join(values)}")
+    counts = ("steps", "rounds", "step_rounds", "crowd_rounds", "start_rounds", "samples", "sample_steps")
+    for name in counts:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, must be at least 1")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}, must be at least 1")
+    for path in options.against:
+        if not (path / "fastddpm").is_dir() or not (path / "kernels").is_dir():
+            parser.error(f"--against is {path}, must be a checkout: a folder with fastddpm/ and kernels/")
+
+
+def _calls(network: str, dtypes: list[str], options: argparse.Namespace, content: dict[str, Any]) -> bool:
+    """Measure whole calls; return False where the library is missing."""
+    for batch in options.batch_sizes:
+        try:
+            arms = calls.NETWORKS[network]("small" if options.small else "cifar10", batch, options.steps, dtypes)
+        except Missing as error:
+            print(f"{network}: {error}")
+            return False
+        found = calls.compare(arms, options.rounds)
+        content["records"] += [{"network": network, "batch": batch, **record} for record in found]
+    return True
+
+
+def _step(dtypes: list[str], options: argparse.Namespace, content: dict[str, Any], ceilings: Ceilings) -> bool:
+    """Measure evaluations; return False where an arm could have been measured and was not."""
+    arms = {name: build for name, build in step.ARMS.items() if name in options.arms}
+    if "torch.compile" in arms and not options.every_setting:
+        arms["torch.compile"] = partial(step.compiled, settings=1)
+    about = {"rounds": options.step_rounds, "versions": step.versions(), "records": []}
+    records = content.setdefault("step", about)["records"]
+    for network in options.step_networks:
+        own = network == "digits"  # small, and bfloat16 is nothing that anyone needs there
+        problem = make_problem("small" if options.small and not own else network, torch.device("cpu"))
+        for batch in DIGITS_BATCHES if own else options.batch_sizes:
+            chosen = ["float32"] if own else dtypes
+            records += step.measure(problem, batch, options.step_rounds, chosen, arms, ceilings)
+    return not any(map(_is_bad, records))
+
+
+def _held_to(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the section "step" of a process in which nobody uses more than a set of instructions."""
+    flag, variables = INSTRUCTIONS[name]
+    if platform.machine() != "x86_64" or (command := compiler()) is None:
+        return {"status": "unavailable", "reason": "x86 and a C++ compiler are needed", "records": []}
+    own = {**os.environ, **variables, "CXX": shlex.join([*command, flag])}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "step.json"
+        words = [
+            "--sections", "step", "--step-networks", "cifar10", "--arms", "diffusers,fastddpm", "--out", str(out),
+            "--batch-sizes", STEP_BATCHES_OF_ISA, "--step-rounds", str(options.step_rounds),
+            "--threads", str(torch.get_num_threads()),
+        ]  # fmt: skip
+        words += ["--small"] * options.small + ["--quick"] * options.quick
+        words += ["--no-bfloat16"] * (name == "avx2" or options.no_bfloat16)
+        run = subprocess.run([sys.executable, __file__, *words], env=own, capture_output=True, text=True)
+        if not out.exists():
+            return {"status": "failed", "reason": run.stderr[-300:], "records": []}
+        found = read_json(out)
+    about = {"status": "ok", "cxx": flag, "variables": variables, "native": found["native"]}
+    return {**about, "ceilings": found["ceilings"], **found["step"]}
+
+
+def _cases(options: argparse.Namespace) -> list[crowd.Case]:
+    """Return what crowd measures: --quick has OpenVINO beside CIFAR-10 alone."""
+    cases = []
+    for case in crowd.CASES:
+        if options.no_bfloat16 and case.dtype == "bfloat16":
+            continue
+        peers = () if options.small or (options.quick and case.network == "digits") else case.peers
+        network = "small" if options.small and case.network == "cifar10" else case.network
+        cases.append(case._replace(network=network, peers=peers))
+    return cases
+
+
+def _records(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all records and sections that say how they ended."""
+    sections = [*content.get("isa", {}).values(), *(content.get(name, {}) for name in ("step", "crowd", "start"))]
+    return [*sections, *(record for section in sections for record in section.get("records", []))]
+
+
+def _is_bad(record: dict[str, Any]) -> bool:
+    return record.get("status", "ok") not in ("ok", "unavailable")
+
+
+def _commit_of(path: Path) -> str:
+    """Return the commit of a checkout, its first seven digits; its folder's name where it has none."""
+    command = ["git", "-C", str(path), "rev-parse", "--short=7", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return path.resolve().name
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _counts(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be positive whole numbers, separated by commas")
+    return values
 
 
 def _processor() -> str:

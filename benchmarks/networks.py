@@ -11,6 +11,8 @@ from fastddpm_kernels import philox
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastddpm.common.files import read_json
+from fastddpm.interop.pretrained import BUNDLED, load_pretrained
 from fastddpm.networks.unet.model import UNet, UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 
@@ -21,7 +23,15 @@ _GOOGLE: dict[str, Any] = {
     "freq_shift": 1,
     "norm_eps": 1e-6,
 }
-# google/ddpm-cifar10-32 and google/ddpm-celebahq-256, and one small enough for a CPU's test.
+
+
+def _bundled() -> dict[str, Any]:
+    config = read_json(BUNDLED / "unet" / "config.json")
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+# google/ddpm-cifar10-32 and google/ddpm-celebahq-256, one small enough for a CPU's test, and the bundled digits, which
+# have classes.
 CONFIGS: dict[str, dict[str, Any]] = {
     "cifar10": _GOOGLE
     | {
@@ -46,6 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layers_per_block": 1,
         "norm_num_groups": 8,
     },
+    "digits": _bundled(),
 }
 
 
@@ -55,8 +66,9 @@ class Problem:
 
     Attributes:
         name: of its configuration.
-        unet: ours, float32, on the device, with seeded random weights; the norms' weights too differ from 1 and 0.
-        schedule: linear, 1000 steps, as these models were trained.
+        unet: ours, float32, on the device, with seeded random weights; the norms' weights too differ from 1 and 0. Of
+            the digits the trained weights.
+        schedule: 1000 steps, linear but for the digits, as these models were trained.
         device: where.
         shape: (C, H, W).
         flops: floating-point operations of one image and step, counted from the network as it is written.
@@ -74,11 +86,15 @@ class Problem:
         self.flops = count_flops(config)
         self.parameters = sum(p.numel() for p in self.unet.parameters())
 
+    def labels(self, batch: int) -> Tensor | None:
+        """Return the classes of a batch, int64 [N], the digits in turn; None for a network without classes."""
+        return torch.arange(batch, device=self.device) % 10 if self.unet.config.num_class_embeds else None
+
     def describe(self) -> dict[str, Any]:
         """Return what a reader wants to know of the network."""
         return {
             "architecture": self.name,
-            "weights": "random, seed 0",
+            "weights": "trained" if self.name == "digits" else "random, seed 0",
             "parameters": self.parameters,
             "flops_per_image_and_step": self.flops,
             "image": list(self.shape),
@@ -86,7 +102,10 @@ class Problem:
 
 
 def make_problem(name: str, device: torch.device) -> Problem:
-    """Return the named configuration with weights of seed 0, on `device`."""
+    """Return the named configuration with weights of seed 0, on `device`; the bundled digits as they are."""
+    if name == "digits":
+        digits = load_pretrained()
+        return Problem(name, digits.unet.requires_grad_(False).to(device), digits.schedule, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet(**CONFIGS[name])
@@ -105,13 +124,14 @@ def count_flops(config: UNetConfig) -> int:
         unet.backend = "eager"
         size = config.sample_size if isinstance(config.sample_size, int) else 32
         x, t = torch.empty(1, config.in_channels, size, size), torch.empty(1, dtype=torch.int64)
-    return flops_of(unet, x, t)
+        labels = torch.zeros(1, dtype=torch.int64) if config.num_class_embeds else None
+    return flops_of(unet, x, t, labels)
 
 
-def flops_of(model: nn.Module, x: Tensor, t: Tensor) -> int:
+def flops_of(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None = None) -> int:
     """Return the operations of `model(x, t)` as torch counts them: matrix products and convolutions."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x, t)
+        predict(model, x, t, labels)
     return int(counter.get_total_flops())
 
 
@@ -151,9 +171,9 @@ def unet_name(unet: nn.Module) -> str:
     return "diffusers UNet2DModel" if type(unet).__module__.startswith("diffusers") else "fastddpm UNet, eager ops"
 
 
-def predict(unet: Any, x: Tensor, t: Tensor) -> Tensor:
+def predict(unet: Any, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return the network's output, whether it returns a tensor or an object that has it."""
-    out = unet(x, t)
+    out = unet(x, t) if labels is None else unet(x, t, class_labels=labels)
     return out if isinstance(out, Tensor) else out.sample
 
 

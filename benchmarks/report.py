@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cpu import tables
 from gpu.marks import MAIN, Mark, judge
 from gpu.results import median, records
 from measuring import ROOT
@@ -29,10 +30,6 @@ BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 CPU_SCHEMA, GPU_SCHEMA = compare.CPU_SCHEMA, compare.GPU_SCHEMA
 NOTHING = "Speed has not been measured on a GPU yet."
 NETWORKS = {"cifar10": "google/ddpm-cifar10-32", "celeba256": "google/ddpm-celebahq-256"}
-CPU_NETWORKS = {
-    "cifar10": "diffusers' `DDPMPipeline`, google/ddpm-cifar10-32",
-    "lucidrains": "denoising_diffusion_pytorch's `GaussianDiffusion`, default `Unet`, 32x32",
-}
 STEPS = 1000  # of an image, in images per second
 # Arms of the plots, and their names there.
 PLOTTED = {
@@ -116,7 +113,7 @@ def table(results: list[dict[str, Any]], folder: Path = Path(), base: Path = Pat
         parts.append(NOTHING)
     for content in results:
         if content.get("schema") == CPU_SCHEMA:
-            parts += [_cpu(content, short), "" if short else _cpu_step(content)]
+            parts.append(tables.calls(content, short=True) if short else tables.of(content))
         elif part := _gpu(content, short):
             parts.append(part)
             if _series(content) and not short:
@@ -166,8 +163,8 @@ def _gpu(content: dict[str, Any], short: bool) -> str:
             share = f"{record['percent_of_roof']:.0f} %" if "percent_of_roof" in record else "-"
             speed = f"{batch / us * 1e6 / STEPS:.3g}"
             rows.append(
-                f"| {network} | {batch} | {_figure(us)} | {speed} | {_times(pipeline, us)} | {_times(compiled, us)} "
-                f"| {share} |"
+                f"| {network} | {batch} | {tables.figure(us)} | {speed} | {_times(pipeline, us)} "
+                f"| {_times(compiled, us)} | {share} |"
             )
     if not rows:
         return ""
@@ -189,122 +186,12 @@ def _gpu(content: dict[str, Any], short: bool) -> str:
     return "\n".join(lines)
 
 
-def _cpu(content: dict[str, Any], short: bool) -> str:
-    """Return the table of one CPU's whole calls, originals against accelerated ones; "" if its file has none."""
-    originals = {(r["network"], r["batch"]): r["median_s"] for r in content["records"] if r["arm"] == "original"}
-    rows = []
-    for record in content["records"]:
-        if record["arm"] == "original":
-            continue
-        original, images = originals[record["network"], record["batch"]], record["images"]
-        differ, more = (images[name] / images["pixels"] for name in ("pixels_differ", "pixels_differ_by_more_than_1"))
-        band = "" if short else f" ({record['times_as_fast_p20']:.2f} to {record['times_as_fast_p80']:.2f})"
-        row = (
-            f"| {CPU_NETWORKS.get(record['network'], record['network'])} | {record['batch']} | {record['arm']} "
-            f"| {_figure(1e3 * original / content['steps'])} | {_figure(1e3 * record['median_s'] / content['steps'])} "
-            f"| **{record['times_as_fast']:.2f}**{band} |"
-        )
-        rows.append(row if short else f"{row} {100 * differ:.2g} % ({100 * more:.2g} %) |")
-    if not rows:
-        return ""
-    more_columns = "" if short else " 8-bit pixels that differ (by more than 1) |"
-    lines = [
-        f"{_cpu_name(content)}; {content['steps']}-step calls with all that is in them:",
-        "",
-        "| original, in float32 | batch | accelerated | original, ms per step | accelerated, ms "
-        f"| times as fast{'' if short else ' (20 % to 80 %)'} |{more_columns}",
-        "|---|---|---|---|---|---|" + ("" if short else "---|"),
-        *rows,
-    ]
-    return "\n".join(lines)
-
-
-def _cpu_name(content: dict[str, Any]) -> str:
-    native = "" if content.get("native") == "yes" else f", without native code: {content.get('native')}"
-    commit = content["commit"] + (" with changes" if content.get("dirty") else "")
-    return (
-        f"**{content['cpu']}**, {content['threads']} threads, torch {content['torch']}{native}, commit {commit}, "
-        f"{content['written'][:10]}"
-    )
-
-
-def _cpu_step(content: dict[str, Any]) -> str:
-    """Return the table of one CPU's evaluations of a network, and what each library was given; "" if there are none."""
-    step = content.get("step", {})
-    if step.get("rounds", 0) < compare.LEAST_SAMPLES:
-        return ""
-    rows: list[str] = []
-    given: dict[str, dict[str, list[tuple[str, int]]]] = {}  # {arm: {what it was given: [(dtype, batch)]}}
-    left: dict[str, list[int]] = {}
-    for record in step["records"]:
-        arm, dtype, batch = record["arm"], record["dtype"], record["batch"]
-        if record["status"] != "ok":
-            left.setdefault(f"{arm} in {dtype}: {_sentence(record['reason'])}", []).append(batch)
-            continue
-        given.setdefault(arm, {}).setdefault(record["given"], []).append((dtype, batch))
-        ratio, compile_s = record["times_as_fast"], record["compile_s"]
-        times = f"**{ratio['median']:.2f}** ({ratio['p20']:.2f} to {ratio['p80']:.2f})" if ratio else "-"
-        rows.append(
-            f"| {arm} | {dtype} | {batch} | {_figure(1e3 * record['seconds']['median'])} | {times} "
-            f"| {record['error']['rms']:.1e} | {'-' if compile_s is None else f'{compile_s:.1f}'} |"
-        )
-    if not rows:
-        return ""
-    network = step["records"][0]["network"]
-    versions = ", ".join(f"{name} {version}" for name, version in step["versions"].items())
-    lines = [
-        f"{_cpu_name(content)}; one evaluation of the U-Net of {NETWORKS.get(network, network)} in diffusers as it "
-        f"comes, and in all libraries at their best ({versions}), same weights, {step['rounds']} rounds in turn:",
-        "",
-        "| arm | precision | batch | ms per evaluation | times as fast as diffusers in float32 (20 % to 80 %) "
-        "| relative error (rms) against float64 | seconds of compiling |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-        "Compiling is converting, compiling and autotuning to the first result; of fastddpm, folding and packing the "
-        "weights. What the arms were given:",
-        "",
-        *(f"- {arm}: {_given(texts)}" for arm, texts in given.items()),
-    ]
-    if left:
-        counts = [f"{text} (batch {_and(batches)})" for text, batches in left.items()]
-        lines += ["", f"Not measured: {'; '.join(counts)}."]
-    return "\n".join(lines)
-
-
-def _given(texts: dict[str, list[tuple[str, int]]]) -> str:
-    """Say what an arm was given, once where it is the same for all precisions and batch sizes."""
-    every: dict[str, int] = {}
-    for dtype, _ in (case for cases in texts.values() for case in cases):
-        every[dtype] = every.get(dtype, 0) + 1
-    parts = []
-    for text, cases in texts.items():
-        own: dict[str, list[int]] = {}
-        for dtype, batch in cases:
-            own.setdefault(dtype, []).append(batch)
-        where = [f"in {d}" + f" at batch {_and(b)}" * (len(b) < every[d]) for d, b in own.items()]
-        parts.append(text if len(texts) == 1 else f"{_and(where)} {text}")
-    return "; ".join(parts)
-
-
-def _and(values: list[Any]) -> str:
-    return " and ".join(map(str, values))
-
-
-def _sentence(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")
-
-
 def _share(mark: Mark) -> str:
     return f"`{mark.what.split(',')[0]}` {mark.found:.0f} %"
 
 
 def _times(other: float | None, ours: float | None) -> str:
     return "-" if other is None or ours is None else f"{other / ours:.1f}"
-
-
-def _figure(us: float) -> str:
-    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
 
 
 def _write(path: Path, text: str) -> None:

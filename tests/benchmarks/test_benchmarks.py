@@ -86,10 +86,13 @@ def test_gpu_check(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cpu_check(tmp_path: Path) -> None:
+    """Every section runs, this version held against itself as another checkout, and says what it measured."""
     out = tmp_path / "cpu.json"
     shown = python(
         "benchmarks/cpu_check.py", "--small", "--arms", "diffusers,fastddpm", "--batch-sizes", "1", "--steps", "2",
-        "--rounds", "3", "--step-rounds", "3", "--no-bfloat16", "--out", out,
+        "--rounds", "3", "--step-rounds", "3", "--no-bfloat16", "--out", out, "--against", ROOT, "--threads", "1",
+        "--step-networks", "cifar10", "--crowd-rounds", "3", "--crowd-seconds", "0.01", "--start-rounds", "1",
+        "--samples", "2", "--sample-steps", "3",
     )  # fmt: skip
     content = read(out)
     assert {record["network"] for record in content["records"]} == {"cifar10", "lucidrains"}
@@ -99,3 +102,16 @@ def test_cpu_check(tmp_path: Path) -> None:
         "fastddpm": "ok",
     }
     assert "times as fast" in shown
+    assert all(record["floor"]["seconds"] > 0 for record in content["step"]["records"])
+    avx2 = content["isa"]["avx2"]
+    assert avx2["status"] == "unavailable" or avx2["ceilings"]["capability"] == "AVX2"
+    crowd = {(r["network"], r["batch"], r["arm"]): r for r in content["crowd"]["records"]}
+    assert {(network, batch) for network, batch, _ in crowd} == {("digits", 1), ("digits", 8), ("small", 1)}
+    for record in crowd.values():
+        assert record["status"] == "ok"
+        assert {record[name]["samples"] for name in ("idle", "busy", "two", "busy_over_idle", "two_over_idle")} == {3}
+    here, there = content["start"]["records"]
+    assert here["seconds"]["median"] > 0
+    assert there["pixels_differ"] == 0
+    assert set(here["times_as_fast"]) == {there["arm"]} == {arm for _, _, arm in crowd} - {"fastddpm"}
+    assert "within noise" in python("benchmarks/report.py", "--compare", out, out)

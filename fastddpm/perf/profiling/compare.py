@@ -209,11 +209,26 @@ def _of_cpu_check(content: dict[str, Any]) -> Iterator[Figure]:
             ratio = {"median": record["times_as_fast"], "samples": content["rounds"]}
             ratio |= {q: record[f"times_as_fast_{q}"] for q in ("p20", "p80")}
             yield from _measured(f"{what}, times as fast as the original", "", ratio, rate=True)
-    for record in content.get("step", {}).get("records", []):
+    steps = {"step of": content.get("step", {})}
+    steps |= {f"{name} step of": section for name, section in content.get("isa", {}).items()}
+    for title, section in steps.items():
+        for record in section.get("records", []):
+            if record["status"] == "ok":
+                what = f"{title} {record['network']}, batch {record['batch']}: {record['arm']} {record['dtype']}"
+                yield from _measured(what, "s", record["seconds"])
+                yield from _measured(f"{what}, times as fast as diffusers", "", record["times_as_fast"], rate=True)
+    for record in content.get("crowd", {}).get("records", []):
         if record["status"] == "ok":
-            what = f"step of {record['network']}, batch {record['batch']}: {record['arm']} {record['dtype']}"
+            what = f"loop of {record['network']}, batch {record['batch']}: {record['arm']} {record['dtype']}"
+            for condition in ("idle", "busy", "two"):
+                yield from _measured(f"{what}, {condition}", "s", record.get(condition))
+            for condition in ("busy", "two"):
+                yield from _measured(f"{what}, {condition} over idle", "", record.get(f"{condition}_over_idle"))
+    start = content.get("start", {})
+    for record in start.get("records", []):
+        if record["status"] == "ok":
+            what = f"fastddpm sample of {start['samples']} digits, {start['steps']} steps: {record['arm']}"
             yield from _measured(what, "s", record["seconds"])
-            yield from _measured(f"{what}, times as fast as diffusers", "", record["times_as_fast"], rate=True)
 
 
 _READERS: dict[Any, Callable[[dict[str, Any]], Iterator[Figure]]] = {

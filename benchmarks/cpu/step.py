@@ -5,7 +5,8 @@
     openvino        that converted for the batch size, as OpenVINO's hint for the precision says; `pip install openvino`
     fastddpm        `fastddpm.networks.frozen.freeze`
 
-`cpu_check.py` runs it as "step". Every arm is held against float64 first, and one that is wrong is not timed.
+`cpu_check.py` runs it as "step", and beside a crowd. Every arm is held against float64 first, and one that is wrong is
+not timed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,13 @@ from measuring import Missing, Unavailable, matches, peer
 from networks import Problem, plain_unet, predict
 from torch import Tensor, nn
 
+from cpu.floor import CPU, DTYPES, Ceilings
 from fastddpm.networks.frozen import freeze
 from fastddpm.perf.profiling.timing import first_lines, interleave, quantiles, release
 
 # OpenVINO reports its import and use over the network, but not where the environment says that this is CI.
 os.environ.setdefault("CI", "true")
 T = 500
-CPU = torch.device("cpu")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASELINE = ("diffusers", "float32")  # what ratios are to
 SAMPLE_SECONDS, MOST_CALLS = 0.3, 20  # of a sample: short evaluations are timed several at once
 # Of inductor, all with frozen weights; the fastest is taken. Autotuning tries templates for matrix products, and the
@@ -70,14 +70,15 @@ Build = Callable[[Problem, Tensor, torch.dtype], Ready]
 
 
 class _Output(nn.Module):
-    """A UNet2DModel that returns a tensor."""
+    """A UNet2DModel that returns a tensor, of classes that stay the same."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, labels: Tensor | None) -> None:
         super().__init__()
         self.unet = unet
+        self.register_buffer("labels", labels)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.unet(x, t, return_dict=False)[0]
+        return self.unet(x, t, class_labels=self.labels, return_dict=False)[0]
 
 
 def _timesteps(x: Tensor) -> Tensor:
@@ -91,22 +92,23 @@ def diffusers(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     unet = plain_unet(problem, dtype, channels_last=best, fused=best)
     own = x.to(dtype, memory_format=torch.channels_last) if best else x
     given = "channels-last, q, k and v as one product" if best else "as it comes"
-    return Ready(lambda: predict(unet, own, t), given)
+    labels = problem.labels(len(x))
+    return Ready(lambda: predict(unet, own, t, labels), given)
 
 
-def compiled(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
-    """Return it under torch.compile, with the fastest of `COMPILE_OPTIONS`."""
+def compiled(problem: Problem, x: Tensor, dtype: torch.dtype, settings: int | None = None) -> Ready:
+    """Return it under torch.compile, with the fastest of the first `settings` of `COMPILE_OPTIONS`; None for all."""
     peer("diffusers")
     if not any(map(shutil.which, ("g++", "clang++"))):
         raise Unavailable("torch.compile finds no C++ compiler")
     from torch._inductor.utils import fresh_cache
 
-    unet = _Output(plain_unet(problem, dtype, channels_last=True, fused=True))
+    unet = _Output(plain_unet(problem, dtype, channels_last=True, fused=True), problem.labels(len(x)))
     own, t = x.to(dtype, memory_format=torch.channels_last), _timesteps(x)
     runs: dict[str, partial[Tensor]] = {}
     tried: dict[str, dict[str, Any]] = {}
     error: Exception | None = None
-    for name, options in COMPILE_OPTIONS.items():
+    for name, options in list(COMPILE_OPTIONS.items())[:settings]:
         start = time.perf_counter()
         try:
             # Nothing is reset in between: what was compiled before would have to be compiled again, while it is timed.
@@ -133,7 +135,8 @@ def openvino(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     peer("openvino")
     import openvino as ov
 
-    unet, t = _Output(plain_unet(problem, torch.float32, channels_last=False, fused=True)), _timesteps(x)
+    unet = _Output(plain_unet(problem, torch.float32, channels_last=False, fused=True), problem.labels(len(x)))
+    t = _timesteps(x)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, of checks of shapes
@@ -164,7 +167,8 @@ def fastddpm(problem: Problem, x: Tensor, dtype: torch.dtype) -> Ready:
     frozen = freeze(problem.unet, [T], dtype, CPU)
     inputs, step = frozen.new_input(x.shape), torch.zeros(1, dtype=torch.int64)
     inputs.copy_(x)
-    program = frozen.bind(inputs)
+    program = frozen.bind(inputs, labels=problem.labels(len(x)))
+    program.load()
     program(step)
     return Ready(lambda: program(step), f"frozen, backend {frozen.backend}", time.perf_counter() - start)
 
@@ -197,40 +201,35 @@ def measure(
     rounds: int,
     dtypes: Sequence[str],
     arms: dict[str, Build],
+    ceilings: Ceilings,
 ) -> list[dict[str, Any]]:
     """Return a record for every arm and dtype: "ok", "missing", "unavailable", "wrong" or "failed", and its figures.
 
     `seconds` (of an evaluation) and `times_as_fast` (as `BASELINE`, by rounds) are quantiles, `error` the relative one
-    against float64 with its bounds, `reason` why there are none.
+    against float64 with its bounds, `floor` what `Ceilings.floor` returns, `reason` why there are none.
     """
-    torch.manual_seed(0)
-    x = torch.randn(batch, *problem.shape)
-    exact = deepcopy(problem.unet).double()
-    exact.backend = "reference"  # type: ignore[assignment]
-    truth = predict(exact, x.double(), _timesteps(x))
-    del exact
     records, ready = [], {}
-    for dtype in dtypes:
-        own = x.to(DTYPES[dtype], memory_format=torch.channels_last)
-        eager = predict(plain_unet(problem, DTYPES[dtype], channels_last=True), own, _timesteps(x)).clone()
+    for dtype, exact in results(problem, batch, dtypes).items():
         for arm, build in arms.items():
             record: dict[str, Any] = {"network": problem.name, "batch": batch, "arm": arm, "dtype": dtype}
             records.append(record)
-            run = _prepare(build, record, problem, x, (truth, eager))
+            call = prepare(build, record, problem, exact)
             print(f"{problem.name}, batch {batch}: {arm} {dtype} " + (record.get("reason") or "is ready"), flush=True)
-            if run is not None:
-                ready[arm, dtype] = run
+            if call is not None:
+                calls = min(max(round(SAMPLE_SECONDS / _seconds(call)), 1), MOST_CALLS)
+                ready[arm, dtype] = partial(_seconds, call, calls)
     samples: dict[str, list[float]] = {" ".join(key): [] for key in ready}
     runs = {" ".join(key): run for key, run in ready.items()}
     for name, seconds in interleave(runs, seconds=float("inf"), least=rounds, most=rounds):
         samples[name].append(seconds)
     against = samples.get(" ".join(BASELINE))
+    floors = {dtype: floor_of(problem, batch, dtype, ceilings) for dtype in dtypes}
     for record in records:
         if record["status"] == "ok":
             own_samples = samples[f"{record['arm']} {record['dtype']}"]
-            record["seconds"] = quantiles(own_samples)
-            rounds = None if against is None else zip(own_samples, against, strict=True)
-            record["times_as_fast"] = None if rounds is None else quantiles([b / a for a, b in rounds])
+            record["seconds"], record["floor"] = quantiles(own_samples), floors[record["dtype"]]
+            pairs = None if against is None else zip(own_samples, against, strict=True)
+            record["times_as_fast"] = None if pairs is None else quantiles([b / a for a, b in pairs])
     ready.clear()
     runs.clear()
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
@@ -239,18 +238,43 @@ def measure(
     return records
 
 
-def _prepare(
-    build: Build, record: dict[str, Any], problem: Problem, x: Tensor, results: tuple[Tensor, Tensor]
-) -> Callable[[], float] | None:
-    """Build an arm, check it against (float64, eager torch), complete its record; return what takes a sample."""
+def floor_of(problem: Problem, batch: int, dtype: str, ceilings: Ceilings) -> dict[str, Any]:
+    """Return the floor of a step of a batch, see `Ceilings.floor`."""
+    return ceilings.floor(batch * problem.flops, problem.parameters * DTYPES[dtype].itemsize, dtype)
+
+
+class Results(NamedTuple):
+    """An input [N, C, H, W], what the network makes of it in float64, and what eager torch makes of it in a dtype."""
+
+    x: Tensor
+    truth: Tensor
+    eager: Tensor
+
+
+@torch.no_grad()
+def results(problem: Problem, batch: int, dtypes: Sequence[str]) -> dict[str, Results]:
+    """Return what arms are held against, by dtype."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(batch, *problem.shape), problem.labels(batch)
+    exact = deepcopy(problem.unet).double()
+    exact.backend = "reference"  # type: ignore[assignment]
+    truth = predict(exact, x.double(), _timesteps(x), labels)
+    found = {}
+    for dtype in dtypes:
+        own = x.to(DTYPES[dtype], memory_format=torch.channels_last)
+        eager = predict(plain_unet(problem, DTYPES[dtype], channels_last=True), own, _timesteps(x), labels)
+        found[dtype] = Results(x, truth, eager.clone())
+    return found
+
+
+def prepare(build: Build, record: dict[str, Any], problem: Problem, exact: Results) -> Callable[[], Tensor] | None:
+    """Build an arm, check it, complete its record; return what evaluates it, None if it is not to be timed."""
     dtype = DTYPES[record["dtype"]]
     try:
-        ready = build(problem, x, dtype)
-        output = ready.call()
-        # Winograd's convolutions lose more than the definition, of which there may be any number in an arm.
+        ready = build(problem, exact.x, dtype)
+        # Winograd's convolutions lose more than the definition, and an arm may use them any number of times.
         factor = 2 * error_factor("winograd4" if dtype == torch.float32 else "winograd2")
-        found = matches(output, *results, FLOORS[dtype], factor)
-        each = _seconds(ready.call) if found["ok"] else 0.0
+        found = matches(ready.call(), exact.truth, exact.eager, FLOORS[dtype], factor)
     except Missing as error:
         record |= {"status": "missing", "reason": str(error)}
     except Unavailable as error:
@@ -263,8 +287,7 @@ def _prepare(
         record["error"] = found
         if ok:
             record["status"] = "ok"
-            calls = min(max(round(SAMPLE_SECONDS / each), 1), MOST_CALLS)
-            return lambda: _seconds(ready.call, calls)
+            return ready.call
         bound = f"{found['bound_rms']:.1e} and {found['bound_max']:.1e}"
         reason = f"is wrong: errors {found['rms']:.1e} and {found['max']:.1e}, at most {bound}"
         record |= {"status": "wrong", "reason": reason}
