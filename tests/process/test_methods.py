@@ -111,6 +111,8 @@ def combinations(case: Case) -> Iterator[tuple[int, dict[str, Any]]]:
             ends_at_zero = ends_at_zero and settings["lower_order_final"] and settings["solver_type"] == "bh2"
         if case.method not in ("euler_a", "heun", "dpm2", "dpm2_a", "lms", "lcm", "plms", "deis"):
             settings["final_sigmas_type"] = "zero" if ends_at_zero else "sigma_min"
+        if case.method.startswith("dpm2") and settings["sigma_schedule"] == "karras":
+            settings["round_timesteps"] = True
         settings.setdefault("timestep_spacing", "linspace" if case.method.endswith("singlestep") else "leading")
         if rng.random() < case.share:
             yield count, settings
@@ -118,6 +120,7 @@ def combinations(case: Case) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def theirs_of(case: Case, count: int, settings: dict[str, Any]) -> Any:
     fields = {**THEIRS, **case.fixed, **settings}
+    fields.pop("round_timesteps", None)
     if case.method.endswith("singlestep"):
         fields.pop("timestep_spacing")
     if (sigmas := fields.pop("sigma_schedule", None)) is not None:
