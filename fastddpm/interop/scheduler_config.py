@@ -137,6 +137,8 @@ def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSche
         raise ValueError(f"{where}: {chosen[0]} and {chosen[1]} are both true, must be one of them")
     if chosen:
         settings["sigma_schedule"] = _SIGMAS[chosen[0]]
+        if name.startswith("KDPM2") and chosen[0] == "use_karras_sigmas":
+            settings["round_timesteps"] = True
     return schedule, {**settings, "method": method}
 
 

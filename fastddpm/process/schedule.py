@@ -51,7 +51,9 @@ class NoiseSchedule:
                 f"betas[{index}] is {betas[index].item():g}, every beta must be in (0, 1) (the last one may be 1)"
             )
         if bool((self.alphas_cumprod[:-1] == 0).any()) or (not self.zero_terminal_snr and self.alphas_cumprod[-1] == 0):
-            raise ValueError("betas are so large that the cumulative product of 1 - betas underflows to 0")
+            what = "betas are" if self.beta_end is None else f"beta_end is {self.beta_end} over {len(betas)} timesteps,"
+            step = int((self.alphas_cumprod == 0).nonzero()[0])
+            raise ValueError(f"{what} so large that the product of 1 - betas underflows to 0 at timestep {step}")
 
     # -- construction ---------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastddpm.process.schedule import NoiseSchedule
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 CONVENTIONS = ("diffusers", "guided_diffusion", "denoising_diffusion_pytorch")
 
 Level = tuple[float, float]
@@ -131,9 +131,9 @@ def ddpm_table(
         schedule: the forward process the network was trained on.
         timesteps: [S], falling.
         prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction" (Salimans & Ho 2022).
-        variance_type: "fixed_small" (beta_tilde), "fixed_small_log" (the same), "fixed_large" (beta), "learned_range"
-            (the second half of the network's channels interpolates their logarithms), or "learned" (it is the
-            variance in diffusers, the log-variance in the other two conventions).
+        variance_type: "fixed_small" (beta_tilde), "fixed_small_log" (the same), "fixed_large" (beta),
+            "fixed_large_log" (the same), "learned_range" (the second half of the network's channels interpolates their
+            logarithms), or "learned" (it is the variance in diffusers, the log-variance in the other two conventions).
         convention: "diffusers", "guided_diffusion" or "denoising_diffusion_pytorch".
 
     Raises:
@@ -160,12 +160,13 @@ def ddpm_table(
     elif variance_type == "learned":
         learned = "variance" if convention == "diffusers" else "log"
         bounds = torch.tensor([[-1.0, 1.0]], dtype=torch.float64).repeat(len(timesteps), 1)
-    std = torch.ones_like(beta) if learned else (beta if variance_type == "fixed_large" else small).sqrt()
+    large = variance_type in ("fixed_large", "fixed_large_log")
+    std = torch.ones_like(beta) if learned else (beta if large else small).sqrt()
     zero = torch.zeros_like(beta)
     mean_std = None
     if convention == "guided_diffusion":
         # At the last step its fixed variances are the beta_tilde of the step before ("large") and beta_tilde itself, 0.
-        final = std[-1:] if learned else small[-1:].sqrt() if variance_type == "fixed_large" else zero[-1:]
+        final = std[-1:] if learned else small[-1:].sqrt() if large else zero[-1:]
         mean_std = torch.cat([std[:-1], final])
     return make_table(
         timesteps,

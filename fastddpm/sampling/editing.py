@@ -325,8 +325,8 @@ def _start(sampler: Sampler, strength: float) -> int:
     """Return the row of the table at which the last round(strength * S) of S steps begin."""
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ValueError(f"strength is {strength!r}, must be in (0, 1]")
-    steps = len(sampler.timesteps)
-    return steps - max(1, round(strength * steps))
+    begins = sampler.table.begins or range(len(sampler.timesteps))  # a step may take several evaluations
+    return begins[len(begins) - max(1, round(strength * len(begins)))]
 
 
 def _normal(

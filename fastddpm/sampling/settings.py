@@ -121,6 +121,9 @@ def checked_table(table: StepTable, start: int, given: bool, settings: LoopSetti
         raise ValueError(f"table has a learned variance but variance_type is {settings.variance_type!r}")
     if isinstance(start, bool) or not isinstance(start, numbers.Integral) or not 0 <= start < len(table):
         raise ValueError(f"start is {start!r}, must be from 0 to {len(table) - 1}, a row of the table")
+    if table.begins and start not in table.begins:
+        begins = ", ".join(map(str, table.begins))
+        raise ValueError(f"start is {start}, inside a step of several evaluations, must be one of {begins}")
     if not given and start > 0:
         raise ValueError(f"start is {start} but x_T is None, must be given: samples at the level of that row")
     if not given and table.start[1] == 0:

@@ -15,7 +15,10 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
+    TCDScheduler,
     UNet2DModel,
 )
 from diffusers_objects import CLOSE, SMALL, ddpm, draw, quiet, seeded, unet
@@ -26,44 +29,86 @@ from fastddpm.interop import accelerate
 # -- the general path -----------------------------------------------------------------------------------------------
 
 
+def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("fastddpm")]
+
+
 def test_general_unet(caplog: pytest.LogCaptureFixture) -> None:
     pipeline = quiet(DDPMPipeline(unet(act_fn="gelu"), DDPMScheduler()))
     with pytest.raises(ValueError, match="act_fn is 'gelu', must be one of 'silu', 'swish'; with allow_general=True"):
-        accelerate(pipeline)
+        accelerate(pipeline, allow_general=False)
     expected = draw(pipeline)
     with caplog.at_level(logging.WARNING):
-        fast = accelerate(pipeline, allow_general=True)
-    assert "act_fn is 'gelu'" in caplog.text
-    assert float((draw(fast) - expected).abs().max()) < CLOSE
+        fast = accelerate(pipeline)
+        assert float((draw(fast) - expected).abs().max()) < CLOSE
+    assert [text.count("act_fn is 'gelu'") for text in ours(caplog)] == [1]
+
+
+M: dict[str, Any] = {"prediction_type": "v_prediction"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("make", "message"),
     [
-        ({"use_karras_sigmas": True}, "use_karras_sigmas is True, only False is supported"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'sde-dpmsolver++', only 'dpmsolver++'"),
-        ({"solver_order": 3}, "solver_order is 3, must be 1 or 2"),
+        (lambda: DPMSolverMultistepScheduler(**M, algorithm_type="dpmsolver", thresholding=True,
+                                             final_sigmas_type="sigma_min"), "thresholding is True, must be False"),
+        (lambda: DPMSolverSinglestepScheduler(**M, algorithm_type="sde-dpmsolver++"), "algorithm_type is 'sde-dpmsolv"),
+        (lambda: DDPMScheduler(variance_type="fixed_large_log"), "variance_type is 'fixed_large_log'"),
+        (lambda: DDPMScheduler(beta_end=0.9), "beta_end is 0.9, so large that alphas_cumprod is 0 .* 444 of 1000 on"),
+        (lambda: EulerDiscreteScheduler(), "scales the network's input, which the loop of this pipeline does not"),
+        (lambda: TCDScheduler(), "scheduler is a TCDScheduler of .*, must be one of DDPMScheduler"),
     ],
-)
-def test_general_scheduler(settings: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture) -> None:
-    pipeline = quiet(DDPMPipeline(unet(), DPMSolverMultistepScheduler(**settings, prediction_type="v_prediction")))
-    with pytest.raises(ValueError, match=f"DPMSolverMultistepScheduler: {re.escape(message)}.*its own loop"):
-        accelerate(pipeline)
+)  # fmt: skip
+def test_general_scheduler(make: Callable[[], Any], message: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The pipeline's own loop around fastddpm's U-Net, without being asked, and said once."""
+    pipeline = quiet(DDPMPipeline(unet(), make()))
+    with pytest.raises(ValueError, match=f"{message}.*its own loop"):
+        accelerate(pipeline, allow_general=False)
     expected = draw(pipeline)
     with caplog.at_level(logging.WARNING):
-        fast = accelerate(pipeline, allow_general=True)
-    assert message in caplog.text
-    called: list[object] = []
-    fast._plan().model.register_forward_hook(lambda *_: called.append(1))
-    assert float((draw(fast) - expected).abs().max()) < CLOSE
+        fast = accelerate(pipeline)
+        called: list[object] = []
+        fast._plan().model.register_forward_hook(lambda *_: called.append(1))
+        torch.testing.assert_close(draw(fast), expected, rtol=0, atol=CLOSE, equal_nan=True)
     assert len(called) == 9  # it was fastddpm's U-Net
+    assert [bool(re.search(message, text)) for text in ours(caplog)] == [True]
     assert fast.unet is pipeline.unet
 
 
+@pytest.mark.parametrize(
+    ("make", "steps", "message"),
+    [
+        (lambda: DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 5, "zero terminal SNR"),
+        (
+            lambda: DPMSolverMultistepScheduler(num_train_timesteps=20, use_karras_sigmas=True),
+            19,
+            "num_inference_steps",
+        ),
+    ],
+    ids=["zero SNR", "a timestep twice"],
+)
+def test_general_calls(make: Callable[[], Any], steps: int, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What shows only once the timesteps are set: the same, for that call."""
+    pipeline = quiet(DDPMPipeline(unet(), make()))
+    with caplog.at_level(logging.WARNING):
+        fast = accelerate(pipeline)
+        try:
+            expected = draw(pipeline, num_inference_steps=steps)
+        except IndexError:  # diffusers begins with the second of two equal timesteps, and so runs out of them
+            with pytest.raises(IndexError):
+                draw(fast, num_inference_steps=steps)
+        else:
+            for _ in range(2):
+                torch.testing.assert_close(
+                    draw(fast, num_inference_steps=steps), expected, rtol=0, atol=CLOSE, equal_nan=True
+                )
+    assert [message in text for text in ours(caplog)] == [True]
+
+
 def test_nothing_left_to_accelerate() -> None:
-    pipeline = DDPMPipeline(unet(time_embedding_type="fourier"), DPMSolverMultistepScheduler(use_karras_sigmas=True))
-    with pytest.raises(ValueError, match="time_embedding_type.*use_karras_sigmas.*nothing left"):
-        accelerate(pipeline, allow_general=True)
+    pipeline = DDPMPipeline(unet(time_embedding_type="fourier"), TCDScheduler())
+    with pytest.raises(ValueError, match="time_embedding_type.*TCDScheduler.*nothing left"):
+        accelerate(pipeline)
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
@@ -135,7 +180,7 @@ def more_parameters() -> UNet2DModel:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: (unet(), PNDMScheduler()), "scheduler is a PNDMScheduler, must be one of DDPMScheduler, DDIM"),
+        (lambda: (unet(), PNDMScheduler()), "PNDMScheduler: skip_prk_steps is False, only True is supported"),
         (lambda: (unet(), DDPMScheduler(variance_type="fixed_large_log")), "DDPMScheduler: variance_type is 'fixed_l"),
         (lambda: (unet(out_channels=6), DDPMScheduler()), "out_channels is 6, must be 3 for in_channels 3"),
         (lambda: (unet(), DDPMScheduler(variance_type="learned")), "out_channels is 3, must be 6"),
@@ -167,7 +212,7 @@ def more_parameters() -> UNet2DModel:
 )
 def test_what_is_not_supported(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        accelerate(make())
+        accelerate(make(), allow_general=False)
     assert "\n" not in str(error.value)
 
 
@@ -178,10 +223,10 @@ def test_options() -> None:
         accelerate(ddpm(), steps=3)
     with pytest.raises(ValueError, match="inplace is True but obj is a tuple"):
         accelerate((unet(), DDPMScheduler()), inplace=True)
-    karras = DDPMPipeline(unet(), DPMSolverMultistepScheduler(use_karras_sigmas=True))
-    with pytest.raises(ValueError, match="dtype is 'float16' but .*use_karras_sigmas.*must be None"):
-        accelerate(karras, allow_general=True, dtype="float16")
-    assert type(karras) is DDPMPipeline
+    other = DDPMPipeline(unet(), TCDScheduler())
+    with pytest.raises(ValueError, match="dtype is 'float16' but .*TCDScheduler.*must be None"):
+        accelerate(other, dtype="float16")
+    assert type(other) is DDPMPipeline
 
 
 def test_calls_that_cannot_be() -> None:
@@ -193,14 +238,15 @@ def test_calls_that_cannot_be() -> None:
     ddim = accelerate(quiet(DDIMPipeline(unet(), DDIMScheduler())))
     with pytest.raises(ValueError, match="generator has 3 entries, must have one per image, 2"):
         draw(ddim, generator=[seeded()] * 3)
-    with pytest.raises(ValueError, match="eta is -1"):
-        draw(ddim, eta=-1)
+    with pytest.raises(ValueError, match="eta is -1, must be a finite number"):
+        draw(accelerate(quiet(DDIMPipeline(unet(), DDIMScheduler())), allow_general=False), eta=-1)
     ddim.scheduler = DDPMScheduler()
     with pytest.raises(TypeError, match="scheduler is a DDPMScheduler, must be a DDIMScheduler"):
         draw(ddim)
     fast.unet = unet(sample_size=None)
     with pytest.raises(ValueError, match="sample_size is None, must be the pixels"):
         draw(fast)
+    fast = accelerate(ddpm(), allow_general=False)
     fast.unet = unet(act_fn="gelu")
     with pytest.raises(ValueError, match="act_fn is 'gelu'"):
         draw(fast)

@@ -158,14 +158,15 @@ def test_published_loops(
     scheduler: Any, steps: int, total: float | None, mean: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers and tolerances of tests/schedulers/test_scheduler_{ddpm,ddim,dpm_multi}.py in diffusers."""
-    fast = quiet(accelerate((Ramp(), scheduler), allow_general=True))
+    fast = quiet(accelerate((Ramp(), scheduler)))
     first = [ramp()]  # in place of the x_T that a pipeline draws; the noise of the steps follows from the generator
 
     def randn(*arguments: Any, **named: Any) -> Tensor:
         return first.pop() if first else randn_tensor(*arguments, **named)
 
     monkeypatch.setattr("fastddpm.interop.diffusers.randn_tensor", randn)
-    check_magnitudes(fast._denoise(fast._plan(), (4, 3, 8, 8), seeded(), steps), total, mean)
+    plan = fast._plan()
+    check_magnitudes(fast._denoise(plan, fast._table(plan, steps), (4, 3, 8, 8), seeded()), total, mean)
     assert not first
 
 
@@ -180,11 +181,11 @@ def test_published_loops(
 )
 def test_published_loops_from_noised_samples(scheduler: Any, steps: int, start: int, total: float, mean: float) -> None:
     """The last steps, of samples that the scheduler noised."""
-    fast = accelerate((Ramp(), scheduler), allow_general=True)
+    fast = accelerate((Ramp(), scheduler))
     plan = fast._plan()
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
-    table = plan.recognised.table(timesteps, steps)
+    table = plan.recognised.table(scheduler)
     noised = scheduler.add_noise(ramp(), ramp(falling=True), timesteps[start : start + 1])
     generator = seeded()
     noise = StepNoise([False] * steps, lambda: randn_tensor(noised.shape, generator=generator))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def execute(
     clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(next, x0) by the definition of the row."""
-    a, b, c, d, e, f, s = table.rows[index].tolist()
+    a, b, c, d, e, f, s = table.rows[index].tolist()  # of at most one earlier x0
     std: Tensor | float = s
     if table.log_variance is not None:
         out, v = out.chunk(2, dim=1)
@@ -60,3 +61,19 @@ def compare(
             out[:, 3:] = out[:, 3:].exp()
         following, x0_prev = execute(table, index, x, out, x0_prev=x0_prev, z=z, clip=clip)
         torch.testing.assert_close(following, step(index, x, out, z), rtol=1e-9, atol=1e-9)
+
+
+def walk(
+    table: StepTable, x: np.ndarray, network: Callable[[int, np.ndarray], np.ndarray], noises: np.ndarray
+) -> list[np.ndarray]:
+    """Return the states before every row and after the last, by the definition of the rows."""
+    states, seen = [x], list[np.ndarray]()
+    for row, (a, b, c, d, e, f, s, *older) in enumerate(table.rows.tolist()):
+        out = network(row, x)
+        stored = a * x + b * out
+        x = c * stored + d * x + e * out + s * noises[row]
+        for factor, past in zip((f, *older), seen[::-1], strict=False):
+            x = x + factor * past
+        seen.append(stored)
+        states.append(x)
+    return states

@@ -319,13 +319,15 @@ def _check_same(scheduler: Any, recognised: Recognised) -> None:
         table = recognised.table(theirs, eta=eta)
         start = x = torch.randn(shape, generator=theirs_noise) * theirs.init_noise_sigma
         scale, timesteps = recognised.initial_scale(theirs), theirs.timesteps.cpu()
+        if not recognised.scales and theirs.init_noise_sigma != 1:
+            raise ValueError(f"its steps are not those of its config: init_noise_sigma is {theirs.init_noise_sigma}")
         for t in timesteps:
             out = network(theirs.scale_model_input(x, t), t[None])
             x = theirs.step(out, t, x, **call).prev_sample
     except Exception as error:  # whatever a scheduler raises that is not set up to run
         raise ValueError(f"{name}: {str(error).strip().partition(chr(10))[0]}") from None
     if not bool(x.isfinite().all()):
-        raise ValueError(f"{name}: its own steps give NaN for its config")
+        raise ValueError(f"{name}: its steps give NaN for its config and values")
     torch.randn(shape, generator=ours_noise)  # the start
     draws = recognised.draws(timesteps, eta)
     ours = Sampler(network, table, device="cpu", backend="eager", **recognised.of_sampler).sample(
