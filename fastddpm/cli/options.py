@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 GRAPHS = ("auto", "while", "unrolled", "step", "off")
-METHODS = ("ddpm", "ddim", "dpmsolver++")
+METHOD_HELP = "ddpm, ddim, dpmsolver++, unipc, euler, heun and others"
 BACKENDS = ("auto", "triton", "native", "eager", "reference")
 SPACINGS = ("leading", "trailing", "linspace", "denoising_diffusion_pytorch", "guided_diffusion")
 DEVICE_HELP = "cuda, cuda:1, mps, cpu (default: the first of these that this machine has)"
@@ -90,6 +90,15 @@ def shares(text: str) -> list[float]:
     return [share(part) for part in text.split(",")]
 
 
+def method_name(text: str) -> str:
+    """Check the name of a sampling method."""
+    from fastddpm.process.methods import METHODS  # here, because it imports torch
+
+    if text not in METHODS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(METHODS)}")
+    return text
+
+
 def _batch_size(text: str) -> int | str:
     return text if text == "auto" else integer(1)(text)
 
@@ -112,7 +121,8 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
     add("--timesteps", type=integers, metavar="T,T,...", help="the exact timesteps to visit, falling")
     add("--spacing", choices=SPACINGS,
         help="how the steps are spaced over the trained ones (default: the model's, usually leading)")  # fmt: skip
-    add("--method", choices=METHODS, default=method, help=f"(default: {method or 'of the model, usually ddpm'})")
+    add("--method", type=method_name, default=method, metavar="NAME",
+        help=f"{METHOD_HELP} (default: {method or 'of the model, usually ddpm'})")  # fmt: skip
     add("--eta", type=float, help="share of DDPM's noise in ddim (default: 0)")
     add("--guidance-scale", type=float, metavar="W", help="scale of classifier-free guidance (default: none)")
     add("--thresholding", action="store_true",

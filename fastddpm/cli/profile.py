@@ -15,11 +15,12 @@ from fastddpm.cli.options import (
     DEVICE_HELP,
     DTYPES,
     GRAPHS,
-    METHODS,
+    METHOD_HELP,
     chosen_device,
     integer,
     labels_in_turn,
     make_sampler,
+    method_name,
     seconds,
     wide_console,
 )
@@ -52,7 +53,7 @@ def add_commands(commands: Any) -> None:
         )  # fmt: skip
     add = parser.add_argument_group("sampler").add_argument
     add("--steps", type=integer(1), metavar="S", help="of an image (default: all trained ones)")
-    add("--method", choices=METHODS, help="sampler (default: the model's)")
+    add("--method", type=method_name, metavar="NAME", help=f"{METHOD_HELP} (default: the model's)")
     add("--dtype", choices=DTYPES, help="of the network (default: auto, as for sample)")
     add("--device", help=DEVICE_HELP)
     add("--backend", choices=BACKENDS, default="auto", help="as for sample (default: auto)")

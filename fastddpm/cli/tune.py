@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import (
     DTYPES,
-    METHODS,
+    METHOD_HELP,
     chosen_device,
     integer,
     make_sampler,
+    method_name,
     seconds,
     wide_console,
 )
@@ -49,7 +50,7 @@ def add_commands(commands: Any) -> None:
              "(default: 1 8 64 on cuda, 1 4 16 on cpu; 16 with --training)")  # fmt: skip
     add("--training", action="store_true",
         help="the shapes of a training step, forward and backward, in place of those of sampling")  # fmt: skip
-    add("--method", choices=METHODS, help="sampler whose step is tuned (default: the model's)")
+    add("--method", type=method_name, metavar="NAME", help=f"whose step is tuned: {METHOD_HELP} (default: the model's)")
     add("--guidance-scale", type=float, metavar="W", help="tune for classifier-free guidance")
     add("--dtype", choices=DTYPES,
         help="of the network (default: auto, as for sample; with --training as for train: autocast to bfloat16 where "

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastddpm.process.schedule import NoiseSchedule
 
@@ -94,7 +95,8 @@ class StepTable:
         if index == 0:
             return self
         if self.restart is not None:
-            return self.restart(index)
+            rest = self.restart(index)  # may combine fewer predictions: a loop's buffers have the columns of the whole
+            return replace(rest, rows=pad(rest.rows, (0, self.rows.shape[1] - rest.rows.shape[1])))
         rows = self.rows[index:].clone()
         rows[0, 2] += rows[0, 5]
         rows[0, 5] = 0

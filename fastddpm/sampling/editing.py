@@ -56,7 +56,7 @@ def image_to_image(
         return sampler.sample(len(images), shape=images.shape[1:], seed=seed, seeds=seeds, **options)
     noise = _normal(sampler, images, seed, seeds)
     x = _noised(images, sampler.table.skip(start).start, noise)
-    return sampler.sample(len(images), x_T=x, start=start, seed=seed, seeds=seeds, **options)
+    return sampler.sample(len(images), x_T=x, **_rest(sampler, start), seed=seed, seeds=seeds, **options)
 
 
 @torch.no_grad()
@@ -151,11 +151,12 @@ def encode(sampler: Sampler, images: Tensor, *, strength: float = 1.0, **options
     images = _check_images(sampler, images, "images")
     start = _start(sampler, strength)
     _check_deterministic(sampler, "encoding")
+    begins = _begins(sampler)
     # Where there is no noise, x and x0 do not tell epsilon: a model of x0 has to start at the level of timestep 0.
     clean = float(sampler.table.levels[-1, 1]) == 0 and sampler.prediction_type != "sample"
     table = ddim_inversion_table(
         _schedule(sampler, "encoding"),
-        sampler.timesteps[start:],
+        [timestep for row, timestep in enumerate(sampler.timesteps.tolist()) if row >= start and row in begins],
         prediction_type=sampler.prediction_type,
         set_alpha_to_one=clean,
     )
@@ -229,7 +230,7 @@ def interpolate(
     images = sampler.sample(
         pairs * steps,
         x_T=path.flatten(0, 1),
-        start=start,
+        **_rest(sampler, start),
         seeds=[value for value in seeds for _ in range(steps)],
         class_labels=None if labels is None else labels.repeat_interleave(steps),
         **options,
@@ -325,8 +326,20 @@ def _start(sampler: Sampler, strength: float) -> int:
     """Return the row of the table at which the last round(strength * S) of S steps begin."""
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ValueError(f"strength is {strength!r}, must be in (0, 1]")
-    begins = sampler.table.begins or range(len(sampler.timesteps))  # a step may take several evaluations
+    begins = _begins(sampler)
     return begins[len(begins) - max(1, round(strength * len(begins)))]
+
+
+def _begins(sampler: Sampler) -> Sequence[int]:
+    """Return the rows of the table at which a step begins."""
+    return sampler.table.begins or range(len(sampler.table))
+
+
+def _rest(sampler: Sampler, start: int) -> dict[str, Any]:
+    """Return the arguments of `Sampler.sample` for the rows from `start` on."""
+    rest = sampler.table.skip(start)
+    # "plms" begins with one evaluation more, so that its rows are no longer those of the whole loop.
+    return {"start": start} if len(rest) == len(sampler.table) - start else {"table": rest}
 
 
 def _normal(
@@ -358,6 +371,11 @@ def _check_deterministic(sampler: Sampler, task: str) -> None:
         raise ValueError(
             f"method is {sampler.method!r} with noise at its steps, but {task} needs one without: 'ddim' with eta 0 "
             "or 'dpmsolver++'"
+        )
+    if bool((sampler.timesteps != sampler.timesteps.round()).any()):
+        raise ValueError(
+            f"method is {sampler.method!r} with timesteps between integers, but {task} needs integers, as of 'ddim' or "
+            "'dpmsolver++'"
         )
 
 

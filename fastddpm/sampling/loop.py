@@ -88,13 +88,14 @@ def buffer_shapes(
     }
     if labels is not None:
         integers["labels"] = ((halves * n, *labels.shape[1:]), labels.dtype)
+    history = table.rows.shape[1] - 7
     floats: dict[str, tuple[int, ...] | None] = {
         "x": shape,
         "rows": (rows, table.rows.shape[1]),
         "inputs": (halves * n, channels + beside, *size),
         "self_condition": (halves * n, *shape[1:]) if settings.self_condition else None,
-        "x0": shape if table.multistep or settings.self_condition or keep_x0 else None,
-        "history": (table.rows.shape[1] - 7, *shape) if table.rows.shape[1] > 7 else None,
+        "x0": shape if table.multistep or history or settings.self_condition or keep_x0 else None,
+        "history": (history, *shape) if history else None,
         "noise": shape if noise else None,
         "log_variance": None if table.learned is None else (rows, 2),
         "score_shift": (rows,) if shifts not in (None, "mean") else None,
@@ -200,7 +201,9 @@ class Loop:
             self._ahead.load(table)
 
         low, high = self.settings.guidance_interval or (-math.inf, math.inf)
-        guidable, multistep, variance = "guidance_scale" in b, rest.multistep, rest.learned == "variance"
+        # A table that began anew may need no earlier predictions: the rows then weigh the buffers' zeros with zero.
+        multistep = rest.multistep or "history" in b
+        guidable, variance = "guidance_scale" in b, rest.learned == "variance"
         self.bodies = [Body(False, False)] * start + [
             Body(True, guidable and low <= t <= high, multistep, variance) if needed else Body(False, False)
             for needed, t in zip(rest.needs_network.tolist(), rest.timesteps.tolist(), strict=True)

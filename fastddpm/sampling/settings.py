@@ -126,6 +126,8 @@ def checked_table(table: StepTable, start: int, given: bool, settings: LoopSetti
         raise ValueError(f"start is {start}, inside a step of several evaluations, must be one of {begins}")
     if not given and start > 0:
         raise ValueError(f"start is {start} but x_T is None, must be given: samples at the level of that row")
+    if start > 0 and len(table.skip(start)) != len(table) - start:
+        raise ValueError(f"start is {start}, where this table begins with other rows: must be 0 of table.skip({start})")
     if not given and table.start[1] == 0:
         raise ValueError("table starts from clean samples but x_T is None, must be given")
     return table

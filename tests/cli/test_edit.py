@@ -25,6 +25,7 @@ def save(name: str, values: np.ndarray) -> None:
     [
         (["edit"], 10, 4),
         (["edit", "3", "8", "--strength", "0.5,1", "-n", "2"], 2, 5),
+        (["edit", "3", "--method", "unipc", "--strength", "0.5"], 1, 2),
         (["inpaint"], 10, 6),
         (["inpaint", "3", "-n", "1", "--method", "ddim"], 1, 3),
         (["interpolate"], 5, 11),

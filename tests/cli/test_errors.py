@@ -41,6 +41,7 @@ BAD = [
     ("sample --timesteps 9,x", "'9,x' must be integers"),
     ("sample --timesteps 9,3 --spacing trailing", "--timesteps is given and so is --spacing"),
     ("sample --timesteps 9,3 --steps 2", "--steps is 2 but timesteps are given"),
+    ("sample --method fast", "--method: 'fast' must be one of ddpm, ddim, "),
     ("sample --spacing random", "--spacing: invalid choice"),
     ("sample --trajectory a.gif", "--trajectory is a.gif, its suffix must be .png"),
     ("sample -o a.png --trajectory a.png", "must be different files"),

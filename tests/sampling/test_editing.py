@@ -13,6 +13,7 @@ from fastddpm_kernels import philox
 from torch import Tensor
 
 from fastddpm import NoiseSchedule, Sampler, load_pretrained
+from fastddpm.process.methods import METHODS
 from fastddpm.sampling.editing import encode, image_to_image, inpaint, interpolate, slerp, super_resolution
 from fastddpm.sampling.trajectory import Trajectory
 
@@ -51,6 +52,27 @@ def rms(x: Tensor) -> float:
 
 
 # -- image to image ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_from_noised_images(method: str, strength: float) -> None:
+    """The steps left over are the method's own table, begun anew at the level that the images are noised to."""
+    draw = sampler(lambda x, t: gaussian(x, t.long()), method=method, num_inference_steps=10)
+    images = pictures(2)
+    begins = draw.table.begins or tuple(range(len(draw.table)))
+    start = begins[-round(strength * len(begins))]
+    rest = draw.table.skip(start)
+    signal, sigma = rest.start
+    noise = philox.normal(philox.sample_keys([3, 3], [0, 1]), images.shape[1:], step=0, stream=philox.STREAM_INITIAL)
+    edited = image_to_image(draw, images, strength, seed=3)
+    assert edited.isfinite().all()
+    if not bool((rest.rows[:, 6] != 0).any()) and rest.log_variance is None:
+        x = (signal * images.double() + sigma * noise).float()
+        torch.testing.assert_close(edited, draw.sample(2, x_T=x, table=rest), atol=1e-5, rtol=1e-5)
+    if len(rest) != len(draw.table) - start:
+        with pytest.raises(ValueError, match="where this table begins with other rows"):
+            draw.sample(2, x_T=images, start=start)
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++"])
