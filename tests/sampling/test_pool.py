@@ -99,6 +99,8 @@ def test_a_pool_that_keeps_none() -> None:
 
 @pytest.fixture
 def _no_collection() -> Iterator[None]:
+    # Torch imports parts of itself inside the first dispatch mode, and keeps the frames that led there.
+    Sampler(toy, LINEAR, num_inference_steps=30).sample(9, shape=(2, 3), batch_size="auto")
     gc.collect()
     gc.disable()
     yield
@@ -202,7 +204,7 @@ def test_given_noise_does_not_stay() -> None:
     # The last step adds none, and what was there before does not come in.
     assert bool(sampler.sample(2, x_T=given, start=3, noise=noise).isfinite().all())
     assert not torch.equal(given, drawn)
-    assert sampler._pool.built == 2
+    assert sampler._pool.built == 3  # drawn and given noise, and one sample walked again to find where it became nan
 
 
 def test_threads_do_not_disturb_each_other() -> None:
