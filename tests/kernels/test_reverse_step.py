@@ -376,7 +376,7 @@ WARMING_UP = torch.tensor([
 def test_history(shape: Any, options: tuple[str, ...], past: int, backend: str, device: torch.device) -> None:
     """Every step against the sum of what was predicted before. Nothing that no step wrote is read."""
     arguments = make(shape, options, torch.float32, device)
-    table = WARMING_UP[:, : 7 + past].to(device)
+    table = WARMING_UP[:, : 7 + past].contiguous().to(device)
     outs, noises = torch.randn(2, len(table), *arguments["out"].shape, device=device)
     if "known" in options:
         arguments["known_table"] = torch.full((len(table), 2), 0.5, device=device)

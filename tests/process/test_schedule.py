@@ -182,7 +182,7 @@ def betas(values: object) -> Callable[[], object]:
         (betas([1.5]), "betas[0] is 1.5"),
         (betas([[0.1]]), "betas has shape"),
         (betas([]), "betas has shape"),
-        (betas(["a"]), "betas must be a sequence of numbers"),
+        (betas(["a"]), "betas is a list, must be a sequence of numbers"),
         (betas([0.999] * 2000), "underflows"),
         (betas([0.999] * 2000 + [1.0]), "underflows"),
         (lambda: NoiseSchedule.from_name("quadratic"), "beta_schedule is 'quadratic', must be"),
