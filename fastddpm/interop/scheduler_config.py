@@ -47,8 +47,16 @@ class _Kind(NamedTuple):
     defaults: Mapping[str, Any] = {}
 
 
-def _algorithm(config: Mapping[str, Any]) -> str:
-    return str(config["algorithm_type"])
+def _algorithm(*known: str, ending: str = "") -> Callable[[Mapping[str, Any]], str]:
+    """Return how to read the method of DPM-Solver: one of `known`, with what the method's name ends in."""
+
+    def method(config: Mapping[str, Any]) -> str:
+        algorithm = config["algorithm_type"]
+        if algorithm not in known:
+            raise ValueError(f"algorithm_type is {algorithm!r}, must be one of {', '.join(map(repr, known))}")
+        return f"{algorithm}{ending}"
+
+    return method
 
 
 def _plms(config: Mapping[str, Any]) -> str:
@@ -63,12 +71,12 @@ _KINDS: dict[str, _Kind] = {
     "DDPMScheduler": _Kind("ddpm", (*_SPACED, *_CLIPPING, "thresholding", "variance_type")),
     "DDIMScheduler": _Kind("ddim", (*_SPACED, *_CLIPPING, "thresholding", "set_alpha_to_one")),
     "DPMSolverMultistepScheduler": _Kind(
-        _algorithm,
+        _algorithm("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"),
         (*_MULTISTEP, "solver_type", "euler_at_final", "final_sigmas_type", "lambda_min_clipped"),
         {**_LINSPACE, "algorithm_type": "dpmsolver++"},
     ),
     "DPMSolverSinglestepScheduler": _Kind(
-        lambda config: f"{_algorithm(config)}_singlestep",
+        _algorithm("dpmsolver++", "dpmsolver", ending="_singlestep"),
         (*_MULTISTEP, "solver_type", "final_sigmas_type", "lambda_min_clipped"),
         {**_LINSPACE, "algorithm_type": "dpmsolver++", "lower_order_final": False},
     ),

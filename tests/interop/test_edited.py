@@ -158,14 +158,14 @@ def test_subclasses_of_schedulers_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_edited_diffusions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = diffusion()
-    ours = fast(theirs)
+    ours = fast(theirs, allow_general=False)
     theirs.q_posterior = lambda *_: None  # after it was accelerated
     with pytest.raises(ValueError, match="has its own q_posterior"):
         ours.sample(1)
     del theirs.q_posterior
     own = type(theirs).p_sample
     monkeypatch.setattr(type(theirs), "p_sample", lambda *args, **kwargs: own(*args, **kwargs))
-    for attempt in (lambda: ours.sample(1), lambda: fast(diffusion())):
+    for attempt in (lambda: ours.sample(1), lambda: fast(diffusion(), allow_general=False)):
         with pytest.raises(ValueError, match="has its own p_sample"):
             attempt()
 

@@ -14,8 +14,7 @@ pytest.importorskip("denoising_diffusion_pytorch", reason="needs denoising_diffu
 from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
 from lucidrains_objects import CLOSE, SCHEDULES, STEPS, Fixed, both, diffusion, fast, same, unet
 
-from fastddpm.interop import lucidrains
-from fastddpm.interop.lucidrains import load_trainer_checkpoint
+from fastddpm.interop.lucidrains import AcceleratedDiffusion, load_trainer_checkpoint
 from fastddpm.interop.lucidrains.tables import OBJECTIVES
 
 
@@ -80,7 +79,7 @@ def test_trainer_samples_in_place(trainer: Trainer) -> None:
         expected = type(averaged).sample(averaged, 2)
         torch.testing.assert_close(images, expected, rtol=0, atol=CLOSE)
     finally:
-        for name in lucidrains.METHODS:
+        for name in AcceleratedDiffusion.methods:
             delattr(averaged, name)
 
 

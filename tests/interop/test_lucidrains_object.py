@@ -254,5 +254,5 @@ def test_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     )
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), {"__name__": "__main__"})
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["before", "after", "largest difference"]
+    assert [line.split(":")[0] for line in lines] == ["before", "after", "largest difference, of [0, 1]"]
     assert float(lines[2].split(":")[1]) < 1e-5

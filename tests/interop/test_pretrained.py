@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
-from fastddpm import NoiseSchedule, UNet, load_pretrained, save_pretrained
+from fastddpm import NoiseSchedule, Sampler, UNet, load_pretrained, save_pretrained
 from fastddpm.interop.scheduler_config import load_scheduler
 
 CONFIG: dict[str, Any] = {
@@ -137,10 +137,15 @@ def test_network_dtype(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler', must be one of"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'sde-dpmsolver\\+\\+', only 'dpmsolver\\+\\+' is"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas is True, only False is supported"),
-        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1, only -inf is supported"),
+        ({"_class_name": "TCDScheduler"}, "_class_name is 'TCDScheduler', must be one of"),
+        ({"_class_name": "PNDMScheduler"}, "skip_prk_steps is False, only True is supported"),
+        (
+            {"_class_name": "DPMSolverSinglestepScheduler", "algorithm_type": "sde-dpmsolver++"},
+            "algorithm_type is 'sde-dpmsolver\\+\\+', must be one of 'dpmsolver\\+\\+', 'dpmsolver'$",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpm"}, "algorithm_type is 'dpm', must be"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas are both true"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting is True, only False is supported"),
         ({"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),
         ({"trained_betas": [0.1, float("nan")]}, r"betas\[1\] is nan"),
@@ -153,6 +158,25 @@ def test_unsupported_schedulers_are_named(folder: Path, change: dict[str, Any], 
     with pytest.raises(ValueError, match=message) as caught:
         load_scheduler(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        ({"algorithm_type": "sde-dpmsolver++"}, {"method": "sde-dpmsolver++"}),
+        ({"use_karras_sigmas": True}, {"method": "dpmsolver++", "sigma_schedule": "karras"}),
+        ({"lambda_min_clipped": -0.1}, {"lambda_min_clipped": -0.1}),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, {"method": "plms"}),
+    ],
+)
+def test_settings_of_solvers_are_read(folder: Path, change: dict[str, Any], settings: dict[str, Any]) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    content = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 100}
+    path.write_text(json.dumps(content | change))
+    assert settings.items() <= load_scheduler(path)[1].items()
+    images = load_pretrained(folder).sampler(num_inference_steps=4).sample(1, seed=0)
+    path.write_text(json.dumps(content))
+    assert not torch.equal(images, load_pretrained(folder).sampler(num_inference_steps=4).sample(1, seed=0))
 
 
 @pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "unet/config.json"])
@@ -216,9 +240,11 @@ def test_learned_variance_of_a_multistep_scheduler_is_read(folder: Path) -> None
     path = folder / "scheduler" / "scheduler_config.json"
     change = {"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned_range", "clip_sample": None}
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    settings = load_scheduler(path)[1]
+    schedule, settings = load_scheduler(path)
     assert settings["variance_type"] == "learned_range"
-    assert settings["clip_sample"] is False  # the default of that scheduler, not a null
+    assert "clip_sample" not in settings  # that scheduler has no such field, and does not clip
+    two = UNet(**{**CONFIG, "out_channels": 2})
+    assert Sampler(two, schedule, **settings).clip_range is None
 
 
 @pytest.mark.parametrize("name", ["clip_sample", "thresholding"])

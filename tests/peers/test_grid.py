@@ -13,5 +13,5 @@ GRID = runpy.run_path(str(Path(__file__).with_name("grid.py")))
 @pytest.mark.parametrize("seed", [11, 12, 13])
 def test_a_few_random_cases(seed: int) -> None:
     counts, cases = GRID["run"](8, seed)
-    assert [case for case in cases if "nothing left to accelerate" not in case["why"]] == []
+    assert cases == []
     assert counts.get("equal", 0) > 0

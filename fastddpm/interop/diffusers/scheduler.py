@@ -239,9 +239,6 @@ def recognise(scheduler: Any) -> Recognised:
     method = SCHEDULERS[name] or settings["method"]
     if method in _BY_TIMESTEPS:
         schedule = _own_levels(scheduler, name)
-    if method not in METHODS and method not in _SCALE and method != "ddim_inverse":
-        algorithm = config["algorithm_type"]
-        raise ValueError(f"{name}: algorithm_type is {algorithm!r}, must be 'dpmsolver++' or 'dpmsolver'")
     if settings.get("variance_type") and method != "ddpm" and settings.get("prediction_type") != "epsilon":
         raise ValueError(
             f"{name}: variance_type is {settings['variance_type']!r} but prediction_type is "
