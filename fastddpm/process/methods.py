@@ -148,7 +148,7 @@ def method_table(
         timesteps: [S], falling; None for those of the next three.
         num_inference_steps, timestep_spacing, steps_offset: see `NoiseSchedule.timesteps`; None for all T steps, and
             the method's own spacing.
-        **settings: the method's. A setting of other methods is let through at its default.
+        **settings: the method's. A setting of other methods is let through at the default of the first of them.
 
     Raises:
         TypeError: no method has such a setting.
@@ -192,7 +192,7 @@ def _own(name: str, own: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
             continue
         elif not others:
             raise TypeError(f"{setting} is no setting of a method; method {name!r} has {', '.join(own)}")
-        elif all(value != METHODS[other].settings[setting] for other in others):
+        elif value != METHODS[others[0]].settings[setting]:
             raise ValueError(
                 f"{setting} is {value!r} but method is {name!r}; {setting} is a setting of method "
                 f"{', '.join(map(repr, others))}"

@@ -40,7 +40,9 @@ def check_groups(channels: int, num_groups: int) -> None:
 
 
 def check_like(x: Tensor, shapes: dict[str, tuple[int, ...]], values: dict[str, Tensor | None]) -> None:
-    """Check that `values`, if given, have x's dtype, device and memory format, and their `shapes`."""
+    """Check that y and the other `values`, if given, have x's dtype, device and memory format, and their `shapes`."""
+    if values["y"] is None:
+        raise TypeError("y is a NoneType, must be a tensor to write to")
     last = is_channels_last(x)
     if not last and not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}, must be contiguous or channels-last")
