@@ -120,10 +120,10 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
     parser.set_defaults(default_steps=steps)
     add("--timesteps", type=integers, metavar="T,T,...", help="the exact timesteps to visit, falling")
     add("--spacing", choices=SPACINGS,
-        help="how the steps are spaced over the trained ones (default: the model's, usually leading)")  # fmt: skip
+        help="how the steps are spaced over the trained ones (default: the method's or the model's)")  # fmt: skip
     add("--method", type=method_name, default=method, metavar="NAME",
         help=f"{METHOD_HELP} (default: {method or 'of the model, usually ddpm'})")  # fmt: skip
-    add("--eta", type=float, help="share of DDPM's noise in ddim (default: 0)")
+    add("--eta", type=float, help="share of DDPM's noise in ddim (default: 0) and euler_a (default: 1)")
     add("--guidance-scale", type=float, metavar="W", help="scale of classifier-free guidance (default: none)")
     add("--thresholding", action="store_true",
         help="clip each predicted image at a quantile of its own pixels instead of at 1")  # fmt: skip

@@ -36,6 +36,7 @@ BAD = [
     ("sample --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("sample --backend fast", "--backend: invalid choice: 'fast'"),
     ("sample --eta 1", "--eta is 1.0 but method is 'ddpm'"),
+    ("sample --eta 1 --method lms", "but method is 'lms'; eta is a setting of method 'ddim', 'euler_a'"),
     ("sample --eta 1 --method dpmsolver++", "but method is 'dpmsolver++'"),
     ("sample --timesteps 5,6", "--timesteps has 5 before 6"),
     ("sample --timesteps 9,x", "'9,x' must be integers"),

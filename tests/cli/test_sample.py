@@ -67,6 +67,10 @@ def test_options_reach_the_sampler(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "steps"),
     [
         (["--method", "dpmsolver++", "--steps", "7"], 7),
+        (["--method", "euler_a", "--steps", "5"], 5),
+        (["--method", "euler_a", "--steps", "5", "--eta", "0.5"], 5),
+        (["--method", "lcm", "--steps", "4"], 4),
+        (["--method", "heun", "--steps", "3"], 5),  # two evaluations to a step, one to the last
         (["--timesteps", "900,500,20"], 3),
         (["--spacing", "trailing", "--steps", "4"], 4),
         (["--spacing", "guided_diffusion", "--steps", "ddim25"], 25),

@@ -6,6 +6,7 @@ The recursions here are written from the papers, in terms of x_t and x_0, and sh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from table_rows import walk
 from torch import Tensor
 
+from fastddpm.process.grids import SigmaGrid
+from fastddpm.process.methods import METHODS
 from fastddpm.process.multistep import dpmsolver_table
 from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
@@ -411,3 +415,128 @@ def test_error_falls_at_the_rate_of_the_order(build: Any, up: bool, order: int) 
 def test_second_order_needs_fewer_steps() -> None:
     first, second = (path_errors(build, [20], up=False)[0] for build in (ddim, second_order))
     assert second < first / 3
+
+
+def smooth_grid(steps: int, power: float) -> SigmaGrid:
+    """Return levels from log(signal / noise) = -3.5 to 3, a smooth function of the step's number.
+
+    The first step is of length O(steps^-power): a method that starts with lower orders loses nothing there.
+    """
+    log_snr = -3.5 + 6.5 * np.linspace(0, 1, steps + 1) ** power
+    trained = np.exp(np.linspace(3.5, -3, 1000))[::-1].copy()
+    return SigmaGrid(np.linspace(999, 1, steps).round(), np.exp(-log_snr), trained=trained)
+
+
+def solver_errors(method: str, settings: dict[str, Any], counts: Sequence[int], power: float) -> np.ndarray:
+    """As `path_errors`, for methods that lay levels of their own; to a level that still has noise."""
+    errors = []
+    for count in counts:
+        build = functools.partial(METHODS[method].table, SCHEDULE, smooth_grid(count, power))
+        table = build(prediction_type="v_prediction", **METHODS[method].fixed, **settings)
+        assert not table.rows[:, 6].any()
+        levels = [table.start, *table.levels.tolist()]
+
+        def network(row: int, x: np.ndarray, levels: list[Any] = levels) -> np.ndarray:
+            a, b = levels[row]
+            p, q = DATA.denoiser((a, b))
+            best = p * x + q
+            return a * (x - a * best) / b - b * best
+
+        end = walk(table, POINTS, network, np.zeros(len(table)))[-1]
+        (mean, std), (mean_after, std_after) = DATA.at(levels[0]), DATA.at(levels[-1])
+        errors.append(np.abs(end - (mean_after + (POINTS - mean) / std * std_after)).max())
+    return np.array(errors)
+
+
+FULL_ORDER = {"lower_order_final": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "order"),
+    [
+        ("euler", {}, 1),
+        ("heun", {}, 2),
+        ("edm", {}, 2),
+        ("dpm2", {}, 2),
+        ("dpmsolver++", {"solver_order": 1}, 1),
+        ("dpmsolver++", {"solver_order": 2}, 2),
+        ("dpmsolver++", {"solver_order": 2, "solver_type": "heun"}, 2),
+        # The authors' code, as diffusers', weights half the second derivative as if it were the whole one.
+        ("dpmsolver++", {"solver_order": 3}, 2),
+        ("dpmsolver", {"solver_order": 2}, 2),
+        ("dpmsolver++_singlestep", {"solver_order": 2, **FULL_ORDER}, 2),
+        ("deis", {"solver_order": 1}, 1),
+        ("deis", {"solver_order": 2}, 2),
+        ("deis", {"solver_order": 3}, 3),
+        ("lms", {"order": 1}, 1),
+        ("lms", {"order": 2}, 2),
+        ("lms", {"order": 3}, 3),
+        ("lms", {"order": 4}, 4),
+        # The corrector adds one to the order of the predictor (Zhao et al. 2023, theorem 3.1).
+        ("unipc", {"solver_order": 1, **FULL_ORDER}, 2),
+        ("unipc", {"solver_order": 2, **FULL_ORDER}, 3),
+        ("unipc", {"solver_order": 3, **FULL_ORDER}, 4),
+    ],
+)
+def test_solvers_have_their_order_on_a_smooth_grid(method: str, settings: dict[str, Any], order: int) -> None:
+    """On the grid of a schedule's timesteps rounding, and the first steps of lower order, hide the third and fourth."""
+    errors = solver_errors(method, settings, [60, 120], power=2.0)
+    slope = float(np.log2(errors[0] / errors[1]))
+    assert abs(slope - order) < 0.25, (errors, slope)
+
+
+def test_singlestep_solver_of_third_order() -> None:
+    """It needs no start of lower order: equal steps of log(signal / noise)."""
+    settings = {"solver_order": 3, **FULL_ORDER}
+    errors = solver_errors("dpmsolver++_singlestep", settings, [60, 120], power=1.0)
+    assert abs(np.log2(errors[0] / errors[1]) - 3) < 0.15, errors
+
+
+def moments_of_rows(table: StepTable, start: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation that rows with a history give for "sample", in float64: tracked jointly."""
+    size = 1 + 4  # x, and the predictions before
+    mean, cov = np.zeros((6, size)), np.zeros((6, size, size))
+    mean[:, 0], cov[:, 0, 0] = start[0], start[1] ** 2
+    levels = [table.start, *table.levels.tolist()]
+    for (a, b, c, d, e, f, s, *older), level in zip(table.rows.tolist(), levels, strict=False):
+        p, q = DATA.denoiser(level)
+        matrix, shift = np.zeros((6, size, size)), np.zeros((6, size))
+        matrix[:, 0, 0], shift[:, 0] = c * (a + b * p) + d + e * p, (c * b + e) * q
+        matrix[:, 0, 1 : 2 + len(older)] = f, *older
+        matrix[:, 1, 0], shift[:, 1] = a + b * p, b * q
+        matrix[:, 2:, 1:-1] = np.eye(size - 2)
+        mean = np.einsum("dij,dj->di", matrix, mean) + shift
+        cov = np.einsum("dij,djk,dlk->dil", matrix, cov, matrix)
+        cov[:, 0, 0] += s**2
+    return mean[:, 0], np.sqrt(cov[:, 0, 0])
+
+
+def moment_errors(method: str, settings: dict[str, Any], steps: int) -> tuple[float, float]:
+    """The error of the mean, in standard deviations, and the relative one of the variance: each the largest.
+
+    The start is one standard deviation off. The SDE keeps cov(x_s, x_t) / var(x_t) times that.
+    """
+    grid = smooth_grid(steps, 1.0)
+    table = METHODS[method].table(SCHEDULE, grid, prediction_type="sample", **METHODS[method].fixed, **settings)
+    assert table.rows[:-1, 6].all()
+    last = (float(grid.signal[-1]), float(grid.noise[-1]))
+    (begin, spread), (exact_mean, exact_std) = DATA.at(table.start), DATA.at(last)
+    mean, std = moments_of_rows(table, (begin + spread, spread))
+    kept = table.start[0] / last[0] * exact_std**2 / spread
+    return float(np.abs((mean - exact_mean - kept) / exact_std).max()), float(np.abs((std / exact_std) ** 2 - 1).max())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "order", "most"),
+    [
+        ("euler_a", {}, 1, 0.02),
+        ("sde-dpmsolver++", {"solver_order": 1}, 1, 0.02),
+        ("sde-dpmsolver++", {"solver_order": 2}, 2, 2e-4),
+    ],
+)
+def test_stochastic_solvers_tend_to_the_data(method: str, settings: dict[str, Any], order: int, most: float) -> None:
+    """The mean has no error: along the SDE E[x0 | x] is a martingale, so that extrapolation does not move its mean."""
+    (_, coarse), (mean, fine) = (moment_errors(method, settings, steps) for steps in (200, 400))
+    assert mean < 1e-12
+    assert fine < most
+    assert abs(np.log2(coarse / fine) - order) < 0.1, (coarse, fine)
