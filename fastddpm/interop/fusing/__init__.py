@@ -1,12 +1,12 @@
-"""The norm kernels in any model: `fuse` finds each GroupNorm that a SiLU follows, and computes the two as one.
+"""The norm kernels in any model: `fuse` finds each GroupNorm followed by a SiLU and computes both in one kernel.
 
     fused = fuse(model, example_inputs=(x, t))
     print(fused)                                        # what was fused, what was not, and why
     Sampler(fused.model, schedule).sample(16, seed=0)
 
-Modules, parameters, state dict keys and hooks stay as they are. What changes is the code of the methods that call a
-norm and a SiLU (`rewriting`): they call `group_norm_silu` with the norm's own parameters. Training, `torch.compile`,
-CUDA graphs, `to()` and `deepcopy` work as before; a pickled model is the plain one.
+Modules, parameters, state dict keys and hooks stay as they are. Only the methods that call a norm and a SiLU change
+(`rewriting`): they call `group_norm_silu` with the norm's own parameters. Training, `torch.compile`, CUDA graphs,
+`to()` and `deepcopy` work as before. Pickling saves the plain model.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["Fused", "NormReport", "fuse"]
 
 
 class Fused:
-    """A model whose norms are fused, and the way back. As a context manager it goes back at the end.
+    """A model whose norms are fused. `undo` restores it, and so does leaving the object as a context manager.
 
     Attributes:
-        model: the model; a copy of the one given to `fuse`, unless that was told to work in place.
+        model: the model: a copy of the one given to `fuse`, or that one itself with `inplace`.
         norms: a report for each GroupNorm of the model.
-        error: the largest difference of the model's outputs on the example, before and after, relative to the
-            largest magnitude before; None without an example.
+        error: the largest difference between the model's outputs on the example before and after fusing, relative to
+            the largest magnitude before; None without an example.
     """
 
     def __init__(self, model: nn.Module, norms: Sequence[NormReport], fused: Sequence[nn.Module]) -> None:
@@ -44,10 +44,10 @@ class Fused:
         self._fused = [(module, type(module)) for module in fused]
 
     def undo(self) -> nn.Module:
-        """Makes `model` what it was before, and returns it. A second call does nothing.
+        """Restore `model` to what it was before, and return it. A second call does nothing.
 
         Raises:
-            RuntimeError: a module's class has been changed by something else since; nothing is undone.
+            RuntimeError: something else has changed a module's class since; nothing is undone.
         """
         changed = [module for module, kind in self._fused if type(module) is not kind]
         if changed:
@@ -78,24 +78,26 @@ def fuse(
     tolerance: float | None = None,
     inplace: bool = False,
 ) -> Fused:
-    """Computes each GroupNorm and the SiLU that alone reads its result in one kernel, in any model.
+    """Fuse each GroupNorm and the SiLU that alone reads its result into one kernel, in any model.
 
     A pair is found in an `nn.Sequential`, or in the source of a module's methods, where `self.norm(x)` is followed by
-    a SiLU (a module, `torch.nn.functional.silu`, or code that is x * sigmoid(x) and nothing else). `norm(x) *
-    (1 + scale) + shift` and `norm(x + embedding)` are taken into the kernel with it if they are values per sample and
-    channel, [N, C, 1, ...]; the kernel does not round in between, so that half precision loses less. Not fused, and
-    reported with the reason: norms that are not affine, have hooks or a forward of their own, whose result has
-    another reader, whose SiLU is called in another method, or that a method's source does not show (functional
-    `group_norm`s are not looked for). A module whose parts change afterwards (a hook, another norm) runs as written.
+    a SiLU (a module, `torch.nn.functional.silu`, or code that is x * sigmoid(x) and nothing else). The kernel also
+    computes `norm(x) * (1 + scale) + shift` and `norm(x + embedding)` if scale, shift and embedding are values per
+    sample and channel, [N, C, 1, ...]. It does not round in between, so half precision loses less.
+
+    Some norms are not fused but reported with the reason: those that are not affine, have hooks or a forward of their
+    own, whose result has another reader, whose SiLU is called in another method, or that a method's source does not
+    show. Calls of the function `group_norm` are not searched. A module whose parts change afterwards (a hook, another
+    norm) runs as written.
 
     Args:
         model: any module. With `torch.compile`: fuse first.
-        example_inputs: what to call the model with: one tensor, a sequence of positional arguments, or a mapping of
-            keyword arguments. Then all is verified, in eval mode and without gradients: each pair against float64 on
-            the inputs that it has in the model, and the model's outputs against those before.
+        example_inputs: the arguments to call the model with: one tensor, a sequence of positional arguments, or a
+            mapping of keyword arguments. With an example, everything is verified in eval mode and without gradients:
+            each pair against float64 on its inputs in the model, and the model's outputs against those before.
         backend: of `group_norm_silu`: "auto", "triton", "eager" or "reference".
-        tolerance: the largest difference of outputs that is allowed, relative to the largest magnitude; None for
-            1e-10 in float64, 1e-4 in float32, 2e-2 in float16 and 1e-1 in bfloat16.
+        tolerance: the largest allowed difference of outputs, relative to the largest magnitude; None for 1e-10 in
+            float64, 1e-4 in float32, 2e-2 in float16 and 1e-1 in bfloat16.
         inplace: change the model itself, not a copy.
 
     Returns:
@@ -103,11 +105,11 @@ def fuse(
         hooks do not go through the pairs.
 
     Raises:
-        TypeError: the model is not a module, or the example is nothing that it can be called with.
-        ValueError: the model is fused or compiled already or cannot be copied, an argument is not known or out of
-            range, or, with an example, what was fused differs by more than is allowed or is not finite. The model is
+        TypeError: the model is not a module, or cannot be called with the example.
+        ValueError: the model is fused or compiled already or cannot be copied, or an argument is not known or out of
+            range. With an example also: a fused result differs by more than is allowed or is not finite. The model is
             then as before.
-        BackendError: the backend that was named cannot run where the example is.
+        BackendError: the named backend cannot run on the example's device.
     """
     _check(model, example_inputs, backend, tolerance)
     model = model if inplace else _copy(model)

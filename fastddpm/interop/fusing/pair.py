@@ -1,4 +1,4 @@
-"""What runs in place of a GroupNorm and the SiLU behind it, and what may be taken for either."""
+"""The call that replaces a GroupNorm and the SiLU after it, and the tests that recognise the two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 HALVES = (torch.float16, torch.bfloat16)
 AUTOCAST_NORMS = ("cuda", "xpu", "mps")
-# Forwards of a GroupNorm that computes in float32 whatever comes in, as the kernel does.
+# Forwards of a GroupNorm that computes in float32 for any input dtype, as the kernel does.
 UPCASTS = (
     "super().forward(x.float()).type(x.dtype)",
     "super().forward(x.float()).to(x.dtype)",
@@ -35,11 +35,11 @@ SWISHES = (
 
 
 class FusedModule:
-    """What a rewritten module has beside its class's own attributes; `fuse` puts it before that class.
+    """The base that `fuse` adds before the class of a rewritten module.
 
-    The rewritten code calls `fastddpm_pair` with the very modules that it called one by one before. Whether these
-    are still what they were when the code was written is asked in every call: if one has been given a hook or been
-    replaced, it is called as before.
+    The rewritten code calls `fastddpm_pair` with the modules that it called one by one before. Every call checks that
+    they are still as they were when the code was rewritten: a module that was replaced or has got a hook is called
+    as before.
     """
 
     fastddpm_original: type[nn.Module]
@@ -53,13 +53,13 @@ class FusedModule:
     def fastddpm_pair(
         self, norm: Any, silu: Any, x: Any, add: tuple[Any, ...] = (), film: tuple[Any, ...] = ()
     ) -> Any:
-        """`silu(norm(x + add[0]) * (1 + film[0]) + film[1])`, without what is not given; `unfused` says the same.
+        """Compute `silu(norm(x + add[0]) * (1 + film[0]) + film[1])` without the parts not given, as `unfused` does.
 
         Args:
             norm, silu: the modules (or the function) that were called.
             x: [N, C, ...].
-            add: nothing, or one value; [N or 1, C, 1, ...] is taken into the kernel, all else is added before it.
-            film: nothing, or two values, of that shape for the kernel; with others the modules are called.
+            add: nothing, or one value. The kernel adds one of [N or 1, C, 1, ...]; any other is added before it.
+            film: nothing, or two values. The kernel takes two of that shape; with any others the modules are called.
         """
         if not takes(self, norm, silu):
             return unfused(norm, silu, x, add, film)
@@ -73,7 +73,7 @@ class FusedModule:
         if film and (scale is None or shift is None):
             return unfused(norm, silu, x if bias is None else x + add[0], (), film)
         if x.dtype in HALVES and not upcasts and _autocast_to_float32(x.device.type):
-            # The norm would be given float32, and what follows would be float32 too.
+            # Autocast would give the norm float32, and every later value would be float32 too.
             if bias is not None:
                 x, bias = x + add[0], None
             x = x.float()
@@ -92,7 +92,7 @@ class FusedModule:
 
 
 def unfused(norm: Any, silu: Any, x: Any, add: tuple[Any, ...] = (), film: tuple[Any, ...] = ()) -> Any:
-    """The same in single steps, as the code said before it was rewritten."""
+    """Compute `FusedModule.fastddpm_pair` in single steps, as the code did before it was rewritten."""
     for value in add:
         x = x + value
     x = norm(x)
@@ -102,12 +102,12 @@ def unfused(norm: Any, silu: Any, x: Any, add: tuple[Any, ...] = (), film: tuple
 
 
 def what(adds: bool, film: bool) -> str:
-    """A pair in words."""
+    """Return the name of a pair for reports."""
     return ("add + " if adds else "") + "GroupNorm + " + ("scale and shift + " if film else "") + "SiLU"
 
 
 def takes(fused: FusedModule, norm: Any, silu: Any) -> bool:
-    """Whether the two are, in this call, what the kernel computes."""
+    """Return whether the kernel can compute this norm and SiLU in this call."""
     if type(norm) not in fused.fastddpm_norms or norm.weight is None or norm.bias is None or _is_watched(norm):
         return False
     if isinstance(silu, nn.Module):
@@ -116,7 +116,7 @@ def takes(fused: FusedModule, norm: Any, silu: Any) -> bool:
 
 
 def why_not(norm: nn.GroupNorm) -> str | None:
-    """Why a GroupNorm cannot be computed by the kernel, whatever follows it; or None."""
+    """Return why the kernel cannot compute a GroupNorm, whatever follows it; None if it can."""
     if norm.weight is None or norm.bias is None:
         return "it has no weight and bias (the kernel takes an affine norm)"
     if type(norm).forward is not nn.GroupNorm.forward and not is_upcasting(type(norm)):
@@ -127,12 +127,12 @@ def why_not(norm: nn.GroupNorm) -> str | None:
 
 
 def is_upcasting(kind: type) -> bool:
-    """Whether a subclass of GroupNorm does nothing but compute in float32 (guided-diffusion's GroupNorm32)."""
+    """Return whether a subclass of GroupNorm only adds computing in float32 (guided-diffusion's GroupNorm32)."""
     return issubclass(kind, nn.GroupNorm) and _returns(kind.forward, UPCASTS)
 
 
 def is_silu(value: Any) -> bool:
-    """Whether a module or function is SiLU, x * sigmoid(x), and says so: by its identity or by its whole source."""
+    """Return whether a module or function is SiLU, x * sigmoid(x), by its identity or by its whole source."""
     if isinstance(value, nn.Module):
         known = type(value) is nn.SiLU or _returns(type(value).forward, SWISHES)
         return known and not _is_watched(value)
@@ -140,7 +140,7 @@ def is_silu(value: Any) -> bool:
 
 
 def _autocast_to_float32(device_type: str) -> bool:
-    """Whether autocast is on and has group_norm among what it computes in float32; on the CPU it has not."""
+    """Return whether autocast is on and computes group_norm in float32; on the CPU it does not."""
     return device_type in AUTOCAST_NORMS and torch.is_autocast_enabled(device_type)
 
 
@@ -155,7 +155,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _row(value: Any, x: Tensor) -> Tensor | None:
-    """A value per sample and channel as [N, C], if it is one: [N or 1, C, 1, ...] of x's dtype and device."""
+    """Return a value per sample and channel, [N or 1, C, 1, ...] of x's dtype and device, as [N, C]; else None."""
     if not isinstance(value, Tensor) or not isinstance(x, Tensor):
         return None
     if value.dtype != x.dtype or value.device != x.device or value.ndim != x.ndim or x.ndim < 2:
@@ -167,7 +167,7 @@ def _row(value: Any, x: Tensor) -> Tensor | None:
 
 @functools.lru_cache(maxsize=4096)
 def _returns(function: Callable[..., Any], expressions: tuple[str, ...]) -> bool:
-    """Whether all that a function of one argument (beside self) does is to return one of these expressions of x."""
+    """Return whether a function of one argument (beside self) only returns one of these expressions of x."""
     if hasattr(function, "__wrapped__"):
         return False
     try:
@@ -191,7 +191,7 @@ def _returns(function: Callable[..., Any], expressions: tuple[str, ...]) -> bool
 
 
 def _means_torch(value: ast.expr, function: Callable[..., Any]) -> bool:
-    """Whether the modules that an expression names are torch's."""
+    """Return whether the modules that an expression names are torch's."""
     known = {"torch": torch, "F": F, "nn": nn}
     space = getattr(function, "__globals__", {})
     names = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}

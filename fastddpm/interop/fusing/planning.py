@@ -1,4 +1,4 @@
-"""What will become of each module of a model, and of each of its norms; and the classes that make it so."""
+"""The plan for each module of a model, a report for each of its norms, and the classes that carry out the plan."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from fastddpm.interop.fusing.source import NotReadable, read, write
 
 @dataclass(frozen=True)
 class NormReport:
-    """What became of one GroupNorm.
+    """A report on one GroupNorm: whether it is fused, and why or why not.
 
     Attributes:
         name: of the norm, in the model.
-        fused: whether a SiLU behind it is computed with it.
-        what: what is computed as one (with an example, in the calls that it made); "" if nothing is.
-        where: the methods in which it is.
+        fused: whether the kernel computes it together with a SiLU after it.
+        what: the operations that the kernel computes (with an example: in its calls); "" if none.
+        where: the methods that call it.
         reason: why it is not fused; "" if it is.
-        calls: how often it ran as one on the example; None without an example.
-        error: the largest difference from float64 in these, relative to the largest magnitude; None without.
+        calls: how often the fused pair ran on the example; None without an example.
+        error: the largest difference from float64 in these calls, relative to the largest magnitude; None without an
+            example.
     """
 
     name: str
@@ -52,7 +53,7 @@ class NormReport:
 
 @dataclass
 class _Plan:
-    """What will become of one module: its new methods, and the pairs in each."""
+    """The plan for one module: its new methods, and the pairs in each."""
 
     methods: dict[str, Callable[..., Any]]
     trees: tuple[str, ...]
@@ -68,7 +69,7 @@ class Plans:
         self.plans = {module: _plan(module) for module in model.modules() if not isinstance(module, nn.GroupNorm)}
 
     def apply(self) -> list[nn.Module]:
-        """Gives every module that has a pair its new class; returns these modules."""
+        """Give every module that has a pair its new class, and return these modules."""
         classes: dict[Any, type] = {}
         fused = []
         for module, plan in self.plans.items():
@@ -85,7 +86,7 @@ class Plans:
         return fused
 
     def reports(self) -> list[NormReport]:
-        """A report for each norm, in the model's order."""
+        """Return a report for each norm, in the model's order."""
         found: dict[nn.Module, list[tuple[str, str]]] = {}
         for module, plan in self.plans.items():
             for method, sites in plan.sites.items():
@@ -150,7 +151,7 @@ def _plan(module: nn.Module) -> _Plan:
 
 
 def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
-    """The methods that a module's own classes define, as those of torch do not count; what is overridden neither."""
+    """Return the methods that a module's own classes define, without torch's and without overridden ones."""
     seen: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.startswith("torch.nn.") or base is object:
@@ -172,7 +173,7 @@ def _has_norm(module: nn.Module) -> bool:
 
 
 def _sequential_forward(self: Any, input: Any) -> Any:
-    """nn.Sequential's, with pairs."""
+    """Run nn.Sequential's forward with pairs."""
     modules, i = list(self), 0
     while i < len(modules):
         if i + 1 < len(modules) and isinstance(modules[i], nn.GroupNorm):
@@ -192,7 +193,7 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """As the class from before has it: whoever unpickles a model need not have what fused it."""
+    """Reduce as the original class does, so that unpickling a model does not need this package."""
     plain = self.__new__(self.fastddpm_original)
     plain.__dict__.update(self.__dict__)
     function, arguments, *rest = plain.__reduce_ex__(protocol)
@@ -208,7 +209,7 @@ def _fused_class(
     silus: tuple[Any, ...],
     backend: str,
 ) -> type:
-    """A subclass that goes by the name of its base, with other methods."""
+    """Return a subclass that has the name of its base and other methods."""
     space: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

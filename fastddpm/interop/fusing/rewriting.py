@@ -1,13 +1,13 @@
-"""Finds GroupNorms that only a SiLU reads, in the source of a module's methods, and writes the methods anew.
+"""Find GroupNorms that only a SiLU reads in the source of a module's methods, and rewrite these methods.
 
     h = self.norm(h)                                    h = self.fastddpm_pair(self.norm, self.act, h)
     h = self.act(h)
 
-What is rewritten is proven from the source: the norm's result must have no name that lives on, and nothing with an
-effect may run between the two calls. Which objects the names stand for is looked up in the module that is rewritten,
-and again in every call (`pair.takes`), so that the new method means the same whatever becomes of the module. Taken in
-with the pair, where the source has them between or before: `h = h * (1 + scale) + shift` and `h = h + embedding`. A
-pair that an `if` stands between is completed in each of its branches.
+The source must prove that a rewrite is safe: no name may keep the norm's result, and nothing with an effect may run
+between the two calls. The objects that the names stand for are looked up in the module, and again in every call
+(`pair.takes`): so the new method means the same even if the module changes. The pair also takes in
+`h = h * (1 + scale) + shift` and `h = h + embedding` where the source has them between the calls or before. If an
+`if` stands between norm and SiLU, the pair is completed in each of its branches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENDS = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
 @dataclass(frozen=True)
 class Site:
-    """A pair in the source: the objects it stands for, and what is taken in with it."""
+    """A pair in the source: the objects it stands for, and the operations taken in with it."""
 
     norm: nn.GroupNorm
     silu: Any
@@ -53,10 +53,10 @@ class Site:
 
 @dataclass
 class Rewriter:
-    """Writes one method of one module anew: `Rewriter(module, source).run()`, then `sites`.
+    """Rewrites one method of one module: `Rewriter(module, source).run()`, then `sites`.
 
-    A method works on lists of statements, appending one after another; appending a statement that completes a pair
-    takes away those that the pair is made of.
+    It builds lists of statements, appending one after another. Appending a statement that completes a pair removes
+    the statements that made up the pair.
     """
 
     module: nn.Module
@@ -75,7 +75,7 @@ class Rewriter:
         self.cells = dict(zip(code.co_freevars, self.source.function.__closure__ or (), strict=True))
 
     def run(self) -> ast.FunctionDef:
-        """The new tree; that of the source where nothing is found."""
+        """Return the new tree; that of the source if there is no pair."""
         node = copy.deepcopy(self.source.node)
         if self.stores[self.self_name]:
             return node
@@ -96,12 +96,12 @@ class Rewriter:
         return out
 
     def _append(self, out: list[ast.stmt], statement: ast.stmt) -> tuple[list[ast.stmt], list[Site]]:
-        """`out` and the statement, and the pairs that it completes."""
+        """Append a statement to `out`, with the pairs that it completes."""
         if not isinstance(statement, SIMPLE) or statement.value is None:
             return [*out, statement], []
         original = copy.deepcopy(statement)
         taken, sites = 0, []
-        loose = False  # a SiLU of a name that has not been followed to a norm
+        loose = False  # whether a SiLU reads a name not yet traced to a norm
         for call in [node for node in ast.walk(statement.value) if isinstance(node, ast.Call)]:
             root: Any = statement.value
             if not self._is_silu_call(call) or not self._in_plain_sight(root, call):
@@ -123,7 +123,7 @@ class Rewriter:
         return [*kept, statement], sites
 
     def _sink(self, branch: ast.If, chain: list[ast.stmt]) -> tuple[ast.If, list[Site]] | None:
-        """An `if` and the statements after it, as an `if` that has these in both of its branches."""
+        """Return an `if` with the statements after it moved into both of its branches."""
         branch, found = copy.deepcopy(branch), []
         for name in ("body", "orelse"):
             body = getattr(branch, name)
@@ -138,11 +138,11 @@ class Rewriter:
     # Expressions.
 
     def _match(self, call: ast.Call, out: list[ast.stmt], user: ast.stmt) -> tuple[ast.Call, int, Site] | None:
-        """What a SiLU's call becomes, how many of the last statements that takes away, and the pair."""
+        """Return the new call for a SiLU's, how many of the last statements it replaces, and the pair."""
         taken = 0
 
         def follow(value: ast.expr) -> ast.expr:
-            """A value, or, if it is a name that dies here, what the statement before gave to it."""
+            """Return a value; for a name that dies here, the value that the statement before gave it."""
             nonlocal taken, user
             if taken < len(out) and isinstance(value, ast.Name):
                 before = out[-1 - taken]
@@ -181,7 +181,7 @@ class Rewriter:
         return all(keyword.arg == "inplace" for keyword in call.keywords) and is_silu(self._resolve(call.func))
 
     def _in_plain_sight(self, root: ast.expr, call: ast.Call) -> bool:
-        """Whether the names around a call are those of the method: it is in no lambda or comprehension."""
+        """Return whether the names around a call are the method's: it is in no lambda or comprehension."""
         hidden = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
         return not any(
             isinstance(node, hidden) and any(child is call for child in ast.walk(node)) for node in ast.walk(root)
@@ -191,7 +191,7 @@ class Rewriter:
         return isinstance(statement, ast.Assign) and _is_name(statement.targets, name) and name in self.simple
 
     def _dies(self, name: str, user: ast.stmt) -> bool:
-        """Whether a statement is the only one to read the value that a name has before it."""
+        """Return whether a statement is the only one to read the value that a name has before it."""
         reads = [n for n in ast.walk(user) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
         if len(reads) != 1:
             return False
@@ -200,7 +200,7 @@ class Rewriter:
         return self.loads[name] == 1 and self.stores[name] == 1
 
     def _resolve(self, node: ast.expr) -> Any:
-        """The object that a dotted name stands for in this module, or None. Runs no code of the module's."""
+        """Return the object that a dotted name stands for in this module, or None. Runs no code of the module."""
         if isinstance(node, ast.Name):
             if node.id == self.self_name:
                 return self.module
@@ -226,7 +226,10 @@ class Rewriter:
 
 
 def _scale_and_shift(value: ast.expr) -> tuple[ast.expr, ast.expr, ast.expr] | None:
-    """`x * (1 + scale) + shift` as x, scale and shift, where these call nothing; also `(1 + scale) * x` of a name x."""
+    """Split `x * (1 + scale) + shift` into x, scale and shift if the last two call nothing.
+
+    Also take `(1 + scale) * x + shift` if x is a name.
+    """
     if not (isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) and isinstance(value.left, ast.BinOp)):
         return None
     product, shift = value.left, value.right
@@ -247,7 +250,7 @@ def _is_pure(node: ast.AST) -> bool:
 
 
 def _comes_first(root: ast.AST, call: ast.AST) -> bool:
-    """Whether nothing is evaluated in `root` before the arguments of `call` but names, and what is to be called."""
+    """Return whether `root` evaluates only names and the function to call before the arguments of `call`."""
     if root is call:
         return True
     if not isinstance(root, PATH):

@@ -1,4 +1,4 @@
-"""The source of a method as a tree, and a method made anew from a changed tree."""
+"""Read the source of a method as a tree, and make a method from a changed tree."""
 
 from __future__ import annotations
 import __future__
@@ -18,12 +18,12 @@ DYNAMIC = {"locals", "vars", "eval", "exec", "dir"}
 
 
 class NotReadable(Exception):
-    """A method's source cannot be had, or cannot be written anew; the message says why."""
+    """A method's source cannot be read, or cannot be rewritten; the message says why."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A method's function, as it is beneath its decorators, and the tree of its source."""
+    """A method's function without its decorators, and the tree of its source."""
 
     function: types.FunctionType
     node: ast.FunctionDef
@@ -31,10 +31,10 @@ class Source:
 
 @functools.lru_cache(maxsize=1024)
 def read(function: Callable[..., Any]) -> Source:
-    """The source of a method.
+    """Return the source of a method.
 
     Raises:
-        NotReadable: there is none, or it is not what the method was compiled from.
+        NotReadable: there is none, or the method was compiled from another one.
     """
     inner = inspect.unwrap(function)
     if not isinstance(inner, types.FunctionType):
@@ -70,7 +70,7 @@ def read(function: Callable[..., Any]) -> Source:
 
 
 def write(function: Callable[..., Any], node: ast.FunctionDef) -> Callable[..., Any]:
-    """A method from a changed tree of its source, with the decorators, defaults and globals that it had.
+    """Make a method from a changed tree of its source, with the decorators, defaults and globals that it had.
 
     Raises:
         NotReadable: a decorator cannot be found.
@@ -92,7 +92,7 @@ def write(function: Callable[..., Any], node: ast.FunctionDef) -> Callable[..., 
 
 
 def _compile(source: Source, node: ast.FunctionDef) -> types.FunctionType:
-    """The function of a tree, without defaults and decorators, over the cells and globals of the original."""
+    """Compile a tree to a function without defaults and decorators, on the cells and globals of the original."""
     inner, code = source.function, source.function.__code__
     node = copy.deepcopy(node)
     node.decorator_list, node.returns = [], None
@@ -114,7 +114,7 @@ def _compile(source: Source, node: ast.FunctionDef) -> types.FunctionType:
 
 @functools.lru_cache(maxsize=64)
 def _codes(source: str, name: str) -> tuple[types.CodeType, ...]:
-    """The compiled functions of a name in a whole file."""
+    """Return all compiled functions of this name in a whole file."""
     found, rest = [], [compile(source, "source", "exec", dont_inherit=True)]
     while rest:
         parts = [value for value in rest.pop().co_consts if isinstance(value, types.CodeType)]

@@ -1,4 +1,4 @@
-"""Whether a fused model still computes what it did: each pair against float64, and the outputs against those before."""
+"""Verify a fused model: each pair against float64, and the outputs against those before fusing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fastddpm.interop.fusing.pair import FusedModule, unfused, what
 from fastddpm.networks.comparing import evaluating
 
 # Largest error of one pair, relative to its largest magnitude: a few units in the last place of the dtype, or
-# `FACTOR` times what the modules lose themselves.
+# `FACTOR` times the error of the unfused modules.
 FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 FACTOR = 4.0
-# The same of a whole model, where differences in rounding pass through all layers.
+# Largest error of a whole model, where differences in rounding pass through all layers.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
 class Measured:
-    """What the pairs of one norm did on the example: how often, with what taken in, and the largest error."""
+    """What the pairs of one norm did on the example: calls, largest error, and the operations they took in."""
 
     calls: int = 0
     error: float = 0.0
@@ -32,7 +32,7 @@ class Measured:
 
 
 class Verifier:
-    """Runs a model on an example: once when made, before it is fused, and once in `compare`."""
+    """Runs a model on an example: once when the object is made, before fusing, and once in `compare`."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, tolerance: float | None) -> None:
         self.model, self.tolerance = model, tolerance
@@ -49,7 +49,7 @@ class Verifier:
             raise ValueError("the model's output on example_inputs is not finite, must be finite to be verified")
 
     def compare(self, fused: Sequence[nn.Module]) -> tuple[float, dict[nn.Module, Measured]]:
-        """The relative error of the outputs, and what the pairs of each norm did.
+        """Return the relative error of the outputs, and what the pairs of each norm did.
 
         Raises:
             ValueError: an error is larger than is allowed.
@@ -79,12 +79,12 @@ class Verifier:
     def _run(self) -> list[Tensor]:
         cuda = {value.device.index or 0 for value in self.model.parameters() if value.device.type == "cuda"}
         with evaluating(self.model), torch.random.fork_rng(devices=sorted(cuda)):
-            torch.manual_seed(0)  # where the model draws noise itself
+            torch.manual_seed(0)  # for models that draw noise themselves
             return [value.clone() for value in _tensors(self.model(*self.args, **self.kwargs))]
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The floating tensors of an output: a tensor, a sequence or mapping of outputs, or an object with `.sample`."""
+    """Return the floating tensors of an output: a tensor, a sequence, a mapping, or an object with `.sample`."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
@@ -102,7 +102,7 @@ def _exact(value: Any) -> Any:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude; the difference itself where all is expected to be zero."""
+    """Return the largest difference over the largest magnitude, or the difference itself if `expected` is all zero."""
     if expected.numel() == 0:
         return 0.0
     actual, expected = _exact(actual), _exact(expected)
@@ -114,7 +114,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 def _recorder(
     pairs: dict[nn.Module, Measured], names: dict[nn.Module, str]
 ) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
-    """Stand-ins for `fastddpm_pair`, which checks what that gives and takes a note in `pairs`, and for the kernel."""
+    """Return stand-ins for `fastddpm_pair`, which checks its result and notes it in `pairs`, and for the kernel."""
     kernel = FusedModule.fastddpm_kernel
     launched: dict[str, Any] = {}  # the options of the kernel's last call, in this call of the pair
 
