@@ -1,8 +1,8 @@
 """The command `fastddpm`.
 
 `sample` draws images from a model, and `merge` joins its shards; `edit`, `inpaint`, `interpolate` and `upscale` start
-from images; `train` makes a model from images; `evaluate` measures how good a model's samples are; `profile` measures a
-machine and a model on it; `tune` finds the fastest kernels for a model's shapes; `info` says what would run here and
+from images; `train` makes a model from images; `evaluate` measures the quality of a model's samples; `profile` measures
+a machine and a model on it; `tune` finds the fastest kernels for a model's shapes; `info` says what would run here and
 why. Bad input ends in one line on standard error and exit code 2, before anything is computed or written.
 """
 
@@ -26,12 +26,12 @@ class _Terminated(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    0; 1 where results are not finite or a job of shards is not at its end; 2 for bad input; 130 when interrupted, 143
-    when terminated, after what is half written was removed.
+    The code is 0; 1 if results are not finite or a job of shards is not complete; 2 for bad input; 130 when interrupted
+    and 143 when terminated, after removing half-written files.
     """
     from fastddpm.common.version import __version__
 
-    for stream in (sys.stdout, sys.stderr):  # names of files may be what a terminal cannot show
+    for stream in (sys.stdout, sys.stderr):  # file names may have characters that a terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """End the commands inside at SIGTERM as at Ctrl-C, by an exception, so that they remove what is half written."""
+    """End the commands inside at SIGTERM by an exception, as at Ctrl-C, so that they remove half-written files."""
 
     def end(*_: object) -> None:
         raise _Terminated

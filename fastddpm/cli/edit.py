@@ -178,12 +178,12 @@ def _interpolate(options: argparse.Namespace) -> None:
     label = None if options.class_label == "none" else options.class_label
     if label is None and options.guidance_scale is not None:
         raise ValueError("--guidance-scale needs --class-label, which is the class of the whole path")
-    # Clipping loses information: with it, digits come back ten times less exactly.
+    # Clipping loses information; with it, digits come back ten times less exactly.
     exact = {"clip_sample": False} if options.via == "encode" and not options.thresholding else {}
     kind, model, sampler, inputs = open_inputs(options, **exact)
     if label is not None:
         check_labels([label], model.unet.config, name="--class-label is", each="")
-    if len(inputs.names) % 2:  # one of each class, of a model with an odd number of them
+    if len(inputs.names) % 2:  # by default one input per class, and the model has an odd number of classes
         inputs.names.pop()
     a, b = inputs.images[: len(inputs.names)].unflatten(0, (-1, 2)).unbind(1)
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def _upscale(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = super_resolution(
         sampler, low.repeat_interleave(each, 0), noise_level=options.noise_level,
-        interpolation="bicubic" if upsampler is None else "bilinear",  # as each was trained
+        interpolation="bicubic" if upsampler is None else "bilinear",  # as each model was trained
         **call_options(options, labels, each), **recording(options, kind, len(sampler.timesteps)),
     )  # fmt: skip
     results, trajectory = images_of(result)
@@ -234,7 +234,7 @@ def _upscale(options: argparse.Namespace) -> None:
 
 
 def _upsampler_factor(flags: dict[str, str]) -> int | None:
-    """Return how many times an upsampler of guided-diffusion enlarges, None where the flags are of no such one."""
+    """Return the factor of an upsampler of guided-diffusion; None if the flags describe another model."""
     from fastddpm.interop.guided_diffusion.flags import model_flags
 
     if not {"large_size", "small_size"} & flags.keys() or "library" in flags:
@@ -247,7 +247,7 @@ def _upsampler_factor(flags: dict[str, str]) -> int | None:
 
 
 def _mask(fill: str, shape: tuple[int, ...]) -> Tensor:
-    """Return [1, H, W], 1 where the image is kept: outside a region, or where the picture `fill` is not white."""
+    """Return a mask [1, H, W], 1 where the image is kept: outside a region, or where picture `fill` is not white."""
     import torch
 
     from fastddpm.common.images import load_image
@@ -268,7 +268,7 @@ def _finish(
     options: argparse.Namespace, kind: str, sampler: Sampler, start: float, images: Tensor, labels: list[int] | None,
     **outputs: Any,
 ) -> None:  # fmt: skip
-    """Report, and write the outputs; `labels` has one per input, `images` equally many per input."""
+    """Report the time, and write the outputs; `labels` has one per input, `images` the same number for each input."""
     print(f"{len(images)} images in {time.perf_counter() - start:.1f} s")
     report_device(sampler)
     if labels is not None:

@@ -1,4 +1,4 @@
-"""`fastddpm evaluate`: how good a model's samples are, and what lower precision costs."""
+"""`fastddpm evaluate`: measure the quality of a model's samples, and the cost of lower precision."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 LOWER = "float16,bfloat16"
 PRECISION_SAMPLES, PRECISION_STEPS = 64, 50
-# Each of these says that samples are to be compared with real images.
+# Each of these options asks for a comparison of samples with real images.
 _OF_FIDELITY = ("real", "metrics", "feature_network", "inception_weights", "save_samples")
-# These have no meaning for images that exist already.
+# These options have no meaning for images that exist already.
 _OF_SAMPLING = (
     *("num_samples", "steps", "timesteps", "spacing", "method", "eta", "guidance_scale", "thresholding", "dtype"),
     *("save_samples", "precision"),
@@ -112,7 +112,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         check_fidelity(options, is_bundled=_is_bundled(options))
     model = None if ready else open_model(options, latents=not precision)
     results: dict[str, Any] = {}
-    show: list[Callable[[Console], None]] = []  # after the figures are saved, which printing could lose
+    show: list[Callable[[Console], None]] = []  # called after the figures are saved, because printing may fail
     if model is not None and precision:
         results["precision"], printed = _precision(options, model)
         show.append(printed)
@@ -168,7 +168,7 @@ def _precision(options: argparse.Namespace, model: Pretrained) -> tuple[dict[str
 
 
 def _digit_judge(options: argparse.Namespace) -> tuple[Judge | None, str | None]:
-    """Return the judge of the bundled model's samples, or None and why there is none."""
+    """Return the judge of the bundled model's samples, or None and the reason."""
     from fastddpm.evaluation.frechet import DigitJudge
 
     if not _is_bundled(options):

@@ -1,4 +1,4 @@
-"""The part of `fastddpm evaluate` that compares samples with real images."""
+"""Compare samples with real images, for `fastddpm evaluate`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from fastddpm.interop.pretrained import Pretrained
 
 DIGIT_SAMPLES, SAMPLES = 500, 10_000
-FEATURES = 2048  # of Inception v3, kept of every sample
+FEATURES = 2048  # features of Inception v3 that are kept for every sample
 
 
 def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
-    """Complete the options from each other, before anything is loaded.
+    """Check the options and fill in those that follow from others, before anything is loaded.
 
     Raises:
         ValueError: REAL is missing, a metric is not known, or two options contradict each other.
@@ -46,7 +46,7 @@ def check_fidelity(options: argparse.Namespace, *, is_bundled: bool) -> None:
 def measure_fidelity(
     options: argparse.Namespace, model: Pretrained | None, *, is_bundled: bool
 ) -> tuple[dict[str, Any], Callable[[Console], None]]:
-    """Compare samples of `model`, or without one the images that MODEL names, with REAL.
+    """Compare samples of `model` with REAL; without a model, the images that MODEL names.
 
     Returns:
         The figures, and a function that prints them.
@@ -77,7 +77,7 @@ def measure_fidelity(
     evaluator = Evaluator(options.real, metrics=options.metrics, features=_features(options, device), device=device)
     try:
         result = evaluator(samples, progress=True)
-    finally:  # samples that took hours are kept even where measuring them fails
+    finally:  # samples may take hours, so keep them even if measuring fails
         if options.save_samples is not None and sum(map(len, drawn)) == samples.count:
             save_npz(options.save_samples, torch.cat(drawn), labels, in_colour=True)
             print(f"wrote {options.save_samples}")
@@ -94,7 +94,7 @@ def measure_fidelity(
 
 
 def _finite(images: Tensor) -> Tensor:
-    """Return `images`, which must be finite: figures of black pictures would be wrong."""
+    """Return `images` if they are finite; else raise, because figures of black pictures would be wrong."""
     if bad := int((~finite_rows(images)).sum()):
         raise NotFinite(f"{bad} of {len(images)} samples are not finite, so nothing is measured")
     return images

@@ -1,4 +1,4 @@
-"""`fastddpm info`."""
+"""`fastddpm info`: print versions, devices, and what would run here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastddpm.cli.options import device_name, integer
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Kinds of instructions, and what they do.
+# Kinds of instructions and their work.
 KINDS = {
     "time": "rows of the time table, made before the first step",
     "conv": "convolutions, upsampling folded in",
@@ -50,7 +50,7 @@ def _info(options: argparse.Namespace) -> None:
     from fastddpm_kernels.tuned import describe
     from rich.console import Console
 
-    kernels = None  # counted first, since the model may be wrong
+    kernels = None  # counted first, because the model may be invalid
     if options.model is not None:
         kernels = _kernels(options, options.batch_size or 1)
     elif options.batch_size is not None:
@@ -96,7 +96,7 @@ def _versions() -> Table:
 
 
 def _backends(device_type: str) -> Table:
-    """Return which backend each op uses on a kind of device, and why not another."""
+    """Return the backend of each op on a kind of device, and the reasons against others."""
     import torch
     from fastddpm_kernels.backend import BACKENDS, OPS, resolve, why_not
 
@@ -117,7 +117,7 @@ def _graphs(device: Any) -> Table:
 
 
 def _kernels(options: argparse.Namespace, batch_size: int) -> Table:
-    """Return what one step launches, by kind."""
+    """Return a table of the kernels that one step launches, by kind."""
     from rich.table import Table
 
     from fastddpm.networks.frozen import cuda_instructions

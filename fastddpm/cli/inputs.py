@@ -1,4 +1,4 @@
-"""The inputs of the commands that start from images: read from files, or drawn for class labels."""
+"""Get the inputs of the commands that start from images: read files, or draw images for class labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastddpm.interop.pretrained import Pretrained
     from fastddpm.sampling.sampler import Sampler
 
-INPUT_STEPS = 25  # of the sampler that draws an input for a class label
+INPUT_STEPS = 25  # steps of the sampler that draws an input for a class label
 
 
 def add_command(
@@ -35,7 +35,7 @@ def add_command(
 
 
 def add_input_options(parser: argparse.ArgumentParser, *, variants: int | None, labels: str | None) -> None:
-    """Add the options on inputs; `variants` or `labels` None leaves out the option, whose value is then fixed."""
+    """Add the options on inputs; None for `variants` or `labels` leaves out that option and fixes its value."""
     add = parser.add_argument
     add("--model", help=f"{MODEL_HELP} (default: a bundled one)")
     add_model_options(parser)
@@ -60,13 +60,13 @@ def _label_or_none(text: str) -> int | str:
 
 @dataclass
 class Inputs:
-    """What a command starts from.
+    """The images that a command starts from.
 
     Attributes:
         names: as given.
         images: float32 [K, C, H, W] in [-1, 1].
         labels: the class of each input that was given as a label; None for a file.
-        originals: for upscaling, the full-size drawing of which each small image is a reduction; None for a file.
+        originals: for upscaling, the full-size drawing that each small image was reduced from; None for a file.
     """
 
     names: list[str]
@@ -80,8 +80,8 @@ def open_inputs(
 ) -> tuple[str, Pretrained, Sampler, Inputs]:
     """Check the outputs, then return their suffix, the model, its sampler and the inputs.
 
-    With `reduced` F > 1 the model enlarges: by default it is the bundled upscaler, and inputs have 1/F of its size.
-    `settings` are further ones of the sampler.
+    With `reduced` F > 1 the model enlarges. It is the bundled upscaler by default, and inputs have 1/F of its size.
+    `settings` are further settings of the sampler.
     """
     from fastddpm.interop.pretrained import BUNDLED, load_pretrained
 
@@ -96,7 +96,7 @@ def open_inputs(
 def _read_inputs(
     options: argparse.Namespace, model: Pretrained, source: Pretrained, sampler: Sampler, reduced: int
 ) -> Inputs:
-    """Read the pictures, and let `source` draw the inputs given as labels."""
+    """Read the pictures, and draw with `source` the inputs given as labels."""
     import torch
     from torch.nn.functional import avg_pool2d
 
@@ -169,6 +169,6 @@ def labels_of(options: argparse.Namespace, model: Pretrained, inputs: Inputs) ->
 
 
 def call_options(options: argparse.Namespace, labels: list[int] | None, each: int) -> dict[str, Any]:
-    """Return what every command passes on to `Sampler.sample`, with `each` results per input."""
+    """Return the arguments that every command passes to `Sampler.sample`, for `each` results per input."""
     labels = None if labels is None else [label for label in labels for _ in range(each)]
     return {"seed": options.seed, "class_labels": labels, "batch_size": options.batch_size, "progress": True}

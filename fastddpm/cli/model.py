@@ -1,4 +1,4 @@
-"""How a command is told which model to run, and what the model's files do not say."""
+"""Options that name the model of a command and the settings that its files lack; load that model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL_HELP = (
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options on how a model is loaded, which every command that runs a model has."""
+    """Add the options for loading a model, which every command that runs a model has."""
     add = parser.add_argument_group("model").add_argument
     add("--ema", action=argparse.BooleanOptionalAction, default=True,
         help="take the moving average of the weights where there are both: unet_ema/ beside unet/, or in a Trainer's "
@@ -35,11 +35,11 @@ def open_model(options: argparse.Namespace, bundled: Path | None = None, *, late
 
     Args:
         options: of a command that has `add_model_options`.
-        bundled: the folder of another bundled model than that of digits.
+        bundled: the folder of the bundled model; None for that of digits.
         latents: whether the command accepts a model whose samples must be decoded.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: as `load_pretrained`; or the model draws latents and must not.
+        ValueError, OSError, ModuleNotFoundError: as `load_pretrained`; or the model draws latents without `latents`.
     """
     from fastddpm.interop.pretrained import BUNDLED, load_pretrained
 

@@ -1,4 +1,4 @@
-"""What the commands share: options of the sampler, devices, classes, and errors in one line."""
+"""Code that commands share: options of the sampler, devices, classes, and errors in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METHOD_HELP = "ddpm, ddim, dpmsolver++, unipc, euler, heun and others"
 BACKENDS = ("auto", "triton", "native", "eager", "reference")
 SPACINGS = ("leading", "trailing", "linspace", "denoising_diffusion_pytorch", "guided_diffusion")
 DEVICE_HELP = "cuda, cuda:1, mps, cpu (default: the first of these that this machine has)"
-# Options whose name is not the library's argument with dashes.
+# Options with a name that is not the library's argument with dashes.
 _RENAMED = {
     "num_inference_steps": "--steps",
     "timestep_spacing": "--spacing",
@@ -43,11 +43,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(error: BaseException, options: argparse.Namespace) -> str:
-    """Return an error's message in terms of the command line."""
+    """Return an error's message in one line, in the words of the command line."""
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    # The library names its argument; the user typed an option.
+    # The library's message names an argument, but the user typed an option.
     match = re.match(r"(\w+)(?= (?:is(?! no flag)|are|has|needs|reaches) )", message)
     if match and match[1] in vars(options):
         message = "--" + match[1].replace("_", "-") + message[match.end() :]
@@ -60,7 +60,7 @@ def one_line(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def parsed(read: Callable[[str], Any], what: str, valid: Callable[[Any], bool] = lambda value: True) -> Any:
-    """Return a type for an option, `read` of its text; where that is not `valid`, an error says `what` it must be."""
+    """Return a type for an option that is `read` from text; if it is not `valid`, the error says `what` it must be."""
 
     def parse(text: str) -> Any:
         try:
@@ -144,7 +144,7 @@ def make_sampler(options: argparse.Namespace, model: Pretrained, **overrides: An
     """Make the `Sampler` that the options ask for."""
     steps = options.steps or options.default_steps
     if options.timesteps is not None:
-        steps = options.steps  # where both are given, the sampler raises
+        steps = options.steps  # the sampler raises if both are given
         if options.spacing is not None:
             raise ValueError("--timesteps is given and so is --spacing; explicit timesteps have no spacing")
     chosen = {
@@ -174,7 +174,7 @@ def classes_of(config: Any) -> list[int]:
 
 
 def labels_in_turn(model: Pretrained, count: int) -> list[int] | None:
-    """Return `count` labels that repeat those that were trained on in turn; None where a model has no classes."""
+    """Return `count` labels, the trained ones repeated in turn; None if the model has no classes."""
     classes = model.labels()
     return [classes[i % len(classes)] for i in range(count)] if classes else None
 
@@ -182,7 +182,7 @@ def labels_in_turn(model: Pretrained, count: int) -> list[int] | None:
 def check_labels(
     labels: list[int] | None, config: Any, *, name: str = "--class-labels has", each: str = "every label "
 ) -> None:
-    """Raise ValueError unless all labels are classes of the model; `name` and `each` word it."""
+    """Raise ValueError unless all labels are classes of the model; `name` and `each` are words of the message."""
     if not labels:
         return
     classes = classes_of(config)
@@ -196,7 +196,7 @@ def check_labels(
 
 
 def best_device() -> str:
-    """Return the name of the device that is used unless the user names another."""
+    """Return the name of the default device."""
     import torch
 
     if torch.cuda.is_available():
@@ -205,7 +205,7 @@ def best_device() -> str:
 
 
 def chosen_device(options: argparse.Namespace) -> Any:
-    """Return --device, or the best one, as a `torch.device` that can be used."""
+    """Return --device, or the best device, as a `torch.device` that can be used."""
     from fastddpm.networks.network import usable_device
 
     return usable_device(options.device or best_device())
@@ -223,7 +223,7 @@ def device_name(device: Any) -> str:
 
 
 def report_device(sampler: Sampler) -> None:
-    """Print what ran where."""
+    """Print the device, the network's precision, the backend and the loop that ran."""
     network = str(sampler.dtype).removeprefix("torch.")
     backend = sampler.network.frozen.backend if sampler.network.frozen else sampler.backend
     line = f"device {device_name(sampler.device)}, network {network}, backend {backend}"
@@ -234,12 +234,12 @@ def report_device(sampler: Sampler) -> None:
 
 
 def wide_console() -> Console:
-    """Return a console for tables: of the terminal's width, or of 140 columns in a file or pipe."""
+    """Return a console for tables, as wide as the terminal, or 140 columns in a file or pipe."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def plain(console: Console, text: str) -> None:
-    """Print text as it is: rich would colour numbers and read brackets as markup."""
+    """Print text unchanged; rich would colour numbers and read brackets as markup."""
     console.print(text, markup=False, highlight=False)

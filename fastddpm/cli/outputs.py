@@ -1,4 +1,4 @@
-"""What commands write: pictures, animations, arrays and folders, each whole or not at all."""
+"""Write the outputs of commands: pictures, animations, arrays and folders, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from fastddpm.sampling.trajectory import Trajectory
 
 GIF_FRAMES = 48
-INCOMPLETE = "INCOMPLETE"  # the file that a folder has until all its pictures are written
+INCOMPLETE = "INCOMPLETE"  # a folder has this file until all its pictures are written
 _PICTURE = re.compile(r"\d{5,}(-class\d+)?\.png")
 
 
 class Unfinished(Exception):
-    """A command did what it could, and that is not all. The message says what is missing; the exit code is 1."""
+    """A command finished only a part of its work. The message says what is missing; the exit code is 1."""
 
 
 class NotFinite(Unfinished):
@@ -32,7 +32,7 @@ class NotFinite(Unfinished):
 def add_output_options(
     parser: argparse.ArgumentParser, default: str, png: str, gif: str = "the denoising", *, trajectory: bool = True
 ) -> None:
-    """Add --output and --trajectory; `png` and `gif` say what such a file shows."""
+    """Add --output and --trajectory; `png` and `gif` describe the content of such a file."""
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", type=path_or_url, default=Path(default), metavar="PATH",
         help=f"its suffix says what is written: .png {png}, .npz arrays (arr_0 uint8 NHWC, arr_1 labels), .gif {gif}, "
@@ -45,12 +45,12 @@ def add_output_options(
 
 
 def path_or_url(text: str) -> Path | str:
-    """Return a URL as it is, all else as a path."""
+    """Return a URL unchanged, anything else as a path."""
     return text if "://" in text else Path(text)
 
 
 def check_outputs(options: argparse.Namespace) -> str:
-    """Return the suffix of --output, once all files that the options name can be written."""
+    """Check that all files that the options name can be written, and return the suffix of --output."""
     trajectory, output = options.trajectory, options.output
     if isinstance(output, str):
         raise ValueError(f"--output is {output}, must be a path; only shards go to URLs, see --shard-size")
@@ -115,7 +115,7 @@ def frames_of(
 
 
 def finite_rows(images: Tensor) -> Tensor:
-    """Return which images have finite values only, bool [N]."""
+    """Return a mask of the images with only finite values, bool [N]."""
     return images.isfinite().flatten(1).all(dim=1)
 
 
@@ -128,10 +128,10 @@ def write_outputs(
     options: argparse.Namespace, kind: str, images: Tensor, labels: list[int] | None, *,
     picture: Callable[[], Image.Image], frames: Callable[[], list[Image.Image]], trajectory: Trajectory | None = None,
 ) -> None:  # fmt: skip
-    """Write --output, which `picture` makes if it is a .png and `frames` if it is a .gif, and --trajectory.
+    """Write --output and --trajectory; `picture` makes a .png and `frames` a .gif.
 
     Raises:
-        NotFinite: some images are not finite; those are in no array and no folder, the others are written.
+        NotFinite: some images are not finite; arrays and folders leave those out, the others are written.
     """
     from fastddpm.common import images as writing
 
@@ -160,12 +160,12 @@ def write_outputs(
 
 
 def _write_folder(folder: Path, images: Tensor, labels: list[int] | None, finite: list[bool]) -> None:
-    """Write a PNG per finite image; until the last one is there, the folder has a file that says so."""
+    """Write a PNG per finite image; a marker file in the folder says so until the last one is written."""
     from fastddpm.common.files import write_text
     from fastddpm.common.images import save_picture, to_pil
 
     marker = folder / INCOMPLETE
-    if marker.exists():  # of a run that was killed, which wrote these
+    if marker.exists():  # a run that was killed wrote these pictures
         for entry in folder.iterdir():
             if _PICTURE.fullmatch(entry.name):
                 entry.unlink()
@@ -179,7 +179,7 @@ def _write_folder(folder: Path, images: Tensor, labels: list[int] | None, finite
 
 
 def tolerant_streams() -> None:
-    """Let standard output and error write what their encoding lacks as escapes, such as a name in an ASCII terminal."""
+    """Let standard output and error escape characters that their encoding lacks, such as in an ASCII terminal."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""`fastddpm profile`."""
+"""`fastddpm profile`: measure a machine and a model on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastddpm.cli.outputs import check_output
 if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
 
-# By kind of device: batch sizes, and those of --quick.
+# For each kind of device: batch sizes, and those of --quick.
 BATCHES = {"cuda": ((1, 8, 64, 256), (1, 64)), "mps": ((1, 8, 32), (1, 8)), "cpu": ((1, 4, 16), (1, 8))}
 BUDGET_S, QUICK_S = 240.0, 35.0
 
@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
     add("--device", help=DEVICE_HELP)
     add("--backend", choices=BACKENDS, default="auto", help="as for sample (default: auto)")
     add("--cuda-graph", choices=GRAPHS, default="auto", help="as for sample (default: auto)")
-    # `make_sampler` reads these; this command has no options for them.
+    # `make_sampler` reads these settings; this command has no options for them.
     parser.set_defaults(
         default_steps=None, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False
     )
@@ -95,7 +95,7 @@ def _profile(options: argparse.Namespace) -> None:
     _check_outputs(options)
     content = _measure(options)
     path = options.json or _free_name(f"profile-{content['device']['slug']}")
-    write_json(path, content)  # before printing, which could lose it
+    write_json(path, content)  # before printing, because printing may fail
     show(content, wide_console())
     print(f"wrote {path}")
     if options.plot is not None:
@@ -116,7 +116,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     model = open_model(options, latents=True)
     options.device = str(chosen_device(options))
     first = make_sampler(options, model)
-    if options.dtype != "tf32":  # chosen once: "auto" tries the network
+    if options.dtype != "tf32":  # choose once, because "auto" tries the network
         options.dtype = str(first.dtype).removeprefix("torch.")
 
     def make(graph: str | bool | None) -> Sampler:
@@ -142,7 +142,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _free_name(stem: str) -> Path:
-    """Return the name of a file that does not exist yet, so that earlier profiles stay."""
+    """Return a file name that does not exist yet, to keep earlier profiles."""
     names = (Path(f"{stem}{f'-{count}' if count > 1 else ''}.json") for count in itertools.count(1))
     return next(path for path in names if not path.exists())
 

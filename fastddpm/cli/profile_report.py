@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 def show(content: Record, console: Console) -> None:
-    """Print ceilings, a line per batch size, layers and kernels of the largest, causes, and unreadable counters."""
+    """Print ceilings, a line per batch size, layers and kernels of the largest one, causes, and unreadable counters."""
     device, network = content["device"], content["network"]
     kind = "frozen for sampling" if network["frozen"] else "as it is, not frozen"
     threads = f", {device['threads']} threads" if "threads" in device else ""

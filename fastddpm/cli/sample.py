@@ -1,4 +1,4 @@
-"""`fastddpm sample`."""
+"""`fastddpm sample`: draw samples from a model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _sample(options: argparse.Namespace) -> None:
         count, seed=options.seed, class_labels=labels, batch_size=options.batch_size, progress=True,
         **outputs.recording(options, kind, steps),
     )  # fmt: skip
-    # The copy to the CPU waits for the device.
+    # Copy before taking the time, because the copy to the CPU waits for the device.
     images, trajectory = outputs.images_of(result if model.decoder is None else model.decode(result))
     seconds = time.perf_counter() - start
     print(
@@ -80,7 +80,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _choose_labels(options: argparse.Namespace, model: Pretrained) -> list[int] | None:
-    """Return the label of every sample: those asked for in turn, else those trained on in equal numbers, sorted."""
+    """Return the label of every sample: the requested ones in turn, else the trained ones in equal numbers, sorted."""
     given, count = options.class_labels, options.num_samples
     check_labels(given, model.unet.config)
     classes = model.labels()

@@ -1,4 +1,4 @@
-"""`fastddpm sample --shard-size`: many samples into a folder of shards; and `fastddpm merge`."""
+"""`fastddpm sample --shard-size`: draw many samples into a folder of shards; `fastddpm merge`: join them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENGINES = ("local", "ray")
 
 
 def add_shard_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `sample` that make it write shards."""
+    """Add the options that make `sample` write shards."""
     group = parser.add_argument_group(
         "many samples",
         "into a folder, which a second start completes; torchrun, accelerate launch and SLURM arrays "
@@ -47,7 +47,7 @@ def wants_shards(options: argparse.Namespace) -> bool:
     """Return whether the options ask for shards.
 
     Raises:
-        ValueError: an option is of shards only, and there are to be none.
+        ValueError: an option needs Ray, and the options do not ask for shards.
     """
     if options.shard_size or options.format or options.engine:
         return True
@@ -59,7 +59,7 @@ def wants_shards(options: argparse.Namespace) -> bool:
 
 @dataclass
 class _Source:
-    """Loads the model that the options name, in whichever process it is called."""
+    """Loads the model that the options name, also in other processes."""
 
     options: argparse.Namespace
 
@@ -69,7 +69,7 @@ class _Source:
 
 
 def sample_shards(options: argparse.Namespace) -> None:
-    """Draw into the folder or URL --output."""
+    """Draw samples into the folder or URL --output."""
     from fastddpm import scale
 
     if options.trajectory is not None:
@@ -104,12 +104,12 @@ def sample_shards(options: argparse.Namespace) -> None:
 
 
 def _plain(options: argparse.Namespace) -> argparse.Namespace:
-    """Return the options without the parser's functions, to be sent to other processes."""
+    """Return the options without the parser's functions, so that they can be sent to other processes."""
     return argparse.Namespace(**{name: value for name, value in vars(options).items() if not callable(value)})
 
 
 def _own_device(options: argparse.Namespace) -> None:
-    """Take the GPU that torchrun or accelerate launch means for this process."""
+    """Take the GPU that torchrun or accelerate launch assigns to this process."""
     import torch
 
     local = os.environ.get("LOCAL_RANK", "")
@@ -118,7 +118,7 @@ def _own_device(options: argparse.Namespace) -> None:
 
 
 def _labels(options: argparse.Namespace, model: Pretrained, count: int) -> np.ndarray | None:
-    """Return the label of every sample, as `fastddpm sample` without shards chooses them; int64 [count]."""
+    """Return the label of every sample, int64 [count]; `fastddpm sample` without shards chooses the same."""
     import numpy as np
 
     config = model.unet.config

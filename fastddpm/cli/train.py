@@ -1,4 +1,4 @@
-"""`fastddpm train`: from a folder of pictures to a model."""
+"""`fastddpm train`: train a model on a folder of pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 RESULTS = "results"
 METRICS = ("none", "frechet")
-# Options that are keys of [trainer].
+# Options that set keys of [trainer].
 _TRAINER = (
     *("results_folder", "train_num_steps", "train_batch_size", "train_lr", "mixed_precision", "metric"),
     *("augment_horizontal_flip", "device", "seed"),
@@ -98,7 +98,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    """Return the settings: defaults from the data, then the file, then the options."""
+    """Return the settings: defaults from the data, overruled by the file, then by the options."""
     from fastddpm.training.config import RunConfig, parse_assignment, read_tables
 
     path = options.config
@@ -107,7 +107,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
         path = before if before.is_file() else None
     given: Tables = {} if path is None else read_tables(path)
     if path is not None and options.config is None:
-        given.setdefault("trainer", {})["results_folder"] = str(path.parent)  # it may have been moved
+        given.setdefault("trainer", {})["results_folder"] = str(path.parent)  # the folder may have been moved
     trainer = given.setdefault("trainer", {})
     trainer |= {name: value for name in _TRAINER if (value := getattr(options, name)) is not None}
     if options.metric == "none":
@@ -136,7 +136,7 @@ def _bf16(device: str | None) -> bool:
 
 
 def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> None:
-    """Add the settings that the data decide to those given; `assigned` has the keys of [model] that --set gave."""
+    """Add the settings that follow from the data to those given; `assigned` has the keys of [model] from --set."""
     from dataclasses import replace
 
     from fastddpm.networks.unet.config import UNetConfig
@@ -171,7 +171,7 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
         fixed |= set(structure)
     if options.channels:
         fixed.add("out_channels")
-    # Options overrule a file, and --set, the most exact, overrules both.
+    # Options overrule a file; --set is the most exact and overrules both.
     kept = {key: value for key, value in model.items() if key not in fixed or key in assigned}
     given["model"] = {**defaults, **kept}
     given["diffusion"] = {**default_diffusion(look), **given.get("diffusion", {})}

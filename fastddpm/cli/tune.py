@@ -1,4 +1,4 @@
-"""`fastddpm tune`."""
+"""`fastddpm tune`: find the fastest kernels for a model's shapes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from fastddpm.perf.tuning.search import Outcome
 
 BATCHES = {"cuda": (1, 8, 64), "cpu": (1, 4, 16)}
-TRAINING_BATCHES = (16,)  # as the Trainer's default
+TRAINING_BATCHES = (16,)  # the Trainer's default
 BUDGET_S = 300.0
-STEPS = 3  # run to see the shapes of the reverse step: the second step of a multistep method reads more
+STEPS = 3  # steps that show all shapes of the reverse step; the second step of a multistep method reads more
 
 
 def add_commands(commands: Any) -> None:
@@ -65,7 +65,7 @@ def add_commands(commands: Any) -> None:
     add("--dry-run", action="store_true", help="list the shapes and their choices, and measure nothing")
     add("--show", action="store_true", help="print the tables that exist for the device")
     add("--clear", action="store_true", help="delete the user's table for the device")
-    # `make_sampler` reads these; this command has no options for them.
+    # `make_sampler` reads these settings; this command has no options for them.
     parser.set_defaults(
         steps=None, default_steps=STEPS, timesteps=None, spacing=None, eta=None, thresholding=False, cuda_graph="off",
         backend="auto",
@@ -119,7 +119,7 @@ def _why_nothing(device: torch.device) -> str:
 
 
 def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...]) -> dict[Key, int]:
-    """Return the shapes of the model at all batch sizes, of sampling or of training, and how often each is called."""
+    """Return the shapes of the model at all batch sizes, for sampling or training, and the number of calls of each."""
     from fastddpm.perf.tuning.shapes import sampler_keys
 
     model = open_model(options, latents=True)
@@ -137,7 +137,7 @@ def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...
 def _training_keys(
     options: argparse.Namespace, model: Pretrained, device: torch.device, ops: tuple[str, ...]
 ) -> dict[Key, int]:
-    """Return the shapes of a training step of the model."""
+    """Return the shapes of a training step of the model, and the number of calls of each."""
     import torch
 
     from fastddpm.networks.frozen import blueprint_of
@@ -171,7 +171,7 @@ def _search(keys: dict[Key, int], device: torch.device, budget: float, path: Pat
 
     with progress_bar(len(keys), "tune") as bar:
         outcomes = tune(keys, device, budget, done=lambda outcome: bar())
-    saved = save(outcomes, device, path)  # before printing, which could lose it
+    saved = save(outcomes, device, path)  # before printing, because printing may fail
     _print(outcomes, console)
     print(summary(outcomes))
     if saved:

@@ -1,4 +1,4 @@
-"""Fetch the needed files of a model from the Hugging Face hub into its local cache, with `huggingface_hub`."""
+"""Fetch the files of a model that are needed from the Hugging Face hub into its local cache, with `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse(name: str) -> tuple[str, str | None] | None:
 
 
 def snapshot(name: str, files: Sequence[str]) -> Path:
-    """Fetch those of `files` that a model on the hub has, and return its folder in the local cache.
+    """Fetch those `files` that a model on the hub has, and return its folder in the local cache.
 
     Without a connection, or with HF_HUB_OFFLINE=1, only the cache is used.
 
@@ -25,7 +25,7 @@ def snapshot(name: str, files: Sequence[str]) -> Path:
         files: paths inside the model.
 
     Raises:
-        FileNotFoundError: the model cannot be fetched; the message says what was tried and what would help.
+        FileNotFoundError: the model cannot be fetched; the message says what was tried and how to solve it.
     """
     parsed = parse(name)
     if parsed is None:
@@ -40,13 +40,13 @@ def snapshot(name: str, files: Sequence[str]) -> Path:
         ) from None
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):  # also raised for private ones
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):  # also raised for private repositories
         why = f"{constants.ENDPOINT} has no {repository} (if it is private or gated: hf auth login)"
     except errors.RevisionNotFoundError:
         why = f"{repository} on {constants.ENDPOINT} has no revision {revision}"
     except errors.LocalEntryNotFoundError:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
         why = f"{offline} and {constants.HF_HUB_CACHE} does not hold it, or lacks some of its files"
-    except Exception as error:  # a connection fails in many ways
+    except Exception as error:  # a connection can fail with errors of many types
         why = f"{constants.ENDPOINT} gave {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     raise FileNotFoundError(f"{name} is no local file or folder, and {why}")

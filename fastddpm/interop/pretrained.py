@@ -32,9 +32,9 @@ from fastddpm.sampling.sampler import Sampler
 BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
 
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
-_LABELS = "_labels"  # of model_index.json: names of the labels that occur in the training data; diffusers ignores it
+_LABELS = "_labels"  # in model_index.json: names of the labels that occur in the training data; diffusers ignores it
 _DECODERS = ("VQModel", "AutoencoderKL")
-_RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # of a training run, and of its checkpoints
+_RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # files of a training run and of its checkpoints
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Pretrained:
         unet: the network: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch with a `config`.
         schedule: the forward process that it was trained on.
         settings: keyword arguments of `Sampler` (prediction_type, clip_sample, ...).
-        decoder: where samples are latents, diffusers' autoencoder that turns them into images.
-        label_names: the labels that occur in the training data, with their names; empty if the model does not say.
+        decoder: diffusers' autoencoder that turns samples into images, where samples are latents; else None.
+        label_names: the labels that occur in the training data, with their names; empty if the model has none.
     """
 
     unet: Any
@@ -56,7 +56,7 @@ class Pretrained:
     label_names: dict[int, str] = field(default_factory=dict)
 
     def labels(self) -> list[int]:
-        """Return the labels to draw in turn: those trained on, or all but the null class; [] without classes."""
+        """Return the labels to draw in turn: the trained ones, or all but the null class; [] without classes."""
         config = getattr(self.unet, "config", None)
         count = getattr(config, "num_class_embeds", None)
         known = sorted(self.label_names) or range(count or 0)
@@ -66,7 +66,7 @@ class Pretrained:
         """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
         own = own_settings(method, self.settings)
-        if not find_method(method).stores_x0:  # the model's own scheduler clips; this method has no x0 to clip
+        if not find_method(method).stores_x0:  # the model's scheduler may clip x0; this method has none to clip
             own = {name: value for name, value in own.items() if name not in ("clip_sample", "thresholding")}
         if overrides.get("timesteps") is not None:
             own.pop("num_inference_steps", None)
@@ -74,7 +74,7 @@ class Pretrained:
 
     @torch.no_grad()
     def decode(self, samples: Tensor, batch_size: int = 8) -> Tensor:
-        """Return images [N, C, H, W] in [-1, 1] of a sampler's samples; latents are decoded `batch_size` at once."""
+        """Return a sampler's samples as images [N, C, H, W] in [-1, 1]; latents are decoded `batch_size` at once."""
         if self.decoder is None:
             return samples
         decoder: Any = self.decoder.to(samples.device)
@@ -98,29 +98,29 @@ def load_pretrained(
     Args:
         model: one of
 
-            - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all files in one place;
-              one of latents (LDMPipeline) needs diffusers for its `vqvae/`. A `checkpoint-N` of diffusers' training
-              example takes the scheduler of the folder above.
+            - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all files in one place.
+              A pipeline of latents (LDMPipeline) needs diffusers for its `vqvae/`. A `checkpoint-N` of diffusers'
+              training example takes the scheduler of the folder above.
             - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, unless a local folder has
-              that name. It is kept in the hub's local cache, which is used without a connection.
-            - the results folder of a run of `Trainer`, whose `model/` is taken, or its `checkpoints/step-N`, for the
-              weights of that step.
-            - a file `model-N.pt` of a denoising_diffusion_pytorch `Trainer`, whose `Unet` is built by that library.
-            - a file of guided-diffusion or improved-diffusion: a bare state dict, whose network its flags describe.
+              that name. It is kept in the hub's local cache, which also works without a connection.
+            - the results folder of a run of `Trainer`, which loads its `model/`, or its `checkpoints/step-N`, which
+              loads the weights of that step.
+            - a file `model-N.pt` of a denoising_diffusion_pytorch `Trainer`; that library builds its `Unet`.
+            - a file of guided-diffusion or improved-diffusion: a bare state dict, whose flags describe the network.
         dtype: of the network, float32 as in diffusers; None for the stored one.
         device: where to put the network.
-        ema: take the moving average of the weights where there are both: `unet_ema/` beside `unet/`, as diffusers'
-            training example writes them, or "ema" beside "model" in a trainer's file. (The `unet/` of the finished
-            pipeline of that example is already the average.)
+        ema: take the moving average where there are both weights: `unet_ema/` beside `unet/`, as diffusers'
+            training example writes them, or "ema" beside "model" in a trainer's file. (In the finished pipeline of
+            that example `unet/` is already the average.)
         variant: of the weights, as for diffusers: "ema" reads `diffusion_pytorch_model.ema.safetensors`.
-        **unsaid: what a file does not say itself. For a Trainer's: image_size, which must be given, objective and
-            sinusoidal_pos_emb_theta, see `network_of_checkpoint`. For the others: the published flags, as text or not,
-            see `interop.guided_diffusion.load_unet`, and `library`.
+        **unsaid: settings that a file lacks. For a Trainer's file: image_size, which must be given, objective and
+            sinusoidal_pos_emb_theta, see `network_of_checkpoint`. For the other files: the published flags, as text or
+            as values, see `interop.guided_diffusion.load_unet`, and `library`.
 
     Raises:
-        FileNotFoundError: there is no such model, or one of its files is missing.
-        ModuleNotFoundError: a library is needed that is not installed; the message names it.
-        ValueError: a file is corrupt or states something that is not supported; the message names file and field.
+        FileNotFoundError: the model does not exist, or one of its files is missing.
+        ModuleNotFoundError: the model needs a library that is not installed; the message names it.
+        ValueError: a file is corrupt or has a setting that is not supported; the message names file and field.
         TypeError: an argument belongs to another kind of model.
     """
     path = Path(model)
@@ -147,10 +147,10 @@ def load_pretrained(
 
 
 def _label_names(path: Path) -> dict[int, str]:
-    """Return the names by label of a model_index.json that states them.
+    """Return the names by label in a model_index.json; empty if it has none.
 
     Raises:
-        ValueError: they are no names by label; the message names the file.
+        ValueError: the entry is not a map from label to name; the message names the file.
     """
     names = read_json(path).get(_LABELS, {}) if path.is_file() else {}
     if not isinstance(names, dict) or not all(
@@ -162,11 +162,11 @@ def _label_names(path: Path) -> dict[int, str]:
 
 
 def run_of(path: str | os.PathLike[str]) -> Path | None:
-    """Return the results folder of the `Trainer` run that `path` is, or whose `checkpoints/step-N` it is; or None."""
+    """Return the results folder of a `Trainer` run, from that folder or its `checkpoints/step-N`; None for others."""
     path = Path(path)
     if (path / _RUN_CONFIG).is_file() and not (path / _INDEX).is_file():
         return path
-    run = path.parent.parent  # of RUN/checkpoints/step-N
+    run = path.parent.parent  # path may be RUN/checkpoints/step-N
     return run if (path / _RUN_WEIGHTS).is_file() and (run / _RUN_CONFIG).is_file() else None
 
 
@@ -191,11 +191,11 @@ def _load_run(
 
 @dataclass(frozen=True)
 class _Parts:
-    """The places of a pipeline folder's parts.
+    """The paths of the parts of a pipeline folder.
 
     Attributes:
         unet: the folder of the U-Net.
-        scheduler: the file of the scheduler.
+        scheduler: the scheduler's file.
         decoder: (folder, class) of the autoencoder that decodes latents, or None.
     """
 
@@ -208,8 +208,8 @@ class _Parts:
         """Find the parts of `folder`.
 
         Raises:
-            FileNotFoundError: it is no pipeline folder.
-            ValueError: its pipeline is not supported.
+            FileNotFoundError: `folder` is not a pipeline folder.
+            ValueError: the pipeline is not supported.
         """
         index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
         unet = _component(index, "unet")
@@ -223,7 +223,7 @@ class _Parts:
             if kind not in _DECODERS:
                 raise ValueError(f"{folder / _INDEX}: vqvae is of class {kind}, must be {' or '.join(_DECODERS)}")
             decoder = (folder / "vqvae", kind)
-        # Models published before pipelines had subfolders, google/ddpm-cat-256 among them, keep all files in one.
+        # Models published before pipelines had subfolders, such as google/ddpm-cat-256, keep all files in one folder.
         if not (folder / "scheduler").is_dir() and (folder / _SCHEDULER).is_file():
             return cls(folder, folder / _SCHEDULER, decoder)
         averaged = folder / "unet_ema"
@@ -241,13 +241,13 @@ class _Parts:
 
 
 def _component(index: Mapping[str, Any], name: str) -> str | None:
-    """Return the class that a model_index.json states for a part, or None."""
+    """Return the class that a model_index.json gives for a part, or None."""
     value = index.get(name)
     return value[1] if isinstance(value, list) and len(value) == 2 else None
 
 
 def _fetch(name: str, ema: bool, variant: str | None) -> Path:
-    """Fetch the needed files of a model on the hub: first those that say where the weights are, then the weights."""
+    """Fetch a model's files from the hub: first those that say where the weights are, then the weights."""
     folders = ["", "unet/", *["unet_ema/"] * ema]
     configs = [_INDEX, _SCHEDULER, f"scheduler/{_SCHEDULER}", *(f"{part}{_CONFIG}" for part in folders)]
     folder = hub.snapshot(name, configs)
@@ -260,7 +260,7 @@ def _fetch(name: str, ema: bool, variant: str | None) -> Path:
 
 
 def _fetch_weights(name: str, part: str, variant: str | None) -> None:
-    """Fetch a part's weights: safetensors before old files, each whole or in shards."""
+    """Fetch a part's weights, whole or in shards; prefer safetensors to old files."""
     for file, index in zip(weights_files(variant), index_files(variant), strict=True):
         found = hub.snapshot(name, [(Path(part) / each).as_posix() for each in (index, file)]) / part
         if (found / file).is_file():
@@ -281,7 +281,7 @@ def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: to
         raise FileNotFoundError(f"{folder} is missing, which decodes the latents of this pipeline")
     try:
         decoder: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto")
-    except Exception as error:  # diffusers raises many kinds
+    except Exception as error:  # diffusers raises errors of many types
         raise ValueError(f"{folder} cannot be loaded as a {kind}: {str(error).partition(chr(10))[0]}") from None
     return decoder.to(device).eval()
 
@@ -332,10 +332,9 @@ def save_pretrained(
     Args:
         folder: created if it does not exist; files of the same names are replaced.
         unet, schedule: the model; weights are stored in the network's dtype.
-        prediction_type, variance_type, clip_sample, clip_sample_range, self_condition: how it is sampled, as for
-            `Sampler`.
-        timestep_spacing: likewise; None for "trailing" where the schedule has zero terminal SNR, whose last timestep
-            the others leave out, else "leading".
+        prediction_type, variance_type, clip_sample, clip_sample_range, self_condition: settings of `Sampler`.
+        timestep_spacing: a setting of `Sampler`. None is "trailing" for a schedule with zero terminal SNR, because
+            other spacings leave out its last timestep; else "leading".
         null_class: the label that means "no class"; None for that of the U-Net's config.
         label_names: the labels that occur in the training data, with their names.
 

@@ -1,4 +1,4 @@
-"""Read configurations of diffusers' schedulers: the noise schedule, and the settings of `Sampler` that they state."""
+"""Read the noise schedule and the settings of `Sampler` from configurations of diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fastddpm.common.files import read_json
 from fastddpm.process.schedule import NoiseSchedule
 
-# What diffusers has no word for; it ignores names with an underscore.
+# A setting that diffusers does not have; it ignores names with an underscore.
 SELF_CONDITION = "_self_condition"
 
 _SPACED = ("prediction_type", "timestep_spacing", "steps_offset")
@@ -23,7 +23,7 @@ _SIGMAS = {
     "use_lu_lambdas": "lu",
     "use_flow_sigmas": "flow",
 }
-# Settings that have one supported value.
+# Settings with one supported value.
 _REQUIRED: dict[str, Any] = {
     "use_dynamic_shifting": False,
     "shift_terminal": None,
@@ -37,9 +37,9 @@ class _Kind(NamedTuple):
     """How to read the configuration of a scheduler.
 
     Attributes:
-        method: the method it stands for; or the name of the field that says so.
+        method: the sampling method of the scheduler, or a function of the configuration that returns it.
         settings: fields that are also settings of `Sampler`.
-        defaults: of diffusers, where they are not those of `Sampler` or of `NoiseSchedule`.
+        defaults: diffusers' defaults that differ from those of `Sampler` or `NoiseSchedule`.
     """
 
     method: str | Callable[[Mapping[str, Any]], str]
@@ -102,11 +102,11 @@ _KINDS: dict[str, _Kind] = {
 
 
 def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """Read diffusers' `scheduler_config.json`: the schedule and the settings of `Sampler` that it states.
+    """Read the schedule and the settings of `Sampler` from diffusers' `scheduler_config.json`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is corrupt, of an unsupported class, or has an unsupported setting.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is corrupt, of an unsupported class, or has an unsupported setting.
     """
     config = read_json(path)
     for name, supported in _REQUIRED.items():
@@ -116,7 +116,7 @@ def load_scheduler(path: str | os.PathLike[str]) -> tuple[NoiseSchedule, dict[st
 
 
 def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """Do the same for a configuration that is already read; errors begin with `where`."""
+    """Return what `load_scheduler` does, from a configuration in memory; errors begin with `where`."""
     name = config.get("_class_name", "DDPMScheduler")
     if name not in _KINDS:
         raise ValueError(f"{where}: _class_name is {name!r}, must be one of {', '.join(_KINDS)}")
@@ -135,7 +135,7 @@ def scheduler_settings(config: Mapping[str, Any], where: str) -> tuple[NoiseSche
         raise ValueError(f"{where}: {SELF_CONDITION} is {own!r}, must be true or false")
     if own:
         settings["self_condition"] = True
-    if settings.get("thresholding"):  # without it they have no meaning
+    if settings.get("thresholding"):  # its ratio and range mean nothing without it
         names = ("dynamic_thresholding_ratio", "sample_max_value")
         settings |= {field: config[field] for field in names if field in config}
     if "disable_corrector" in settings:

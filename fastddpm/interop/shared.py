@@ -1,4 +1,4 @@
-"""What the libraries' folders share: the error for an unknown object, noise options, and noise drawn in their order."""
+"""Code that the libraries' folders share: the error for unknown objects, noise options, noise in a library's order."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SUPPORTED = (
 
 
 def kind_of(obj: Any) -> str:
-    """Return the class of an object with the module it is of, which tells classes of one name apart."""
+    """Return the class of an object with its module, which tells apart classes of the same name."""
     return f"{type(obj).__module__.rpartition('.')[2]}.{type(obj).__qualname__}"
 
 
 def not_supported(obj: Any) -> TypeError:
-    """Return the error for an object that `accelerate` does not know."""
+    """Return the error for an object that `accelerate` does not support."""
     if isinstance(obj, (tuple, list)):
         name = f"{type(obj).__name__} of ({', '.join(type(part).__name__ for part in obj)})"
     else:
@@ -34,10 +34,10 @@ def not_supported(obj: Any) -> TypeError:
 
 
 def check_noise(noise: Any) -> str:
-    """Return where noise comes from.
+    """Check the source of noise, and return it.
 
     Raises:
-        ValueError: it is not one of `NOISES`.
+        ValueError: `noise` is not one of `NOISES`.
     """
     if noise not in NOISES:
         raise ValueError(f"noise is {noise!r}, must be one of {', '.join(map(repr, NOISES))}")
@@ -45,13 +45,13 @@ def check_noise(noise: Any) -> str:
 
 
 class StepNoise:
-    """Noise of steps from a generator, drawn in the order of a library's loop: a `NoiseSource` of `Sampler.sample`.
+    """A `NoiseSource` of `Sampler.sample` that draws from a generator in the order of a library's loop.
 
-    The sampler does not ask for noise that a row multiplies by 0, such as all of DDIM's with eta 0. It is drawn
-    nonetheless, so that the generator ends where the library leaves it.
+    The sampler does not ask for noise that a row multiplies by 0, such as all of DDIM's with eta 0. This class draws it
+    nonetheless, so that the generator ends in the same state as the library's.
 
     Args:
-        draws: for every row whether the library draws.
+        draws: whether the library draws, one entry per row.
         draw: draws the noise of one step, [N, ...].
         start: the first row.
     """
@@ -65,7 +65,7 @@ class StepNoise:
         return self._draw()
 
     def finish(self) -> None:
-        """Draw what the rows that are left draw."""
+        """Draw the noise of the remaining rows."""
         self._pass_to(len(self._draws))
 
     def _pass_to(self, row: int) -> None:

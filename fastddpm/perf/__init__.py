@@ -1,1 +1,1 @@
-"""Performance: what a machine can do (`profiling`) and which kernels are fastest on it (`tuning`)."""
+"""Performance: measure what a machine can do (`profiling`) and find the fastest kernels on it (`tuning`)."""

@@ -1,4 +1,4 @@
-"""Noise levels to visit: the grids of diffusers' schedulers that work with sigma = noise / signal."""
+"""Choose the noise levels to visit: the grids of diffusers' schedulers that work with sigma = noise / signal."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fastddpm.process.schedule import NoiseSchedule
 
 SIGMA_SCHEDULES = ("karras", "exponential", "beta", "lu", "flow")
 SPACINGS = ("leading", "trailing", "linspace")
-# What diffusers puts in place of abar = 0, so that sigma and log(signal / noise) are finite.
+# diffusers' substitute for abar = 0, which keeps sigma and log(signal / noise) finite.
 LEAST_BAR = 2.0**-24
 
 
 class SigmaGrid(NamedTuple):
-    """Levels of noise, falling, and what the network is told at each.
+    """Falling levels of noise, and the timestep that the network reads at each.
 
     Attributes:
         timesteps: float64 [S], which need not be integers.
-        sigmas: float64 [S + 1]; the last one is where the sampler ends. noise / signal, or noise itself for flows.
+        sigmas: float64 [S + 1], noise / signal, or the noise itself for flows; the sampler ends at the last one.
         flow: whether signal is 1 - noise (flow matching) rather than sqrt(1 - noise^2).
         init_noise_sigma: standard deviation of the first state, as the network reads it; None for the level's noise.
-        trained: float64 [T], sigma of every trained timestep, which tells the timesteps of levels between.
+        trained: float64 [T], sigma of every trained timestep; levels between them are interpolated from it.
     """
 
     timesteps: np.ndarray
@@ -75,14 +75,14 @@ def sigma_grid(
     final_sigmas_type: str = "zero",
     round_timesteps: bool | None = None,
 ) -> SigmaGrid:
-    """Return the levels that a sampler visits in so many steps.
+    """Return the levels that a sampler visits in `num_inference_steps` steps.
 
     Args:
         schedule: the forward process the network was trained on.
         num_inference_steps: S, at least 1.
         timestep_spacing: "leading", "trailing" or "linspace" (Lin et al. 2024, table 2).
         steps_offset: added to the timesteps of "leading".
-        multistep: lay "leading" and "linspace" with one point more and leave out the lowest, on integer timesteps, as
+        multistep: space "leading" and "linspace" for one more point and leave out the lowest, on integer timesteps, as
             diffusers' multistep solvers do; else "linspace" reaches timestep 0 and may visit fractional timesteps.
         sigma_schedule: the levels between the first and last trained one: "karras" (Karras et al. 2022, eq. 5),
             "exponential" (equal ratios), "beta" (Lee et al. 2024; needs SciPy), "lu" (equal steps of log sigma, Lu et
@@ -90,11 +90,11 @@ def sigma_grid(
         sigma_min, sigma_max: the ends of "karras", "exponential" and "beta"; None for those of the schedule (of the
             visited timesteps where not `multistep`).
         rho: exponent of "karras".
-        flow_shift: of "flow".
+        flow_shift: the shift of "flow".
         lambda_min_clipped: the lowest log(signal / noise) to visit, for schedules that begin in almost pure noise.
         final_sigmas_type: end at "zero", or at "sigma_min", the level of timestep 0.
-        round_timesteps: whether timesteps found from sigmas are rounded; None: as diffusers' multistep solvers do
-            for "karras" and "lu" (they are cut to integers in any case).
+        round_timesteps: whether to round timesteps found from sigmas; None rounds them for "karras" and "lu", as
+            diffusers' multistep solvers do (these cut them to integers in any case).
 
     Raises:
         ValueError: a setting is not known or out of range.
@@ -134,7 +134,7 @@ def sigma_grid(
 
 
 def grid_at(schedule: NoiseSchedule, timesteps: Any, final_sigmas_type: str = "zero") -> SigmaGrid:
-    """Return the grid of a list of timesteps that falls, at the levels of the schedule.
+    """Return the grid of a falling list of timesteps, at the levels of the schedule.
 
     Raises:
         ValueError: as `NoiseSchedule.check_timesteps`, or `final_sigmas_type` is not known.
@@ -157,11 +157,11 @@ def lcm_grid(
     """Return the levels of a consistency model's sampler, evenly among those it was distilled on.
 
     Args:
-        original_inference_steps: how many levels it was distilled on.
+        original_inference_steps: the number of levels that the model was distilled on.
         others: as for `sigma_grid`; the spacing and its offset have no effect.
 
     Raises:
-        ValueError: there are fewer such levels than steps.
+        ValueError: there are fewer distilled levels than steps.
     """
     steps, total = _count(num_inference_steps), schedule.num_train_timesteps
     if not steps <= original_inference_steps <= total:

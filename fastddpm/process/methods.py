@@ -1,10 +1,10 @@
-"""The sampling methods by name. A method is a function that returns a coefficient table:
+"""Find sampling methods by name. A method is a function that returns a coefficient table:
 
     ddim_table(schedule, timesteps, eta=0.5)
     method_table("ddim", schedule, timesteps, eta=0.5)     # the same by name
 
-The keyword-only parameters of the function are the method's settings, with those of the function that chooses its
-levels: names, owners and defaults stand nowhere else. To add a method, write its function and give it a line in
+The method's settings are the keyword-only parameters of that function and of the function that chooses its levels.
+Their names, owners and defaults stand nowhere else. To add a method, write its function and give it a line in
 `METHODS`.
 """
 
@@ -22,7 +22,7 @@ from fastddpm.process.grids import SPACINGS, SigmaGrid, lcm_grid, plms_grid, sig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable, ddim_table, ddpm_table
 
-# What the network returns. It may be said for every method, and goes to those that take it.
+# Settings that say what the network returns. Every method accepts them; only those with such a parameter use them.
 OF_THE_NETWORK = ("prediction_type", "variance_type")
 
 
@@ -31,13 +31,13 @@ class Method(NamedTuple):
 
     Attributes:
         table: called as table(schedule, timesteps, **settings).
-        grid: chooses levels rather than timesteps, grid(schedule, steps, spacing, steps_offset=0, **settings); or None.
-        multistep: whether diffusers lays the timesteps as for its multistep solvers, see `NoiseSchedule.timesteps`.
+        grid: grid(schedule, steps, spacing, steps_offset=0, **settings) chooses levels rather than timesteps; or None.
+        multistep: whether diffusers spaces the timesteps as for its multistep solvers, see `NoiseSchedule.timesteps`.
         spacing: the default of `timestep_spacing`.
         clips: the default of `clip_sample`.
-        stores_x0: whether x0 is what the method combines, so that it can be clipped.
-        fixed: settings of the function that the method is not asked for.
-        defaults: other defaults than the function's.
+        stores_x0: whether the method combines x0, so that it can be clipped.
+        fixed: arguments of the function that are fixed, so that they are no settings of the method.
+        defaults: the method's defaults that differ from the function's.
     """
 
     table: Callable[..., StepTable]
@@ -57,7 +57,7 @@ class Method(NamedTuple):
 
     @property
     def grid_settings(self) -> dict[str, Any]:
-        """The settings that choose levels, and their defaults."""
+        """Return the settings that choose levels, and their defaults."""
         own = {} if self.grid is None else _keywords(self.grid)
         return {name: value for name, value in own.items() if name not in ("multistep", "steps_offset")}
 
@@ -108,7 +108,7 @@ def find_method(name: str) -> Method:
     """Return the method of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no method has that name.
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}, must be one of {', '.join(METHODS)}")
@@ -121,7 +121,7 @@ def owners(setting: str) -> list[str]:
 
 
 def own_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings` without those that other methods have and this one has not."""
+    """Return `settings` without those that only other methods have."""
     own = find_method(name).settings
     return {
         setting: value
@@ -140,19 +140,19 @@ def method_table(
     steps_offset: int = 0,
     **settings: Any,
 ) -> StepTable:
-    """Return the table of a method, at timesteps or in so many steps.
+    """Return the table of a method, at given timesteps or for a number of steps.
 
     Args:
         name: one of `METHODS`.
         schedule: the forward process the network was trained on.
-        timesteps: [S], falling; None for those of the next three.
-        num_inference_steps, timestep_spacing, steps_offset: see `NoiseSchedule.timesteps`; None for all T steps, and
+        timesteps: [S], falling; None to choose them by the next three arguments.
+        num_inference_steps, timestep_spacing, steps_offset: see `NoiseSchedule.timesteps`; None for all T steps and
             the method's own spacing.
-        **settings: the method's. A setting of other methods is let through at the default of the first of them.
+        **settings: the method's. A setting of other methods is accepted if it has the default of the first of them.
 
     Raises:
         TypeError: no method has such a setting.
-        ValueError: only other methods have it, or as the method's function.
+        ValueError: only other methods have the setting; or an error of the method's function.
     """
     method = find_method(name)
     given = {**method.defaults, **_own(name, method.settings, settings), **method.fixed}
@@ -176,7 +176,7 @@ def method_table(
 
 
 def _lays_levels(method: Method, schedule: NoiseSchedule, steps: int | str | None, spacing: str) -> bool:
-    """Return whether the method's grid knows the spacing; all T steps of a solver are the timesteps themselves."""
+    """Return whether the method's grid chooses the levels; a solver in all T steps visits the timesteps themselves."""
     whole = method.multistep and steps in (None, schedule.num_train_timesteps)
     return spacing in SPACINGS and not whole and not isinstance(steps, str)
 

@@ -1,7 +1,7 @@
-"""Multistep and singlestep solvers in log(signal / noise): DPM-Solver, DPM-Solver++, DEIS, UniPC, PLMS.
+"""Tables of multistep and singlestep solvers in log(signal / noise): DPM-Solver, DPM-Solver++, DEIS, UniPC, PLMS.
 
-They solve the probability flow ODE (or the SDE) of Song et al. 2021 exactly but for the network, which they take as a
-polynomial through the last few predictions. lambda = log(signal / noise), and h is a step in it.
+They solve the probability flow ODE (or the SDE) of Song et al. 2021 exactly, except that they replace the network by a
+polynomial through its last few predictions. lambda = log(signal / noise), and h is a step in it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def dpmsolver_table(
         solver_order: 1, 2 or 3; the first steps are of lower order.
         solver_type: "midpoint" or "heun", of second order.
         lower_order_final: with fewer than 15 steps lower the order towards the end.
-        euler_at_final: make the last step of order 1. It always is where the grid ends at zero noise.
+        euler_at_final: make the last step of order 1, as it always is where the grid ends at zero noise.
 
     Raises:
         ValueError: a setting is not known, or the algorithm cannot end at zero noise.
@@ -89,15 +89,15 @@ def dpmsolver_singlestep_table(
 ) -> StepTable:
     """Return the table of DPM-Solver or DPM-Solver++, singlestep (Lu et al. 2022a, algorithms 1 and 2).
 
-    Steps come in groups of 1, 2 or 3 evaluations, of which the last is of full order from where the group begins.
-    diffusers' `DPMSolverSinglestepScheduler`.
+    Steps come in groups of 1, 2 or 3 evaluations. The last step of a group is of full order and starts from the state
+    at the group's beginning. diffusers' `DPMSolverSinglestepScheduler`.
 
     Args:
         grid, prediction_type, solver_type: as for `dpmsolver_table`.
-        algorithm_type: "dpmsolver++" or "dpmsolver"; the others with order 1 alone.
+        algorithm_type: "dpmsolver++" or "dpmsolver"; the others with order 1 only.
         solver_order: 1, 2 or 3.
-        lower_order_final: end with steps of order 1; needed where the number of steps is no multiple of the order, and
-            where the grid ends at zero noise.
+        lower_order_final: end with steps of order 1. This is needed where the number of steps is not a multiple of the
+            order, and where the grid ends at zero noise.
 
     Raises:
         ValueError: as `dpmsolver_table`.
@@ -159,7 +159,7 @@ def deis_table(
         order = min(solver_order, i + 1)
         if few:
             order = min(order, levels.steps - i)
-        # With u = log rho = -lambda: x / signal moves by the integral of epsilon over d rho = e^u d u.
+        # With u = log rho = -lambda, x / signal changes by the integral of epsilon over d rho = e^u d u.
         nodes = [-float(levels.log_snr[i - k]) for k in range(order)]
         end = -float(levels.log_snr[i + 1])
         weights = [_integral_with_exp(lagrange(nodes, k), nodes[0], end) for k in range(order)]
@@ -187,13 +187,13 @@ def unipc_table(
         grid: the levels to visit, see `on_grid`.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
         solver_order: 1 to 3.
-        predict_x0: extrapolate x0; False: epsilon, which cannot end at zero noise.
+        predict_x0: extrapolate x0; False extrapolates epsilon, which cannot end at zero noise.
         solver_type: "bh1" or "bh2", the function B(h) of the paper.
         lower_order_final: lower the order towards the end.
-        disable_corrector: steps that are not corrected.
+        disable_corrector: indices of the steps that are not corrected.
 
     Raises:
-        ValueError: a setting is not known, or epsilon is extrapolated to zero noise.
+        ValueError: a setting is not known, or `predict_x0` or `lower_order_final` is False at zero final noise.
     """
     if solver_type not in ("bh1", "bh2"):
         raise ValueError(f"solver_type is {solver_type!r}, must be 'bh1' or 'bh2'")
@@ -214,17 +214,17 @@ def unipc_table(
 
 @on_grid()
 def plms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTable:
-    """Return the table of PLMS (Liu et al. 2022, PNDM without its Runge-Kutta start), of S + 1 evaluations.
+    """Return the table of PLMS (Liu et al. 2022, PNDM without its Runge-Kutta start), with S + 1 evaluations.
 
-    diffusers' `PNDMScheduler` with `skip_prk_steps`. Predictions are extrapolated with the coefficients of Adams and
-    Bashforth, of order 4 in the end; the first step is done twice, the second time with the mean of two predictions.
+    diffusers' `PNDMScheduler` with `skip_prk_steps`. It extrapolates predictions with the coefficients of Adams and
+    Bashforth, and rises to order 4. The first step is done twice, the second time with the mean of two predictions.
 
     Args:
         grid: the levels to visit, evenly spaced timesteps.
-        prediction_type: "epsilon", or "v_prediction", which is extrapolated as it is.
+        prediction_type: "epsilon", or "v_prediction", which is extrapolated without conversion.
 
     Raises:
-        ValueError: `prediction_type` is another.
+        ValueError: `prediction_type` is neither.
     """
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type is {prediction_type!r}, must be 'epsilon' or 'v_prediction' with PLMS")
@@ -243,12 +243,12 @@ def plms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTabl
     return trace.finish(x, **levels.at(levels.steps))
 
 
-# Weights of the last predictions, the newest first (Adams and Bashforth 1883), by how many there are.
+# Weights of the last predictions, the newest first (Adams and Bashforth 1883), by their number.
 _ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 class _Levels:
-    """Signal, noise and lambda at each level of a grid."""
+    """The signal, noise and lambda at each level of a grid."""
 
     def __init__(self, grid: SigmaGrid) -> None:
         self.grid, self.signal, self.noise = grid, grid.signal, grid.noise
@@ -266,7 +266,7 @@ class _Levels:
 
 
 class _Coefficients(NamedTuple):
-    """Factors of a step: of the state, of D0, D1 and D2 (derivatives of the prediction in lambda), and of noise."""
+    """Factors in a step of the state, of D0, D1 and D2 (derivatives of the prediction in lambda), and of noise."""
 
     keep: float
     c0: float
@@ -289,13 +289,13 @@ def _coefficients(algorithm_type: str, levels: _Levels, begin: int, end: int) ->
     else:
         keep = signal / float(levels.signal[begin])
         e, sign, factor, deviation = h, -2.0, noise, noise * math.sqrt(max(0.0, math.expm1(2 * h)))
-    # phi_k(e), the integrals of exp against powers; with h infinite only the first is used.
+    # phi_k(e) are the integrals of exp against powers; with h infinite only the first is used.
     phi1 = math.expm1(e)
     c0 = sign * factor * phi1
-    if not math.isfinite(e) or h == 0:  # to zero noise, or nowhere: of order 1
+    if not math.isfinite(e) or h == 0:  # a step to zero noise, or of no length, is of order 1
         return _Coefficients(keep, c0, 0.0, 0.0, deviation), h
     c1 = sign * factor * (phi1 / e - 1)
-    # Of the SDE diffusers adds where the ODE's formula subtracts; its images are the reference.
+    # For the SDE diffusers adds where the ODE's formula subtracts; we follow it, because its images are the reference.
     half = -0.5 if algorithm_type == "sde-dpmsolver++" else 0.5
     c2 = sign * factor * ((phi1 - e) / e**2 - half)
     return _Coefficients(keep, c0, c1, c2, deviation), h
@@ -311,7 +311,7 @@ def _unipc_step(
     solver_type: str,
     corrected: Symbol | None = None,
 ) -> Symbol:
-    """Return the state after the step from level `begin`, predicted, or corrected by the prediction made there."""
+    """Return the state after the step from level `begin`: predicted, or corrected by the prediction after the step."""
     c, h = _coefficients("dpmsolver++" if predict_x0 else "dpmsolver", levels, begin, begin + 1)
     m0, lam = seen[0], levels.log_snr
     following = c.keep * x + c.c0 * m0
@@ -325,7 +325,7 @@ def _unipc_step(
     if not differences:
         return following
     if len(differences) == 1:
-        weights = [0.5]  # as the authors' code: the exact one differs by O(h)
+        weights = [0.5]  # as in the authors' code; the exact weight differs by O(h)
     else:
         phi, factorial, right = math.expm1(e) / e - 1, 1.0, []
         for k in range(1, len(differences) + 1):
@@ -337,14 +337,14 @@ def _unipc_step(
 
 
 def _ddim_step(levels: _Levels, prediction_type: str, x: Symbol, out: Symbol, begin: int) -> Symbol:
-    """Return the state one level on, without noise, for a prediction (Song et al. 2021, eq. 12)."""
+    """Return the state at the next level, without noise, for a prediction (Song et al. 2021, eq. 12)."""
     signal, noise = float(levels.signal[begin]), float(levels.noise[begin])
     epsilon = signal * out + noise * x if prediction_type == "v_prediction" else out
     return float(levels.signal[begin + 1]) * (x - noise * epsilon) / signal + float(levels.noise[begin + 1]) * epsilon
 
 
 def _singlestep_orders(steps: int, order: int, lower_final: bool, to_zero: bool) -> list[int]:
-    """Return the order of every step: groups of 1 to `order`, and single steps to fill up or to end."""
+    """Return the order of every step: groups that rise from 1 to `order`, then steps of lower order to fill or end."""
     whole, rest = divmod(steps, order)
     group = list(range(1, order + 1))
     if order == 1 or not lower_final:

@@ -23,22 +23,22 @@ def repaint_table(
     eta: float | None = None,
     order: str = "diffusers",
 ) -> StepTable:
-    """Return RePaint's walk (Lugmayr et al. 2022), which goes back up every `jump_length` levels, several times.
+    """Return the table of RePaint (Lugmayr et al. 2022), which goes back up every `jump_length` levels, several times.
 
-    A row up is one step of the forward process, sqrt(alpha) x + sqrt(1 - alpha) z, without the network; inpainting
+    A row up is one step of the forward process, sqrt(alpha) x + sqrt(1 - alpha) z, without the network. Inpainting
     blends the known region in after every row down.
 
     Args:
         schedule, timesteps, prediction_type, variance_type: as for `ddpm_table`.
-        jump_length: levels that are gone up at each jump, and the distance between jumps; at least 1.
+        jump_length: levels that each jump goes up, and the distance between jumps; at least 1.
         jump_n_sample: how often each stretch is denoised, at least 1; 1 makes no jumps.
         eta: None for DDPM's rows down; a number for DDIM's with this eta, as in diffusers' `RePaintScheduler`, whose
             default is 0.
-        order: "diffusers" jumps where `RePaintScheduler` does, one level below the original's ("repaint"), so that
-            also the finished image is noised and denoised again.
+        order: "diffusers" jumps where `RePaintScheduler` does, one level below the original ("repaint"), so that
+            the finished image is also noised and denoised again.
 
     Raises:
-        ValueError: as `ddpm_table`, a setting is not one of those named, or the variance is learned with `eta` given.
+        ValueError: as `ddpm_table`; or a setting is out of range, or `eta` is given with a learned variance.
     """
     for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
@@ -55,7 +55,10 @@ def repaint_table(
 
 
 def _resampled(down: StepTable, jump_length: int, jump_n_sample: int, *, lowest: int) -> StepTable:
-    """Order `down`'s rows as RePaint does, with rows up between them; `lowest`: level of the lowest jump, 0 is x_0."""
+    """Order the rows of `down` as RePaint does, with rows up between them.
+
+    `lowest` is the level of the lowest jump; 0 is x_0.
+    """
     steps = len(down)
     bar = torch.cat([torch.tensor([down.start[0]], dtype=torch.float64), down.levels[:, 0]]).square()
     # Level k has k rows to go; row i of `down` leads from level S - i to S - i - 1, bar[i] to bar[i + 1].

@@ -1,4 +1,4 @@
-"""Noise schedules: betas and what follows from them, in float64.
+"""Noise schedules: betas and the values derived from them, in float64.
 
 x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, abar_t = prod_{s <= t} (1 - beta_s)   (Ho et al. 2020, eq. 4)
 """
@@ -26,9 +26,9 @@ class NoiseSchedule:
     Build one with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_name` or `from_betas`.
 
     Attributes:
-        betas: float64 [T], each in (0, 1); the last may be 1, then nothing of x_0 is left at T - 1.
+        betas: float64 [T], each in (0, 1); the last may be 1, which leaves nothing of x_0 at T - 1.
         beta_schedule: diffusers' name of the schedule, or "trained_betas" for given betas.
-        beta_start, beta_end: the range the schedule was made from, where it has one.
+        beta_start, beta_end: the range that the schedule was made from, if it has one.
     """
 
     betas: Tensor
@@ -81,7 +81,7 @@ class NoiseSchedule:
             raise ValueError(f"max_beta is {max_beta}, must be in (0, 1)")
         edges = torch.arange(steps + 1, dtype=torch.float64) / steps
         alpha_bar = torch.cos((edges + 0.008) / 1.008 * (math.pi / 2)).square()
-        name = "squaredcos_cap_v2" if max_beta == 0.999 else "trained_betas"  # the one cut that the name stands for
+        name = "squaredcos_cap_v2" if max_beta == 0.999 else "trained_betas"  # diffusers' name implies this cut
         return cls((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), name)
 
     @classmethod
@@ -118,7 +118,7 @@ class NoiseSchedule:
         """Return the schedule that diffusers or this package calls `beta_schedule`; "cosine" takes no range of betas.
 
         Raises:
-            ValueError: no such schedule.
+            ValueError: the name is not known.
         """
         ranged: dict[str, Callable[[int, float, float], NoiseSchedule]] = {
             "linear": cls.linear,
@@ -137,11 +137,11 @@ class NoiseSchedule:
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return the schedule, shifted and scaled so that nothing of x_0 is left at the end (Lin et al. 2024, alg. 1).
 
-        diffusers' `rescale_betas_zero_snr`. sqrt(abar) is moved linearly: the first stays, the last becomes 0. Epsilon
-        says nothing about x_0 at that step; predict "v_prediction" or "sample", and use "trailing" spacing.
+        diffusers' `rescale_betas_zero_snr`. It maps sqrt(abar) linearly: the first stays, the last becomes 0. Epsilon
+        says nothing about x_0 at that step, so predict "v_prediction" or "sample", and use "trailing" spacing.
 
         Raises:
-            ValueError: there is only one step.
+            ValueError: the schedule has only one step.
         """
         if self.num_train_timesteps == 1:
             raise ValueError("num_train_timesteps is 1, must be at least 2 to rescale the schedule")
@@ -163,7 +163,7 @@ class NoiseSchedule:
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """abar, float64 [T], falling from about 1 to about 0, or to 0."""
+        """abar, float64 [T], which falls from about 1 to about 0, or to 0."""
         return torch.cumprod(1 - self.betas, dim=0)
 
     def q_sample_table(self) -> Tensor:
@@ -200,7 +200,7 @@ class NoiseSchedule:
         """Return an explicit list of timesteps as int64 [S].
 
         Raises:
-            ValueError: there are none, they are not integers, not within 0 to T - 1, or do not fall.
+            ValueError: the list is empty, does not fall, or has values that are not integers from 0 to T - 1.
         """
         return checked_timesteps(self.num_train_timesteps, timesteps)
 

@@ -1,8 +1,8 @@
-"""Samplers in sigma, the noise over the signal: Euler, Heun, DPM2, LMS, ancestral and stochastic ones, and LCM.
+"""Tables of samplers in sigma = noise / signal: Euler, Heun, DPM2, LMS, ancestral and stochastic ones, and LCM.
 
 The state divided by its signal is x = x_0 + sigma * epsilon, and the probability flow ODE is
-d x / d sigma = (x - x0) / sigma (Karras et al. 2022, eq. 3). The network reads that state times `c_in`: for the
-networks of DDPM, which were trained with signal^2 + noise^2 = 1, that is 1 / sqrt(1 + sigma^2).
+d x / d sigma = (x - x0) / sigma (Karras et al. 2022, eq. 3). The network reads that state times `c_in`. DDPM's
+networks were trained with signal^2 + noise^2 = 1, so their `c_in` is 1 / sqrt(1 + sigma^2).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class _Walk:
         return len(self.timesteps)
 
     def evaluate(self, x: Symbol, sigma: float, timestep: float) -> tuple[Symbol, Symbol]:
-        """Return the state x at `sigma`, and what the network predicts there: x0, or what else is stored."""
+        """Return the state x at `sigma`, and the stored prediction there: x0, or what else the walk stores."""
         signal = _signal(sigma)
         x, x0 = self.trace.evaluate(signal * x, timestep=timestep, signal=signal, noise=sigma * signal)
         return x / signal, x0
 
     def finish(self, x: Symbol) -> StepTable:
-        """Return the table that ends with x at the last sigma."""
+        """Return the table that ends with state x at the last sigma."""
         signal = _signal(self.sigmas[-1])
         return self.trace.finish(signal * x, signal=signal, noise=self.sigmas[-1] * signal)
 
@@ -54,15 +54,16 @@ def euler_table(
 ) -> StepTable:
     """Return the table of Euler's method (Karras et al. 2022, algorithm 2 without its correction).
 
-    diffusers' `EulerDiscreteScheduler`, which with churn adds the noise to the state AFTER the network has read it.
+    diffusers' `EulerDiscreteScheduler`. With churn it adds the noise to the state AFTER the network has read it.
 
     Args:
         grid: the levels to visit.
         prediction_type: "epsilon", "sample" or "v_prediction".
-        s_churn, s_tmin, s_tmax, s_noise: noise added at every step with sigma in [s_tmin, s_tmax]; 0 adds none.
+        s_churn, s_tmin, s_tmax, s_noise: noise added at every step with sigma in [s_tmin, s_tmax]; `s_churn` 0 adds
+            none.
 
     Raises:
-        ValueError: a setting is not known, or there is churn with "v_prediction".
+        ValueError: a setting is not known, or `s_churn` is not 0 with "v_prediction".
     """
     walk = _Walk(grid, prediction_type)
     if s_churn and prediction_type == "v_prediction":
@@ -85,7 +86,7 @@ def euler_ancestral_table(
 ) -> StepTable:
     """Return the table of Euler's method with ancestral noise; diffusers' `EulerAncestralDiscreteScheduler`.
 
-    Each step goes down further than the next level and adds noise up to it, with DDPM's variance at `eta` 1
+    Each step goes down further than the next level, then adds noise to reach it; with `eta` 1 the variance is DDPM's
     (Song et al. 2021, eq. 16).
 
     Args:
@@ -109,9 +110,9 @@ def euler_ancestral_table(
 
 @on_grid()
 def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTable:
-    """Return the table of Heun's method, 2 S - 1 evaluations (Karras et al. 2022, algorithm 1).
+    """Return the table of Heun's method, with 2 S - 1 evaluations (Karras et al. 2022, algorithm 1).
 
-    diffusers' `HeunDiscreteScheduler`. The last step, to zero noise, is Euler's.
+    diffusers' `HeunDiscreteScheduler`. The last step, to zero noise, is a step of Euler's method.
 
     Args:
         grid, prediction_type: as for `euler_table`.
@@ -133,13 +134,13 @@ def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTabl
 
 @on_grid()
 def dpm2_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", ancestral: bool = False) -> StepTable:
-    """Return the table of the midpoint method in log sigma, 2 S - 1 evaluations (DPM-Solver-2, Lu et al. 2022a).
+    """Return the table of the midpoint method in log sigma, with 2 S - 1 evaluations (DPM-Solver-2, Lu et al. 2022a).
 
-    diffusers' `KDPM2DiscreteScheduler` and, ancestral, `KDPM2AncestralDiscreteScheduler`.
+    diffusers' `KDPM2DiscreteScheduler` and, with `ancestral`, `KDPM2AncestralDiscreteScheduler`.
 
     Args:
         grid, prediction_type: as for `euler_table`.
-        ancestral: go down further than the next level and add noise up to it.
+        ancestral: go down further than the next level, then add noise to reach it.
     """
     walk = _Walk(grid, prediction_type)
     x = walk.x
@@ -163,8 +164,8 @@ def dpm2_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", ancestral: 
 def lms_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", order: int = 4) -> StepTable:
     """Return the table of the linear multistep method in sigma; diffusers' `LMSDiscreteScheduler`.
 
-    The slope is a polynomial in sigma through the last `order` slopes, integrated exactly (diffusers integrates it
-    numerically).
+    It takes the slope as a polynomial in sigma through the last `order` slopes, and integrates it exactly (diffusers
+    integrates it numerically).
 
     Args:
         grid, prediction_type: as for `euler_table`.
@@ -199,7 +200,7 @@ def edm_table(
 ) -> StepTable:
     """Return the table of EDM's stochastic sampler: churn, then Heun's step (Karras et al. 2022, algorithm 2).
 
-    With churn the network is asked at a raised sigma, and told the timestep of that.
+    With churn the network is evaluated at the raised sigma and its timestep.
 
     Args:
         grid, prediction_type: as for `euler_table`.
@@ -232,12 +233,12 @@ def lcm_table(
 ) -> StepTable:
     """Return the table of a consistency model's sampler (Luo et al. 2023, LCM); diffusers' `LCMScheduler`.
 
-    Each step predicts x_0 through the boundary condition c_skip x + c_out x0, and noises it to the next level.
+    Each step predicts x_0 by the boundary condition c_skip x + c_out x0, and adds noise to reach the next level.
 
     Args:
         grid: the levels to visit.
         prediction_type: "epsilon", "sample" or "v_prediction".
-        timestep_scaling, sigma_data: of the boundary condition.
+        timestep_scaling, sigma_data: parameters of the boundary condition.
     """
     trace = Trace(prediction_type)
     x, signal, noise = trace.sample, grid.signal, grid.noise
@@ -255,7 +256,7 @@ def _signal(sigma: float) -> float:
 
 
 def _churned(sigma: float, churn: float, low: float, high: float, steps: int) -> float:
-    """Return sigma raised by the churn (Karras et al. 2022, algorithm 2)."""
+    """Return `sigma` raised by the churn (Karras et al. 2022, algorithm 2)."""
     for name, value in (("s_churn", churn), ("s_tmin", low)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, must be a finite number of at least 0")
@@ -263,7 +264,7 @@ def _churned(sigma: float, churn: float, low: float, high: float, steps: int) ->
 
 
 def _ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
-    """Return the sigma to go down to, and the standard deviation of the noise that leads up to `after`."""
+    """Return the sigma to go down to, and the standard deviation of the noise that leads from there up to `after`."""
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta is {eta}, must be a finite number of at least 0")
     up = min(after, eta * math.sqrt(max(0.0, after**2 * (sigma**2 - after**2) / sigma**2)))

@@ -1,11 +1,11 @@
-"""The coefficient table of every sampler: one row [A B C D E F S] per step.
+"""Make the coefficient table of a sampler: one row [A B C D E F S] per step.
 
     x0   = clip(A x_t + B out)
     next = C x0 + D x_t + E out + F x0_prev + S z,      z ~ N(0, I)
 
-`fastddpm_kernels.reverse_step` executes a row. A sampler is therefore a function from timesteps to rows; it is
+`fastddpm_kernels.reverse_step` executes a row. A sampler is therefore a function from timesteps to rows. The rows are
 computed once, in float64, and stored in float32. `out` is the network's prediction, x0_prev the x0 of the step before.
-Here are DDPM, DDIM and its inversion; `fastddpm.process.repaint` has DPM-Solver++ and RePaint.
+This module has DDPM, DDIM and its inversion. `repaint` has RePaint; `multistep` and `sigma_space` have the solvers.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ Shifts = Literal["mean", "epsilon", "clipped epsilon"]
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """What a sampler does at each step.
+    """The coefficients and levels of a sampler at each step.
 
     Attributes:
-        timesteps: int64 [S], what the network is told.
+        timesteps: int64 [S], which the network reads.
         rows: float64 [S, 7 to 10], the columns A B C D E F S, then F2, F3 and F4 of the x0 two to four steps before.
-        log_variance: float64 [S, 2], the logarithms of the variance that v = -1 and v = 1 mean, where the network's
-            second half of channels, v, sets the variance; else None. S is then 1 or 0.
+        log_variance: float64 [S, 2], the logarithms of the variance for v = -1 and v = 1, where the second half of the
+            network's channels, v, sets the variance; column S is then 1 or 0. Else None.
         levels: float64 [S, 2], (signal, noise) of x after the step: sqrt(abar), sqrt(1 - abar).
         needs_network: bool [S]; False where the row uses neither x0 nor the network's output.
         start: (signal, noise) of x before the first step.
-        learned: how v is meant: "range" (between the two logarithms), "log" (v is the log-variance: the same formula
-            with bounds -1 and 1), "variance" (v is the variance: as "log" once its logarithm is taken), or None.
-        mean_std: float64 [S], by whose square a classifier's gradient moves the mean, where that is not S (a factor of
-            v's standard deviation, as S is); else None.
-        shifts: what a classifier's gradient moves, see `guidance.Classifier`.
+        learned: the meaning of v: "range" (between the two logarithms), "log" (v is the log-variance: the same formula
+            with bounds -1 and 1), "variance" (v is the variance: as "log", after taking its logarithm), or None.
+        mean_std: float64 [S], whose square is the factor by which a classifier's gradient moves the mean, where it
+            differs from column S (like S, it multiplies v's standard deviation); else None.
+        shifts: the quantity that a classifier's gradient moves, see `guidance.Classifier`.
         init_noise_sigma: the standard deviation of the noise to start from.
-        stores: what A and B make and later rows combine: "x0"; for samplers that extrapolate
+        stores: the quantity that A and B give and later rows combine: "x0"; for samplers that extrapolate
             other quantities "epsilon" or "out", the prediction itself.
-        restart: returns the table from a row on, where that is not these rows from there on; else None.
-        begins: the rows at which a step begins, for `restart`: a step may take several evaluations.
+        restart: a function that returns the table from a row on; None where slicing the rows gives the same.
+        begins: the rows at which a step begins, for `restart`; a step may take several evaluations.
     """
 
     timesteps: Tensor
@@ -76,7 +76,7 @@ class StepTable:
 
     @property
     def history(self) -> int:
-        """How many earlier predictions the rows combine, 0 to 4."""
+        """The number of earlier predictions that the rows combine, 0 to 4."""
         return max((age for age, column in ((1, 5), (2, 7), (3, 8), (4, 9)) if self._uses(column)), default=0)
 
     def _uses(self, column: int) -> bool:
@@ -85,7 +85,7 @@ class StepTable:
     def skip(self, index: int) -> StepTable:
         """Return the table from row `index` on, to start from a partly noised x.
 
-        A first row that would need the x0 before it becomes the first-order one: F is taken by C.
+        If the first row needs the x0 before it, it becomes of first order: F is added to C.
 
         Raises:
             ValueError: `index` is not from 0 to S - 1.
@@ -95,7 +95,7 @@ class StepTable:
         if index == 0:
             return self
         if self.restart is not None:
-            rest = self.restart(index)  # may combine fewer predictions: a loop's buffers have the columns of the whole
+            rest = self.restart(index)  # may combine fewer predictions, but a loop's buffers have all columns
             return replace(rest, rows=pad(rest.rows, (0, self.rows.shape[1] - rest.rows.shape[1])))
         rows = self.rows[index:].clone()
         rows[0, 2] += rows[0, 5]
@@ -123,11 +123,11 @@ def ddpm_table(
 ) -> StepTable:
     """Return the table of ancestral sampling, on all or on strided steps (Ho et al. 2020, eq. 7 and 11).
 
-    For strided steps alpha_t is abar_t / abar_prev (Nichol & Dhariwal 2021, eq. 19), with abar_prev = 1 after the last.
-    There beta_tilde is 0, and the libraries avoid its logarithm in their own ways, named by `convention`: "diffusers"
-    and "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step before. They also
-    differ in what gets noise: every timestep above 0 in the first two; every step but the last in guided-diffusion,
-    where a classifier's gradient still moves the last one, by the variance of that step.
+    For strided steps alpha_t is abar_t / abar_prev (Nichol & Dhariwal 2021, eq. 19), with abar_prev = 1 at the last
+    step. There beta_tilde is 0, and each library avoids its logarithm in its own way, named by `convention`:
+    "diffusers" and "denoising_diffusion_pytorch" cut it at 1e-20, "guided_diffusion" takes the value of the step
+    before. They also differ in which steps get noise: in the first two every timestep above 0, in guided-diffusion
+    every step but the last. There a classifier's gradient still moves the last step, by the variance of that step.
 
     Args:
         schedule: the forward process the network was trained on.
@@ -135,7 +135,7 @@ def ddpm_table(
         prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction" (Salimans & Ho 2022).
         variance_type: "fixed_small" (beta_tilde), "fixed_small_log" (the same), "fixed_large" (beta),
             "fixed_large_log" (the same), "learned_range" (the second half of the network's channels interpolates their
-            logarithms), or "learned" (it is the variance in diffusers, the log-variance in the other two conventions).
+            logarithms), or "learned" (that half is the variance in diffusers, the log-variance in the other two).
         convention: "diffusers", "guided_diffusion" or "denoising_diffusion_pytorch".
 
     Raises:
@@ -167,7 +167,7 @@ def ddpm_table(
     zero = torch.zeros_like(beta)
     mean_std = None
     if convention == "guided_diffusion":
-        # At the last step its fixed variances are the beta_tilde of the step before ("large") and beta_tilde itself, 0.
+        # At the last step guided-diffusion's fixed variances are beta_tilde of the step before ("large") and 0.
         final = std[-1:] if learned else small[-1:].sqrt() if large else zero[-1:]
         mean_std = torch.cat([std[:-1], final])
     return make_table(
@@ -198,13 +198,13 @@ def ddim_table(
     use_clipped_model_output: bool = False,
     set_alpha_to_one: bool = True,
 ) -> StepTable:
-    """Return the table of DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has DDPM's variance.
+    """Return the table of DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 gives DDPM's variance.
 
     Args:
         schedule, timesteps, prediction_type: as for `ddpm_table`.
         eta: share of DDPM's standard deviation, at least 0.
-        use_clipped_model_output: derive epsilon again from the clipped x0 (as guided-diffusion and
-            denoising_diffusion_pytorch do), instead of using the network's own (as diffusers does).
+        use_clipped_model_output: derive epsilon again from the clipped x0, as guided-diffusion and
+            denoising_diffusion_pytorch do, instead of using the network's own, as diffusers does.
         set_alpha_to_one: end at x_0; if False, at the level of timestep 0.
 
     Raises:
@@ -230,19 +230,19 @@ def ddim_inversion_table(
     use_clipped_model_output: bool = False,
     set_alpha_to_one: bool = True,
 ) -> StepTable:
-    """Return DDIM backwards: it encodes x_0 as the x_T that `ddim_table` with the same timesteps decodes (eta 0).
+    """Return the table of DDIM backwards, which encodes x_0 as the x_T that `ddim_table` with eta 0 decodes.
 
-    The ODE of Song et al. 2021 (section 4.3) from each level up to the next. As in diffusers' `DDIMInverseScheduler`
-    the network is told the timestep it goes to.
+    It follows the ODE of Song et al. 2021 (section 4.3) from each level up to the next. As in diffusers'
+    `DDIMInverseScheduler`, the network reads the timestep of the level that a step goes to.
 
     Args:
-        schedule, timesteps, prediction_type, use_clipped_model_output: as for `ddim_table`; the timesteps of the
-            sampler that will decode, falling. The table has them rising.
+        schedule, timesteps, prediction_type, use_clipped_model_output: as for `ddim_table`. The timesteps are the
+            falling ones of the sampler that will decode; the table has them rising.
         set_alpha_to_one: start from x_0 itself; if False, from x at the level of timestep 0.
 
     Raises:
-        ValueError: as `ddim_table`; or "sample" is predicted with `set_alpha_to_one`: where there is no noise, x and
-            x_0 do not tell epsilon.
+        ValueError: as `ddim_table`; or "sample" is predicted with `set_alpha_to_one`: without noise, epsilon does not
+            follow from x and x_0.
     """
     timesteps = schedule.check_timesteps(timesteps).flip(0)
     levels = schedule.alphas_cumprod
@@ -270,7 +270,7 @@ def make_table(
     mean_std: Tensor | None = None,
     shifts: Shifts = "epsilon",
 ) -> StepTable:
-    """Return a `StepTable` of its seven columns and abar before and after each step, all [S]."""
+    """Return a `StepTable` from its seven columns and abar before and after each step, all [S]."""
     return StepTable(
         timesteps,
         torch.stack(list(columns), dim=1),
@@ -287,7 +287,7 @@ def make_table(
 def walk(
     schedule: NoiseSchedule, timesteps: Sequence[int] | Tensor, *, set_alpha_to_one: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the timesteps, checked; abar at each; and abar at the one visited next (after the last 1, or abar_0)."""
+    """Return the checked timesteps, abar at each, and abar at the next one visited (1 or abar_0 after the last)."""
     timesteps = schedule.check_timesteps(timesteps)
     levels = schedule.alphas_cumprod
     bar = levels[timesteps]

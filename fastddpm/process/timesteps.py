@@ -1,4 +1,4 @@
-"""Which timesteps sampling visits: a spacing by name, or an explicit list."""
+"""Choose the timesteps that sampling visits: by the name of a spacing, or from an explicit list."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def spaced_timesteps(
     *,
     multistep: bool = False,
 ) -> Tensor:
-    """Return the timesteps to visit of a model trained on `total`, falling: int64 [num_inference_steps].
+    """Return the falling timesteps to visit, for a model trained on `total`: int64 [num_inference_steps].
 
     "leading", "trailing" and "linspace" are those of Table 2 in Lin et al. 2024 ("Common diffusion noise schedules and
     sample steps are flawed"), rounded as diffusers rounds. "denoising_diffusion_pytorch" is the grid of that library's
     DDIM, linspace(-1, T - 1) without its lowest point. "guided_diffusion" divides [0, T - 1] in equal fractional
-    strides as its `space_timesteps` (Nichol & Dhariwal 2021, section 4), and takes that function's strings: "250",
-    "ddim25" (an integer stride from 0) or "10,10,5" (so many steps in each of three equal sections, the least noisy
+    strides as its `space_timesteps` does (Nichol & Dhariwal 2021, section 4), and accepts that function's strings:
+    "250", "ddim25" (an integer stride from 0) or "10,10,5" (steps in each of three equal sections, the least noisy
     one first).
 
     Args:
@@ -34,8 +34,8 @@ def spaced_timesteps(
         num_inference_steps: from 1 to T, or a string for "guided_diffusion"; None for all T.
         timestep_spacing: one of `TIMESTEP_SPACINGS`.
         steps_offset: added to the timesteps of "leading".
-        multistep: the grids of diffusers' multistep solvers, which lay "leading" and "linspace" with one point more
-            and leave out the lowest, so that the last step is as long as the others. All T steps stay all T.
+        multistep: use the grids of diffusers' multistep solvers, which space "leading" and "linspace" for one more
+            point and leave out the lowest, so that the last step is as long as the others. All T steps stay all T.
 
     Raises:
         ValueError: `num_inference_steps` is out of range or not an integer, `timestep_spacing` is not known, or the
@@ -65,11 +65,11 @@ def spaced_timesteps(
     if timestep_spacing == "leading":
         steps = np.arange(count + more)[::-1][:count] * (total // (count + more)) + steps_offset
     elif timestep_spacing == "trailing":
-        # diffusers walks a float grid by -T/S, which may end one past S by rounding; S is what was asked for.
+        # diffusers walks a float grid by -T/S, which rounding may end at S + 1 points; keep the S requested.
         steps = np.round(np.arange(total, 0, -total / count))[:count] - 1
     elif timestep_spacing == "linspace":
         steps = np.linspace(0, total - 1, count + more).round()[::-1][:count]
-    else:  # float32 and cut, not rounded: that library's integers
+    else:  # in float32, cut and not rounded, to get that library's integers
         steps = torch.linspace(-1, total - 1, count + 1).int().numpy()[:0:-1]
     if steps[0] >= total or steps[-1] < 0:
         raise ValueError(
@@ -83,7 +83,7 @@ def checked_timesteps(total: int, timesteps: Sequence[int] | np.ndarray | Tensor
     """Return explicit timesteps as int64 [S] on the CPU.
 
     Raises:
-        ValueError: there are none, they are not integers, not within 0 to `total` - 1, or do not fall.
+        ValueError: the list is empty, does not fall, or has values that are not integers from 0 to `total` - 1.
     """
     try:
         steps = torch.as_tensor(timesteps).cpu()
@@ -105,7 +105,7 @@ def checked_timesteps(total: int, timesteps: Sequence[int] | np.ndarray | Tensor
 
 
 def _sections(total: int, text: str) -> np.ndarray:
-    """Return what guided-diffusion's `space_timesteps` returns, falling."""
+    """Return the timesteps of guided-diffusion's `space_timesteps`, falling."""
     wrong = ValueError(
         f"num_inference_steps is {text!r}, must be a number, 'ddim' and a number, or numbers with commas between"
     )
@@ -122,7 +122,7 @@ def _sections(total: int, text: str) -> np.ndarray:
         if count > size:
             raise ValueError(f"num_inference_steps is {text!r}: {count} steps do not fit in a section of {size}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        at = 0.0  # summed, not multiplied: the roundings of the original
+        at = 0.0  # summed, not multiplied, to round as the original does
         for _ in range(count):
             steps.append(start + round(at))
             at += stride

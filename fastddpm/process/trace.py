@@ -1,8 +1,8 @@
 """Turn a sampler's formulas into rows of the coefficient table.
 
-A multistep or multi-stage sampler combines what the network said at this and earlier evaluations, the state at those
-evaluations, and noise. All of it is linear. `Trace` lets a sampler be written as its paper writes it, over symbols,
-and solves for the rows that give the same numbers:
+A multistep or multi-stage sampler combines the network's predictions at this and earlier evaluations, the states at
+those evaluations, and noise. All of it is linear. With `Trace` a sampler is written as in its paper, over symbols;
+`Trace` solves for the rows that give the same numbers:
 
     trace = Trace("epsilon")
     x = trace.sample                              # the state before the first step
@@ -12,8 +12,8 @@ and solves for the rows that give the same numbers:
     table = trace.finish(x, ...)
 
 A row sees the state that the network read, its prediction, the predictions of up to `HISTORY` rows before, and one
-draw of noise. Earlier states are not kept: where a formula uses one (the second stage of Heun's method), it is solved
-for from the present state.
+draw of noise. Earlier states are not kept. Where a formula uses one (the second stage of Heun's method), `Trace` solves
+for it from the present state.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from fastddpm.process.grids import SigmaGrid, grid_at
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable
 
-HISTORY = 4  # predictions before the last one that a row may combine: what the kernel has columns for
-_ROUNDING = 1e-9  # relative size below which a coefficient is a rounding error of one that cancels
+HISTORY = 4  # the kernel has columns for that many predictions before the last one
+_ROUNDING = 1e-9  # relative size below which a coefficient counts as 0 with a rounding error
 
 
 class Symbol:
-    """Hold a linear combination of states ("s3"), predictions ("m3") and draws of noise ("z3") of rows.
+    """A linear combination of states ("s3"), predictions ("m3") and draws of noise ("z3") of rows.
 
     Supports addition, subtraction, and multiplication and division by numbers.
     """
@@ -86,11 +86,12 @@ class _Row:
 
 
 class Trace:
-    """Record the evaluations of a sampler and solve for its rows.
+    """Records the evaluations of a sampler and solves for its rows.
 
     Args:
         prediction_type: of the network, see `at_level`.
-        stores: "x0", "epsilon" or "out" (the prediction itself), what an evaluation stores and later rows combine.
+        stores: the quantity that an evaluation stores and later rows combine: "x0", "epsilon" or "out" (the prediction
+            itself).
         init_noise_sigma: standard deviation of the first state, as drawn.
 
     Attributes:
@@ -105,14 +106,14 @@ class Trace:
         self.sample = Symbol({"s0": 1.0})
 
     def begin_step(self) -> None:
-        """Say that a step begins with the next row, in samplers of which not every row is a step."""
+        """Mark the next row as the first of a step, in samplers whose steps take several rows."""
         self._begins.append(len(self._rows))
 
     def add_noise(self, x: Symbol, deviation: float, *, timestep: float, signal: float, noise: float) -> Symbol:
-        """Return x with noise of a standard deviation, for samplers that draw before they ask the network.
+        """Return x plus noise of a standard deviation, for samplers that draw before they evaluate the network.
 
-        Before the first evaluation that takes a row of its own, which asks the network nothing; later the draw
-        belongs to the row before.
+        Before the first evaluation the draw takes a row of its own, without the network. Later it belongs to the row
+        before.
         """
         if deviation == 0:
             return x
@@ -121,15 +122,15 @@ class Trace:
         return x + deviation * self.noise()
 
     def noise(self) -> Symbol:
-        """Return noise, N(0, I): one draw between two evaluations."""
+        """Return noise, N(0, I); between two evaluations it is always the same draw."""
         return Symbol({f"z{len(self._rows) - 1}": 1.0})
 
     def evaluate(self, x: Symbol, *, timestep: float, signal: float, noise: float) -> tuple[Symbol, Symbol]:
-        """Return the state x as it is from now on, and what the network's prediction for it stores.
+        """Evaluate the network on x, and return the symbol of that state and of the stored prediction.
 
         Args:
             x: the state as the network reads it, signal * x_0 + noise * epsilon.
-            timestep: what the network is told.
+            timestep: the timestep that the network reads.
             signal, noise: the level of `x`.
         """
         to_stored = at_level(signal, noise, self._prediction_type, self._stores)
@@ -171,7 +172,7 @@ class Trace:
         return len(self._rows) - 1
 
     def _in_terms_of(self, k: int, x: Symbol) -> Symbol:
-        """Return x with all states before row k's solved for from the later ones."""
+        """Return x without states of rows before k; each is solved for from later ones."""
         for j in range(k):
             share = x.terms.get(f"s{j}", 0.0)
             if share == 0:
@@ -186,7 +187,7 @@ class Trace:
         return x
 
     def _coefficients(self, k: int) -> np.ndarray:
-        """Return row k: columns A B C D E F S, and one for each prediction before the last."""
+        """Return row k: the columns A B C D E F S, and one for each prediction before the last."""
         row = self._rows[k]
         following = self._in_terms_of(k, row.following)
         scale = max((abs(value) for value in following.terms.values()), default=0.0)
@@ -204,10 +205,10 @@ class Trace:
 
 
 def on_grid(final_sigmas_type: str = "zero") -> Callable[[Callable[..., StepTable]], Callable[..., StepTable]]:
-    """Make `build(grid, **settings)` a sampler's function, table(schedule, timesteps, **settings).
+    """Turn `build(grid, **settings)` into a sampler's function, table(schedule, timesteps, **settings).
 
-    Its timesteps are a `SigmaGrid`, or a list that falls. A list has the levels of the schedule, and ends where the
-    setting `final_sigmas_type` says. The table begins anew from any of its steps as `build` does, see `StepTable.skip`.
+    Its `timesteps` are a `SigmaGrid` or a falling list. A list has the levels of the schedule, and ends as the setting
+    `final_sigmas_type` says. `StepTable.skip` restarts the table at a step by calling `build` on the rest of the grid.
 
     Args:
         final_sigmas_type: the default of that setting.

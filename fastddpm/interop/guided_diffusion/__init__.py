@@ -1,23 +1,23 @@
-"""Checkpoints of OpenAI's guided-diffusion and improved-diffusion, in our U-Net and sampler.
+"""Load checkpoints of OpenAI's guided-diffusion and improved-diffusion into our U-Net and sampler.
 
-Their files are bare state dicts; what network one is of, its flags say, which are given as on their command line:
+Their files are bare state dicts. The flags of their command line describe the network, and the caller gives them:
 
     flags = {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "learn_sigma": True, ...}
     sampler = load_sampler("64x64_diffusion.pt", timestep_respacing="250", device="cuda", **flags)
     images = sampler.sample(16, seed=0, class_labels=207)  # float32 [16, 3, 64, 64] in [-1, 1]
 
-An upsampler, whose flags have large_size and small_size, takes the small images when it samples:
+An upsampler has the flags large_size and small_size, and takes the small images when it samples:
 
     upsampler = load_sampler("64_256_upsampler.pt", "250", large_size=256, small_size=64, num_channels=192, ...)
     larger = upsampler.sample(16, low_res=images, class_labels=207)
 
-A classifier of theirs guides like any other function of `Sampler`:
+One of their classifiers guides like any other `classifier_fn` of `Sampler`:
 
     classifier = load_classifier("64x64_classifier.pt", classifier_depth=4, device="cuda")
     sampler = load_sampler(..., classifier_fn=classifier.gradient, classifier_scale=1.0)
 
-The samples are those of `p_sample_loop`, or of `ddim_sample_loop` where the respacing is "ddim25" and the like, at
-equal noise. The U-Net is a `fastddpm.UNet`: it trains, is saved and is prepared for sampling like others.
+For equal noise the samples are those of `p_sample_loop`, or of `ddim_sample_loop` where the respacing is such as
+"ddim25". The U-Net is a `fastddpm.UNet`: it trains, saves and prepares for sampling like any other.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from fastddpm.sampling.sampler import Sampler
 
 CLASSES = 1000
 
-# What the flags say of a sampler.
+# The flags that set up the sampler.
 _SAID = (
     "model", "schedule", "method", "num_inference_steps", "timestep_spacing", "prediction_type", "variance_type",
     "clip_sample", "steps_offset", "timesteps", "convention", "use_clipped_model_output", "set_alpha_to_one",
     "solver_order", "lower_order_final", "final_sigmas_type", "self_condition",
 )  # fmt: skip
-# The last layer of each pool, whose rows are the classes.
+# The last layer of each pool; its rows are the classes.
 _LOGITS = {"attention": "out.2.c_proj", "adaptive": "out.3", "spatial": "out.2", "spatial_v2": "out.3"}
 
 
@@ -60,27 +60,27 @@ def load_unet(
     device: torch.device | str = "cpu",
     **flags: Any,
 ) -> UNet:
-    """A `UNetModel` as our U-Net, in eval mode. Nothing in a file is executed.
+    """Load a `UNetModel` as our U-Net, in eval mode. Nothing in a file is executed.
 
     Args:
-        path_or_state_dict: a file, such as 64x64_diffusion.pt, or what it holds.
-        library: whose flags these are: "guided_diffusion" or "improved_diffusion", which differ in defaults and in the
-            widths that an image size means.
+        path_or_state_dict: a file, such as 64x64_diffusion.pt, or its state dict.
+        library: the library of the flags, "guided_diffusion" or "improved_diffusion"; they differ in defaults and in
+            the widths for an image size.
         dtype: of the parameters; None for the file's own.
         device: where to put them.
         **flags: as on the command line, text allowed: image_size, num_channels, num_res_blocks, num_heads, ... and
-            those of the diffusion. What is not given has the library's default, which is seldom that of a published
-            file. With rescale_timesteps the U-Net takes the timesteps of the diffusion, from 0 to diffusion_steps - 1,
-            and scales them itself. With large_size or small_size it is a `SuperResModel`, which reads x and, as further
-            channels, the small images enlarged (bilinear). How many classes there are the weights say. dropout is for
+            those of the diffusion. Other flags have the library's default, which is seldom that of a published file.
+            With rescale_timesteps the U-Net takes the timesteps of the diffusion, from 0 to diffusion_steps - 1, and
+            scales them itself. With large_size or small_size it is a `SuperResModel`, which reads x and, as further
+            channels, the small images enlarged (bilinear). The weights say how many classes there are. dropout is for
             training; use_fp16 (see `dtype`), use_checkpoint, use_kl and rescale_learned_sigmas change nothing here.
-            conv_resample and in_channels (of an image) are arguments of `UNetModel` that no flag sets.
+            conv_resample and in_channels (of an image) are arguments of `UNetModel` that no flag of theirs sets.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         TypeError: a flag is not known.
-        ValueError: a flag has a wrong value, a file cannot be read, or the weights do not fit the flags: the message
-            lists keys and shapes, and the flags that the weights are of where these tell.
+        ValueError: a flag has a wrong value, the file cannot be read, or the weights do not fit the flags. The message
+            lists keys and shapes, and the flags that the weights imply, as far as they show.
     """
     return _load_unet(path_or_state_dict, model_flags(library, flags), dtype, device)
 
@@ -94,17 +94,17 @@ def load_sampler(
     clip_denoised: bool = True,
     **flags: Any,
 ) -> Sampler:
-    """A `UNetModel` and its diffusion as a `Sampler`, whose samples are the library's at equal noise.
+    """Load a `UNetModel` and its diffusion as a `Sampler`; for equal noise its samples are the library's.
 
-    Of a `SuperResModel` it is an `Upsampler`, whose `sample` takes `low_res`.
+    A `SuperResModel` becomes an `Upsampler`, whose `sample` takes `low_res`.
 
     Args:
         path_or_state_dict, library: as for `load_unet`.
         timestep_respacing: "" for all steps, "250", "ddim25", or "10,15,20": so many in each of equal sections.
-        use_ddim: sample by DDIM in place of ancestral sampling; None where the respacing is "ddim" and a number.
+        use_ddim: sample by DDIM in place of ancestral sampling; None: where the respacing is "ddim" and a number.
         clip_denoised: clip the predicted x0 to [-1, 1].
-        **flags: of the model and the diffusion, as for `load_unet`; and settings of `Sampler` that no flag stands for,
-            such as device, dtype, eta, classifier_fn and classifier_scale.
+        **flags: of the model and the diffusion, as for `load_unet`; and settings of `Sampler` that have no flag, such
+            as device, dtype, eta, classifier_fn and classifier_scale.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_unet` and `Sampler`.
@@ -123,7 +123,7 @@ def load_sampler(
 
 
 def sampler_settings(flags: Flags, *, use_ddim: bool | None = None) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """The schedule, and the settings of `Sampler`, that flags mean; those of method "ddpm" and of "ddim" alike.
+    """Return the schedule and the settings of `Sampler` that flags mean, those of methods "ddpm" and "ddim" alike.
 
     Raises:
         ValueError: the respacing is not possible.
@@ -133,7 +133,7 @@ def sampler_settings(flags: Flags, *, use_ddim: bool | None = None) -> tuple[Noi
         use_ddim = respacing.startswith("ddim")
     try:
         schedule.timesteps(respacing or None, "guided_diffusion")
-    except ValueError as error:  # it calls the setting by its own name
+    except ValueError as error:  # the message names num_inference_steps, the caller gave timestep_respacing
         raise ValueError(str(error).replace("num_inference_steps", "timestep_respacing")) from None
     variance = "fixed_small" if flags.sigma_small else "fixed_large"
     return schedule, {
@@ -154,7 +154,7 @@ def load_classifier(
     device: torch.device | str = "cpu",
     **flags: Any,
 ) -> Classifier:
-    """An `EncoderUNetModel` of guided-diffusion, in eval mode, for `Sampler(classifier_fn=classifier.gradient)`.
+    """Load an `EncoderUNetModel` of guided-diffusion for `Sampler(classifier_fn=classifier.gradient)`, in eval mode.
 
     It takes the timesteps of the diffusion. Its parameters need no gradients.
 
@@ -162,8 +162,8 @@ def load_classifier(
         path_or_state_dict, dtype, device: as for `load_unet`.
         **flags: as on the command line: image_size, classifier_width, classifier_depth,
             classifier_attention_resolutions, classifier_use_scale_shift_norm, classifier_resblock_updown,
-            classifier_pool, classifier_use_fp16 (see `dtype`), and those of the diffusion, of which rescale_timesteps
-            and diffusion_steps count.
+            classifier_pool, classifier_use_fp16 (see `dtype`), and those of the diffusion; only its rescale_timesteps
+            and diffusion_steps have an effect.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_unet`.
@@ -181,7 +181,7 @@ def load_classifier(
 
 
 def shapes(library: str = "guided_diffusion", **flags: Any) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the tensors in a checkpoint of a `UNetModel` with these flags, as for `load_unet`.
+    """Return the names and shapes of the tensors in a checkpoint of a `UNetModel` with the flags of `load_unet`.
 
     Raises:
         TypeError, ValueError: as `load_unet`.
@@ -203,7 +203,7 @@ def _load_unet(
     labels = state.get("label_emb.weight")
     if flags.class_cond and labels is not None and labels.ndim == 2:
         config = config.replace(num_class_embeds=len(labels))
-    if config.layers_per_block > len(state):  # held against the weights before thousands of layers are built
+    if config.layers_per_block > len(state):  # checked before thousands of layers are built
         blocks = config.layers_per_block
         raise ValueError(f"num_res_blocks is {blocks}, but {where} has {len(state)} tensors, must have more than that")
     with torch.device("meta"):
@@ -215,7 +215,7 @@ def _load_unet(
 
 
 def _state(path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:
-    """What errors begin with, and the tensors."""
+    """Return the name that errors begin with, and the tensors."""
     given = path_or_state_dict
     if not isinstance(given, Mapping):
         return str(given), read_weights(given)
@@ -233,7 +233,7 @@ def _take(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
-    """Gives a module that is on "meta" its tensors."""
+    """Give a module on "meta" its tensors."""
     if dtype is None:
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     if not dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""guided-diffusion's classifier of noisy images: the way down of its U-Net, and a pool to logits."""
+"""guided-diffusion's classifier of noisy images: the way down of its U-Net and a pool to logits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastddpm.interop.guided_diffusion.weights import encoder_names
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet, sinusoids
 
-_FEATURES = 2048  # of the spatial pools
+_FEATURES = 2048  # width of the hidden layer in the spatial pools
 
 
 class AttentionPool(nn.Module):
-    """What attention makes of the mean over the pixels (after CLIP, Radford et al. 2021): [N, C, H, W] -> [N, K]."""
+    """Attention from the mean over the pixels to all (after CLIP, Radford et al. 2021): [N, C, H, W] -> [N, K]."""
 
     def __init__(self, channels: int, pixels: int, head_dim: int, num_classes: int) -> None:
         super().__init__()
@@ -33,16 +33,16 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(nn.Module):
-    """`EncoderUNetModel`: the logits of noisy images.
+    """`EncoderUNetModel`, which gives the logits of noisy images.
 
     Args:
-        config: of the U-Net whose way down it has.
+        config: the U-Net whose way down it has.
         pool: "attention", "adaptive" (the mean over the pixels), "spatial" or "spatial_v2" (the means of all blocks,
-            and two layers).
+            followed by two layers).
         num_classes: K.
 
     Raises:
-        ValueError: no pixels are left where the pool is "attention".
+        ValueError: the pool is "attention" and the way down leaves no pixels.
     """
 
     def __init__(self, config: UNetConfig, pool: str, num_classes: int) -> None:
@@ -71,7 +71,7 @@ class Classifier(nn.Module):
         self.pool = AttentionPool(widths[-1], left**2, head_dim or widths[-1], num_classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The logits [N, K] of noisy images x [N, 3, H, W], about [-1, 1] where clean, at timesteps t [N]."""
+        """Return the logits [N, K] of noisy images x [N, 3, H, W], about [-1, 1] before noise, at timesteps t [N]."""
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         emb = F.silu(self.time_embedding(sinusoids(self.config)(t).to(x.dtype)))
         x = self.conv_in(x)
@@ -90,7 +90,7 @@ class Classifier(nn.Module):
         return self.conv_out(x.mean(dim=(2, 3), keepdim=True)).flatten(1)
 
     def gradient(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The gradient of log p(class_labels | x) in x: what `Sampler` takes as `classifier_fn`.
+        """Return the gradient of log p(class_labels | x) in x, which `Sampler` takes as `classifier_fn`.
 
         Args:
             x: float32 [N, 3, H, W].
@@ -98,7 +98,7 @@ class Classifier(nn.Module):
             class_labels: int64 [N].
 
         Raises:
-            ValueError: there are no labels.
+            ValueError: `class_labels` is None.
         """
         if class_labels is None:
             raise ValueError("class_labels are missing, but a classifier guides to classes")
@@ -108,7 +108,7 @@ class Classifier(nn.Module):
             return torch.autograd.grad(log_p.gather(1, class_labels[:, None]).sum(), x)[0]
 
     def names(self) -> dict[str, str]:
-        """What its modules are called in an `EncoderUNetModel`, by our names."""
+        """Return the names of the modules in an `EncoderUNetModel`, keyed by ours."""
         return encoder_names(self) | {
             "norm_out": "out.0",
             "pool": "out.2",

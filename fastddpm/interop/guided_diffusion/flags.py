@@ -1,4 +1,4 @@
-"""The flags of guided-diffusion's and improved-diffusion's command lines, and the U-Nets and schedules they mean."""
+"""Read the flags of guided-diffusion's and improved-diffusion's command lines into U-Nets and schedules."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _MODEL: dict[str, Any] = {
     "use_checkpoint": False,
     "use_scale_shift_norm": True,
 }
-# Arguments of UNetModel that no command line sets.
+# Arguments of UNetModel that no flag of the libraries sets.
 _ARGUMENTS: dict[str, Any] = {"conv_resample": True, "in_channels": 3, "dims": 2}
-# By library, the flags with their defaults, as its `model_and_diffusion_defaults()` has them.
+# The flags of each library with their defaults, as its `model_and_diffusion_defaults()` has them.
 FLAGS: dict[str, dict[str, Any]] = {
     "guided_diffusion": {
         **_MODEL,
@@ -56,7 +56,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         **_ARGUMENTS,
     },
 }
-# guided-diffusion's `sr_model_and_diffusion_defaults()`, and the widths, which there follow from the size alone.
+# guided-diffusion's `sr_model_and_diffusion_defaults()`, and the widths, which follow from the size alone there.
 UPSAMPLER_FLAGS: dict[str, Any] = {
     "large_size": 256,
     "small_size": 64,
@@ -96,14 +96,14 @@ _POSITIVE_OR_NOT_SET = ("num_heads_upsample", "num_head_channels")
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of either library as values; those that one of them lacks have what it does without them.
+    """The flags of either library as values; a flag that a library lacks has the value that the library implies.
 
     Attributes:
         library: "guided_diffusion" or "improved_diffusion".
-        small_size: of the images that an upsampler reads besides; None of other models.
+        small_size: of the small images that an upsampler reads; None for other models.
         channel_mult: the widths of the levels in multiples of `num_channels`.
         attention_resolutions: pixels.
-        The others: as on the command line.
+        Other attributes: as on the command line.
     """
 
     library: str
@@ -133,29 +133,29 @@ class Flags:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of every level."""
+        """The channels of every level."""
         return tuple(int(multiple * self.num_channels) for multiple in self.channel_mult)
 
     @property
     def attention_levels(self) -> set[int]:
-        """The levels with attention: those whose reduction of the image is that of one of the resolutions."""
+        """The levels with attention: those that reduce the image as much as one of the resolutions does."""
         reductions = {self.image_size // resolution for resolution in self.attention_resolutions}
         return {level for level in range(len(self.channel_mult)) if 2**level in reductions}
 
     @property
     def timestep_scale(self) -> float:
-        """What the network's timesteps are multiplied by."""
+        """The factor of the network's timesteps."""
         return 1000.0 / self.diffusion_steps if self.rescale_timesteps else 1.0
 
 
 def model_flags(library: str, given: Mapping[str, Any]) -> Flags:
-    """The flags of a model and its diffusion, as numbers and truth values or as text of a command line.
+    """Parse the flags of a model and its diffusion, given as numbers and booleans or as text of a command line.
 
-    Those of guided-diffusion are an upsampler's if `large_size` or `small_size` is among them.
+    Flags of guided-diffusion describe an upsampler if `large_size` or `small_size` is among them.
 
     Raises:
-        TypeError: some are no flags of the library; all are named.
-        ValueError: the library is not known, or a value is not one.
+        TypeError: the library does not have some of the flags; the message names all of them.
+        ValueError: the library is not known, or a flag has a wrong value.
     """
     if library not in FLAGS:
         raise ValueError(f"library is {library!r}, must be one of {', '.join(FLAGS)}")
@@ -172,7 +172,7 @@ def model_flags(library: str, given: Mapping[str, Any]) -> Flags:
 
 
 def classifier_flags(given: Mapping[str, Any]) -> tuple[Flags, str]:
-    """The flags of a classifier of guided-diffusion, as those of the encoder that it is, and its pool.
+    """Parse the flags of a classifier of guided-diffusion into those of its encoder, and its pool.
 
     Raises:
         TypeError, ValueError: as `model_flags`.
@@ -199,12 +199,12 @@ def classifier_flags(given: Mapping[str, Any]) -> tuple[Flags, str]:
 
 
 def unet_config(flags: Flags, num_classes: int | None = None, *, channels_name: str = "num_channels") -> UNetConfig:
-    """The U-Net that the flags mean.
+    """Return the U-Net that the flags mean.
 
     Args:
         flags: as parsed.
         num_classes: of a class-conditional model.
-        channels_name: what the flag of the base width is called.
+        channels_name: the name of the flag of the base width, for messages.
 
     Raises:
         ValueError: a width does not divide into groups or heads; the message names the flag.
@@ -243,10 +243,12 @@ def unet_config(flags: Flags, num_classes: int | None = None, *, channels_name: 
 
 
 def noise_schedule(flags: Flags) -> NoiseSchedule:
-    """`get_named_beta_schedule`: "linear" scaled to the number of steps, or "cosine" (Nichol & Dhariwal 2021, eq. 17).
+    """Return the schedule that `get_named_beta_schedule` makes.
+
+    It is "linear", scaled to the number of steps, or "cosine" (Nichol & Dhariwal 2021, eq. 17).
 
     Raises:
-        ValueError: another name, or too few steps for linear betas below 1.
+        ValueError: the flag has another name, or there are too few steps for linear betas below 1.
     """
     steps, name = flags.diffusion_steps, flags.noise_schedule
     if name == "cosine":
@@ -268,12 +270,12 @@ def _kind(plain: str, by_resnet: str, attends: bool, flags: Flags) -> str:
 
 
 def _head_dims(flags: Flags) -> int | tuple[int, ...] | None:
-    """Channels per head: one number where all attention agrees, as diffusers has it, else one of every block."""
+    """Return the channels per head: one number, as in diffusers, if all attention agrees, else one for every block."""
     own = ("num_heads", flags.num_heads)
     upper = own if flags.num_heads_upsample == -1 else ("num_heads_upsample", flags.num_heads_upsample)
     levels = list(enumerate(flags.widths))
     attends = flags.attention_levels
-    # The down blocks, the mid block and the up blocks: the width, whether there is attention, and how many heads.
+    # (width, whether there is attention, number of heads) of the down blocks, the mid block and the up blocks.
     blocks = [(width, level in attends, own) for level, width in levels]
     blocks += [(flags.widths[-1], True, own)]
     blocks += [(width, level in attends, upper) for level, width in reversed(levels)]
@@ -303,7 +305,7 @@ def _multipliers(of: str, size_name: str, size: int, given: str | Sequence[float
 
 
 def _numbers(name: str, given: object) -> tuple[int, ...]:
-    """Positive integers from text such as "32,16,8", or a sequence of them."""
+    """Return positive integers from text such as "32,16,8", or from a sequence."""
     parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else (given,)
     try:
         numbers = tuple(_integer(part) for part in parts)
@@ -315,7 +317,7 @@ def _numbers(name: str, given: object) -> tuple[int, ...]:
 
 
 def _parsed(given: Mapping[str, Any], defaults: Mapping[str, Any], of: str) -> dict[str, Any]:
-    """Values of all the flags, each of the type of its default."""
+    """Return the values of all flags, each of the type of its default."""
     if unknown := [name for name in given if name not in defaults]:
         elsewhere = [name for name, flags in FLAGS.items() if set(unknown) <= flags.keys() and name != of]
         hint = f"; library={elsewhere[0]!r} has them" if elsewhere and of in FLAGS else ""

@@ -1,4 +1,4 @@
-"""A sampler of a `SuperResModel`: it takes the small images when it samples."""
+"""The sampler of a `SuperResModel`, which takes the small images when it samples."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fastddpm.sampling.sampler import Sampler
 
 
 class Upsampler(Sampler):
-    """A `Sampler` of a network that reads x and the small images enlarged."""
+    """A `Sampler` for a network that reads x and the small images, enlarged."""
 
     def sample(self, num_samples: int, *, low_res: Tensor | None = None, **arguments: Any) -> Any:  # type: ignore[override]
-        """Draw large images of small ones.
+        """Draw large images from small ones.
 
         Args:
             num_samples: N.
             low_res: float [N, C, h, w] in [-1, 1], or [1, C, h, w] for all; enlarged as `SuperResModel` does
                 (bilinear).
-            **arguments: of `Sampler.sample`, `condition` in place of `low_res` among them; with `low_res` not `shape`.
+            **arguments: of `Sampler.sample`. `condition` may replace `low_res`; `shape` must not come with `low_res`.
 
         Returns:
             What `Sampler.sample` returns: float32 [N, C, H, W] in [-1, 1].

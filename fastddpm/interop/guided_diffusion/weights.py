@@ -1,8 +1,8 @@
-"""The weights of guided-diffusion's and improved-diffusion's networks, by their names and by ours.
+"""Map the weights of guided-diffusion's and improved-diffusion's networks to our names.
 
-Their modules are numbered in the order of computation; what a number means follows from the network. Attention's
-queries, keys and values are one convolution there, whose channels stand by head ("legacy": [heads, 3, channels]) or by
-kind ("new": [3, heads, channels]).
+Their modules are numbered in the order of computation, so the meaning of a number depends on the network. One
+convolution gives attention's queries, keys and values. Its channels are ordered by head ("legacy": [heads, 3,
+channels]) or by kind ("new": [3, heads, channels]).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _PARTS = {"to_q": 0, "to_k": 1, "to_v": 2}
 
 
 class Source(NamedTuple):
-    """Where a tensor of ours comes from.
+    """The tensor of theirs that one of ours comes from.
 
     Attributes:
-        name: of theirs.
-        shape: of theirs.
-        part: which of queries, keys and values (0, 1, 2) it is of one that holds all three; None: the whole.
-        heads: of that attention.
+        name: of their tensor.
+        shape: of their tensor.
+        part: 0, 1 or 2 for the queries, keys or values out of a tensor that holds all three; None: the whole.
+        heads: the number of heads of that attention.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def encoder_names(model: nn.Module) -> dict[str, str]:
-    """What the modules of the way down and the middle are called there, by our names."""
+    """Return their names for the modules of the way down and the middle, keyed by ours."""
     names = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -68,7 +68,7 @@ def encoder_names(model: nn.Module) -> dict[str, str]:
 
 
 def unet_names(unet: nn.Module) -> dict[str, str]:
-    """What the modules of a `UNet` are called in a `UNetModel`, by our names."""
+    """Return the names in a `UNetModel` for the modules of a `UNet`, keyed by ours."""
     names = encoder_names(unet) | {"class_embedding": "label_emb", "conv_norm_out": "out.0", "conv_out": "out.2"}
     number = 0
     for level, block in enumerate(unet.get_submodule("up_blocks").children()):
@@ -82,7 +82,7 @@ def unet_names(unet: nn.Module) -> dict[str, str]:
 
 
 def sources(model: nn.Module, names: Mapping[str, str]) -> dict[str, Source]:
-    """Where every tensor of `model` comes from, by our names; `names` are those of its modules."""
+    """Return the source of every tensor of `model`, keyed by our names; `names` maps its modules to theirs."""
     result = {}
     for key, tensor in model.state_dict().items():
         ours = next(name for name in _prefixes(key) if name in names)
@@ -100,7 +100,7 @@ def sources(model: nn.Module, names: Mapping[str, str]) -> dict[str, Source]:
             inner = _RESNET[inner]
         elif isinstance(module, Downsample):
             inner = "op"
-        elif inner in ("qkv_proj", "c_proj") and kind == "weight":  # of the classifier's attention
+        elif inner in ("qkv_proj", "c_proj") and kind == "weight":  # the classifier's attention
             shape = (*shape, 1)
         result[key] = Source(".".join(filter(None, (name, inner, kind))), shape)
     return result
@@ -110,7 +110,7 @@ def converted(
     state: Mapping[str, Tensor], found: Mapping[str, Source], *, new_order: bool, dtype: torch.dtype,
     device: torch.device | str,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Our state dict, of copies. `new_order`: whether queries, keys and values stand by kind, not by head."""
+    """Return our state dict, made of copies; `new_order`: queries, keys and values are ordered by kind, not by head."""
 
     def ours(source: Source) -> Tensor:
         tensor = state[source.name]
@@ -127,11 +127,11 @@ def converted(
 def check(
     where: str, state: Mapping[str, Tensor], found: Mapping[str, Source], flags: Mapping[str, tuple[object, object]]
 ) -> None:
-    """Raises ValueError unless `state` has the tensors named, in their shapes, and no others.
+    """Raise ValueError unless `state` has exactly the expected tensors, in their shapes.
 
     Args:
-        where: what the message begins with.
-        flags: what the weights tell of flags that were given otherwise: (given, theirs).
+        where: the beginning of the message.
+        flags: {flag: (given value, value that the weights show)}, where the two differ.
     """
     expected = {source.name: source.shape for source in found.values()}
     shared = expected.keys() & state.keys()
@@ -150,9 +150,9 @@ def check(
 
 
 def told_by_weights(state: Mapping[str, Tensor], flags: Flags) -> dict[str, tuple[object, object]]:
-    """Flags that the weights of a `UNetModel` contradict: (given, what the weights tell).
+    """Return the flags that the weights of a `UNetModel` contradict: {flag: (given value, value the weights show)}.
 
-    Heads, the order of attention and the diffusion cannot be told.
+    The weights do not show the heads, the order of attention or the diffusion.
     """
     told: dict[str, tuple[object, object]] = {}
 
@@ -175,7 +175,7 @@ def told_by_weights(state: Mapping[str, Tensor], flags: Flags) -> dict[str, tupl
         film = rows("input_blocks.1.0.emb_layers.1.bias") == 2 * convolved
         tell("use_scale_shift_norm", flags.use_scale_shift_norm, film)
     blocks = sum(f"output_blocks.{number}.0.in_layers.0.weight" in state for number in range(len(state)))
-    kinds = {"conv.weight": False, "in_layers.0.weight": True}  # what upsamples, and whether it is a residual block
+    kinds = {"conv.weight": False, "in_layers.0.weight": True}  # upsampling layers: whether a residual block
     ups = [
         (number, by_resnet)
         for number in range(blocks)
@@ -206,12 +206,12 @@ def _text(multiples: object) -> str:
 
 
 def _prefixes(key: str) -> list[str]:
-    """The names of the modules around a tensor, the innermost first."""
+    """Return the names of the modules around a tensor, the innermost first."""
     parts = key.split(".")
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _split(name: str) -> tuple[str, str]:
-    """("conv1", "weight") of "conv1.weight", ("", "weight") of "weight"."""
+    """Split a name at its last dot: "conv1.weight" gives ("conv1", "weight"), "weight" gives ("", "weight")."""
     inner, _, kind = name.rpartition(".")
     return inner, kind

@@ -1,4 +1,4 @@
-"""What a U-Net is made of: the fields of diffusers' UNet2DModel and a few more, checked."""
+"""The configuration of a U-Net: the fields of diffusers' UNet2DModel and a few more, checked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fastddpm.networks.unet.plan import (
 )
 
 CLASS_NAME = "UNet2DModel"
-MOST = 2**24  # of any integer: more channels, pixels or steps than a machine can hold
+MOST = 2**24  # upper bound of any integer: more channels, pixels or steps than a machine can hold
 
-# The values of a field that are supported, where diffusers knows more.
+# The supported values of fields for which diffusers has more.
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "time_embedding_type": ("positional", "fourier", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
@@ -42,10 +42,10 @@ _BLOCK_CHOICES = {
         *("SkipUpBlock2D", "AttnSkipUpBlock2D", "KUpBlock2D"),
     ),
 }
-# By the name in a config, in any case.
+# Keyed by the name in a config, which may be in upper or lower case.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu", "relu": "relu"}
-# Fields of our own, with their defaults. But for `null_class`, which changes nothing that diffusers computes, they have
-# their plain names in a config.json, so that diffusers warns that it ignores them.
+# Fields that diffusers does not have, with their defaults. They keep their plain names in a config.json, so that
+# diffusers warns that it ignores them; `null_class` does not, because it changes nothing that diffusers computes.
 _OWN: dict[str, Any] = {"null_class": None, "timestep_channels": None, "timestep_scale": 1.0}
 _POSITIVE = ("in_channels", "out_channels", "layers_per_block")
 _POSITIVE_OR_NONE = (
@@ -56,7 +56,7 @@ _POSITIVE_OR_NONE = (
     "num_train_timesteps",
     "timestep_channels",
 )
-# What diffusers' EMAModel adds when it saves a model.
+# Fields that diffusers' EMAModel adds when it saves a model.
 _OF_AVERAGING = (
     *("decay", "min_decay", "optimization_step", "update_after_step"),
     *("use_ema_warmup", "inv_gamma", "power"),
@@ -67,33 +67,37 @@ _FLAGS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The fields of diffusers' UNet2DModel with its defaults, and what other libraries' U-Nets need beyond them.
+    """The fields of diffusers' UNet2DModel with its defaults, and fields that other libraries' U-Nets need.
 
-    `block_out_channels` are the widths of the levels, each at half the resolution of the one before. What
-    None means: `time_embedding_dim`, 4 * block_out_channels[0]; `attention_head_dim`, one head of all
-    channels; `norm_num_groups` (of a U-Net of Skip or K blocks alone), a quarter of the channels and at most 32;
-    `attn_norm_num_groups` (of the mid block's attention), as many as its other norms, or with "scale_shift" no norm;
-    `mid_block_type`, no mid block. `sample_size` (pixels) does not change the network, `num_train_timesteps` only where
-    the time embedding is "learned". diffusers documents the other fields.
+    `block_out_channels` are the widths of the levels, each at half the resolution of the one before. None means:
 
-    With `time_embedding_type` "fourier" the timesteps are noise levels (Song et al. 2021): the output is divided by
-    them, and 0 gives no number.
+        time_embedding_dim: 4 * block_out_channels[0].
+        attention_head_dim: one head of all channels.
+        norm_num_groups (only in a U-Net of Skip or K blocks alone): a quarter of the channels and at most 32.
+        attn_norm_num_groups (the mid block's attention): as many as its other norms; with "scale_shift" no norm.
+        mid_block_type: no mid block.
 
-    As in diffusers, blocks without attention choose by their type how they change the resolution, by a residual block
-    in "ResnetDownsampleBlock2D" and "ResnetUpsampleBlock2D" and by a convolution in "DownBlock2D" and "UpBlock2D";
-    those with attention by `downsample_type` and `upsample_type`, "resnet" or "conv".
+    `sample_size` (pixels) does not change the network. `num_train_timesteps` changes it only where the time embedding
+    is "learned". diffusers documents the other fields.
+
+    With `time_embedding_type` "fourier" the timesteps are noise levels (Song et al. 2021). The network divides its
+    output by them, so a level of 0 gives NaN.
+
+    As in diffusers, the type of a block without attention says how it changes the resolution:
+    "ResnetDownsampleBlock2D" and "ResnetUpsampleBlock2D" use a residual block, "DownBlock2D" and "UpBlock2D" a
+    convolution. Blocks with attention follow `downsample_type` and `upsample_type`, "resnet" or "conv".
 
     Beyond diffusers:
         downsample_type "pool", upsample_type "nearest": 2x2 means and repeated pixels, without a convolution, in
             blocks with and without attention.
-        attention_head_dim: also a tuple of one for every down block, the mid block and every up block.
-        timestep_channels: how many sinusoids of the timestep there are; None for block_out_channels[0].
-        timestep_scale: the sinusoids are those of the timestep times it, in float32.
-        null_class: the label, one of `num_class_embeds`, that means "no class", for classifier-free guidance. In
-            config.json it is `_null_class`, since diffusers ignores names with an underscore.
+        attention_head_dim: also a tuple with one entry for every down block, the mid block and every up block.
+        timestep_channels: the number of sinusoids of the timestep; None for block_out_channels[0].
+        timestep_scale: a factor of the timestep, multiplied in float32 before the sinusoids.
+        null_class: the label, one of `num_class_embeds`, that means "no class", for classifier-free guidance. It is
+            named `_null_class` in config.json, because diffusers ignores names with an underscore.
 
     Raises:
-        ValueError: values that are wrong, or that diffusers has and fastddpm does not; the message names each
+        ValueError: a value is wrong, or diffusers supports it and fastddpm does not; the message names each such
             field, its value and what is supported.
     """
 
@@ -138,48 +142,48 @@ class UNetConfig:
             for name, valid, what in check():
                 if not valid:
                     wrong.setdefault(name, f"{name} is {getattr(self, name)!r}, must be {what}")
-            if wrong:  # all that can be known at once: who mends a file wants no second round
+            if wrong:  # report all problems of this stage together, so that a file is mended in one go
                 raise ValueError("; ".join(wrong.values()))
 
     @property
     def embedding_channels(self) -> int:
-        """Channels of the time (and class) embedding."""
+        """The channels of the time (and class) embedding."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     @property
     def sinusoid_channels(self) -> int:
-        """How many values of the timestep the time embedding reads."""
+        """The number of values per timestep that the time embedding reads."""
         if self.time_embedding_type == "fourier":
             return 2 * self.block_out_channels[0]
         return self.timestep_channels or self.block_out_channels[0]
 
     @property
     def activation(self) -> str:
-        """What follows the norms of residual blocks: "silu", "mish", "gelu" or "relu"."""
+        """The activation after the norms of residual blocks: "silu", "mish", "gelu" or "relu"."""
         return _ACTIVATIONS[self.act_fn.lower()]
 
     @property
     def reads_raw_embedding(self) -> bool:
-        """Whether blocks read the embedding before its activation, too: those of the K family."""
+        """Whether some blocks also read the embedding before its activation; those of the K family do."""
         return any(family_of(kind) == "k" for kind in (*self.down_block_types, *self.up_block_types))
 
     @property
     def smallest_size(self) -> int:
-        """The height and width that an input must have at least; they are multiples of 2 ** (levels - 1)."""
+        """The least height and width of an input; both must be multiples of 2 ** (levels - 1)."""
         factor = 2 ** (len(self.block_out_channels) - 1)
-        # The filter of K blocks mirrors a pixel at the border, of two or more.
+        # The filter of K blocks mirrors one pixel at the border, which needs an image of at least two.
         k = any(family_of(kind) == "k" for kind in self.up_block_types[:-1])
         return 2 * factor if k else factor
 
     @property
     def head_dims(self) -> tuple[int | None, ...]:
-        """Channels per head of attention in every down block, the mid block and every up block; None: all of them."""
+        """The channels per attention head in every down block, the mid block and every up block; None: all of them."""
         dims = self.attention_head_dim
         return dims if isinstance(dims, tuple) else (dims,) * (2 * len(self.block_out_channels) + 1)
 
     @property
     def not_in_diffusers(self) -> list[str]:
-        """The fields that say what diffusers' UNet2DModel cannot be."""
+        """The fields with values that diffusers' UNet2DModel does not support."""
         names = [name for name, default in _OWN.items() if name != "null_class" and getattr(self, name) != default]
         names += [name for name in ("downsample_type", "upsample_type") if getattr(self, name) in ("pool", "nearest")]
         return names + ["attention_head_dim"] * isinstance(self.attention_head_dim, tuple)
@@ -191,26 +195,26 @@ class UNetConfig:
 
     @property
     def mid_groups(self) -> int:
-        """Groups of the norms of the mid block's residual blocks."""
+        """The number of groups in the norms of the mid block's residual blocks."""
         return self.norm_num_groups or min(self.block_out_channels[-1] // 4, 32)
 
     @property
     def out_groups(self) -> int:
-        """Groups of the last norm."""
+        """The number of groups in the last norm."""
         return self.norm_num_groups or min(self.block_out_channels[0] // 4, 32)
 
     @property
     def mid_attention_groups(self) -> int | None:
-        """Groups of the norm of the mid block's attention; None: it has no norm."""
+        """The number of groups in the norm of the mid block's attention; None: it has no norm."""
         if self.attn_norm_num_groups is not None:
             return self.attn_norm_num_groups
         return self.mid_groups if self.resnet_time_scale_shift == "default" else None
 
     def replace(self, **fields: Any) -> UNetConfig:
-        """A copy with other values of the named fields.
+        """Return a copy with new values for the named fields.
 
         Raises:
-            ValueError: unknown fields or unsupported values; the message names all of them.
+            ValueError: a field is unknown or its value is not supported; the message names all of them.
         """
         known = [field.name for field in dataclasses.fields(self)]
         unknown = [f"{name} ({value!r})" for name, value in fields.items() if name not in known]
@@ -228,10 +232,10 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> UNetConfig:
-        """From the content of a config.json that diffusers, or `to_dict`, wrote.
+        """Build a config from the content of a config.json that diffusers or `to_dict` wrote.
 
         Raises:
-            ValueError: it is not a UNet2DModel's, or has unknown fields or unsupported values.
+            ValueError: the content is not a UNet2DModel's, or has unknown fields or unsupported values.
         """
         name = config.get("_class_name", CLASS_NAME)
         if name != CLASS_NAME:
@@ -245,28 +249,28 @@ class UNetConfig:
 
     @classmethod
     def of_diffusers(cls, config: dict[str, Any]) -> UNetConfig:
-        """From the config of a UNet2DModel itself, whose words mean what they mean there.
+        """Build a config from that of a UNet2DModel in memory, and read each value as diffusers does.
 
         Raises:
-            ValueError: as `from_dict`, or with "pool" or "nearest" where blocks with attention would use it.
+            ValueError: as `from_dict`, or blocks with attention would use "pool" or "nearest".
         """
         config = dict(config)
         for name, kinds in (("downsample_type", "down_block_types"), ("upsample_type", "up_block_types")):
             value = config.get(name, "conv")
             attends = any(kind.removeprefix("UNetRes").startswith("Attn") for kind in (config.get(kinds) or ())[:-1])
             if value is None or (value not in ("conv", "resnet") and not attends and name in config):
-                config[name] = "conv"  # which diffusers takes, or does not look at
+                config[name] = "conv"  # the value that diffusers uses, or does not look at
             elif value not in ("conv", "resnet"):
                 raise ValueError(f"{name} is {value!r}, must be 'conv' or 'resnet': else nothing is resampled there")
         return cls.from_dict(config)
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> UNetConfig:
-        """From a config.json.
+        """Read a config.json.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: as `from_dict`, or not JSON; the message names the file.
+            FileNotFoundError: the file does not exist.
+            ValueError: as `from_dict`, or the file is not JSON; the message names the file.
         """
         content = read_json(path)
         try:
@@ -275,9 +279,10 @@ class UNetConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: lists for tuples, `_class_name`, and fields of our own that are not the default.
+        """Return the content of config.json.
 
-        The null class is `_null_class`.
+        Tuples become lists, `_class_name` is added, and the null class is named `_null_class`. Fields that diffusers
+        does not have appear only where they differ from the default.
         """
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
         for name, default in _OWN.items():
@@ -287,7 +292,7 @@ class UNetConfig:
             fields["_null_class"] = fields.pop("null_class")
         return {"_class_name": CLASS_NAME, **fields}
 
-    # Each check yields (field, whether it is valid, what it may be), and may count on the checks before it.
+    # Each check yields (field, whether it is valid, what it may be), and may rely on the checks before it.
 
     def _check_types(self) -> _Findings:
         for name, choices in _CHOICES.items():
@@ -353,7 +358,7 @@ class UNetConfig:
             yield "null_class", valid, f"None or a label below num_class_embeds ({labels})"
 
     def _grouped_widths(self) -> set[int]:
-        """Return the widths whose norms have `norm_num_groups`, as far as types and widths are as many."""
+        """Return the widths whose norms have `norm_num_groups`; ignore block types that are not one per width."""
         widths = self.block_out_channels
         grouped = {widths[0], *([widths[-1]] if self.mid_block_type is not None else [])}
         for kinds, way in ((self.down_block_types, widths), (self.up_block_types, widths[::-1])):
@@ -363,7 +368,10 @@ class UNetConfig:
         return grouped
 
     def _check_fit(self) -> _Findings:
-        """Blocks must fit together, and norms have groups of equal size; diffusers fails in the first call."""
+        """Check that blocks fit together and that norms have groups of equal size.
+
+        diffusers fails only in the first call of the network.
+        """
         kinds = (*self.down_block_types, *self.up_block_types)
         families = {family_of(kind) for kind in kinds}
         valid = self.norm_num_groups is not None or "plain" not in families
@@ -393,7 +401,7 @@ class UNetConfig:
         return any(block.resample == "conv" for block in plan_down(self))
 
     def _check_heads(self) -> _Findings:
-        """Heads must be no wider than where there is attention; diffusers lets them divide a width with a rest."""
+        """Check that no head is wider than a level with attention; as in diffusers, a width may leave a remainder."""
         widths, dims = self.block_out_channels, self.head_dims
         mid = self.mid_block_type is not None and self.add_attention
         attends = ["Attn" in kind for kind in self.down_block_types] + [mid]

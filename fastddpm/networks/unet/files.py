@@ -1,4 +1,4 @@
-"""A U-Net's folder: config.json and weights, in one file or in shards, as diffusers writes and reads them."""
+"""Read and write a U-Net's folder as diffusers does: config.json and the weights, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 OLD_WEIGHTS_FILE = "diffusion_pytorch_model.bin"
 
-# What old versions of diffusers called the attention's linear layers.
+# The names of the attention's linear layers in old versions of diffusers, and today's.
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _JOINED = ".to_qkv."
@@ -27,7 +27,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.(?:safetensors|bin)$)")
 
 
 def weights_files(variant: str | None = None) -> tuple[str, str]:
-    """What the files of weights are called, the one that is preferred first."""
+    """Return the names that a file of weights may have, the preferred one first."""
     if variant is None:
         return WEIGHTS_FILE, OLD_WEIGHTS_FILE
     new, old = (f".{variant}.".join(name.rsplit(".", 1)) for name in (WEIGHTS_FILE, OLD_WEIGHTS_FILE))
@@ -35,7 +35,7 @@ def weights_files(variant: str | None = None) -> tuple[str, str]:
 
 
 def index_files(variant: str | None = None) -> tuple[str, str]:
-    """What the files are called that say which shard holds which weight; in the order of `weights_files`."""
+    """Return the names of the index files, which say which shard holds a weight, in the order of `weights_files`."""
     more = "" if variant is None else f".{variant}"
     return f"{WEIGHTS_FILE}.index{more}.json", f"{OLD_WEIGHTS_FILE}.index{more}.json"
 
@@ -44,7 +44,7 @@ def shards(index: Path) -> list[str]:
     """Return the names of the files that hold sharded weights.
 
     Raises:
-        FileNotFoundError, ValueError: the index is missing or is none; the message names it.
+        FileNotFoundError, ValueError: the index is missing or is not a valid one; the message names it.
     """
     places = read_json(index).get("weight_map")
     names = sorted(set(places.values()), key=str) if isinstance(places, dict) else []
@@ -54,10 +54,10 @@ def shards(index: Path) -> list[str]:
 
 
 def read(folder: Path, variant: str | None) -> tuple[Path, dict[str, Tensor]]:
-    """Return where the weights are, in one file or in shards that an index lists, and the tensors, by today's names.
+    """Return the path of the weights, or of the index of their shards, and the tensors under today's names.
 
     Raises:
-        FileNotFoundError: there are none, or a shard is missing.
+        FileNotFoundError: there are no weights, or a shard is missing.
         ValueError: a file cannot be read.
     """
     names = weights_files(variant)
@@ -82,7 +82,7 @@ def write(
     max_shard_size: int | str,
     safe_serialization: bool,
 ) -> None:
-    """Write a U-Net's folder; see `UNet.save_pretrained`. Weights of the same variant that lie there are replaced."""
+    """Write a U-Net's folder, and replace weights of the same variant in it; see `UNet.save_pretrained`."""
     place = 0 if safe_serialization else 1
     name, index = weights_files(variant)[place], index_files(variant)[place]
     parts = _split(state, bytes_of(max_shard_size))
@@ -98,17 +98,17 @@ def write(
         weight_map = {key: file for file, part in zip(names, parts, strict=True) for key in part}
         write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     write_json(folder / CONFIG_FILE, config)
-    # What an earlier save left would be read in place of this, or beside it.
+    # `read` would take the files of an earlier save in place of these, or along with them.
     for old in folder.iterdir():
         if old.name not in names and (_SHARD.sub("", old.name) == name or (old.name == index and len(parts) == 1)):
             old.unlink()
 
 
 def bytes_of(size: int | str) -> int:
-    """Return a number of bytes, of a number or of text such as "10GB" or "1.5 MiB".
+    """Return a size in bytes, given as a number or as text such as "10GB" or "1.5 MiB".
 
     Raises:
-        ValueError: it is no positive size.
+        ValueError: `size` is not a positive size.
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
@@ -120,9 +120,10 @@ def bytes_of(size: int | str) -> int:
 
 
 def apart(state: dict[str, Tensor], joined: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Return weights with queries, keys and values in layers of their own, as files hold them.
+    """Split joined layers of queries, keys and values, and return the weights as files hold them.
 
-    Where a layer has both, the joined one counts if it is among `joined`, else the separate ones, as in diffusers.
+    Where a layer has both forms, the joined one is used if the layer is in `joined`, else the separate ones, as in
+    diffusers.
     """
     joined = set(joined)
     result = {name: tensor for name, tensor in state.items() if _JOINED not in name}
@@ -136,7 +137,7 @@ def apart(state: dict[str, Tensor], joined: Iterable[str] = ()) -> dict[str, Ten
 
 
 def _split(state: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Distribute weights, in order, over as many shards as `size` bytes need; one that is larger has its own."""
+    """Distribute weights, in order, over shards of at most `size` bytes; a larger weight gets a shard of its own."""
     parts: list[dict[str, Tensor]] = [{}]
     held = 0
     for name, tensor in state.items():

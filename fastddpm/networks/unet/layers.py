@@ -1,10 +1,12 @@
-"""The layers of the compact U-Net (`unet.py`), with the parameter names of diffusers' UNet2DModel.
+"""The layers of the compact U-Net (`model.py`), with the parameter names of diffusers' UNet2DModel.
 
-An `nn.GroupNorm` here only holds parameters: each normalisation runs as one `group_norm_silu`, fused with
-what surrounds it (the skip concatenation, the time embedding, SiLU). A layer's `backend` says which backend
-that op, the 3x3 convolutions and attention use; `UNet.backend` sets it everywhere. "auto" is "native" in training mode
-on a CPU that has a compiler, for the layers that are large enough, in float32 and, where the CPU multiplies that, under
-autocast to bfloat16; in evaluation mode torch's own, of the least error.
+An `nn.GroupNorm` here only holds parameters. Each normalisation runs as one `group_norm_silu`, fused with
+its surroundings (the skip concatenation, the time embedding, SiLU). A layer's `backend` says which backend
+that op, the 3x3 convolutions and attention use; `UNet.backend` sets it everywhere.
+
+In training mode, on a CPU machine with a compiler, "auto" is "native" for layers that are large enough: in float32,
+and under autocast to bfloat16 where the CPU multiplies it. In evaluation mode "auto" is torch's own, which has the
+least error.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from torch import Tensor, nn
 
 from fastddpm.networks.unet.plan import SKIP_IMAGE_CHANNELS
 
-# From how many channels on, of inputs and of outputs, a native 3x3 convolution trains faster than torch's, and from how
-# many values on a native norm does (benchmarks/NOTES.md).
+# The least number of input and of output channels for which a native 3x3 convolution trains faster than torch's, and
+# the least number of values for which a native norm does (benchmarks/NOTES.md).
 NATIVE_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 NATIVE_VALUES = 2**17
 
@@ -34,15 +36,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "mish": F.
 def timestep_embedding(
     t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: float, scale: float = 1.0
 ) -> Tensor:
-    """Sinusoids of the timestep (Ho et al. 2020, after Vaswani et al. 2017): float32 [N, channels].
+    """Return sinusoids of the timestep (Ho et al. 2020, after Vaswani et al. 2017): float32 [N, channels].
 
-    Of half = channels // 2 frequencies, number i is 10000 ** (-i / (half - freq_shift)). An odd last channel
-    is 0.
+    With half = channels // 2 frequencies, number i is 10000 ** (-i / (half - freq_shift)). If `channels` is odd, the
+    last channel is 0.
 
     Args:
-        t: timesteps [N], integer or (for models trained so) real; computed in float32, the precision that the
-            published models were trained with.
-        channels: how many values per timestep.
+        t: timesteps [N], integer or (for models trained so) real. The sinusoids are computed in float32, the
+            precision that the published models were trained with.
+        channels: the number of values per timestep.
         flip_sin_to_cos: [cos, sin] instead of [sin, cos].
         freq_shift: 1 makes the last frequency exactly 1 / 10000 (the original DDPM); 0 stops one short of it.
         scale: a factor of the timesteps, multiplied in float32.
@@ -55,7 +57,7 @@ def timestep_embedding(
 
 
 class Sinusoids(nn.Module):
-    """`timestep_embedding` of the timesteps it is called with, with settings of its own."""
+    """`timestep_embedding` as a module that holds the settings."""
 
     def __init__(self, channels: int, *, flip_sin_to_cos: bool, freq_shift: float, scale: float = 1.0) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class EmbeddingMLP(nn.Module):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1, by the fewest multiplications that the backend knows."""
+    """A 3x3 convolution of stride 1 and padding 1, with the algorithm of the backend that multiplies least."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -117,10 +119,11 @@ class Conv3x3(nn.Conv2d):
 class ResnetBlock(nn.Module):
     """(shortcut(x) + conv2(dropout(SiLU(norm2(conv1(SiLU(norm1(x))), embedding))))) / output_scale.
 
-    The embedding, projected, is added before the second norm, or (`scale_shift`) applied after it, as
-    norm2 * (1 + scale) + shift. With `resample` what conv1 and shortcut read is halved or doubled first, by one of
-    `RESAMPLE`. `activation` is one of `ACTIVATIONS`, of norms and embedding. The second norm has `groups_out` groups,
-    if given. `shortcut` asks for the convolution on the residual path even where the widths are the same.
+    The projected embedding is added before the second norm, or (`scale_shift`) applied after it as
+    norm2 * (1 + scale) + shift. `resample`, one of `RESAMPLE`, halves or doubles the input of conv1 and of the
+    shortcut. `activation`, one of `ACTIVATIONS`, is used for the norms and the embedding. The second norm has
+    `groups_out` groups, if given. `shortcut` asks for the convolution on the residual path even where the widths are
+    the same.
     """
 
     def __init__(
@@ -155,12 +158,13 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if shortcut else None
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """The block's output [N, out_channels, H, W], of half or twice the size where it resamples.
+        """Return the block's output [N, out_channels, H, W], of half or twice the size where it resamples.
 
         Args:
             x: [N, C, H, W].
-            emb: the activation of the time (and class) embedding, [N, emb_channels], and behind it what others read.
-            skip: [N, in_channels - C, H, W], as if concatenated to `x`.
+            emb: the activation of the time (and class) embedding, [N, emb_channels]; further channels, which other
+                blocks read, may follow.
+            skip: [N, in_channels - C, H, W]; the block computes as if it were concatenated to `x`.
         """
         act = self.activation
         h = norm_silu(self.norm1, x, self.backend, x2=skip, activation=act)
@@ -182,18 +186,18 @@ class ResnetBlock(nn.Module):
 
 
 def shortcut(conv: nn.Conv2d | None, x: Tensor, skip: Tensor | None) -> Tensor:
-    """The residual path of a block: concat(x, skip), convolved by 1x1 where there is a `conv`."""
+    """Return the residual path of a block: concat(x, skip), through the 1x1 convolution `conv` if there is one."""
     if conv is None:
         return x if skip is None else torch.cat([x, skip], dim=1)
     if skip is None:
         return conv(x)
-    # A 1x1 convolution of a concatenation is the sum over its parts: the concatenation need not exist.
+    # A 1x1 convolution of a concatenation is the sum over its parts, so the concatenation is never built.
     first, second = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
     return F.conv2d(x, first, conv.bias) + F.conv2d(skip, second)
 
 
 class AdaGroupNorm(nn.GroupNorm):
-    """Group norm without parameters, times 1 + scale and plus shift, both linear in the embedding as it is."""
+    """Group norm without parameters, times 1 + scale and plus shift; both are linear in the raw embedding."""
 
     def __init__(self, emb_channels: int, channels: int, groups: int, eps: float) -> None:
         super().__init__(groups, channels, eps, affine=False)
@@ -202,7 +206,10 @@ class AdaGroupNorm(nn.GroupNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, skip: Tensor | None = None, activation: str | None = None, backend: str = "auto"
     ) -> Tensor:
-        """Of concat(x, skip); `emb` is the embedding [N, emb_channels], perhaps behind its activation."""
+        """Normalise concat(x, skip).
+
+        `emb` is the embedding [N, emb_channels]; its activation may stand before it.
+        """
         scale, shift = self.linear(emb[:, emb.shape[1] - self.linear.in_features :]).chunk(2, dim=1)
         return norm_silu(self, x, backend, x2=skip, scale=scale, shift=shift, activation=activation)
 
@@ -210,7 +217,7 @@ class AdaGroupNorm(nn.GroupNorm):
 class AdaResnetBlock(nn.Module):
     """x + conv2(dropout(act(norm2(conv1(act(norm1(x)))))), with norms that the embedding scales and shifts.
 
-    The convolution on the residual path, of a block that changes the width, has no bias.
+    A block that changes the width has a convolution without bias on the residual path.
     """
 
     def __init__(
@@ -238,7 +245,7 @@ class AdaResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """As `ResnetBlock.forward`; of `emb` the last channels are read."""
+        """Return the block's output from the arguments of `ResnetBlock.forward`; read the last channels of `emb`."""
         h = self.conv1(self.norm1(x, emb, skip, self.activation, self.backend))
         h = self.norm2(h, emb, None, self.activation, self.backend)
         return shortcut(self.conv_shortcut, x, skip) + self.conv2(self.dropout(h))
@@ -247,8 +254,8 @@ class AdaResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels, with residual: (x + to_out(attend(norm(x)))) / output_scale.
 
-    `channels // head_dim` heads of `head_dim` channels; one head of all channels where `head_dim` is None.
-    Without norm where `groups` is None. Queries, keys and values are of three linear layers or, after `fuse`, of one.
+    There are `channels // head_dim` heads of `head_dim` channels, or one head of all channels where `head_dim` is
+    None. `groups` None leaves out the norm. Three linear layers give queries, keys and values; after `fuse`, one does.
     """
 
     to_q: nn.Linear | None
@@ -296,14 +303,14 @@ class Attention(nn.Module):
             self.to_q, self.to_k, self.to_v = made
 
     def qkv(self) -> tuple[Tensor, Tensor]:
-        """Weight [3 inner, C] and bias [3 inner] of queries, keys and values."""
+        """Return the weight [3 inner, C] and the bias [3 inner] of queries, keys and values."""
         if self.to_qkv is not None:
             return self.to_qkv.weight, self.to_qkv.bias
         layers = [layer for layer in (self.to_q, self.to_k, self.to_v) if layer is not None]
         return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]."""
+        """Attend over the pixels of x: [N, C, H, W] -> [N, C, H, W]."""
         h = x if self.group_norm is None else norm_silu(self.group_norm, x, self.backend, activation=None)
         h = h.flatten(2).transpose(1, 2)  # [N, pixels, C], a view where x is channels-last
         if self.to_qkv is not None:
@@ -323,44 +330,44 @@ class Attention(nn.Module):
 
 
 def halve(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, H / 2, W / 2]: means of 2x2 pixels."""
+    """Average 2x2 pixels: [N, C, H, W] -> [N, C, H / 2, W / 2]."""
     return F.avg_pool2d(x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, 2H, 2W]: every pixel four times."""
+    """Repeat every pixel in both directions: [N, C, H, W] -> [N, C, 2H, 2W]."""
     if 4 * x.numel() >= 2**31:  # beyond this, channels-last, CUDA returns zeros (pytorch issue 141831)
         x = x.contiguous()
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def fir_halve(x: Tensor, kernel: Tensor | None = None) -> Tensor:
-    """[N, C, H, W] -> [N, C, H / 2, W / 2] through the filter (1, 3, 3, 1), zeros around the image."""
+    """Halve x by the filter (1, 3, 3, 1) with zeros around the image: [N, C, H, W] -> [N, C, H / 2, W / 2]."""
     return F.conv2d(x, fir_kernel(x) / 64 if kernel is None else kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 def fir_double(x: Tensor, kernel: Tensor | None = None) -> Tensor:
-    """[N, C, H, W] -> [N, C, 2H, 2W] through the filter (1, 3, 3, 1), zeros around the image."""
+    """Double x by the filter (1, 3, 3, 1) with zeros around the image: [N, C, H, W] -> [N, C, 2H, 2W]."""
     kernel = fir_kernel(x) / 16 if kernel is None else kernel
     return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 def mirrored_halve(x: Tensor, kernel: Tensor | None = None) -> Tensor:
-    """As `fir_halve`, the image mirrored at its borders."""
+    """Halve x as `fir_halve` does, but mirror the image at its borders."""
     kernel = fir_kernel(x) / 64 if kernel is None else kernel
     return F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), kernel, stride=2, groups=x.shape[1])
 
 
 def mirrored_double(x: Tensor, kernel: Tensor | None = None) -> Tensor:
-    """As `fir_double`, the image mirrored at its borders."""
+    """Double x as `fir_double` does, but mirror the image at its borders."""
     kernel = fir_kernel(x) / 16 if kernel is None else kernel
     return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), "reflect"), kernel, stride=2, padding=3, groups=x.shape[1])
 
 
 def fir_kernel(x: Tensor) -> Tensor:
-    """The filter (1, 3, 3, 1) in both directions for every channel of `x`: [C, 1, 4, 4].
+    """Return the filter (1, 3, 3, 1) in both directions for every channel of `x`: [C, 1, 4, 4].
 
-    It is computed where `x` is, not copied there: that would be forbidden inside a CUDA graph.
+    It is computed on the device of `x`, because a CUDA graph forbids a copy from the CPU.
     """
     taps = 4 - (2 * torch.arange(4, dtype=x.dtype, device=x.device) - 3).abs()
     return (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
@@ -375,9 +382,9 @@ RESAMPLE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2; `padding` 0 pads right and bottom only, by one, as the original DDPM.
+    """3x3 convolution of stride 2, or means of 2x2 pixels where `padding` is None.
 
-    Means of 2x2 pixels where `padding` is None.
+    `padding` 0 pads by one at the right and bottom only, as the original DDPM does.
     """
 
     def __init__(self, channels: int, padding: int | None) -> None:
@@ -388,7 +395,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is None:
             return halve(x)
-        # Under autocast x is of the dtype of the 3x3 convolutions before, and so must all be that skips end in.
+        # Under autocast x has the dtype of the 3x3 convolutions before it, and all skips must have the same.
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x).to(x.dtype)
 
 
@@ -405,10 +412,10 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """What blocks of a U-Net have in common.
+    """The base class of the blocks of a U-Net.
 
     Attributes:
-        gradient_checkpointing: whether residual blocks are computed again for gradients, which saves their memory.
+        gradient_checkpointing: whether the backward pass recomputes residual blocks, which saves memory.
     """
 
     gradient_checkpointing: bool
@@ -426,7 +433,7 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """Residual blocks, each followed by attention if there are `attentions`, then the downsampler if any."""
+    """Residual blocks, each followed by attention if there are `attentions`, then the downsampler, if any."""
 
     def __init__(
         self,
@@ -438,7 +445,7 @@ class DownBlock(Block):
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The output, and every intermediate result that the up blocks take up again, in order."""
+        """Return the output and, in order, every intermediate result that the up blocks read as a skip."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self._run(resnet, x, emb)
@@ -452,7 +459,7 @@ class DownBlock(Block):
 
 
 class SkipDownBlock(Block):
-    """A `DownBlock` of NCSN++, which halves the image too and adds a 1x1 convolution of it."""
+    """A `DownBlock` of NCSN++, which also halves the image and adds a 1x1 convolution of it."""
 
     def __init__(
         self, resnets: Sequence[ResnetBlock], attentions: Sequence[Attention], resnet_down: ResnetBlock | None
@@ -464,7 +471,7 @@ class SkipDownBlock(Block):
             self.skip_conv = nn.Conv2d(SKIP_IMAGE_CHANNELS, resnet_down.conv2.out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """As `DownBlock.forward`, and the image [N, 3, H, W] as the next block takes it."""
+        """Return what `DownBlock.forward` does, and the image [N, 3, H, W] for the next block."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self._run(resnet, x, emb)
@@ -479,14 +486,14 @@ class SkipDownBlock(Block):
 
 
 class KDownBlock(Block):
-    """Residual blocks that end in skips, then, if `downsample`, a filter."""
+    """Residual blocks with a skip each, then, if `downsample`, a filter that halves."""
 
     def __init__(self, resnets: Sequence[AdaResnetBlock], downsample: bool) -> None:
         super().__init__(resnets)
         self.downsample = downsample
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As `DownBlock.forward`; what is halved is no skip."""
+        """Return what `DownBlock.forward` does; the halved result is not among the skips."""
         skips = []
         for resnet in self.resnets:
             x = self._run(resnet, x, emb)
@@ -495,7 +502,7 @@ class KDownBlock(Block):
 
 
 class MidBlock(Block):
-    """A residual block, attention if any, a residual block."""
+    """A residual block, attention, if any, and another residual block."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = self.resnets[0](x, emb)
@@ -505,7 +512,7 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """Residual blocks that take up a skip each, attention after each if any, then the upsampler if any."""
+    """Residual blocks that read a skip each, each followed by attention, if any, then the upsampler, if any."""
 
     def __init__(
         self,
@@ -517,7 +524,7 @@ class UpBlock(Block):
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-        """The output; takes one skip per residual block off the end of `skips`."""
+        """Return the output; remove one skip per residual block from the end of `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = self._run(resnet, x, emb, skips.pop())
             if len(self.attentions) > 0:
@@ -528,7 +535,7 @@ class UpBlock(Block):
 
 
 class SkipUpBlock(Block):
-    """An `UpBlock` of NCSN++, with one attention at most, which doubles the image too and adds to it."""
+    """An `UpBlock` of NCSN++, with at most one attention, which also doubles the image and adds to it."""
 
     def __init__(
         self,
@@ -545,7 +552,7 @@ class SkipUpBlock(Block):
     def forward(
         self, x: Tensor, emb: Tensor, skips: list[Tensor], image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `UpBlock.forward`, and the image [N, 3, H, W]; None if no block has begun it."""
+        """Return what `UpBlock.forward` does, and the image [N, 3, H, W], or None while no block has started one."""
         for resnet in self.resnets:
             x = self._run(resnet, x, emb, skips.pop())
         for attention in self.attentions:
@@ -560,14 +567,14 @@ class SkipUpBlock(Block):
 
 
 class KUpBlock(Block):
-    """Residual blocks, the first of which takes up a skip, then, if `upsample`, a filter."""
+    """Residual blocks, the first of which reads a skip, then, if `upsample`, a filter that doubles."""
 
     def __init__(self, resnets: Sequence[AdaResnetBlock], upsample: bool) -> None:
         super().__init__(resnets)
         self.upsample = upsample
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-        """The output; takes as many skips as residual blocks off the end of `skips` and reads the last."""
+        """Return the output; remove one skip per residual block from the end of `skips`, and read the last one only."""
         for i, resnet in enumerate(self.resnets):
             skip = skips.pop()
             x = self._run(resnet, x, emb, skip if i == 0 else None)
@@ -585,7 +592,7 @@ def norm_silu(
     shift: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """`group_norm_silu` with the parameters of `norm`; see there. `activation` may be any of `ACTIVATIONS`, too."""
+    """Run `group_norm_silu` with the parameters of `norm`; `activation` may also be any of `ACTIVATIONS`."""
     if activation is not None and activation != "silu":
         more = {"x2": x2, "time_bias": time_bias, "scale": scale, "shift": shift}
         return ACTIVATIONS[activation](norm_silu(norm, x, backend, **more, activation=None))
@@ -614,7 +621,7 @@ def norm_silu(
 
 
 def _as_autocast(x: Tensor) -> Tensor:
-    """x in the dtype in which autocast computes on the CPU; without autocast x itself."""
+    """Return x in the dtype in which autocast computes on the CPU; without autocast x itself."""
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return x
     return x.to(torch.get_autocast_dtype("cpu"))

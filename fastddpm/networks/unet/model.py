@@ -1,7 +1,7 @@
 """The compact U-Net: what diffusers' UNet2DModel computes, with its parameter names, on fused norms.
 
-A folder written by `UNet.save_pretrained` is one that `diffusers.UNet2DModel.from_pretrained` loads, and the
-other way round. Every option with which UNet2DModel runs is here; `config.py` says no, by name, to the rest.
+`diffusers.UNet2DModel.from_pretrained` loads a folder that `UNet.save_pretrained` wrote, and the reverse. Every option
+with which UNet2DModel runs is here; `config.py` rejects the others by name.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from fastddpm.networks.unet.layers import (
 )
 from fastddpm.networks.unet.plan import BlockPlan, ResnetPlan, plan_down, plan_up
 
-_SKIP_SCALE = math.sqrt(2)  # of sums in Skip blocks
+_SKIP_SCALE = math.sqrt(2)  # divides the sums in Skip blocks
 
 
 class UNet(nn.Module):
-    """The noise-predicting U-Net of Ho et al. 2020, as diffusers' UNet2DModel has it.
+    """The noise-predicting U-Net of Ho et al. 2020, as diffusers' UNet2DModel implements it.
 
     Args:
         config: a `UNetConfig`; its defaults if None.
@@ -112,7 +112,7 @@ class UNet(nn.Module):
 
     @property
     def backend(self) -> str:
-        """Which backend the layers use: "auto", "triton", "native", "eager" or "reference". Set it for all."""
+        """The backend of the layers: "auto", "triton", "native", "eager" or "reference". Setting it sets all layers."""
         return self._backend
 
     @backend.setter
@@ -125,16 +125,16 @@ class UNet(nn.Module):
                 module.backend = backend
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute residual blocks again for gradients rather than keep what they computed: less memory, more time."""
+        """Recompute residual blocks in the backward pass instead of keeping results: less memory, more time."""
         self._checkpoint(True)
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keep what residual blocks compute for gradients, as in the beginning."""
+        """Keep the results of residual blocks for the backward pass, which is the default."""
         self._checkpoint(False)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether residual blocks are computed again for gradients."""
+        """Whether the backward pass recomputes residual blocks."""
         return any(isinstance(module, Block) and module.gradient_checkpointing for module in self.modules())
 
     def _checkpoint(self, value: bool) -> None:
@@ -143,29 +143,29 @@ class UNet(nn.Module):
                 module.gradient_checkpointing = value
 
     def fuse_qkv_projections(self) -> None:
-        """Join the layers of queries, keys and values of all attention into one each; parameters are then new ones."""
+        """Join the layers of queries, keys and values into one in every attention; this makes new parameters."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse()
 
     def unfuse_qkv_projections(self) -> None:
-        """Take apart what `fuse_qkv_projections` has joined."""
+        """Split the layers that `fuse_qkv_projections` has joined."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse(False)
 
     def forward(self, x: Tensor, t: float | Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The network's prediction of what it was trained for (the noise, say): [N, out_channels, H, W].
+        """Predict what the network was trained for, such as the noise: [N, out_channels, H, W].
 
         Args:
-            x: noisy pixels [N, in_channels, H, W], about [-1, 1] where clean, in the U-Net's dtype and any
+            x: noisy pixels [N, in_channels, H, W], about [-1, 1] before noise, in the U-Net's dtype and any
                 memory format; H and W divisible by 2 ** (levels - 1).
             t: the timestep, from 0 (almost clean) to num_train_timesteps - 1 (noise), one for all or a tensor
-                [N]. Its range is not checked. Of a U-Net with `time_embedding_type` "fourier" it is a noise level.
+                [N]. Its range is not checked. With `time_embedding_type` "fourier" it is a noise level.
             class_labels: int64 [N], where the U-Net has classes (see `embed`).
 
         Raises:
-            ValueError: a wrong shape, dtype, device or label; or labels missing or not wanted.
+            ValueError: a shape, dtype, device or label is wrong, or labels are missing or not expected.
         """
         self._check_input(x)
         t = torch.as_tensor(t, device=self.device)
@@ -173,19 +173,19 @@ class UNet(nn.Module):
         return out / t.reshape(-1, 1, 1, 1) if self.config.time_embedding_type == "fourier" else out
 
     def embed(self, t: float | Tensor, class_labels: Tensor | None = None, *, batch_size: int) -> Tensor:
-        """The activation of the time and class embedding, as every block takes it: [N, embedding channels].
+        """Return the activation of the time and class embedding, which every block reads: [N, embedding channels].
 
-        Where there are K blocks, the embedding itself stands behind it: [N, 2 * embedding channels].
+        For K blocks the embedding itself follows it: [N, 2 * embedding channels].
 
         Args:
             t: the timestep, one for all or a tensor [1] or [N].
             class_labels: int64 [N] from 0 to num_class_embeds - 1; with `class_embed_type` "timestep" real or
-                integer [N], with "identity" real [N, embedding channels]. The range is checked on the CPU
+                integer [N]; with "identity" real [N, embedding channels]. The range is checked on the CPU
                 only.
             batch_size: N.
 
         Raises:
-            ValueError: a wrong shape, dtype or label; or labels missing or not wanted.
+            ValueError: a shape, dtype or label is wrong, or labels are missing or not expected.
         """
         t = torch.as_tensor(t, device=self.device)
         if t.shape not in ((), (1,), (batch_size,)):
@@ -202,10 +202,10 @@ class UNet(nn.Module):
         return torch.cat([active, emb], dim=1) if self.config.reads_raw_embedding else active
 
     def predict(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`forward` after `embed`, before any division by t: from `x` and what `embed` returned. Checks nothing."""
+        """Run the rest of `forward` on `x` and the result of `embed`, without a division by t; check nothing."""
         if self.config.center_input_sample:
             x = 2 * x - 1
-        image: Tensor | None = x  # what Skip blocks carry beside the state
+        image: Tensor | None = x  # Skip blocks carry it along with the state
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
@@ -256,7 +256,7 @@ class UNet(nn.Module):
             return
         if labels.dtype != torch.int64:
             raise ValueError(f"class_labels have dtype {labels.dtype}, must have torch.int64")
-        # On a GPU the check would wait for the device; compiled, it would break the graph.
+        # On a GPU the check would wait for the device; under torch.compile it would break the graph.
         if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
             low, high, classes = int(labels.min()), int(labels.max()), self.class_embedding.num_embeddings
             if low < 0 or high >= classes:
@@ -272,17 +272,17 @@ class UNet(nn.Module):
     ) -> None:
         """Write `folder`/config.json and the weights, each file whole or not at all.
 
-        `diffusers.UNet2DModel.from_pretrained(folder)` loads them, unless the config has what diffusers cannot be
-        (`UNetConfig.not_in_diffusers`).
+        `diffusers.UNet2DModel.from_pretrained(folder)` loads them, unless the config has values that diffusers does not
+        support (`UNetConfig.not_in_diffusers`).
 
         Args:
             folder: created if it does not exist.
             variant: part of the names of the weights' files: "fp16" for diffusion_pytorch_model.fp16.safetensors.
-            max_shard_size: bytes, or text such as "200MB", beyond which weights go into several files and an index.
+            max_shard_size: bytes, or text such as "200MB"; larger weights go into several files and an index.
             safe_serialization: write safetensors; False for torch's own format, `diffusion_pytorch_model.bin`.
 
         Raises:
-            ValueError: `max_shard_size` is no size.
+            ValueError: `max_shard_size` is not a size.
         """
         state = {name: p.detach().cpu().contiguous() for name, p in files.apart(self.state_dict()).items()}
         files.write(Path(folder), self.config.to_dict(), state, variant, max_shard_size, safe_serialization)
@@ -298,10 +298,10 @@ class UNet(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         low_cpu_mem_usage: bool = True,
     ) -> UNet:
-        """The U-Net that `save_pretrained`, or diffusers' UNet2DModel, saved in `folder`; in evaluation mode.
+        """Load a U-Net that `save_pretrained` or diffusers' UNet2DModel saved in `folder`, in evaluation mode.
 
-        Reads safetensors, in one file or in shards; where there are none, `diffusion_pytorch_model.bin`, and of it
-        tensors only, never other objects.
+        Reads safetensors, in one file or in shards. Where there are none it reads `diffusion_pytorch_model.bin`, and
+        loads only tensors from it, never other objects.
 
         Args:
             folder: holds config.json and the weights.
@@ -309,12 +309,12 @@ class UNet(nn.Module):
             device: where to put them.
             variant: of the weights, as diffusers names files: "ema" for diffusion_pytorch_model.ema.safetensors.
             torch_dtype: diffusers' name of `dtype`; "auto" is the file's own.
-            low_cpu_mem_usage: of no effect: weights are never held twice.
+            low_cpu_mem_usage: has no effect: weights are never held twice.
 
         Raises:
-            FileNotFoundError: no such folder, no config or no weights in it.
+            FileNotFoundError: the folder does not exist, or has no config or no weights.
             ValueError: a file cannot be read or does not fit; the message names it, and the keys. Or `dtype` and
-                `torch_dtype` are both given, or are no floating-point type.
+                `torch_dtype` are both given, or one is not a floating-point type.
         """
         del low_cpu_mem_usage
         folder = Path(folder)
@@ -334,7 +334,7 @@ class UNet(nn.Module):
             dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, must be a floating-point type")
-        # A copy, since the tensors read may be a view of the file, which someone may overwrite.
+        # A copy, because the tensors may be views of the file, which another program may overwrite.
         state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
         unet.load_state_dict(state, assign=True)
         return unet.eval()
@@ -343,20 +343,20 @@ class UNet(nn.Module):
         """Copy weights into the U-Net, which keeps its dtype and device.
 
         Raises:
-            ValueError: they do not fit; the message begins with `where` and names them.
+            ValueError: weights do not fit; the message begins with `where` and names them.
         """
         _check_state(where, state, self.state_dict())
         self.load_state_dict(state)
 
     @classmethod
     def from_diffusers(cls, model: nn.Module) -> UNet:
-        """A copy of a `UNet2DModel` of diffusers, in evaluation mode, with its dtype and where it is.
+        """Copy a `UNet2DModel` of diffusers: in evaluation mode, with its dtype and on its device.
 
-        Projections that `fuse_qkv_projections` has joined are taken apart.
+        Projections that `fuse_qkv_projections` has joined are split.
 
         Raises:
-            ValueError: its config has a setting that is not supported, or its weights do not fit it; the message
-                names them.
+            ValueError: the model's config has a setting that is not supported, or its weights do not fit the config;
+                the message names them.
         """
         with torch.device("meta"):
             unet = cls(UNetConfig.of_diffusers(dict(model.config)))  # type: ignore[arg-type, call-overload]
@@ -368,11 +368,11 @@ class UNet(nn.Module):
         return unet.eval()
 
     def to_diffusers(self) -> Any:
-        """A copy as a `UNet2DModel` of diffusers, in evaluation mode, with its dtype and where it is.
+        """Copy the U-Net as a `UNet2DModel` of diffusers: in evaluation mode, with its dtype and on its device.
 
         Raises:
             ModuleNotFoundError: diffusers is not installed.
-            ValueError: diffusers cannot be such a network; the message names the fields.
+            ValueError: diffusers does not support such a network; the message names the fields.
         """
         from diffusers import UNet2DModel
 
@@ -380,7 +380,7 @@ class UNet(nn.Module):
             values = " and ".join(f"{name} is {getattr(self.config, name)!r}" for name in names)
             raise ValueError(f"{values}, which diffusers' UNet2DModel does not have; fastddpm.UNet does")
         config = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
-        # Filters of K blocks are buffers, which no state dict holds.
+        # The filters of K blocks are buffers that the state dict leaves out.
         with torch.device(self.device if self.config.reads_raw_embedding else "meta"):
             model: Any = UNet2DModel(**config)
         state = {name: p.detach().clone() for name, p in files.apart(self.state_dict()).items()}
@@ -433,7 +433,7 @@ def _attentions(c: UNetConfig, plan: BlockPlan) -> list[Attention]:
 
 
 def _resampling(c: UNetConfig, plan: BlockPlan, **more: Any) -> ResnetBlock:
-    """A residual block from the block's width to the same."""
+    """Return the residual block that changes the resolution, with the block's width before and after."""
     groups = c.norm_num_groups if plan.family == "plain" else plan.resnets[-1].groups_out
     assert groups is not None
     return _resnet(c, ResnetPlan(plan.channels, plan.channels, groups, groups), **more)
@@ -474,7 +474,7 @@ def _up_block(c: UNetConfig, plan: BlockPlan) -> Block:
 
 
 def sinusoids(config: UNetConfig) -> Sinusoids:
-    """What the layers of a U-Net's time embedding read: from [N] timesteps to [N, config.sinusoid_channels]."""
+    """Return the module before the layers of the time embedding: [N] timesteps -> [N, config.sinusoid_channels]."""
     return Sinusoids(
         config.sinusoid_channels,
         flip_sin_to_cos=config.flip_sin_to_cos,
@@ -484,7 +484,7 @@ def sinusoids(config: UNetConfig) -> Sinusoids:
 
 
 def _check_layers(config_path: Path, config: UNetConfig, path: Path, state: dict[str, Tensor]) -> None:
-    """Hold the numbers of layers against the weights before any is built: thousands would take minutes."""
+    """Compare the numbers of layers and levels with the weights, before thousands of layers take minutes to build."""
     blocks = {match[0] for name in state if (match := re.match(r"down_blocks\.\d+\.", name))}
     layers = {match[0] for name in state if (match := re.match(r"down_blocks\.0\.resnets\.\d+\.", name))}
     if config.layers_per_block != len(layers):

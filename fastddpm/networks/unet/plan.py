@@ -1,6 +1,6 @@
-"""What every block of a U-Net is made of, by its type: widths, groups, attention, and how it changes the resolution.
+"""The plan of every block of a U-Net, by its type: widths, groups, attention, and how it changes the resolution.
 
-Blocks are of three families. Plain ones have groups by `norm_num_groups`. "Skip" blocks are those of NCSN++ (Song et
+Blocks are of three families. Plain ones have `norm_num_groups` groups. "Skip" blocks are those of NCSN++ (Song et
 al. 2021, arXiv:2011.13456): groups of about four channels, sums divided by sqrt(2), resampling through a FIR filter,
 and a second path that carries the image itself from level to level. "K" blocks are those of k-diffusion's U-Net
 (Karras et al. 2022, arXiv:2206.00364): groups of 32 channels, norms scaled and shifted by the time embedding.
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 K_GROUP_SIZE = 32
 SKIP_ATTENTION_GROUPS = 32
-SKIP_IMAGE_CHANNELS = 3  # what the second path of Skip blocks carries
+SKIP_IMAGE_CHANNELS = 3  # channels of the second path of Skip blocks
 
 
 @dataclass(frozen=True)
 class ResnetPlan:
-    """The widths of a residual block, and the groups of its two norms."""
+    """The widths of a residual block and the groups of its two norms."""
 
     in_channels: int
     out_channels: int
@@ -32,16 +32,16 @@ class ResnetPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block of the way down or up.
+    """The plan of one block on the way down or up.
 
     Attributes:
         family: "plain", "skip" or "k".
         channels: its width.
         resnets: its residual blocks, in order.
-        attentions: how many of them are followed by attention, the last ones.
-        attention_groups: groups of the norm of attention.
-        head_dim: channels per head of attention; None for all of them.
-        resample: "conv", "resnet", "plain" (means or repeated pixels), "fir" or "k"; None: it keeps the resolution.
+        attentions: how many of them, counted from the last, have attention after them.
+        attention_groups: groups of the attention's norm.
+        head_dim: channels per attention head; None for all of them.
+        resample: "conv", "resnet", "plain" (means or repeated pixels), "fir" or "k"; None keeps the resolution.
     """
 
     family: str
@@ -99,7 +99,7 @@ def plan_up(c: UNetConfig) -> list[BlockPlan]:
                     groups = min(own + skip // 4, 32)
                 resnets.append(ResnetPlan(own + skip, out, groups, _groups(c, family, out)))
         attentions = 0
-        if "Attn" in kind:  # one, after the last, in a Skip block
+        if "Attn" in kind:  # a Skip block has one attention, after its last residual block
             attentions = 1 if family == "skip" else len(resnets)
         plans.append(
             BlockPlan(
@@ -116,7 +116,7 @@ def uneven_norms(c: UNetConfig) -> Iterator[tuple[str, int, int]]:
     """Find norms whose groups do not divide their channels.
 
     Yields:
-        The block's type, the channels and the groups (0 where there would be none).
+        The block's type, the channels and the groups; 0 groups where the channels are too few for one.
     """
     kinds = [*c.down_block_types, *c.up_block_types]
     for kind, block in zip(kinds, plan_down(c) + plan_up(c), strict=True):
@@ -132,12 +132,12 @@ def uneven_norms(c: UNetConfig) -> Iterator[tuple[str, int, int]]:
 
 
 def misfit(c: UNetConfig) -> tuple[str, str] | None:
-    """Return the field of block types whose blocks do not fit together, and what they must be; or None.
+    """Return the field whose block types do not fit together, and what they must be; None if all fit.
 
-    Followed are the widths and resolutions of the states, of what the way down leaves for the way up, and of the image
-    that Skip blocks carry.
+    It follows the widths and resolutions of the states, of the skips that the way down leaves for the way up, and of
+    the image that Skip blocks carry.
     """
-    x, image = (c.block_out_channels[0], 0), 0  # (channels, how often halved)
+    x, image = (c.block_out_channels[0], 0), 0  # x is (channels, how often halved); image only the latter
     left = [x]
     for i, block in enumerate(plan_down(c)):
         for resnet in block.resnets:
@@ -192,7 +192,7 @@ def _unfit(i: int, found: int, wanted: int) -> tuple[str, str]:
 
 
 def _resample(kind: str, family: str, by: str) -> str:
-    """Return how a block of that type changes the resolution, where `by` is `downsample_type` or `upsample_type`."""
+    """Return how a block of that type changes the resolution; `by` is `downsample_type` or `upsample_type`."""
     if family != "plain":
         return {"skip": "fir", "k": "k"}[family]
     if kind.startswith("Resnet") or (kind.startswith("Attn") and by == "resnet"):

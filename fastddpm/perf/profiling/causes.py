@@ -1,8 +1,8 @@
-"""Compute the least time of a step at the measured ceilings, and what keeps the step from it.
+"""Compute the least time of a step at the measured ceilings, and find what keeps the step from it.
 
 An instruction's floor is the longer of two times: its operations at the ceiling of matrix products, and its bytes at
-that of copies (Williams et al. 2009, the roofline model). The sum of these floors is the floor of the network as it is
-cut into layers; a network in one single kernel would still do the operations and read the weights once.
+that of copies (Williams et al. 2009, the roofline model). The sum of these floors is the floor of the network as cut
+into layers. A network in a single kernel would still do the operations and read the weights once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 Record = dict[str, Any]
 
-# One layer of a kind, and several.
+# The words for one layer of a kind, and for several.
 WORDS = {
     "conv": ("convolution", "convolutions"),
     "norm": ("norm", "norms"),
@@ -39,7 +39,7 @@ class Ceilings(NamedTuple):
 
 
 def ceilings_of(measured: Record, precision: str) -> Ceilings | None:
-    """Return the ceilings for a precision ("fp32", ...) out of `ceilings.measure`; None if one is missing."""
+    """Return the ceilings for a precision ("fp32", ...) from `ceilings.measure`; None if one is missing."""
     product = measured.get("matmul_tflops", {}).get(precision, {}).get("best")
     copy = measured.get("copy_gb_s", {}).get("best")
     if not product or not copy:
@@ -53,17 +53,17 @@ def floor_us(layer: Record, ceilings: Ceilings) -> float:
 
 
 def bound_by(layer: Record, ceilings: Ceilings) -> str:
-    """Return what bounds a layer at its floor: "compute" or "memory"; "latency" where launching takes longer."""
+    """Return the bound of a layer at its floor: "compute" or "memory"; "latency" where launching takes longer."""
     if layer["kernels"] * ceilings.node_us > floor_us(layer, ceilings):
         return "latency"
     return "compute" if layer["flops"] / ceilings.flops >= layer["bytes"] / ceilings.copy else "memory"
 
 
 def judge_layers(layers: list[Record], ceilings: Ceilings) -> None:
-    """Add to every layer "floor_us", the "share" of the roof that it reaches, and what it is "bound" by.
+    """Add to every layer "floor_us", the "share" of the roof that it reaches, and its "bound".
 
-    A share above 1 does not mean that the device is faster than its ceilings: operands came from a cache, or the layer
-    needs fewer operations than counted (a convolution by Winograd's algorithm).
+    A share above 1 does not mean that the device exceeds its ceilings. Operands came from a cache, or the layer needs
+    fewer operations than counted (a convolution by Winograd's algorithm).
     """
     for layer in layers:
         layer["floor_us"] = floor_us(layer, ceilings)
@@ -72,23 +72,23 @@ def judge_layers(layers: list[Record], ceilings: Ceilings) -> None:
 
 
 def time_of(layer: Record) -> float:
-    """Return the microseconds of a layer: of its kernels in a step if they were traced, else as timed on its own."""
+    """Return the microseconds of a layer: those of its kernels in a step if traced, else as timed on its own."""
     return float(layer.get("traced_us") or layer["us"]["median"])
 
 
 def floors(layers: Sequence[Record], ceilings: Ceilings, weight_bytes: int, us: float) -> Record:
-    """Return the floors of a step, and the share of them that it reaches.
+    """Return the floors of a step, and the share of each that it reaches.
 
     Args:
         layers: with "flops" and "bytes".
         ceilings: of the machine.
-        weight_bytes: of all weights in the network's precision.
+        weight_bytes: bytes of all weights in the network's precision.
         us: microseconds of a step as measured.
 
     Returns:
-        "layers_us": the sum of the layers' floors; "compute_us", "weights_us": of the whole network in one piece, for
-        its operations and for reading the weights once; "network_us": the longer of these two; "share_of_layers",
-        "share_of_network": both divided by `us`.
+        "layers_us": the sum of the layers' floors; "compute_us", "weights_us": for the whole network in one piece, the
+        time of its operations and of reading the weights once; "network_us": the longer of these two;
+        "share_of_layers", "share_of_network": "layers_us" and "network_us" divided by `us`.
     """
     compute = sum(layer["flops"] for layer in layers) / ceilings.flops * 1e6
     weights = weight_bytes / ceilings.copy * 1e6
@@ -128,16 +128,16 @@ def causes(
     *,
     idle_share: float | None = None,
 ) -> list[Record]:
-    """Split a step's distance to the sum of its layers' floors into causes, costliest first.
+    """Split the time of a step above the sum of its layers' floors into causes, costliest first.
 
     Args:
         layers: judged by `judge_layers`.
         ceilings: of the machine.
         us: microseconds of a step as measured.
-        network_us: of the network alone.
-        layers_us: the mean of all layers in one evaluation, where they were timed so. Interruptions make it more than
-            the sum of the layers' medians.
-        idle_share: the share of a step in which a GPU runs no kernel, where that was traced.
+        network_us: microseconds of the network alone.
+        layers_us: the mean time of all layers in one evaluation, where they were timed so. Interruptions make it longer
+            than the sum of the layers' medians.
+        idle_share: the share of a step in which a GPU runs no kernel, where traced.
 
     Returns:
         [{"what": one sentence, "us": above the floor, "share": of the step}].

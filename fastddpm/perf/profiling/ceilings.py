@@ -1,6 +1,6 @@
 """Measure the ceilings of a device: matrix products, copies, launches.
 
-All are measured, none is read from a data sheet. Rates come with their quantiles.
+All are measured, none comes from a data sheet. Rates come with their quantiles.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MATMULS = {
 }
 # Names of precisions in torch -> short names.
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "tf32"}
-LARGE_COPY = {"cuda": 2**32, "mps": 2**28, "cpu": 2**28}  # bytes; far more than any cache
+LARGE_COPY = {"cuda": 2**32, "mps": 2**28, "cpu": 2**28}  # bytes; far larger than any cache
 CACHED_COPY = {"cuda": 2**23, "mps": 2**22, "cpu": 2**18}  # bytes that fit into a cache twice
 MATMUL_SIZES = {"cuda": (4096, 8192, 12288), "mps": (1024, 2048, 4096), "cpu": (512, 1024, 2048)}
 
@@ -65,7 +65,7 @@ def versions() -> dict[str, str | None]:
 
 
 def driver_state() -> dict[str, str]:
-    """Return driver, clocks and temperature as nvidia-smi reads them; {"error": ...} where it fails."""
+    """Return driver, clocks and temperature as nvidia-smi reports them; {"error": ...} where it fails."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -76,7 +76,7 @@ def driver_state() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Return what torch knows of the device: processors, memory, caches; of a CPU its threads and instruction set."""
+    """Return what torch reports about the device: processors, memory, caches; for a CPU threads and instruction set."""
     if device.type != "cuda":
         found = {"threads": torch.get_num_threads(), "processors": os.cpu_count()}
         return found | ({"capability": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {})
@@ -90,7 +90,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """Return what may change between two runs: clocks and temperature of a GPU; elsewhere the load average."""
+    """Return values that may change between two runs: a GPU's clocks and temperature; elsewhere the load average."""
     if device.type == "cuda":
         return driver_state()
     try:
@@ -129,21 +129,21 @@ def measure(
 
     Args:
         device: to measure.
-        precisions: of the matrix products, keys of `MATMULS`.
+        precisions: precisions of the matrix products, keys of `MATMULS`.
         quick: measure less accurately, in a few seconds.
         done: called after each of `len(precisions) + 3` measurements.
 
     Returns:
         "matmul_tflops": {precision: rate}; "copy_gb_s" and "copy_cached_gb_s": rates of copies far larger than the
-        caches, and small enough for one, reads and writes both counted; "latency": see `latencies`. A rate has
-        `timing.quantiles` and "best", which is the ceiling, since other work on the machine only lowers a rate. A rate
-        that could not be measured is {"error": why}.
+        caches, and small enough for one, with reads and writes both counted; "latency": see `latencies`. A rate has
+        `timing.quantiles` and "best", which is the ceiling, because other work on the machine only lowers a rate. A
+        rate that could not be measured is {"error": why}.
     """
     kind = device.type if device.type in LARGE_COPY else "cpu"
     seconds = 0.4 if quick else 1.5
     result: dict[str, Any] = {"matmul_tflops": {}}
     large = LARGE_COPY[kind] // (4 if quick else 1)
-    rounds = 25 if device.type == "cuda" else 200  # so many that some are not interrupted
+    rounds = 25 if device.type == "cuda" else 200  # enough for some rounds without an interruption
     for name, size in (("copy_gb_s", large), ("copy_cached_gb_s", CACHED_COPY[kind])):
         result[name] = _attempt(partial(copy_rate, device, size, seconds=seconds, rounds=rounds))
         done()
@@ -161,12 +161,12 @@ def measure(
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Return the median GB/s of a large copy, bytes read and bytes written both counted."""
+    """Return the median GB/s of a large copy, with bytes read and bytes written both counted."""
     return float(copy_rate(device, size)["median"])
 
 
 def copy_rate(device: torch.device, size: int, *, seconds: float = 10.0, rounds: int = 15) -> Rate:
-    """Measure GB/s of copying `size` bytes, bytes read and written both counted; small copies many times in a row."""
+    """Measure GB/s of copying `size` bytes, read and written bytes both counted; repeat small copies in a row."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     source.view(torch.int32).random_()
     target = torch.empty_like(source)
@@ -183,7 +183,7 @@ def copy_rate(device: torch.device, size: int, *, seconds: float = 10.0, rounds:
 
 
 def matmul(device: torch.device, precision: str, sizes: Sequence[int], rounds: int = 8) -> float:
-    """Return the median TFLOP/s of square matrix products of random numbers, of the best size."""
+    """Return the median TFLOP/s of square matrix products of random numbers, for the best size."""
     return float(matmul_rate(device, precision, sizes, rounds=rounds)["median"])
 
 
@@ -192,15 +192,15 @@ def matmul_rate(
 ) -> Rate:
     """Measure TFLOP/s of square matrix products of random numbers; "size" is the best of the sizes.
 
-    On a CPU it also measures 3x3 convolutions: torch uses another library for them, on some processors twice as fast,
-    and the ceiling is that of the better. "by" says which it was, "mm" or "conv2d".
+    On a CPU it also measures 3x3 convolutions, because torch uses another library for them, which is twice as fast on
+    some processors. The ceiling is the better of the two, and "by" names it: "mm" or "conv2d".
 
     Args:
         device: to measure.
         precision: a key of `MATMULS`.
-        sizes: growing; after the first, a size that would take more than `seconds` is left out.
-        seconds: about how long one size may take.
-        rounds: of three products each on CUDA, else of one.
+        sizes: growing; after the first, sizes that would take more than `seconds` are left out.
+        seconds: the approximate limit for one size.
+        rounds: number of rounds, with three products each on CUDA, else with one.
     """
     dtype, allow = MATMULS[precision]
     best: dict[str, Any] = {}
@@ -246,9 +246,9 @@ def _convolution_rate(dtype: torch.dtype, seconds: float, rounds: int) -> Rate:
 
 
 def latencies(device: torch.device, count: int = 1000) -> dict[str, float]:
-    """Measure microseconds of a launch, and of a node in a graph, in a chain of kernels that add one number to another.
+    """Measure microseconds of a launch and of a graph node, in a chain of kernels that add one number to another.
 
-    `launch_to_end_us` is how long the host waits for a single kernel.
+    `launch_to_end_us` is the time that the host waits for a single kernel.
     """
     x = torch.zeros(1, device=device)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fastddpm.perf.profiling.model import SCHEMA
 
-# Of `benchmarks/gpu_check.py` and `benchmarks/cpu_check.py`.
+# The schemas of `benchmarks/gpu_check.py` and `benchmarks/cpu_check.py`.
 GPU_SCHEMA, CPU_SCHEMA = "fastddpm.gpu_check/1", "fastddpm.cpu_check/1"
 LEAST_SAMPLES = 3  # fewer do not show the noise
 _IDENTITY = (
@@ -23,7 +23,7 @@ class Figure(NamedTuple):
         what: its name, unique in a file.
         unit: such as "us" or "GB/s".
         median, p20, p80: of the samples; the quantiles are None where the noise is not known.
-        more_is_better: true of a rate.
+        more_is_better: True for a rate.
     """
 
     what: str
@@ -40,7 +40,7 @@ class Change(NamedTuple):
     Attributes:
         what, unit: see `Figure`.
         old, new: medians; None where a file has none.
-        ratio: how many times as good the new one is: above 1 is faster, or less memory.
+        ratio: how many times as good the new one is; above 1 is faster, or less memory.
         low, high: the band of that ratio from the 20 % and 80 % quantiles of both; None where the noise is not known.
         verdict: "better" or "worse" where the bands of old and new do not overlap, else "within noise"; "noise not
             known", "only old" or "only new".
@@ -60,7 +60,7 @@ def figures(content: dict[str, Any]) -> dict[str, Figure]:
     """Return the figures in a file of `fastddpm profile`, `benchmarks/gpu_check.py` or `cpu_check.py`, by name.
 
     Raises:
-        ValueError: the file is none of these.
+        ValueError: the file is from none of these.
     """
     schema = content.get("schema")
     if schema not in _READERS:
@@ -69,7 +69,7 @@ def figures(content: dict[str, Any]) -> dict[str, Figure]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Compare all figures of two files, in the order of the new one, then those that only the old one has.
+    """Compare all figures of two files: in the order of the new one, then those that only the old one has.
 
     Raises:
         ValueError: a file holds no results, or the two are not of the same kind.
@@ -81,13 +81,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return what else differs between two runs and may explain a change: "precision: float32, now float16"."""
+    """Return other differences between two runs that may explain a change: "precision: float32, now float16"."""
     values = [(name, _at(old, name), _at(new, name)) for name in _IDENTITY]
     return [f"{name}: {before}, now {after}" for name, before, after in values if before != after]
 
 
 def markdown(old: dict[str, Any], new: dict[str, Any], names: tuple[str, str] = ("old", "new")) -> str:
-    """Return a table of all figures of two files, changes beyond the noise in bold, and what else differs.
+    """Return a table of all figures of two files, with changes beyond the noise in bold, and other differences.
 
     Raises:
         ValueError: as `compare`.
@@ -159,7 +159,7 @@ def _at(content: dict[str, Any], path: str) -> Any:
 
 
 def _measured(what: str, unit: str, spread: Any, *, rate: bool = False) -> Iterator[Figure]:
-    """Yield the figure of a spread or of a bare number; nothing for what was not measured."""
+    """Yield the figure of a spread or of a bare number; nothing if it was not measured."""
     if isinstance(spread, (int, float)):
         yield Figure(what, unit, float(spread), None, None, rate)
     elif isinstance(spread, dict) and "median" in spread:

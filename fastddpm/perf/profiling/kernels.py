@@ -1,4 +1,4 @@
-"""Read traces of torch's profiler: kernels of a device and their gaps, operators of the CPU, and which layer ran them.
+"""Read traces of torch's profiler: a device's kernels and their gaps, operators of the CPU, and the layers they run in.
 
 On CUDA the profiler reads CUPTI, on ROCm roctracer; both end in the same Chrome trace.
 """
@@ -25,9 +25,9 @@ from fastddpm.perf.profiling.timing import synchronize
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 HOST_EVENTS = ("cpu_op", "user_annotation")
-# The kernel that ends every step.
+# Every step ends with a kernel of this name.
 MARKER = "reverse_step"
-LABEL = "layer "  # begins the names of annotations: "layer 12: conv down_blocks.0.resnets.0.conv1"
+LABEL = "layer "  # prefix of annotations: "layer 12: conv down_blocks.0.resnets.0.conv1"
 
 
 class Event(NamedTuple):
@@ -41,7 +41,7 @@ class Event(NamedTuple):
 def start_profiler(device: torch.device) -> None:
     """Make a first trace, which starts the tracing library and takes seconds.
 
-    Once started, the library slows graphs with loops, so time everything before.
+    Once started, the library slows graphs with loops, so time everything before this call.
     """
     with _profiler(device):
         torch.zeros(1, device=device).add_(1)
@@ -70,19 +70,20 @@ def record(run: Callable[[], object], device: torch.device, *, host: bool, path:
 def profile_steps(
     make: Callable[[str | bool], Callable[[], object]], device: torch.device, steps: int, us: float
 ) -> dict[str, Any]:
-    """Return `analyse` of a trace that shows each step of a loop.
+    """Trace a loop so that each step is visible, and return `analyse` of the trace.
 
-    The tracing library shows one round of a loop in a graph (pytorch/kineto issue 1062), and has crashed on some
-    (pytorch issue 134308). So a step's graph is replayed; where its trace lacks steps, no graph is used.
+    The tracing library shows only one round of a loop in a graph (pytorch/kineto issue 1062), and has crashed on some
+    (pytorch issue 134308). So the graph of a single step is replayed. Where its trace lacks steps, no graph is used.
 
     Args:
         make: makes a run of `steps` steps, given the `cuda_graph` of `Sampler`.
         device: a GPU.
-        steps: of a run.
+        steps: the number of steps in a run.
         us: microseconds of a step without a profiler.
 
     Returns:
-        Also "traced", how the loop was captured for the trace, and "busy_share_untraced", the busy share of `us`.
+        The result of `analyse`, with "traced", how the loop was captured for the trace, and "busy_share_untraced", the
+        busy share of `us`.
     """
     for graph in ("step", False):
         run = make(graph)
@@ -99,7 +100,7 @@ def profile_steps(
 
 
 def read_trace(content: dict[str, Any]) -> list[Event]:
-    """Return the device's events of a Chrome trace, by their start."""
+    """Return the device's events of a Chrome trace, ordered by start."""
     events = [
         Event(str(event["name"]), float(event["ts"]), float(event.get("dur", 0.0)))
         for event in content.get("traceEvents", [])
@@ -109,13 +110,13 @@ def read_trace(content: dict[str, Any]) -> list[Event]:
 
 
 def analyse(events: list[Event], steps: int, top: int = 15) -> dict[str, Any]:
-    """Count kernels per step, the share of time without one, and the kernels that take most.
+    """Count kernels per step, and find the share of time without one and the kernels that take longest.
 
-    It counts from the end of the first step's last kernel to the end of the last step's, to leave out what comes before
-    and after the loop. Where the ends of steps are not found, it counts the whole run.
+    It counts from the end of the first step to the end of the last one, to leave out work before and after the loop.
+    Where it finds no ends of steps, it counts the whole run.
 
     Raises:
-        ValueError: nothing was traced.
+        ValueError: the trace has no event of the device.
     """
     if not events:
         raise ValueError("the trace holds no event of the device")
@@ -148,7 +149,7 @@ def analyse(events: list[Event], steps: int, top: int = 15) -> dict[str, Any]:
 
 @contextmanager
 def annotated(instructions: list[Instruction]) -> Iterator[None]:
-    """Make traces show which instruction each operator and kernel belongs to."""
+    """Annotate traces with the instruction that each operator and kernel belongs to."""
 
     def labelled(index: int, run: Callable[[], object]) -> None:
         with record_function(f"{LABEL}{index}: {instructions[index].kind} {instructions[index].name}"):
@@ -159,7 +160,7 @@ def annotated(instructions: list[Instruction]) -> Iterator[None]:
 
 
 def kernels_of_layers(content: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """Return which kernels each annotated instruction launched, and the sums of their microseconds.
+    """Return the kernels that each annotated instruction launched, and the sums of their microseconds.
 
     A kernel belongs to the annotation during which the host launched it.
 
@@ -193,13 +194,13 @@ def kernels_of_layers(content: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def host_operators(content: dict[str, Any], steps: int, top: int = 15) -> dict[str, Any]:
-    """Return the operators on the CPU that take most, by their own time without that of operators they call.
+    """Return the operators on the CPU that take longest by their own time, without the operators they call.
 
-    The time of an annotated layer outside of torch's operators (native code that is called directly, and Python) counts
-    for the layer's kind.
+    The time of an annotated layer outside of torch's operators (native code called directly, and Python) counts for
+    the layer's kind.
 
     Raises:
-        ValueError: nothing was traced.
+        ValueError: the trace has no operator.
     """
     threads: dict[Any, list[dict[str, Any]]] = {}
     for event in content.get("traceEvents", []):
@@ -209,7 +210,7 @@ def host_operators(content: dict[str, Any], steps: int, top: int = 15) -> dict[s
         raise ValueError("the trace holds no operator")
     sums: dict[str, list[float]] = {}
     for events in threads.values():
-        open_: list[tuple[float, list[float]]] = []  # (end, entry) of the events that enclose this one
+        open_: list[tuple[float, list[float]]] = []  # (end, entry) of the events that enclose the current one
         for event in sorted(events, key=lambda e: (float(e["ts"]), -float(e.get("dur", 0.0)))):
             start, duration = float(event["ts"]), float(event.get("dur", 0.0))
             while open_ and open_[-1][0] <= start:

@@ -1,7 +1,7 @@
 """Time each layer of a network, on the buffers and in the order of a sampling step.
 
 A frozen network is timed by its instructions, any other by its leaf modules. On the CPU each layer is timed as it runs
-in a whole evaluation. On CUDA each is replayed many times from a graph of its own, without the gaps of launches; it may
+in a whole evaluation. On CUDA each is replayed many times from a graph of its own, without the gaps of launches. It may
 then read from the cache what a step reads from memory.
 """
 
@@ -36,7 +36,7 @@ class Layer:
         name: in the network.
         kind: "conv", "norm", "pointwise", "attention", "residual", "time" or "other".
         size: (height, width) of its result; None if that is no image.
-        kernels: how many it launches on CUDA; 0 where that is not known.
+        kernels: the number that it launches on CUDA; 0 if that is not known.
         flops, bytes: as in `frozen.instructions.Instruction`.
         seconds: one per round.
     """
@@ -50,7 +50,7 @@ class Layer:
     seconds: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the layer for JSON, times as `timing.spread` in microseconds."""
+        """Return the layer for JSON, with its times as `timing.spread` in microseconds."""
         size = None if self.size is None else list(self.size)
         counts = {"kernels": self.kernels, "flops": self.flops, "bytes": self.bytes}
         return {"name": self.name, "kind": self.kind, "size": size, **counts, "us": spread(self.seconds)}
@@ -58,14 +58,14 @@ class Layer:
 
 @dataclass
 class Evaluation:
-    """A network on buffers of its own, as a loop calls it.
+    """A network bound to buffers of its own, as a loop calls it.
 
     Attributes:
         network: to evaluate.
         inputs: [N, C, ...], normal random numbers.
         bound: the network on `inputs`.
         step: int64 [1], the row of the table.
-        precision: of the network, by name; None where that is not known.
+        precision: of the network, by name; None if not known.
     """
 
     network: Network
@@ -103,8 +103,8 @@ def evaluation(
     Args:
         network: a sampler's.
         shape: [N, C, ...] of a batch.
-        timesteps: int64 [S], those of the sampler's table.
-        labels: int64 [N], where the network has classes.
+        timesteps: int64 [S] of the sampler's table.
+        labels: int64 [N], if the network has classes.
         precision: its name, which says how float32 products are rounded.
         self_condition: whether the network also reads the last predicted x0, as an argument or as channels.
     """
@@ -122,7 +122,7 @@ def evaluation(
 
 
 def timed_network(ready: Evaluation) -> Callable[[], float]:
-    """Return a function that times one whole evaluation; on CUDA from a graph."""
+    """Return a function that times one whole evaluation, from a graph on CUDA."""
     device = ready.network.device
     with ready.running():
         run = capture([ready], device)
@@ -138,7 +138,7 @@ def timed_network(ready: Evaluation) -> Callable[[], float]:
 def timed_layers(ready: Evaluation) -> tuple[list[Layer], Callable[[], float]]:
     """Return the layers of a network, and a function that times each of them once and returns the sum.
 
-    Layers have no times before the first call. A callable that is no module has no layers.
+    Layers have no times before the first call. A callable that is not a module has no layers.
     """
     device, instructions = ready.network.device, ready.instructions
     layers = [Layer(i.name, i.kind, i.size, i.kernels, i.flops, i.bytes) for i in instructions]
@@ -174,12 +174,12 @@ def _in_place(ready: Evaluation, layers: list[Layer]) -> Callable[[], object]:
 
 
 def _replayed(ready: Evaluation, layers: list[Layer]) -> Callable[[], object]:
-    """Return a function that times graphs of every instruction `REPEATS` times, captured during an evaluation."""
+    """Return a function that times `REPEATS` runs of every instruction from a graph, captured during an evaluation."""
     device, graphs = ready.network.device, []
 
     def captured(index: int, run: Callable[[], object]) -> None:
         graphs.append(capture([run] * REPEATS, device))
-        run()  # an instruction may allocate its result: later ones must read this one, not the graph's
+        run()  # an instruction may allocate its result; later ones must read this one, not the graph's
 
     with replaced(ready.instructions, captured):
         ready()

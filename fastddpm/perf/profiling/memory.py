@@ -1,4 +1,4 @@
-"""Measure how much memory a run takes at its peak, and say what the figure means."""
+"""Measure the peak memory of a run, and say what the figure means."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PROC = Path("/proc/self")
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device, proc: Path = PROC) -> Iterator[dict[str, Any]]:
-    """Yield a dictionary that receives, at the end, the peak inside: {"bytes", "before_bytes", "what"}.
+    """Yield a dictionary that receives the peak when the context ends: {"bytes", "before_bytes", "what"}.
 
-    On CUDA it is the memory that torch allocated on the device. Elsewhere it is the resident memory of the process;
-    only Linux can reset an earlier peak, so on other systems "bytes" is None and "what" says why.
+    On CUDA it is the memory that torch allocated on the device. Elsewhere it is the resident memory of the process.
+    Only Linux can reset an earlier peak, so on other systems "bytes" is None and "what" says why.
     """
     found: dict[str, Any] = {}
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Profile a model on this machine, per batch size: how long a step takes, where the time goes, and its floor."""
+"""Profile a model on this machine per batch size: the time of a step, its parts, and its floor."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Record = dict[str, Any]
 
 @dataclass
 class Plan:
-    """What to profile and for how long.
+    """The model to profile, and for how long.
 
     Attributes:
-        make: makes the sampler; its argument is a `cuda_graph`, or None for the one that the user asked for.
+        make: makes the sampler; its argument is a `cuda_graph`, or None for the user's choice.
         shape: of one sample.
         precision: of the network: "float32", "tf32", "float16" or "bfloat16".
-        batches: how many samples at once, growing.
-        labels: returns class labels for that many samples, or None.
-        seconds: for everything; a batch size that would take longer is recorded as not run.
+        batches: batch sizes, growing.
+        labels: returns class labels for a number of samples, or None.
+        seconds: for the whole profile; a batch size that would take longer is recorded as not run.
         quick: measure the ceilings less accurately.
         trace: where to write the Chrome trace of the largest batch size that was measured.
         done: called after every measurement.
@@ -63,12 +63,12 @@ class Plan:
         return self._end - time.monotonic()
 
     def measurements(self) -> int:
-        """Return how often `done` will be called."""
+        """Return the number of calls of `done`."""
         return 4 + 4 * len(self.batches)
 
 
 def profile(plan: Plan) -> Record:
-    """Measure the ceilings, then every batch size, and find what costs most.
+    """Measure the ceilings, then every batch size, and find the largest costs.
 
     Returns:
         The content of the file that `fastddpm profile` writes: "device", "versions", "ceilings" (`ceilings.measure`),
@@ -100,7 +100,7 @@ def profile(plan: Plan) -> Record:
         release(device)
     measured = [record for record in records if record["status"] == "ok"]
     if measured and device.type == "cuda":
-        kernels.start_profiler(device)  # it slows what is timed after it
+        kernels.start_profiler(device)  # slows everything timed after it, so it comes late
     for record in records:
         if record["status"] == "ok":
             path = plan.trace if record is measured[-1] else None
@@ -119,7 +119,7 @@ def describe(network: Network, shape: tuple[int, ...]) -> Record:
 
 
 def _guarded(plan: Plan, batch: int, remaining: int, before: Sequence[Record]) -> Record:
-    """Return the record of one batch size; a failure is part of it."""
+    """Return the record of one batch size; a failure becomes part of it."""
     record: Record = {"batch": batch, "status": "not run"}
     expected = _expected(batch, before)
     if plan.left() < max(expected, 1.0):
@@ -191,12 +191,15 @@ def _measure(plan: Plan, batch: int, seconds: float) -> Record:
 
 
 def _often(run: Callable[[], float], times: int) -> Callable[[], float]:
-    """Return the mean of some calls of `run`, as a run of the loop is the mean of its steps, interruptions included."""
+    """Return a function that gives the mean of some calls of `run`, interruptions included.
+
+    A run of the loop is such a mean of its steps, so the two compare.
+    """
     return lambda: sum(run() for _ in range(times)) / times
 
 
 def last_steps(plan: Plan, sampler: Sampler, batch: int) -> Callable[[int], object]:
-    """Return a function that runs that many of the sampler's last steps on a batch of random states."""
+    """Return a function that runs a number of the sampler's last steps on a batch of random states."""
     x = torch.randn((batch, *plan.shape), generator=torch.Generator().manual_seed(0)).to(sampler.device)
     labels, rows = plan.labels(batch), len(sampler.table)
     return lambda steps: sampler.sample(batch, x_T=x, start=rows - steps, class_labels=labels)
@@ -214,7 +217,7 @@ def ready_for(plan: Plan, sampler: Sampler, batch: int) -> Evaluation:
 
 
 def how_timed(ready: Evaluation) -> str:
-    """Say how `timed_layers` times the layers of a network."""
+    """Return in words how `timed_layers` times the layers of a network."""
     if not ready.instructions:
         return "leaf modules, by hooks; the time between them is not counted"
     if ready.network.device.type == "cuda":
@@ -263,7 +266,7 @@ def _trace(plan: Plan, record: Record, device: torch.device, path: Path | None) 
 
 
 def _judge(record: Record, roofs: causes.Ceilings | None, parameters: int, plan: Plan) -> None:
-    """Add the floor and the causes of the distance to it; both need ceilings and layers."""
+    """Add the floor and the causes of the time above it; both need ceilings and layers."""
     if roofs is None or not record["layers"]:
         record["floor"], record["causes"] = None, []
         return
@@ -277,7 +280,7 @@ def _judge(record: Record, roofs: causes.Ceilings | None, parameters: int, plan:
 
 
 def _attempt(run: Callable[[], Record]) -> Record:
-    """Return the result of `run`, or {"error": why}: a trace that fails must not lose the times."""
+    """Return the result of `run`, or {"error": why}, so that a failed trace does not lose the times."""
     try:
         return run()
     except (RuntimeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Draw a profile: the roofline of every layer, the bandwidth of layers that only move memory, the throughput.
 
-Needs matplotlib, which is imported when a plot is drawn.
+It needs matplotlib, and imports it only to draw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
-# Okabe and Ito's colours, which the colour-blind can tell apart, each with a marker.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker.
 STYLES = {
     "conv": ("#0072B2", "o"),
     "pointwise": ("#D55E00", "s"),
@@ -48,7 +48,7 @@ def save_profile(path: Path, content: Record) -> None:
     """Draw a result of `model.profile` into a .png or .svg.
 
     Raises:
-        ValueError: nothing in it was measured.
+        ValueError: no batch size was measured.
     """
     measured = [record for record in content["batches"] if record["status"] == "ok"]
     if not measured:
@@ -77,7 +77,7 @@ def save_profile(path: Path, content: Record) -> None:
 
 
 def draw_roofline(axes: Axes, layers: Sequence[Record], roofs: causes.Ceilings, cached_gb_s: float | None) -> None:
-    """Draw operations per second over operations per byte; the area of a layer's point is its share of the time."""
+    """Draw operations per second over operations per byte; the area of a layer's point shows its share of the time."""
     points = [layer for layer in layers if layer["flops"]]
     if not points:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color=_GREY)
@@ -178,7 +178,7 @@ def save(path: Path, figure: Figure) -> None:
 
 
 def new_figure(panels: int, width: float) -> Figure:
-    """Make a figure without pyplot, which would keep it and may need a display."""
+    """Make a figure without pyplot, which would keep the figure and may need a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width * panels, 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Time work on a device: by events on a GPU, by a clock elsewhere; several runs in turn; medians and quantiles."""
+"""Time work on a device, by events on a GPU and by a clock elsewhere; time several runs in turn; compute quantiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds from the start of `run` to the end of all the work it gave an idle device."""
+    """Return the seconds from the start of `run` to the end of all work that it gave an idle device."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -34,7 +34,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Free memory that nothing refers to any more."""
+    """Free memory without references."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -46,7 +46,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float | int]:
-    """Return median, 20 % and 80 % quantile and least of `values`, and their number."""
+    """Return the median, the 20 % and 80 % quantiles, the minimum and the number of `values`."""
     p20, median, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return {"median": median, "p20": p20, "p80": p80, "min": min(values), "samples": len(values)}
 
@@ -59,10 +59,10 @@ def spread(seconds: Sequence[float], per: int = 1) -> dict[str, float | int]:
 def interleave(
     runs: dict[str, Callable[[], float]], *, seconds: float, least: int = 3, most: int = 25
 ) -> Iterator[tuple[str, float]]:
-    """Call each of `runs` once a round, in an order that rotates by one, and yield (name, its result).
+    """Call each of `runs` once per round, in an order that rotates by one, and yield (name, its result).
 
-    So all see the same drift of clocks and temperature. It stops after `most` rounds; or after `least` rounds when
-    another one would take longer than `seconds` in all; or at once when twice the `seconds` have passed.
+    So all see the same drift of clocks and temperature. It stops after `most` rounds; or after `least` rounds if
+    another one would exceed `seconds` in total; or at once when twice the `seconds` have passed.
     """
     names, start, slowest = list(runs), time.monotonic(), 0.0
     for round_ in range(most):
@@ -83,9 +83,9 @@ def repeat(run: Callable[[], float], *, seconds: float, least: int = 3, most: in
 
 
 def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], None]:
-    """Return a function that replays `calls`, one after the other, from a CUDA graph; elsewhere it just calls them.
+    """Return a function that replays `calls`, one after the other, from a CUDA graph; elsewhere it calls them.
 
-    So a short kernel is timed without the gaps of launches from Python.
+    The graph times a short kernel without the gaps of launches from Python.
     """
     if device.type != "cuda":
 

@@ -1,7 +1,7 @@
 """Compile choices ahead in other processes: compiling takes longer than timing, and shows which choices spill.
 
-The kernels are left in triton's cache on disk, where this process finds them. The processes are plain ones: those of
-`multiprocessing` would run the caller's script once more.
+They leave the kernels in triton's cache on disk, where this process finds them. They are plain processes, because those
+of `multiprocessing` would run the caller's script again.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fastddpm_kernels import tuned
 from fastddpm_kernels.tuned import Choice, Key
 from fastddpm_kernels.tuning import Task
 
-AHEAD = 2  # tasks whose choices are compiled while another one is timed
-MOST = 14  # processes
+AHEAD = 2  # tasks to compile while another one is timed
+MOST = 14  # most processes
 
 
 class Compiling:
-    """Compile the choices of tasks, in their order, while it is entered.
+    """A context that compiles the choices of tasks, in their order.
 
     Args:
-        tasks: those to come.
+        tasks: in the order in which they will be timed.
         target: "sm_90", "gfx942", ...; None compiles nothing.
-        workers: processes; None for two fewer than the processors.
+        workers: the number of processes; None for two fewer than the processors.
     """
 
     def __init__(self, tasks: Sequence[Task], target: str | None, workers: int | None = None) -> None:
@@ -65,13 +65,14 @@ class Compiling:
     def start(self, end: float) -> None:
         """Begin with the first task, and wait for its first choice until `end`.
 
-        The processes take seconds to start, at the cost of the first shape, the most important one.
+        The processes take seconds to start. Without this wait that would shorten the search for the first shape, which
+        is the most important one.
         """
         if self._pool is not None:
             self.why_not(self._tasks[0], self._tasks[0].candidates()[0], end)
 
     def why_not(self, task: Task, choice: Choice, end: float) -> str | None:
-        """Return why a choice must not run, or None; wait for its compilation until `end`, of `time.monotonic`."""
+        """Wait for the compilation of a choice until `end` (`time.monotonic`); return why it must not run, or None."""
         if self._pool is None:
             return None
         self._submit(task)
@@ -126,7 +127,7 @@ class Compiling:
 def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
     """Return why the kernels of a choice must not be used on a target ("sm_90", ...), or None.
 
-    Only in a process without `TRITON_INTERPRET`: the interpreter's stand-ins for kernels cannot be compiled.
+    Call it only in a process without `TRITON_INTERPRET`, because the interpreter's kernels cannot be compiled.
     """
     from fastddpm_kernels.device.compile import compile_variant
 
@@ -139,7 +140,7 @@ def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
             usage = compile_variant(variant, target)
             if usage.spills:
                 return f"{usage.spills} bytes spilled"
-    except Exception as error:  # whatever the compiler raises
+    except Exception as error:  # the compiler raises errors of many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"{type(error).__name__}: {lines[-1]}"
     return None
@@ -148,7 +149,7 @@ def why_not_compiled(key: Key, choice: Choice, target: str) -> str | None:
 def main() -> None:
     """Answer each line [target, entry] with a reason or null, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a compiler's output is no answer
+    os.dup2(2, 1)  # keep the compilers' output out of the answers
     for line in sys.stdin:
         target, entry = json.loads(line)
         key, choice = tuned.entry(entry)

@@ -1,8 +1,8 @@
-"""Find the fastest right choice for every shape, within a budget of seconds.
+"""Find the fastest correct choice for every shape, within a budget of seconds.
 
 A choice is compiled (and refused if it spills), run, compared with float64, and only then timed. The fastest of a short
-timing meet the heuristics' choice in a longer one, in turn, so that both see the same other work on the machine. A
-winner must be faster in nearly all rounds, and by more than 2 %; else the heuristics' choice stays.
+timing enter a longer one against the heuristics' choice. They run in turn, so that both see the same other work on the
+machine. A winner must be faster in nearly all rounds, and by more than 2 %; else the heuristics' choice stays.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from fastddpm.perf.profiling.timing import capture, first_lines, interleave, qua
 from fastddpm.perf.tuning.compiling import Compiling
 
 FINALISTS = 3
-ROUNDS = (7, 25)  # of the finals, least and most
-CERTAIN = 0.9  # of the rounds in which a winner is faster
-GAIN = 0.98  # a winner takes at most this part of the heuristics' time, median of the rounds
-# The least for a shape: less is not enough to compile anything. With little time the last shapes are not reached.
+ROUNDS = (7, 25)  # least and most rounds of the finals
+CERTAIN = 0.9  # least share of the rounds in which a winner is faster
+GAIN = 0.98  # a winner takes at most this share of the heuristics' time, median of the rounds
+# The least time for a shape; less is not enough to compile anything. A small budget does not reach the last shapes.
 LEAST_S = {"cuda": 2.0}
-START_S = 20.0  # at most, until the processes that compile have started
-SHARES = (0.55, 0.75)  # of a shape's time: when no further choice is tried, and when the finals begin
-SETS = 16  # of operands at most; in turn, so that none is still in a cache
-GRAPH_CALLS = 20  # at least, between two events on a GPU
-CACHE = 32 * 2**20  # bytes, where it is not known
+START_S = 20.0  # most seconds to wait for the start of the processes that compile
+SHARES = (0.55, 0.75)  # of a shape's time: after the first no further choice is tried, after the second finals begin
+SETS = 16  # most sets of operands; they are used in turn, so that none is still in a cache
+GRAPH_CALLS = 20  # least calls between two events on a GPU
+CACHE = 32 * 2**20  # bytes, if the device does not report the size
 
 Stopwatch = Callable[[Sequence[Callable[[], object]], torch.device], Callable[[], float]]
 _log = logging.getLogger(__name__)
@@ -44,18 +44,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """The outcome of a shape.
+    """The result of the search for a shape.
 
     Attributes:
         key: op, dtype, shape.
-        title: the same in words.
-        calls: how often a step runs it.
+        title: the key in words.
+        calls: the number of calls in a step.
         heuristic: the heuristics' choice.
         winner: the choice that is faster beyond the noise, or None.
         heuristic_us, winner_us: medians.
         tried: choices that were timed.
         refused: (choice, why) of those that were not.
-        status: "done", or why it is not.
+        status: "done", or why the search is not done.
     """
 
     key: Key
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def stopwatch(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float]:
-    """Return a function that runs all `calls`, on a GPU as a graph, and gives the seconds of one."""
+    """Return a function that runs all `calls`, on a GPU as a graph, and returns the seconds of one."""
     run = capture(calls, device)
     run()
     return lambda: timed(run, device) / len(calls)
@@ -89,12 +89,12 @@ def tune(
     clock: Stopwatch = stopwatch,
     done: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Search the best choice for every key, beginning with those on which a step spends most.
+    """Search the best choice for every key, first for those on which a step spends most time.
 
     Args:
-        keys: how often a step runs each.
-        device: where.
-        seconds: in all; a key that is not reached by then is "out of time".
+        keys: the shapes, with the number of calls in a step.
+        device: the device to tune for.
+        seconds: the budget for all keys; a key that it does not reach is "out of time".
         clock: times calls, as `stopwatch` does.
         done: called with the outcome of each key, as soon as it is known.
     """
@@ -112,7 +112,7 @@ def tune(
                 try:
                     share = min(max((end - now) / left, LEAST_S.get(device.type, 0.0)), end - now)
                     _search(task, outcome, now, share, compiling, clock)
-                except (RuntimeError, MemoryError) as error:  # a shape that does not fit ends nothing else
+                except (RuntimeError, MemoryError) as error:  # a shape that does not fit must not end the others
                     _log.info("%s was not tuned: %s", outcome.title, error)
                     outcome.status = first_lines(error, 1, 100)
                 release(device)
@@ -133,7 +133,7 @@ def _search(
         if len(right) > 1 and time.monotonic() - begin > SHARES[0] * seconds:
             break
         reason = None
-        if right:  # the heuristics' choice is what runs if nothing is found: it is not waited for
+        if right:  # do not wait for the heuristics' choice, which runs in any case if nothing is found
             reason = compiling.why_not(task, choice, begin + SHARES[0] * seconds)
         reason = reason or why_wrong(task, choice, operands, truth)
         if reason is None:
@@ -180,7 +180,7 @@ def _search(
 
 
 def why_wrong(task: Task, choice: Choice, operands: Operands, truth: dict[str, Any]) -> str | None:
-    """Return why a choice must not be used (it fails, leaves something unwritten, is not near the truth), or None."""
+    """Return why a choice must not be used (it fails, leaves values unwritten, or differs from the truth), or None."""
     for result in task.results(operands).values():
         result.fill_(math.nan)
     try:
@@ -192,7 +192,7 @@ def why_wrong(task: Task, choice: Choice, operands: Operands, truth: dict[str, A
             assert_close(result[task.samples()], exact, eager=eager, name=name, **task.tolerance(choice))
     except AssertionError as error:
         return first_lines(error, 1)
-    except Exception as error:  # of a compiler or a driver: of any type
+    except Exception as error:  # compilers and drivers raise errors of any type
         if task.device.type == "cuda":
             with suppress(RuntimeError):
                 torch.cuda.synchronize(task.device)
@@ -201,14 +201,14 @@ def why_wrong(task: Task, choice: Choice, operands: Operands, truth: dict[str, A
 
 
 def _sets(task: Task, operands: Operands) -> list[Operands]:
-    """Return operands of twice the size of the cache, so that timed calls read from memory."""
+    """Return sets of operands with twice the size of the cache, so that timed calls read from memory."""
     size = task.cost()[0]
     count = min(max(math.ceil(2 * cache_bytes(task.device) / max(size, 1)), 1), SETS)
     return [operands, *(task.another(operands) for _ in range(count - 1))]
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of the last cache before memory."""
+    """Return the bytes of the last cache before memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     units = {"K": 2**10, "M": 2**20}
@@ -223,13 +223,13 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _weight(task: Task) -> float:
-    """Return about how long a call takes, in bytes."""
+    """Return an estimate of the cost of a call, in bytes."""
     size, operations = task.cost()
     return size + operations / (200 if task.device.type == "cuda" else 5)
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Return in one line what was found."""
+    """Return the results in one line."""
     done = [outcome for outcome in outcomes if outcome.done]
     better = [outcome for outcome in done if outcome.winner is not None]
     before = sum(outcome.calls * outcome.heuristic_us for outcome in done)

@@ -1,4 +1,4 @@
-"""Find the shapes that a model runs: what its ops look up in an evaluation, a step of a sampler or of training."""
+"""Find the shapes that a model runs: those that ops look up in an evaluation, a step of a sampler or of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastddpm.perf.profiling.layers import Evaluation, evaluation
 from fastddpm.training.objective import GaussianDiffusion
 
 Bound = TypeVar("Bound")
-_WHEN_BOUND = ("conv", "upsample_conv")  # whose weights are made for a choice; the others are asked at every run
+_WHEN_BOUND = ("conv", "upsample_conv")  # look up a choice once, to prepare weights for it; the others at every run
 
 
 def network_keys(
@@ -27,8 +27,8 @@ def network_keys(
     Args:
         network: a sampler's.
         shape: [N, C, ...] of the batch.
-        ops: of `tuned.OPS`.
-        precision: the network's, by name, for what float32 products are rounded to.
+        ops: names of `tuned.OPS`.
+        precision: the network's, by name; it says how float32 products are rounded.
     """
     frozen = network.frozen
     labels = None if frozen is None else frozen.blueprint.some_labels(shape[0], network.device)
@@ -43,12 +43,12 @@ def network_keys(
 def sampler_keys(
     sampler: Any, batch: int, ops: Collection[str], precision: str | None = None
 ) -> dict[Key, int]:
-    """Count how often one step of a sampler runs each shape of `ops`: those of its network, and the step's own.
+    """Count how often one step of a sampler runs each shape of `ops`, in its network and in the step itself.
 
     Args:
-        sampler: a `Sampler`, which stands above this package. If its reverse step has choices, it draws samples, so
-            it should be one of few steps.
-        batch: as the network sees it: twice the samples under guidance.
+        sampler: a `Sampler`; it has no type here because its package stands above this one. If its reverse step has
+            choices, it draws samples, so it should have few steps.
+        batch: the batch size that the network sees: twice the samples under guidance.
         ops, precision: as in `network_keys`.
     """
     network = sampler.network
@@ -70,12 +70,12 @@ def training_keys(
     """Count how often one step of training, forward and backward, runs each shape of `ops`.
 
     Args:
-        diffusion: to be trained; a copy of it runs, as a `Trainer` would run it.
+        diffusion: the model to train; a copy of it runs, as a `Trainer` would run it.
         shape: [N, C, H, W] of a batch.
-        labels: int64 [N], where the network has classes.
+        labels: int64 [N], if the network has classes.
         device: of the training.
-        ops: of `tuned.OPS`.
-        dtype: float16 or bfloat16: under autocast to it.
+        ops: names of `tuned.OPS`.
+        dtype: float16 or bfloat16 runs under autocast to it.
     """
     half = dtype != torch.float32
     diffusion = copy.deepcopy(diffusion).to(device, torch.float32).train().requires_grad_()
@@ -96,7 +96,7 @@ def training_keys(
 def recorded(bind: Callable[[], Bound], run: Callable[[Bound], object], ops: Collection[str]) -> dict[Key, int]:
     """Count how often `run`, called with what `bind` returns, runs each shape of `ops`.
 
-    It is the first run of what was bound, in which a frozen network binds its ops.
+    It counts the first run after binding, because a frozen network binds its ops in it.
     """
     with tuned.recording() as when_bound:
         bound = bind()

@@ -14,9 +14,9 @@ from fastddpm.perf.tuning.search import Outcome
 
 
 def save(outcomes: Sequence[Outcome], device: torch.device, path: Path) -> int:
-    """Add what was measured to the table at `path`, for ops to see at once; return the number of shapes.
+    """Add the results to the table at `path`, which ops use at once, and return the number of shapes.
 
-    An entry replaces an older one of its shape. A stale table is replaced as a whole.
+    An entry replaces an older one of the same shape. A stale table is replaced as a whole.
 
     Raises:
         OSError: the file cannot be written.
