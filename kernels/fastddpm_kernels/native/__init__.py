@@ -99,7 +99,7 @@ def _load() -> _Library | str:
 
 
 def why_not() -> str | None:
-    """Return why the library cannot run here, or None; build and load it at the first call. `torch.compile` asks once."""
+    """Return why the library cannot run here, or None; the first call builds it. `torch.compile` asks once."""
     with _lock:
         loaded = _load()
     return loaded if isinstance(loaded, str) else None
