@@ -1,4 +1,4 @@
-"""Training: from a folder of images to a model, without losing a step."""
+"""Train a model on a folder of images, without losing a step."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

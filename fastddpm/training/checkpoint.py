@@ -1,4 +1,4 @@
-"""Checkpoints: folders written whole or not at all, and checked before they are used.
+"""Write checkpoints as folders, whole or not at all, and check them before use.
 
     checkpoints/step-0001000/
         diffusion.safetensors     the weights, and the history of importance-sampled timesteps
@@ -7,8 +7,8 @@
         state.json                step, metrics, best so far
         manifest.json             size and SHA-256 of the others
 
-A folder is written under a temporary name, flushed to the disk, and renamed. What is found broken (truncated, say, by a
-disk that lost it) is left out with a warning, and the checkpoint before it is taken. Nothing in one is executed:
+A folder is written under a temporary name, flushed to the disk, and renamed. A broken checkpoint (such as one truncated
+by a disk failure) is skipped with a warning, and the previous one is used. Nothing in a checkpoint is executed:
 `training.pt` is read by `torch.load(weights_only=True)`.
 """
 
@@ -40,8 +40,8 @@ MANIFEST, STATE, TRAINING = "manifest.json", "state.json", "training.pt"
 def atomic_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write(temporary)` fill a folder beside `path`, flush it to the disk and rename it to `path`.
 
-    A folder that was at `path` is replaced. The folder at `path` is the old one or the whole new one; only if the
-    process dies between two renames it is missing, and the old one lies beside it as `.NAME-old`. If `write` fails, the
+    An existing folder at `path` is replaced. The folder at `path` is always the old one or the whole new one. Only if the
+    process dies between two renames is it missing; the old one is then beside it as `.NAME-old`. If `write` fails, the
     temporary folder is removed.
 
     Raises:
@@ -70,9 +70,9 @@ def atomic_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Remove what a killed `atomic_folder` left, and give old folders their names back.
+    """Remove the remains of a killed `atomic_folder`, and restore the names of old folders.
 
-    `names`: a regular expression of what the folders are called.
+    `names`: a regular expression for the names of the folders.
     """
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(rf"\.({names})-(\w+)", entry.name)
@@ -115,7 +115,7 @@ class Checkpoints:
 
     Args:
         folder: made when the first is saved.
-        keep_last: how many of the last are kept.
+        keep_last: the number of latest checkpoints to keep.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 3) -> None:
@@ -126,7 +126,7 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}"
 
     def steps(self) -> list[int]:
-        """Return the steps that have a folder, rising, whole or not."""
+        """Return the steps that have a folder, rising, complete or not."""
         if not self.folder.is_dir():
             return []
         matches = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
@@ -136,12 +136,12 @@ class Checkpoints:
         """Write a checkpoint, then remove those that are neither among the last nor in `keep`.
 
         Raises:
-            OSError: it cannot be written, the disk being full, say. All that were there are as they were.
+            OSError: it cannot be written, for example on a full disk. The existing ones are unchanged.
         """
 
         def write(folder: Path) -> None:
             for name, tensors in checkpoint.weights.items():
-                # safetensors holds no two names of one tensor, which tied weights are: it gets copies.
+                # safetensors cannot store tied weights, two names of one tensor, so they are copied.
                 flat = {
                     key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                     for key, tensor in tensors.items()
@@ -162,7 +162,7 @@ class Checkpoints:
     def _prune(self, keep: Collection[int]) -> None:
         whole = self.steps()
         for step in set(whole[: -self.keep_last]) - set(keep):
-            # Renamed first, so that no part of it can be taken for a checkpoint.
+            # Rename it first, so that a partial folder cannot pass for a checkpoint.
             away = self.folder / f".step-{step:07d}-removed"
             try:
                 self.path(step).rename(away)
@@ -175,7 +175,7 @@ class Checkpoints:
         remove_leftovers(self.folder, r"step-\d+")
 
     def problem(self, step: int) -> str | None:
-        """Return what is wrong with a checkpoint, in one line; None if it is whole."""
+        """Return the problem of a checkpoint in one line; None if it is complete."""
         folder = self.path(step)
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -195,7 +195,7 @@ class Checkpoints:
         return None
 
     def latest(self) -> int | None:
-        """Return the last step with a whole checkpoint, None if there is none; warn of broken ones."""
+        """Return the last step with a complete checkpoint, None if there is none; warn of broken ones."""
         for step in reversed(self.steps()):
             problem = self.problem(step)
             if problem is None:
@@ -208,7 +208,7 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not whole.
+            ValueError: it is not complete.
         """
         folder = self.path(step)
         if not folder.is_dir():

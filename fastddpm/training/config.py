@@ -1,4 +1,4 @@
-"""Read and write a run as a TOML file: what is trained, on what, how.
+"""Read and write a run as a TOML file: the model, the data and the training.
 
     [data]       folder
     [model]      fields of `fastddpm.UNetConfig`
@@ -6,9 +6,9 @@
                  rescale_betas_zero_snr) and the keyword arguments of `fastddpm.GaussianDiffusion`
     [trainer]    fields of `fastddpm.TrainerSettings`, and metric: "none" or "frechet", that of `ComponentDistance`
 
-What is left out has its default. "none" stands for None, since TOML has no such value. A schedule that has no range of
-betas, such as the cosine one, takes no beta_start and beta_end (but their defaults), and betas that are given no other
-num_train_timesteps than theirs.
+Missing keys have their defaults. "none" stands for None, since TOML has no such value. A schedule without a range of
+betas, such as the cosine one, accepts only the defaults of beta_start and beta_end. Given betas accept only their own
+number as num_train_timesteps.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RunConfig:
         """Return the diffusion, with a U-Net initialised from `trainer.seed`.
 
         Raises:
-            ValueError, TypeError: a setting is wrong, or two contradict each other.
+            ValueError, TypeError: a setting is wrong, or two settings contradict each other.
         """
         schedule = _schedule(self.diffusion)
         objective = {name: value for name, value in self.diffusion.items() if name not in _SCHEDULE}
@@ -129,7 +129,7 @@ class RunConfig:
 
 
 def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
-    """Return the schedule that keys of [diffusion] name; raise ValueError where one is wrong or has no effect."""
+    """Return the schedule named by keys of [diffusion]; raise ValueError if one is wrong or has no effect."""
     told = {name: given.get(name, default) for name, default in _SCHEDULE.items()}
     betas, rescale = told.pop("trained_betas"), told.pop("rescale_betas_zero_snr")
     if not isinstance(rescale, bool):
@@ -159,7 +159,7 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no TOML, or has a section or key that is not known.
+        ValueError: it is not TOML, or has an unknown section or key.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -181,10 +181,10 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
 
 
 def parse_assignment(text: str) -> tuple[str, str, Any]:
-    """Split `section.key=value`, the value as TOML writes it (a bare word is a string), into the three.
+    """Split `section.key=value` into its three parts; the value is TOML, and a bare word is a string.
 
     Raises:
-        ValueError: it is not of this form, or there is no such key.
+        ValueError: it has another form, or there is no such key.
     """
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
@@ -199,7 +199,7 @@ def parse_assignment(text: str) -> tuple[str, str, Any]:
 
 
 def check_keys(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
-    """Raise ValueError where a section or a key is not known."""
+    """Raise ValueError if a section or a key is not known."""
     for section, keys in tables.items():
         if section not in KEYS:
             raise ValueError(f"{where}: there is no section [{section}], only {_sections()}")
@@ -211,7 +211,7 @@ def check_keys(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
 
 
 def to_toml(tables: Mapping[str, Mapping[str, Any]], comment: str = "") -> str:
-    """Return TOML of sections; the lines of `comment` stand before them."""
+    """Return sections as TOML, preceded by the lines of `comment`."""
     lines = "".join(f"# {line}\n" for line in comment.splitlines())
     content = {section: _value(dict(keys)) for section, keys in tables.items()}
     for section, key in _PATHS:
@@ -221,7 +221,7 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]], comment: str = "") -> str:
 
 
 def _path(path: str) -> str:
-    """Return a path as TOML can hold it: apart from "none", and as a `file:` URI if it is not UTF-8."""
+    """Return a path that TOML can hold: distinct from "none", and a `file:` URI if it is not UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -230,7 +230,7 @@ def _path(path: str) -> str:
 
 
 def write_run_config(path: Path, trainer: Trainer) -> None:
-    """Write a trainer's settings, as far as a file can name them: all, for pictures and a `fastddpm.UNet`."""
+    """Write the settings of a trainer that a file can hold: all of them for pictures and a `fastddpm.UNet`."""
     diffusion = trainer.diffusion
     tables: Tables = {"data": {"folder": trainer.data_folder}}
     comments = [f"fastddpm {__version__}, torch {torch.__version__}"]
@@ -259,7 +259,7 @@ def write_run_config(path: Path, trainer: Trainer) -> None:
 
 
 def _value(value: Any) -> Any:
-    """Return a value as TOML can hold it: "none" for None, Python's own numbers for numpy's."""
+    """Return a value that TOML can hold: "none" for None, Python numbers for numpy's."""
     if value is None:
         return "none"
     if isinstance(value, bool | str):

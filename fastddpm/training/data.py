@@ -44,7 +44,7 @@ class Source(Protocol):
     Attributes:
         classes: names of the classes by label, as far as they are known; empty if there are none.
         labels: the labels that occur, rising; empty if there are none or they are not known.
-        in_memory: whether reading costs nothing.
+        in_memory: whether the images are in memory, so that reading is free.
     """
 
     @property
@@ -64,13 +64,13 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """Serve the arrays of an `.npz`, as `fastddpm sample -o images.npz` and the ADM evaluator have them, or a `.npy`.
+    """Serve the arrays of an `.npz`, in the format of `fastddpm sample -o images.npz` and the ADM evaluator, or a `.npy`.
 
     `arr_0` is uint8 [N, H, W, C] or [N, H, W], and `arr_1`, if it is there, integer labels [N].
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read or is not of this kind.
+        ValueError: it cannot be read or has another format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -98,8 +98,8 @@ class DatasetSource:
     """Serve any map-style Dataset whose items are an image, (image, label), or a mapping with keys `image`, `label`.
 
     An image is a tensor [C, ...], uint8 or floating-point in [-1, 1]; an array uint8 [H, W, C] or [H, W]; or a PIL
-    image, which is cut and resized to `shape`. Python's, numpy's and torch's random numbers are seeded before each
-    item, so that what a Dataset draws depends on nothing but where in the run the item is.
+    image, which is cropped and resized to `shape`. The random generators of Python, numpy and torch are seeded before
+    each item, so a Dataset's random numbers depend only on the position of the item in the run.
 
     Raises:
         TypeError: it is an IterableDataset, or has no length.
@@ -189,10 +189,10 @@ def open_data(
 
     Args:
         data: a folder, an `.npz` or `.npy`, a Dataset, or a source.
-        shape: (C, H, W) of the model's data, as far as it says.
+        shape: (C, H, W) of the model's data, if known.
         cache_bytes: see `PictureFolder`.
-        record: a JSON file that says what is in a folder, broken pictures among it; read if it is there.
-        main: whether this process is the one that writes `record` and tells which pictures are broken.
+        record: a JSON file that lists the content of a folder, including broken pictures; read if it exists.
+        main: whether this process writes `record` and reports broken pictures.
         progress: draw a bar while pictures are read.
 
     Raises:
@@ -216,7 +216,7 @@ def open_data(
         try:
             known = read_json(record)
         except ValueError:
-            known = None  # it is only saved time
+            known = None  # the record only saves time
     with progress_bar(len(listing.paths), "reading pictures", enabled=progress) as bar:
         source = PictureFolder(listing, shape, cache_bytes=cache_bytes, known=known, advance=bar)  # type: ignore[arg-type]
     for note in listing.notes() if main else ():
@@ -243,7 +243,7 @@ def _label(label: Any) -> int:
 
 
 class _Reader:
-    """The dataset of a DataLoader, in its workers: an index is the list of picks of a batch."""
+    """The dataset of a DataLoader in its workers; an index is the list of picks of a batch."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -257,13 +257,13 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _outlive_signals(_worker: int) -> None:
-    """Let a worker ignore what stops all processes of a run: the main one ends it after the current step."""
+    """Let a worker ignore signals that stop a whole run: the main process ends it after the current step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _cores() -> int:
-    """Return how many cores this process may use: a batch system lends a part of a machine's."""
+    """Return the number of cores this process may use: a batch system may grant only part of a machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -272,14 +272,13 @@ def load(
 ) -> Generator[tuple[Tensor, Tensor | None], None, None]:
     """Yield the batches of steps `start` to `stop` - 1, one per forward pass: images [N, C, ...] and labels.
 
-    Close it, or read it to its end: workers that are left would keep the process from ending.
+    Close the generator or exhaust it: remaining workers would keep the process from ending.
 
     Args:
-        source: see there.
-        batches: which image is where.
-        num_workers: processes that read; "auto" for none if the source is in memory, else one per core that
-            may be used, up to 8.
-        pin_memory: page-lock them, for a copy to CUDA that does not wait.
+        source: of the images.
+        batches: maps steps to images.
+        num_workers: processes that read; "auto" for none if the source is in memory, else one per usable core, up to 8.
+        pin_memory: page-lock the batches, so that copies to CUDA do not wait.
     """
     if num_workers == "auto":
         num_workers = 0 if source.in_memory else min(8, max(1, _cores() // batches.processes))
@@ -297,7 +296,7 @@ def load(
     try:
         yield from iterator
     finally:
-        # An exception's traceback would keep the iterator, and it its workers; they outlive what else would end them.
+        # An exception's traceback would keep the iterator alive, and with it the workers, so end them here.
         if workers := getattr(iterator, "_workers", ()):
             iterator._shutdown_workers()  # type: ignore[attr-defined]
             for worker in workers:

@@ -1,4 +1,4 @@
-"""Choose what to train from what the data look like."""
+"""Choose model and diffusion settings that suit the data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ATTENTION_AT = 16  # pixels a side, and below
 
 @dataclass(frozen=True)
 class DataLook:
-    """What data look like.
+    """The properties of data that decide the defaults.
 
     Attributes:
-        images: how many there are, broken ones among them.
-        size: pixels a side that the U-Net should have: of an `.npz` its own, of pictures the largest of `SIZES` that
-            half of them have at least.
-        channels: 3 if one picture is coloured, else 1; of an `.npz` its own.
-        classes: how many labels the U-Net must know, from 0 to the last that occurs; 0 for none.
+        images: their number, including broken ones.
+        size: pixels a side for the U-Net: that of an `.npz`; for pictures the largest of `SIZES` that at least half of
+            them reach.
+        channels: 3 if any picture is coloured, else 1; for an `.npz` its own number.
+        classes: the number of labels for the U-Net, from 0 to the largest that occurs; 0 for none.
     """
 
     images: int
@@ -34,10 +34,10 @@ class DataLook:
 
 
 def look_at(data: str | os.PathLike[str]) -> DataLook:
-    """Look at all pictures of a folder, or an `.npz`.
+    """Inspect all pictures of a folder, or an `.npz`.
 
     Raises:
-        FileNotFoundError, ValueError: nothing can be read.
+        FileNotFoundError, ValueError: no image can be read.
     """
     path = Path(data)
     if is_archive(path):
@@ -54,11 +54,11 @@ def look_at(data: str | os.PathLike[str]) -> DataLook:
 
 
 def default_model(look: DataLook, *, width: int | None = None) -> dict[str, Any]:
-    """Return keys of [model]: a U-Net for such data.
+    """Return the keys of [model]: a U-Net for such data.
 
-    Levels halve the image down to 4 to 7 pixels a side (8 to 15 from 64 pixels on); the first is `width` channels wide,
-    the others twice that; attention from 16 pixels a side on. Dropout where there are few images, as Ho et al. 2020 for
-    CIFAR-10. With classes there is one more, which means "none", for guidance.
+    Levels halve the image down to 4 to 7 pixels a side (8 to 15 for images of 64 pixels or more). The first level has
+    `width` channels, the others twice as many. Levels of 16 pixels a side or fewer have attention. Small data sets get
+    dropout, as in Ho et al. 2020 for CIFAR-10. With classes there is one more label, "none", for guidance.
     """
     sides = (look.size, look.size) if isinstance(look.size, int) else look.size
     least = 4 if min(sides) < 64 else 8
@@ -84,7 +84,7 @@ def default_model(look: DataLook, *, width: int | None = None) -> dict[str, Any]
 
 
 def default_diffusion(look: DataLook) -> dict[str, Any]:
-    """Return keys of [diffusion]: the cosine schedule, timesteps spread over a batch, labels dropped for guidance."""
+    """Return the keys of [diffusion]: cosine schedule, stratified timesteps, and label dropout for guidance."""
     keys: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "timestep_sampling": "stratified"}
     if look.classes:
         keys["label_dropout"] = 0.1

@@ -1,4 +1,4 @@
-"""Averages of the weights over the training, exponential in the step."""
+"""Average the weights over the training, exponentially in the step."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class ExponentialAverage(AveragedModel):
 
 
 def averages(model: nn.Module, decays: Sequence[float], *, warmup: bool) -> list[ExponentialAverage]:
-    """Return an average of `model` for each decay, each a copy of it at first."""
+    """Return an average of `model` for each decay; each starts as a copy of it."""
     return [ExponentialAverage(model, decay, warmup=warmup) for decay in decays]

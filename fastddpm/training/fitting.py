@@ -1,4 +1,4 @@
-"""Check that data and network fit each other before anything is trained."""
+"""Check that data and network match before training."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastddpm.training.order import Pick
 
 _log = logging.getLogger(__name__)
 
-LOOKED_AT = 64  # images, after which it is told that none has a value below 0
-FAR = 2.0  # beyond which values are of another range, and do not only overshoot [-1, 1]
+LOOKED_AT = 64  # images without a value below 0 after which a warning says so
+FAR = 2.0  # values beyond this have another range and do not merely overshoot [-1, 1]
 
 
 def data_shape(diffusion: GaussianDiffusion) -> tuple[int, int, int] | None:
-    """Return (C, H, W) of the data, as the network's config states it; None where it does not."""
+    """Return (C, H, W) of the data from the network's config; None if it does not say."""
     config = getattr(diffusion.unet, "config", None)
     size, channels = (getattr(config, name, None) for name in ("sample_size", "out_channels"))
     if size is None or channels is None:
@@ -60,7 +60,7 @@ def check_network(diffusion: GaussianDiffusion) -> None:
 
 
 def check_places(results: Path, data: str | None) -> None:
-    """Raise ValueError if the results would lie among the pictures that are trained on."""
+    """Raise ValueError if the results folder lies inside the training data."""
     if data is not None and results.resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(
             f"results_folder is {str(results)!r}, which is inside {data!r}, whose pictures are trained on: it must be "
@@ -77,15 +77,15 @@ def check_processes(train_batch_size: int, processes: int) -> None:
 
 
 def check_guidance(diffusion: GaussianDiffusion, guidance_scale: float | None) -> None:
-    """Raise ValueError for guidance of a network without a null class."""
+    """Raise ValueError if guidance is asked of a network without a null class."""
     if guidance_scale is not None and diffusion.null_class is None:
         raise ValueError(f"guidance_scale is {guidance_scale}, must be None: the network has no null_class")
 
 
 def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...]:
-    """Return the shape of an image, if the network can be trained on the first ones and on all known labels.
+    """Return the shape of an image; check that the network fits the first images and all known labels.
 
-    `check_batch` holds for the others what is found here.
+    `BatchCheck` checks the later images.
 
     Raises:
         ValueError: there are fewer than two images, or they, their labels or their values do not fit.
@@ -116,7 +116,7 @@ class BatchCheck:
         self._shape, self._left, self._low = shape, min(images, LOOKED_AT), math.inf
 
     def __call__(self, images: Tensor, labels: Tensor | None) -> None:
-        """Raises ValueError for another shape, or values that are of another range; NaN is the training step's."""
+        """Raise ValueError for another shape or range of values; the training step handles NaN."""
         if tuple(images.shape[1:]) != self._shape:
             raise ValueError(f"data has images of {list(self._shape)} and of {list(images.shape[1:])}, must have one")
         if labels is not None:

@@ -1,4 +1,4 @@
-"""Folders of pictures: what is in them, what is broken, and their pixels."""
+"""Serve folders of pictures: find their files and broken pictures, and read pixels."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Broken:
 class PictureFolder:
     """Serve the pictures of a folder as uint8 [C, H, W], read by `fastddpm.common.images.read_pixels`.
 
-    Every file is read once at the start, in threads. Those that cannot be read are listed in `broken` and left out; the
-    rest is kept in memory if it fits, else read again in its turn. One that can no longer be read then is replaced by
-    the next one that can, with a warning.
+    Every file is read once at the start, in threads. Unreadable files are listed in `broken` and skipped. The others stay
+    in memory if they fit, else they are read again when needed. If one cannot be read then, the next readable one replaces
+    it, with a warning.
 
     Args:
         listing: the files and classes.
         shape: (C, H, W).
-        cache_bytes: of pixels that are kept in memory at most.
-        known: what `verdict` returned for this folder before; where it still holds and the pictures do not fit into
-            memory, they are not read to find the broken ones.
+        cache_bytes: the most bytes of pixels to keep in memory.
+        known: an earlier `verdict` for this folder; if it is still valid and the pictures do not fit into memory, they
+            are not read to find the broken ones.
         advance: called after every file.
 
     Raises:
@@ -98,11 +98,11 @@ class PictureFolder:
 
     @property
     def in_memory(self) -> bool:
-        """Return whether reading costs nothing."""
+        """Return whether the pictures are in memory, so that reading is free."""
         return self._pixels is not None
 
     def verdict(self) -> dict[str, Any]:
-        """Return what was found, as plain values: for `known`, and for people to look at."""
+        """Return the findings as plain values: for `known`, and for people to read."""
         return {
             "folder": str(self.listing.root),
             "pictures": len(self),

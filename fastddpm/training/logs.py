@@ -1,4 +1,4 @@
-"""Record a run: log.jsonl always, TensorBoard's files if it is installed."""
+"""Record a run in log.jsonl, and in TensorBoard's files if it is installed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _log = logging.getLogger(__name__)
 class RunLog:
     """Write a line of JSON per record, and the same numbers for TensorBoard.
 
-    What cannot be written (a full disk) is warned of once, and training goes on.
+    A failure to write (such as a full disk) causes one warning, and training goes on.
 
     Args:
         folder: of the run.
-        step: where the run begins; lines about later steps, of a run that was interrupted after its last checkpoint,
-            are removed, and so is a last line that was cut off.
-        tensorboard: write its files too; None for if it is installed.
+        step: the first step of the run. Lines about later steps, from a run that was interrupted after its last
+            checkpoint, are removed, and so is a truncated last line.
+        tensorboard: also write TensorBoard's files; None does so if it is installed.
 
     Raises:
         ModuleNotFoundError: `tensorboard` is True, but it is not installed.
@@ -66,7 +66,7 @@ class RunLog:
         self._on_board(lambda board: board.add_image("samples", pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Flush buffered records."""
         self._on_board(lambda board: board.close())
 
     def _on_board(self, write: Callable[[Any], object]) -> None:
@@ -84,7 +84,7 @@ def board_writer(*, needed: bool) -> Any:
     """Return torch's SummaryWriter, or None where TensorBoard is not installed.
 
     Raises:
-        ModuleNotFoundError: it is not, and is `needed`.
+        ModuleNotFoundError: it is `needed` but not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -96,7 +96,7 @@ def board_writer(*, needed: bool) -> Any:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a log.jsonl without a last line that was cut off."""
+    """Return the records of a log.jsonl, without a truncated last line."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
@@ -119,8 +119,8 @@ def _plain(value: Any) -> Any:
 class Meter:
     """Average losses and measure speed since the last record.
 
-    Losses and norms stay on the device until a record is made. They are saved with a checkpoint, so that the records of
-    a resumed run are those of one that was not interrupted.
+    Losses and norms stay on the device until a record is made. Checkpoints save them, so that a resumed run has the
+    records of an uninterrupted one.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class Meter:
         self._norms.clear()
 
     def state_dict(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
-        """Return the losses and norms of no record yet, means over all processes; floats hold float32 exactly.
+        """Return the losses and norms not yet recorded, as means over all processes; floats hold float32 exactly.
 
         Args:
             over_processes: takes the mean of a tensor over them.

@@ -1,4 +1,4 @@
-"""A metric for any images without a download: the Frechet distance of principal components."""
+"""Measure any images without a download, by the Frechet distance of principal components."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 class ComponentDistance:
     """Measure the Frechet distance of samples to training images, in their first principal components.
 
-    It tells whether samples have the colours, layout and variety of the data; of sharpness it says little, and nothing
-    of copies. Compare it only with itself, for as many samples of the same data.
+    It shows whether samples have the colours, layout and variety of the data. It says little about sharpness and
+    nothing about copies. Compare values only for the same data and number of samples.
 
     Args:
         source: the training data.
-        num_samples: how many are drawn each time, by the trainer's sampler.
-        num_images: how many images it is compared with at most.
-        num_components: how many components.
-        seed: of the samples, and of which images.
+        num_samples: the number drawn each time, by the trainer's sampler.
+        num_images: the largest number of images to compare with.
+        num_components: the number of components.
+        seed: of the samples, and of the choice of images.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ComponentDistance:
         rows = self._rows(source.read(picks)[0])
         self._mean = rows.mean(0)
         components = min(num_components, count - 1, rows.shape[1], num_samples - 1)
-        # Of the products of images with each other, which are few, in place of a decomposition of all their pixels.
+        # Decompose the small matrix of products between images instead of the matrix of all pixels.
         centred = rows - self._mean
         vectors = np.linalg.eigh(centred @ centred.T)[1][:, -components:]
         self._components = np.linalg.qr(centred.T @ vectors)[0].T

@@ -1,9 +1,8 @@
-"""Decide which image stands where in a run: a pure function of the seed, so that nothing must be saved.
+"""Decide the position of every image in a run: a pure function of the seed, so nothing must be saved.
 
 Image number g of a run, counted from its beginning over all epochs, steps and processes, is entry g mod n of the
-permutation of epoch g div n. What is random about it (flips, what a Dataset draws) is a function of its step and its
-number within the step. So the data are the same after a resume, on any number of processes and with any number of
-workers.
+permutation of epoch g div n. Its randomness (flips, draws of a Dataset) is a function of its step and its number within
+the step. So the data are the same after a resume, on any number of processes and with any number of workers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Pick(NamedTuple):
 
     Attributes:
         image: its number in the data set.
-        seed: of what reading it draws, 0 <= seed < 2^62.
+        seed: of the random numbers drawn while reading it, 0 <= seed < 2^62.
     """
 
     image: int
@@ -44,7 +43,7 @@ class Batches:
         seed: of the order.
         batch_size: images of a forward pass, over all processes.
         passes: forward passes of a step.
-        process, processes: which process this is, and of how many.
+        process, processes: the number of this process, and the number of all.
     """
 
     length: int
@@ -56,7 +55,7 @@ class Batches:
 
     @property
     def local(self) -> int:
-        """Return the images of a forward pass in this process."""
+        """Return the number of images of a forward pass in this process."""
         return self.batch_size // self.processes
 
     def first_sample(self, turn: int) -> int:

@@ -1,4 +1,4 @@
-"""How a run ends: its result, divergence, and which step is best."""
+"""Describe how a run ends: its result, divergence, and the best step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainResult:
     """The result of `Trainer.train`.
 
     Attributes:
-        step: how many steps are done, in all.
+        step: the total number of steps done.
         model: the folder of the averaged model.
         loss: mean of the last record; None if there was none.
         metrics: the last ones; empty if there were none.

@@ -1,4 +1,4 @@
-"""Write what comes out of a run: samples on the way, and the model."""
+"""Write the outputs of a run: preview samples and the model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def sample_labels(diffusion: GaussianDiffusion, labels: Sequence[int], count: int) -> list[int] | None:
-    """Return `count` labels in equal numbers, sorted, of those that occur; None for a network without classes.
+    """Return `count` sorted labels, each label that occurs equally often; None for a network without classes.
 
-    `labels`: those that occur in the data; empty if that is not known, for all that the network has.
+    `labels`: those that occur in the data; empty if unknown, which stands for all labels of the network.
     """
     if not takes_labels(diffusion.unet):
         return None
@@ -38,7 +38,7 @@ def sample_labels(diffusion: GaussianDiffusion, labels: Sequence[int], count: in
 
 
 def sampler_settings(settings: TrainerSettings, timesteps: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's settings of its previews' sampler, as far as they fit the method in `overrides`."""
+    """Return the settings of a run's preview sampler, as far as they fit the method in `overrides`."""
     chosen: dict[str, Any] = {}
     if overrides.get("method", "dpmsolver++") == "dpmsolver++":
         steps = min(settings.num_inference_steps, timesteps)
@@ -49,7 +49,7 @@ def sampler_settings(settings: TrainerSettings, timesteps: int, overrides: Mappi
 
 
 def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any) -> Sampler:
-    """Return a `Sampler` of `unet` (an average, say) with the settings of the diffusion."""
+    """Return a `Sampler` of `unet` (such as an average) with the settings of the diffusion."""
     settings: dict[str, Any] = {
         "prediction_type": diffusion.prediction_type,
         "variance_type": diffusion.variance_type,
@@ -62,10 +62,10 @@ def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any
 
 
 def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module, label_names: Mapping[int, str]) -> None:
-    """Write a model: a pipeline folder of diffusers for a `fastddpm.UNet`, the weights alone of other networks.
+    """Write a model: a diffusers pipeline folder for a `fastddpm.UNet`, only the weights for other networks.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: it cannot be written; the old content is unchanged.
     """
 
     def write(path: Path) -> None:
@@ -87,12 +87,12 @@ def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module, label_na
 
     try:
         checkpoint.atomic_folder(folder, write)
-    except SafetensorError as error:  # its word for a full disk, among others
+    except SafetensorError as error:  # it reports a full disk so, among others
         raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of a model in the folder of a run."""
+    """Remove partial models that a killed process left in the folder of a run."""
     checkpoint.remove_leftovers(folder, r"model(?:-best|-ema-[0-9.e-]+)?")
 
 
@@ -105,7 +105,7 @@ def export_averages(
     """Write the first average to `folder`/model, and others to `folder`/model-ema-D with their decay D.
 
     Raises:
-        OSError: one cannot be written; what was there is as it was.
+        OSError: one cannot be written; the old content is unchanged.
     """
     for place, average in enumerate(averages):
         name = "model" if place == 0 else f"model-ema-{average.decay}"
@@ -115,7 +115,7 @@ def export_averages(
 def draw_grid(
     sampler: Sampler, diffusion: GaussianDiffusion, count: int, shape: tuple[int, ...], labels: Sequence[int]
 ) -> Image.Image:
-    """Draw a picture of `count` samples of seed 0, of all `labels` that occur in equal numbers."""
+    """Draw a picture of `count` samples of seed 0, with all occurring `labels` in equal numbers."""
     chosen = sample_labels(diffusion, labels, count)
     images = sampler.sample(count, shape=shape, seed=0, class_labels=chosen).cpu()
     return grid(images, chosen, columns=max(1, round(count**0.5)))

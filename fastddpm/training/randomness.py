@@ -45,7 +45,7 @@ def seed_randomness(seed: int, process: int) -> None:
 
 @contextmanager
 def randomness_kept() -> Iterator[None]:
-    """Restore all random states at the end."""
+    """Restore all random states at the end of the `with` block."""
     state = random_state()
     try:
         yield

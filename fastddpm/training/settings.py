@@ -1,4 +1,4 @@
-"""The settings of a training run, and their checks."""
+"""Define and check the settings of a training run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _FLAG_OR_NONE = (lambda value: isinstance(value, bool | None), "true, false or None")
 _ABOVE_0 = _number(0, closed=False)
 _SHARE = _number(0, 1)
-# What each setting may be, in order: a test and its words.
+# The allowed values of each setting, in order: a test and its description.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("results_folder", lambda value: isinstance(value, str | os.PathLike), "the path of a folder"),
     *((name, *_COUNT) for name in ("train_batch_size", "gradient_accumulate_every", "train_num_steps", "log_every")),
@@ -76,48 +76,49 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The settings of a `Trainer`, most of them named as in denoising_diffusion_pytorch's and diffusers' trainers.
+    """The settings of a `Trainer`, mostly named as in denoising_diffusion_pytorch's and diffusers' trainers.
 
     A step is one update of the weights, from `train_batch_size * gradient_accumulate_every` images.
 
     Attributes:
-        results_folder: where everything is written; see `Trainer`.
-        train_batch_size: images of one forward pass, over all processes together, so that a run on several processes
-            is the run of one.
+        results_folder: the folder for all output; see `Trainer`.
+        train_batch_size: images of one forward pass, summed over all processes, so that the number of processes does
+            not change the run.
         gradient_accumulate_every: forward passes per step.
-        train_num_steps: steps in all.
-        train_lr: the learning rate of AdamW, at its peak.
-        lr_scheduler: what follows the warm-up: "constant", "linear" or "cosine", down to `lr_final` at the last step.
+        train_num_steps: the total number of steps.
+        train_lr: the peak learning rate of AdamW.
+        lr_scheduler: the schedule after the warm-up: "constant", "linear" or "cosine", down to `lr_final` at the last
+            step.
         lr_warmup_steps: steps in which the rate rises linearly from 0 to its peak; None for 500, or a tenth of all
             steps if that is less.
         lr_final: the rate at the end, as a share of the peak.
         adam_betas, adam_weight_decay, adam_epsilon: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; None for no clipping.
-        mixed_precision: "no", "bf16" or "fp16" (CUDA only); None for that of `accelerate launch`, else "no".
+        mixed_precision: "no", "bf16" or "fp16" (CUDA only); None for the setting of `accelerate launch`, else "no".
         ema_decay: of the averaged weights, one or several; a half-life of h steps is 0.5 ** (1 / h). The first is the
             model that is sampled and saved.
         ema_warmup: the decay of step n is at most (1 + n) / (10 + n), so that the average forgets the start.
         augment_horizontal_flip: mirror every other image, at random.
-        seed: of the order of the data, of flips and of dropout. The diffusion has a seed of its own for its noise.
+        seed: of the order of the data, of flips and of dropout. The diffusion has its own seed for its noise.
         num_workers: processes that read data; "auto" for none if the data are in memory, else one per core up to 8.
-        cache_bytes: pictures of a folder are kept in memory, decoded, if they need no more than this.
+        cache_bytes: keep the decoded pictures of a folder in memory if they need no more than this.
         log_every, save_every, sample_every: steps between records, checkpoints and grids of samples.
         metric_every: steps between metrics; None for `sample_every`.
-        metric_mode: "min" or "max", which metric is best.
-        num_samples: in a grid.
-        num_inference_steps: of DPM-Solver++, by which the grids are drawn.
+        metric_mode: "min" or "max", the better direction of the metric.
+        num_samples: the samples of a grid.
+        num_inference_steps: the steps of DPM-Solver++ for the grids.
         guidance_scale: of the grids, for a model with a null class; None for no guidance.
-        keep_last: how many checkpoints are kept, beside the best by metric.
-        max_bad_steps: steps in a row without a finite gradient after which training stops. Such steps change nothing.
-            With "fp16" those do not count in which the scaler still looks for a scale at which gradients fit.
-        stop_on_save_error: whether a checkpoint that cannot be written ends the training, or only warns.
+        keep_last: the number of checkpoints to keep, besides the best by metric.
+        max_bad_steps: consecutive steps without a finite gradient after which training stops. Such steps change
+            nothing. With "fp16", steps in which the scaler still searches for its scale do not count.
+        stop_on_save_error: whether a failure to write a checkpoint ends the training; else it only warns.
         compile: compile the training step with torch.compile.
         channels_last: the memory format of a U-Net's weights and images; None to choose.
         device: "cpu", "cuda" or "mps"; None for what accelerate finds.
-        tensorboard: also write TensorBoard's files; None for if it is installed.
+        tensorboard: also write TensorBoard's files; None does so if it is installed.
 
     Raises:
-        ValueError, TypeError: a value that is wrong; the message names the setting, its value and what it may be.
+        ValueError, TypeError: a value is wrong; the message names the setting, its value and the allowed values.
     """
 
     results_folder: str = "results"
@@ -172,7 +173,7 @@ class TrainerSettings:
 
     @property
     def images_per_step(self) -> int:
-        """Return the images of one update of the weights."""
+        """Return the number of images of one update of the weights."""
         return self.train_batch_size * self.gradient_accumulate_every
 
     def replace(self, **fields: Any) -> TrainerSettings:

@@ -25,10 +25,10 @@ OBJECTIVE = {
     for name, parameter in inspect.signature(GaussianDiffusion.__init__).parameters.items()
     if parameter.kind == parameter.KEYWORD_ONLY
 }
-# What weights mean: a run that goes on with another is another run.
+# The settings that give the weights their meaning: a run cannot continue with other values.
 MEANING = ("prediction_type", "variance_type", "self_condition", "null_class", "schedule", "network")
-# Settings of a Trainer that change neither what is learnt nor what is drawn, and those of the order of the data,
-# which are compared by themselves.
+# Settings of a Trainer that change neither the weights nor the samples, and those of the order of the data, which are
+# compared separately.
 WITHOUT_EFFECT = (
     *("results_folder", "num_workers", "cache_bytes", "log_every", "save_every", "keep_last"),
     *("max_bad_steps", "stop_on_save_error", "compile", "channels_last", "device", "tensorboard"),
@@ -37,17 +37,17 @@ OF_THE_ORDER = ("seed", "train_batch_size", "gradient_accumulate_every")
 
 
 def settings_of(diffusion: GaussianDiffusion) -> dict[str, Any]:
-    """Return the keyword arguments that a diffusion has."""
+    """Return the keyword arguments that a diffusion was made with."""
     sampling = {"timestep_sampling": diffusion.timestep_sampler.kind}
     return {name: sampling[name] if name in sampling else getattr(diffusion, name) for name in OBJECTIVE}
 
 
 def describe(diffusion: GaussianDiffusion, settings: TrainerSettings, mixed_precision: str) -> dict[str, Any]:
-    """Return all settings that change what is learnt or drawn, as JSON holds them."""
+    """Return all settings that change the weights or samples, as JSON values."""
     objective = {name: value for name, value in settings_of(diffusion).items() if name != "backend"}
     betas = diffusion.schedule.betas.numpy().tobytes()
     network: dict[str, Any] | str = type(diffusion.unet).__name__
-    if isinstance(diffusion.unet, UNet):  # its null class is the diffusion's
+    if isinstance(diffusion.unet, UNet):  # its null class is that of the diffusion
         network = {name: value for name, value in vars(diffusion.unet.config).items() if name != "null_class"}
         objective["dropout"] = network.pop("dropout")
     told = {name: value for name, value in vars(settings).items() if name not in (*WITHOUT_EFFECT, *OF_THE_ORDER)}
@@ -59,15 +59,15 @@ def describe(diffusion: GaussianDiffusion, settings: TrainerSettings, mixed_prec
 def compare(
     saved: Mapping[str, Any], told: Mapping[str, Any], label_names: Mapping[str, str], where: Path
 ) -> list[str]:
-    """Return the settings that are other than those of a checkpoint, each in one line.
+    """Return the settings that differ from those of a checkpoint, one line each.
 
     Args:
-        saved: the plain values of the checkpoint at `where`; older ones say less.
-        told: `describe` of the run now.
-        label_names: the labels of the run now.
+        saved: the plain values of the checkpoint at `where`; older ones contain fewer.
+        told: `describe` of the current run.
+        label_names: the labels of the current run.
 
     Raises:
-        ValueError: the weights would mean something else: one of `MEANING` is another, or a label has another name.
+        ValueError: the weights would mean something else: a setting of `MEANING` or the name of a label differs.
     """
     before: dict[str, Any] = {name: saved[name] for name in ("prediction_type",) if name in saved}
     before |= saved.get("settings", {})
@@ -89,7 +89,7 @@ def compare(
 
 
 def _differing(before: Any, now: Any) -> tuple[str, str]:
-    """Return two values for a message; of two tables the keys that differ."""
+    """Return two values for a message; for two tables only the keys that differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [key for key in now if before.get(key) != now[key]]
         before, now = ({key: table.get(key) for key in keys} for table in (before, now))
@@ -104,7 +104,7 @@ def collect(
     random_states: list[dict[str, Any]],
     plain: dict[str, Any],
 ) -> Checkpoint:
-    """Return a checkpoint; `meter` is its state, `random_states` those of all processes, `plain` is for JSON."""
+    """Return a checkpoint; `meter` is a state, `random_states` those of all processes, `plain` is for JSON."""
     weights: dict[str, dict[str, Tensor]] = {"diffusion": diffusion.state_dict()}
     weights |= {f"ema-{place}": average.module.state_dict() for place, average in enumerate(averages)}
     state = {
@@ -125,10 +125,10 @@ def restore(
     meter: Meter,
     process: int,
 ) -> dict[str, Any]:
-    """Set all to what `collect` was given; return the random states of this process.
+    """Restore everything that `collect` was given; return the random states of this process.
 
     Raises:
-        ValueError: the checkpoint is of another network or of other averages; nothing but weights has been changed.
+        ValueError: the checkpoint belongs to another network or other averages; only weights may have changed.
     """
     decays = [average.decay for average in averages]
     if averages and saved.state["ema_decays"] != decays:

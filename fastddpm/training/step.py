@@ -39,11 +39,12 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
     from fastddpm.networks.network import usable_device
 
     device = None if settings.device is None else usable_device(settings.device)
-    # Of several processes on a machine without a GPU, accelerate knows only if it is told that they are on the CPU.
+    # On a machine without a GPU, accelerate recognises several processes only if it is told to use the CPU.
     cpu = device.type == "cpu" if device is not None else not torch.accelerator.is_available()
     state = AcceleratorState._shared_state
     if state and PartialState._shared_state.get("num_processes") == 1:
-        # Of an earlier run in this process, whose precision and device accelerate would keep, or refuse to change.
+        # Reset the state of an earlier run in this process: accelerate would keep its precision and device, or refuse
+        # to change them.
         kept = (state.get("_mixed_precision"), bool(PartialState._shared_state.get("_cpu")))
         if kept != (settings.mixed_precision or "no", cpu):
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -53,7 +54,7 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
         raise ValueError(
             f"mixed_precision is 'fp16', which needs CUDA; on {device or 'the CPU'} it must be 'bf16' or 'no'"
         )
-    # While one process draws samples, the others wait for it.
+    # A long timeout: while one process draws samples, the others wait for it.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
@@ -66,7 +67,7 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
 
 
 def in_any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Return whether `flag` is set in any process; all of them must call."""
+    """Return whether `flag` is set in any process; every process must call this."""
     if accelerator.num_processes == 1:
         return flag
     flags = torch.tensor([float(flag)], device=accelerator.device)
@@ -74,7 +75,7 @@ def in_any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 class _Objective(nn.Module):
-    """Compute the loss of a batch as it was read: scale pixels, mirror some, call the diffusion."""
+    """Compute the loss of a raw batch: scale pixels, mirror some images, call the diffusion."""
 
     def __init__(self, diffusion: GaussianDiffusion, *, compiled: bool, channels_last: bool) -> None:
         super().__init__()
@@ -101,14 +102,14 @@ class _Objective(nn.Module):
 class TrainingStep:
     """Train a diffusion in place.
 
-    A step whose gradient is not finite changes nothing: the optimizer is told so on the device, as a GradScaler tells
-    it, and the host need not wait to find out. `bad` counts such steps.
+    A step whose gradient is not finite changes nothing: a flag on the device tells the optimizer, like a GradScaler's,
+    so the host does not wait. `bad` counts such steps.
 
     Args:
         diffusion: moved to the accelerator's device.
-        settings: see there.
+        settings: of the run.
         accelerator: from `make_accelerator`.
-        batches: which image is where.
+        batches: maps steps to images.
 
     Attributes:
         waited: seconds spent waiting for data, so far.
@@ -120,8 +121,8 @@ class TrainingStep:
         self.diffusion, self.settings, self.accelerator, self.batches = diffusion, settings, accelerator, batches
         device = accelerator.device
         if (channels_last := settings.channels_last) is None:
-            # What convolutions are fastest with: oneDNN on the CPU, and tensor cores in half precision. Those of
-            # three dimensions cannot have it.
+            # The fastest format for oneDNN on the CPU and for tensor cores in half precision. Three-dimensional
+            # convolutions do not support it.
             fast = device.type == "cpu" or (device.type == "cuda" and accelerator.mixed_precision != "no")
             channels_last = fast and all(parameter.ndim <= 4 for parameter in diffusion.unet.parameters())
         if channels_last:
@@ -136,7 +137,7 @@ class TrainingStep:
         self.scheduler = LambdaLR(self._raw, lambda step: settings.learning_rate(step))
         self._model, self._optimizer = accelerator.prepare(objective, self._raw)
         self._parameters = parameters
-        self.bad = torch.zeros(2, dtype=torch.int64, device=device)  # in a row up to now; in all
+        self.bad = torch.zeros(2, dtype=torch.int64, device=device)  # consecutive so far; in total
         self.waited = 0.0
 
     def __call__(self, step: int, data: Iterator[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
@@ -159,8 +160,8 @@ class TrainingStep:
         if accelerator.scaler is None:
             self._raw.found_inf = bad.float()  # type: ignore[attr-defined]
         else:
-            # Scaled gradients overflow now and then, which is how the scaler finds its scale; what is not finite at a
-            # scale of 1, or has a loss that is not, will not become so.
+            # Scaled gradients overflow now and then, which is how the scaler finds its scale. A smaller scale does not
+            # help if the loss, or the gradient at a scale of 1, is not finite.
             scale = accelerator.scaler.scale(torch.ones((), device=accelerator.device))
             finite = torch.isfinite(accelerator.reduce(total, "mean"))
             bad &= ~finite | (scale <= 1)
@@ -197,7 +198,7 @@ class TrainingStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; rates and constants of the optimizer come from the settings now."""
+        """Load what `state_dict` returned; the optimizer's rates and constants come from the current settings."""
         self._raw.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:

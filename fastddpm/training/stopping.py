@@ -11,7 +11,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Whether the process has been told to stop.
+    """A record of whether the process has been told to stop.
 
     Attributes:
         by: the signal, SIGTERM or SIGINT; None if there was none.
@@ -22,7 +22,7 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.by == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # the second request stops at once
         self.by = signal.Signals(number)
 
 
@@ -30,7 +30,7 @@ class StopRequest:
 def stop_request() -> Iterator[StopRequest]:
     """Let SIGTERM and the first SIGINT set a flag instead of ending the process; in the main thread only.
 
-    Elsewhere python has no say about signals, and they do what they did.
+    In other threads Python cannot handle signals, and they keep their effect.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""`Trainer`: from images to a model, without losing a step."""
+"""Train a diffusion model on images with `Trainer`, without losing a step."""
 
 from __future__ import annotations
 
@@ -34,46 +34,46 @@ from fastddpm.training.stopping import stop_request
 
 _log = logging.getLogger(__name__)
 
-# A number, or several by name: the first decides which weights are best.
+# A number, or several by name; the first decides which weights are best.
 Metric = Callable[["Trainer"], float | Mapping[str, float]]
 
 
 class Trainer:
-    """Train a diffusion on images, and writes everything down.
+    """Train a diffusion on images, and record the run.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
 
     In `results_folder`:
 
         config.toml           the settings of the run
-        data.json             what is in a folder of pictures, and which of them are broken, and why
-        log.jsonl             loss, rate, speed and metrics, a record per line
-        samples/step-N.png    samples of the averaged weights, always of the same noise
-        checkpoints/          from which a run goes on; see `fastddpm.training.checkpoint`
-        model/, model-best/   the averaged model, the last and the best by metric, as folders that
+        data.json             the content of a folder of pictures, with the broken ones and why
+        log.jsonl             loss, rate, speed and metrics, one record per line
+        samples/step-N.png    samples of the averaged weights, always from the same noise
+        checkpoints/          for resuming a run; see `fastddpm.training.checkpoint`
+        model/, model-best/   the averaged model, last and best by metric, as folders that
                               `fastddpm.load_pretrained`, `fastddpm sample` and diffusers load
-        model-ema-D/          further averages, of decay D
+        model-ema-D/          further averages, with decay D
 
-    A run that is interrupted, by whatever, and resumed ends with the weights of one that was not: bit for bit on the
-    CPU in one process, and elsewhere as far as the device computes the same twice. SIGTERM and Ctrl-C save before they
-    end `train`. On several processes (`accelerate launch`, `torchrun`) the run is that of one process, to rounding, but
-    for the network's dropout and immiscible pairing.
+    A run that is interrupted and resumed ends with the weights of an uninterrupted run: bit for bit on the CPU in one
+    process, elsewhere as far as the device is deterministic. SIGTERM and Ctrl-C save a checkpoint before they end
+    `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
+    except for the network's dropout and immiscible pairing.
 
     Args:
-        diffusion: what is trained, in place.
+        diffusion: the diffusion to train, in place.
         data: a folder of pictures of any size and format, an `.npz`, or a map-style Dataset (see `DatasetSource`).
-        settings: all that can be set; its defaults if None.
-        metric: called with the trainer now and then (`metric_every`), in one process: its `sampler()` has the averaged
-            weights. Returns a number, or several by name: the first decides which weights are best.
-        resume: go on from the last whole checkpoint in `results_folder`, if there is one.
+        settings: the settings; the defaults if None.
+        metric: called with the trainer every `metric_every` steps, in one process; the trainer's `sampler()` has the
+            averaged weights. It returns a number, or several by name; the first decides which weights are best.
+        resume: continue from the last complete checkpoint in `results_folder`, if there is one.
         progress: draw a bar.
         **fields: fields of `TrainerSettings` that replace those of `settings`.
 
     Attributes:
-        step: how many steps are done.
+        step: the number of steps done.
         shape: of one image, (C, H, W).
         source: the data.
-        data_folder: where they are, if `data` was a path.
+        data_folder: the path of the data, if `data` was a path.
         averages: the averaged weights, in the main process.
 
     Raises:
@@ -121,8 +121,8 @@ class Trainer:
         self._best: dict[str, float] | None = None  # step and value
         self._metrics: dict[str, float] = {}
         self._loss: float | None = None
-        self._owed = False  # samples and metrics of this step, which a run that was told to stop left out
-        self._random: dict[str, Any] | None = None  # with which `train` begins
+        self._owed = False  # whether samples and metrics of this step are due, because a stopping run skipped them
+        self._random: dict[str, Any] | None = None  # the states that `train` begins with
         if resume:
             self._resume()
 
@@ -153,7 +153,7 @@ class Trainer:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Return the labels that occur in the data, as far as they are known: of a Dataset those that were read."""
+        """Return the known labels of the data; for a Dataset, those read so far."""
         return self.source.labels or tuple(sorted(self._checked.labels))
 
     @property
@@ -166,13 +166,13 @@ class Trainer:
     # -- the run --------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainResult:
-        """Train until `train_num_steps` are done, or the process is told to stop.
+        """Train until `train_num_steps` steps are done or the process is told to stop.
 
         Raises:
             SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
             KeyboardInterrupt: Ctrl-C, likewise.
             DivergedError: the gradient was not finite for `max_bad_steps` steps; the last checkpoint is untouched.
-            OSError: a checkpoint cannot be written, and `stop_on_save_error` is set or the run is at its end.
+            OSError: a checkpoint cannot be written, and `stop_on_save_error` is set or the run has ended.
         """
         settings = self.settings
         if self._main:
@@ -207,13 +207,13 @@ class Trainer:
                     self.step += 1
                     stopped = self._told_to_stop(stop.by is not None)
                     self._after_step(log, bar, stopped)
-                if self.step == started:  # it was done before
+                if self.step == started:  # the run was complete already
                     self._export(needed=True)
         finally:
             torch.backends.cudnn.benchmark = benchmark
             if log is not None:
                 log.close()
-        if stopped:  # what follows in the caller's script is for a run that is done
+        if stopped:  # the rest of the caller's script expects a complete run
             raise KeyboardInterrupt if stop.by == signal.SIGINT else SystemExit(0)
         return TrainResult(self.step, self.folder / "model", self._loss, self._metrics)
 
@@ -235,7 +235,7 @@ class Trainer:
                 yield images, labels if self._labelled else None
 
     def _told_to_stop(self, told: bool) -> bool:
-        """Return whether any process was told to stop; on CUDA ask only now and then, since it waits."""
+        """Return whether any process was told to stop; on CUDA ask rarely, since asking waits."""
         if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu" and self.step % 10:
             return False
         return in_any_process(self.accelerator, told)
@@ -248,7 +248,7 @@ class Trainer:
         if due(settings.log_every):
             self._record(log, bar)
         bar()
-        # Told to stop, a run must not take its time; what it leaves out is the first thing that it does when resumed.
+        # A run that was told to stop must end quickly; it does the skipped work first when it is resumed.
         self._owed = bool(self._due_now())
         improved = self._owed and (not stopped or last) and self._draw_and_measure(log)
         if stopped or improved or due(settings.save_every):
@@ -256,7 +256,7 @@ class Trainer:
             self._meter.start_clock(self._training.waited)
 
     def _due_now(self) -> list[Callable[[RunLog | None], None]]:
-        """Return what is due at this step besides training and saving."""
+        """Return the actions due at this step besides training and saving."""
         settings, measure_every = self.settings, self.settings.metric_every or self.settings.sample_every
         due: list[Callable[[RunLog | None], None]] = []
         if self._due(settings.sample_every):
@@ -266,7 +266,7 @@ class Trainer:
         return due
 
     def _draw_and_measure(self, log: RunLog | None) -> bool:
-        """Do what is due; return whether this step is the best now."""
+        """Run the due actions; return whether this step is now the best."""
         for act in self._due_now():
             self._in_main(functools.partial(act, log))
         self._owed = False
@@ -274,11 +274,11 @@ class Trainer:
         return in_any_process(self.accelerator, self._best is not None and self._best["step"] == self.step)
 
     def _due(self, every: int) -> bool:
-        """Return whether something is due at this step; all is at the last one."""
+        """Return whether an action is due at this step; every action is due at the last one."""
         return self.step == self.settings.train_num_steps or self.step % every == 0
 
     def _check_finite(self) -> None:
-        """Raise DivergedError if the gradient has not been finite for too long."""
+        """Raise DivergedError if the gradient has not been finite for too many steps."""
         check_finite(int(self._training.bad[0]), self.settings.max_bad_steps, self.step, self.checkpoints.latest)
 
     def _record(self, log: RunLog | None, bar: Bar) -> None:
@@ -310,7 +310,7 @@ class Trainer:
         """Return a `Sampler` of the averaged weights: `num_inference_steps` of DPM-Solver++, or as `overrides` say.
 
         Raises:
-            RuntimeError: in another process than the main one.
+            RuntimeError: this is not the main process.
         """
         if not self.averages:
             raise RuntimeError("the averaged weights are in the main process only")
@@ -319,7 +319,7 @@ class Trainer:
         return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
 
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
-        """Call `act` in the main process, keep random states, and only warn of a failure unless it is `needed`."""
+        """Call `act` in the main process, keep random states, and only warn of a failure unless `needed`."""
         if self._main:
             try:
                 with randomness_kept():
@@ -356,7 +356,7 @@ class Trainer:
         self._in_main(act, needed=needed)
 
     def _save(self, *, needed: bool) -> None:
-        """Write a checkpoint and the model; a failure is an error if it is `needed` or `stop_on_save_error` is set."""
+        """Write a checkpoint and the model; a failure is an error if `needed` or `stop_on_save_error` is set."""
         from accelerate.utils import gather_object
 
         self._check_finite()
@@ -380,10 +380,10 @@ class Trainer:
         self._export(needed=needed)
 
     def _resume(self) -> None:
-        """Go on from the last whole checkpoint; without one, from the beginning.
+        """Continue from the last complete checkpoint; without one, start from the beginning.
 
         Raises:
-            ValueError: the checkpoint is of another network, schedule, prediction, classes or averages.
+            ValueError: the checkpoint has another network, schedule, prediction, classes or averages.
         """
         if self._main:
             self.checkpoints.remove_leftovers()
@@ -407,11 +407,11 @@ class Trainer:
         self._checked.labels.update(int(label) for label in saved.state.get("label_names", ()))
 
     def _told(self) -> dict[str, Any]:
-        """Return all settings that change what is learnt or drawn, as JSON holds them."""
+        """Return all settings that change the weights or samples, as JSON values."""
         return describe(self.diffusion, self.settings, self.accelerator.mixed_precision)
 
     def _order(self) -> dict[str, int]:
-        """Return what decides which image stands where."""
+        """Return the values that decide the order of the images."""
         return {
             "images": len(self.source),
             "seed": self.settings.seed,

@@ -2,8 +2,8 @@
 
     python -m fastddpm_kernels.aot [--target sm_90 ...] [--op NAME ...] [--json PATH] [--jobs N]
 
-Prints registers, spills, shared memory and the widest load and store of every variant. Exits with 1 if a variant
-spills or does not compile: a spill turns a kernel that waits for device memory into one that makes more traffic.
+The command prints registers, spills, shared memory and the widest load and store of every variant. It exits with 1 if a
+variant spills or does not compile: a spill adds traffic to kernels that are already bound by device memory.
 """
 
 from __future__ import annotations

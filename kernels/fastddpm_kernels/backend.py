@@ -1,4 +1,4 @@
-"""Choose the backend that runs an op, and say why the others do not. Nothing else in the project decides that.
+"""Choose the backend that runs an op, and say why the others cannot. No other module decides this.
 
 Every op has the same function for all backends:
 
@@ -9,9 +9,9 @@ Every op has the same function for all backends:
 - `eager`: idiomatic torch in the input's own dtype, on any device;
 - `reference`: the readable specification, computed in float64.
 
-`auto` is `triton` on a GPU where triton can be imported, `native` on the CPU for convolutions, attention and the norms
-in place (one call of a plain norm does not pay for building the library), else `eager`. A backend that is asked for by
-name and cannot run raises; nothing falls back in silence.
+`auto` is `triton` on a GPU where triton can be imported, `native` on the CPU for convolutions, attention and the
+in-place norms (one call of a plain norm does not pay for building the library), else `eager`. A backend that is named
+and cannot run raises an error; there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residua
 # On a GPU the vendor's convolutions and attention are hard to beat.
 TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention"))
 NATIVE_OPS = ("group_norm_silu", "conv", "conv3x3", "attention", "reverse_step_", "philox")
-# The ops that "auto" runs natively on a CPU. In bfloat16 they need a CPU that multiplies it.
+# The ops that "auto" runs natively on a CPU. In bfloat16 they need a CPU with bfloat16 products.
 _AUTO_NATIVE = ("group_norm_silu_", "conv", "conv3x3", "attention")
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why."""
+    """A backend was named and cannot run here; the message says why."""
 
 
 class OperandError(BackendError, ValueError):
-    """A backend was asked for by name and does not take these operands; the message says why."""
+    """A backend was named and does not take these operands; the message says why."""
 
 
 log = logging.getLogger("fastddpm.kernels")
@@ -53,12 +53,12 @@ def check_backend(backend: str, backends: Sequence[str] = BACKENDS) -> None:
 
 
 def interpreting() -> bool:
-    """Whether triton kernels run through triton's interpreter on the CPU (`TRITON_INTERPRET=1`)."""
+    """Return whether triton kernels run through triton's interpreter on the CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
 def _find_triton() -> str | None:
-    """Return why triton cannot be imported, or None; without importing it."""
+    """Return why triton cannot be imported, or None, without importing it."""
     try:
         found = importlib.util.find_spec("triton") is not None
     except ValueError:  # something else stands under that name in sys.modules
@@ -80,7 +80,7 @@ def why_not(
     Args:
         backend: one of `BACKENDS`. For "native" the library is built if it was not yet and nothing else prevents it.
         device_type: of the input.
-        op: one of `OPS` or "conv3x3", if the answer depends on it; an underscore after it means its form in place.
+        op: one of `OPS` or "conv3x3", if the answer depends on it; a trailing underscore means its in-place form.
         dtype: of the input, if the answer depends on it.
 
     Raises:
@@ -122,7 +122,7 @@ def resolve(
     `torch.compile` traces through this function.
 
     Args:
-        op: one of `OPS` or "conv3x3", with an underscore for its form in place.
+        op: one of `OPS` or "conv3x3", with a trailing underscore for its in-place form.
         backend: `"auto"` or one of `BACKENDS`.
         device_type: of the input.
         dtype: of the input. "auto" never takes triton for float64, which the kernels do not have; it takes native for

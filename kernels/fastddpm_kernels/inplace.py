@@ -1,4 +1,4 @@
-"""Ops in place: called, they run once; bound, their checks, look-ups and conversions run once for many runs."""
+"""Provide in-place ops: a call runs once; a bound op checks, looks up and converts once for many runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ P = ParamSpec("P")
 
 
 class InPlace(Generic[P]):
-    """An op that writes to given tensors, made of a function that checks them and returns what then runs the op.
+    """An op that writes to given tensors, made from a function that checks them and returns a runner.
 
-    `op(y, x, ...)` runs it. `op.bind(y, x, ...)`, with the same arguments, returns a function without arguments that
-    runs it each time it is called, on the values that the tensors then hold: the values may change between runs, the
-    memory may not. Neither is differentiable.
+    `op(y, x, ...)` runs it. `op.bind(y, x, ...)` takes the same arguments and returns a function without arguments.
+    Each call of that function runs the op on the current values of the tensors: values may change between runs, the
+    memory may not. Neither form is differentiable.
     """
 
     def __init__(self, bind: Callable[P, Callable[[], object]]) -> None:

@@ -1,4 +1,4 @@
-"""Memory formats of activations: contiguous [N, C, ...] or channels-last, of any rank."""
+"""Handle the memory formats of activations: contiguous [N, C, ...] or channels-last, of any rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: Tensor, *, or_both: bool = False) -> bool:
-    """Whether `x`, of any rank, is channels-last; with `or_both` also where it is contiguous as well."""
+    """Return whether `x`, of any rank, is channels-last; with `or_both` also if it is contiguous as well."""
     if x.is_contiguous() and not or_both:
         return False
     if x.ndim in _LAST:  # the same, without a view
@@ -22,7 +22,7 @@ def is_channels_last(x: Tensor, *, or_both: bool = False) -> bool:
 
 
 def not_channels_last(**tensors: Tensor | None) -> str | None:
-    """Say which of the named tensors is not channels-last, as native kernels want them; None if all are."""
+    """Return which of the named tensors is not channels-last, as native kernels require; None if all are."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.numel() and not is_channels_last(tensor, or_both=True):
             return f"{name} has strides {tensor.stride()}, must be channels-last on the native backend"
@@ -52,7 +52,7 @@ def empty_like(x: Tensor, channels: int) -> Tensor:
 
 
 def rows(x: Tensor) -> Tensor | None:
-    """Return `x` [N, C, ...] as a view [N * pixels, C] of adjacent channels; None where its strides forbid that."""
+    """Return `x` [N, C, ...] as a view [N * pixels, C] of adjacent channels; None if its strides forbid it."""
     stride, expected = None, 1
     for size, step in zip(reversed(x.shape[:1] + x.shape[2:]), reversed(x.stride()[:1] + x.stride()[2:]), strict=True):
         if size == 1:
@@ -71,7 +71,7 @@ def rows(x: Tensor) -> Tensor | None:
 
 
 class Strides(NamedTuple):
-    """How a tensor [N, C, ...] is walked."""
+    """The strides by which kernels walk a tensor [N, C, ...]."""
 
     sample: int
     channel: int
@@ -80,7 +80,7 @@ class Strides(NamedTuple):
 
 
 def walk(tensor: Tensor) -> Strides | None:
-    """The strides of `tensor` [N, C, ...]; None where its pixels have no one stride, or lie further than 2^31 apart."""
+    """Return the strides of `tensor` [N, C, ...]; None if its pixels have no single stride or span more than 2^31."""
     size, stride = list(tensor.shape), list(tensor.stride())
     pixels = [(n, s) for n, s in zip(size[2:], stride[2:], strict=True) if n != 1]
     if any(s != n_next * s_next for (_, s), (n_next, s_next) in itertools.pairwise(pixels)):

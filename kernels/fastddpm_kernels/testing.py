@@ -1,4 +1,4 @@
-"""Test an op: run it on every backend, compare with the reference in float64, and see what else it wrote.
+"""Test an op: run it on every backend, compare it with the reference in float64, and detect stray writes.
 
 The tests and benchmarks of all ops share this. A test file holds a table of cases, and `check_op` runs each.
 """
@@ -31,8 +31,8 @@ SHAPES: dict[str, tuple[tuple[int, int, int, int], int]] = {
     "empty_batch": ((0, 32, 4, 4), 8),
 }
 
-# Least relative error that is granted to a result in each dtype: a few units in the last place, since a value
-# may be rounded once more than in the reference. [rms, max relative to the largest value]
+# The relative error that a result may always have in each dtype: a few units in the last place, since a value may be
+# rounded once more than in the reference. [rms, max relative to the largest value]
 FLOORS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-13, 1e-12),
     torch.float32: (3e-7, 2e-6),
@@ -65,7 +65,7 @@ def assert_close(
     dtype: torch.dtype | None = None,
     name: str = "",
 ) -> None:
-    """Assert that `actual` is as near to the truth `expected` as its dtype allows.
+    """Assert that `actual` is as close to the truth `expected` as its dtype allows.
 
     Both the rms and the maximum error are bounded: by `FLOORS[dtype]`, or, where that is more, by `factor` times
     what `eager` (idiomatic torch in the same dtype, on the same inputs) loses against the same truth.
@@ -73,12 +73,12 @@ def assert_close(
     Args:
         actual: the result under test.
         expected: the truth, usually computed in float64 from the same inputs.
-        eager: what torch itself gives in `actual`'s dtype.
-        factor: how many times eager's error is allowed.
-        max_factor: the same of the largest error, where that is more: not all elements may lose alike.
+        eager: torch's own result in `actual`'s dtype.
+        factor: the allowed error, as a multiple of eager's.
+        max_factor: the same for the largest error, if it is more: elements may lose unequally.
         dtype: whose floor applies; `actual.dtype` by default (name it where a float32 output is computed from
             half-precision intermediates).
-        name: says in the message which tensor it was.
+        name: of the tensor, for the message.
     """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     got = errors(actual, expected)
@@ -107,7 +107,7 @@ def assert_close_if_few(
     dtype: torch.dtype | None = None,
     name: str = "",
 ) -> None:
-    """Do as `assert_close`, but bound only the largest error of fewer than 16 values: they are too few for a mean."""
+    """Call `assert_close`, but bound only the largest error of fewer than 16 values, which are too few for a mean."""
     if actual.numel() >= 16:
         assert_close(actual, expected, eager=eager, factor=factor, dtype=dtype, name=name)
         return
@@ -125,11 +125,11 @@ def check_op(
     compare: Compare | None = None,
     threads: tuple[int, ...] = (3, 1),
 ) -> dict[str, Tensor]:
-    """Compare every result of an op on a backend with that of `reference`, and return the backend's.
+    """Compare every result of an op on a backend with that of `reference`, and return the backend's results.
 
-    The backend finds NaN in the memory it allocates. `native` must give the same bits for any number of threads.
-    There is no other torch to compare `eager` with: in float64 it must equal the reference, and in `dtype` a result
-    may be as inaccurate as `rounds` roundings make it.
+    Memory that the backend allocates holds NaN. `native` must give the same bits for any number of threads. `eager` has
+    no other torch result to compare with: in float64 it must equal the reference, and in `dtype` its error may be that
+    of `rounds` roundings.
 
     Args:
         run: calls the op on the backend named, with its inputs cast to the dtype given, and returns results and
@@ -138,7 +138,7 @@ def check_op(
         dtype: of the inputs.
         rounds: how many operations of `eager` round.
         compare: asserts that (name, actual, expected, eager) agree; `assert_close` with twice eager's error by default.
-        threads: how many threads `native` runs on, one after the other.
+        threads: the numbers of threads that `native` runs on, one after the other.
     """
     expected = run("reference", torch.float64)
     if backend == "eager":
@@ -164,7 +164,7 @@ def check_op(
 
 
 def gradients(results: dict[str, Tensor], leaves: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Return the gradient of every leaf that is given, named "d" plus its name.
+    """Return the gradient of every given leaf, named "d" plus its name.
 
     The gradients of the results are multiples of 1 / 64 up to 2: exact in every dtype, and the same at every call.
     """
@@ -182,7 +182,7 @@ def gradients(results: dict[str, Tensor], leaves: dict[str, Tensor | None]) -> d
 
 @contextlib.contextmanager
 def num_threads(count: int) -> Iterator[None]:
-    """Let torch and the native kernels use `count` threads inside."""
+    """Let torch and the native kernels use `count` threads within the `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -194,7 +194,7 @@ def num_threads(count: int) -> Iterator[None]:
 def same_on_any_threads(
     function: Callable[[], dict[str, Tensor]], threads: tuple[int, ...] = (3, 1)
 ) -> dict[str, Tensor]:
-    """Return what `function` gives, having checked that the number of threads changes no bit of it."""
+    """Return the result of `function` after checking that the number of threads changes no bit of it."""
     first: dict[str, Tensor] = {}
     for count in threads:
         with num_threads(count):
@@ -232,7 +232,7 @@ def check_compiles(function: Callable[..., Any], *inputs: Tensor, exact: bool = 
 
 
 def check_refuses(function: Callable[..., Any], error: type[Exception], message: str, /, **arguments: Any) -> None:
-    """Assert that a call raises `error`, in one line in which the pattern `message` is found."""
+    """Assert that a call raises `error` with a one-line message that contains the pattern `message`."""
     try:
         function(**arguments)
     except error as raised:
@@ -273,7 +273,7 @@ class Guarded:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, `torch.empty` and its kin return NaN (integers: the largest value), so what is not written shows."""
+    """Let `torch.empty` and similar functions return NaN (integers: the largest value), so missing writes show."""
     was_on = torch.are_deterministic_algorithms_enabled()
     was_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic  # a module whose attributes are properties: opaque to type checkers

@@ -1,12 +1,12 @@
-"""Tables of measured choices, written by `fastddpm tune`, in which ops look up how to run a shape.
+"""Read tables of measured choices, written by `fastddpm tune`, in which ops look up how to run a shape.
 
 A choice changes the speed of an op, and its result only by rounding: other tiles or splits sum in another order, and
-the vendor's matrix product rounds after each source. Without an entry heuristics choose.
+the vendor's matrix product rounds after each source. Heuristics choose for a shape without an entry.
 
-There are two tables for a device: `tuned_tables/<device>.json` of this package, and `tuned/<device>.json` in the
-user's cache (`cache_folder`), which comes first. The header of a table says what it was measured with; if that has
-changed, the table is ignored, and that is logged once. `FASTDDPM_TUNED=0` ignores all. Files are read at the first
-look-up, and again after `forget`.
+A device has two tables: `tuned_tables/<device>.json` of this package, and `tuned/<device>.json` in the user's cache
+(`cache_folder`), which takes precedence. The header of a table records the software and hardware of the measurement.
+If these have changed, the table is ignored and one log message says so. `FASTDDPM_TUNED=0` ignores all tables. Files
+are read at the first look-up, and again after `forget`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OPS = tuple(FOLDERS)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEMA = "fastddpm.tuned/1"
 PACKAGE = Path(__file__).with_name("tuned_tables")
-# The fields of a header that must not have changed. The others say where the table comes from.
+# The fields of a header that must not have changed. The others record the origin of the table.
 _MUST_BE = ("schema", "device", "triton", "driver", "cuda", "kernels", "native")
 
 log = logging.getLogger("fastddpm.kernels")
@@ -57,15 +57,15 @@ Choice = Mapping[str, Any]
 
 
 class Tunable(NamedTuple):
-    """What the `tuning.py` of an op says of it.
+    """The tuning description of an op, from its `tuning.py`.
 
     Attributes:
-        fields: what a shape consists of, integers.
-        alternatives: the parameters that a choice may have, each with its values. The op derives all else, so that any
-            of these values gives a right result.
+        fields: the names of a shape's integers.
+        alternatives: the parameters that a choice may have, each with its values. The op derives everything else, so
+            any of these values gives a correct result.
         task: the `fastddpm_kernels.tuning.Task` that tries choices.
-        kernels: the module of the folder whose `tuned_variants` are the kernels of a choice; None: there is nothing to
-            compile.
+        kernels: the module of the folder whose `tuned_variants` are the kernels of a choice; None if nothing is
+            compiled.
     """
 
     fields: tuple[str, ...]
@@ -82,7 +82,7 @@ def tunable(op: str) -> Tunable:
 
 
 class Key(NamedTuple):
-    """What a choice is for. `shape` has the fields of `op`."""
+    """The case that a choice is for. `shape` has the fields of `op`."""
 
     op: str
     dtype: torch.dtype
@@ -101,7 +101,7 @@ class Table:
         path: of the file.
         ignored: why it is not used, or None.
         header: all but the entries.
-        entries: a choice for each key, or None if the heuristics' is the best.
+        entries: a choice for each key, or None if the heuristic choice is the best.
         records: the entries as they were written.
     """
 
@@ -117,7 +117,7 @@ _recorders: list[dict[Key, int]] = []
 
 
 def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Choice | None:
-    """Return the best choice that was measured for a shape on a device; None if heuristics choose.
+    """Return the best measured choice for a shape on a device; None if heuristics choose.
 
     Args:
         op: one of `OPS`.
@@ -136,7 +136,7 @@ def choice(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, 
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[Key, int]]:
-    """Count how often every key is looked up inside, in any thread."""
+    """Count the look-ups of every key within the `with` block, in any thread."""
     seen: dict[Key, int] = {}
     _recorders.append(seen)
     try:
@@ -147,7 +147,7 @@ def recording() -> Iterator[dict[Key, int]]:
 
 @contextlib.contextmanager
 def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterator[None]:
-    """Replace the tables of a device by `choices` inside, in any thread."""
+    """Replace the tables of a device by `choices` within the `with` block, in any thread."""
     before = _loaded.get(device)
     _loaded[device] = dict(choices)
     try:
@@ -159,7 +159,7 @@ def using(device: torch.device, choices: Mapping[Key, Choice | None]) -> Iterato
 
 
 def known(device: torch.device) -> set[Key]:
-    """Return the keys with an entry, also those for which heuristics choose best."""
+    """Return the keys with an entry, including those for which the heuristic choice is best."""
     return set(_load(device))
 
 
@@ -191,7 +191,7 @@ def tables(device: torch.device) -> list[Table]:
 
 
 def describe(device: torch.device) -> list[str]:
-    """Return a line on every table for a device, used or not."""
+    """Return one line about every table for a device, used or not."""
     if not _enabled():
         return ["tuned tables are ignored: FASTDDPM_TUNED is 0"]
     lines = []
@@ -231,7 +231,7 @@ def record(key: Key, found: Choice | None, **measured: Any) -> dict[str, Any]:
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """Return the header of a table, without the time: what it holds for."""
+    """Return the header of a table, without the time: the software and hardware that it is valid for."""
     now: dict[str, Any] = {"schema": SCHEMA, "device": device_name(device), "torch": torch.__version__}
     if device.type == "cuda":
         now |= {"triton": _version("triton"), "driver": _driver(), "cuda": torch.version.cuda or torch.version.hip}
@@ -248,7 +248,7 @@ def target(device: torch.device) -> str:
 
 
 def packaged(op: str) -> list[tuple[str, Key, Choice]]:
-    """Return (target, key, choice) of every entry of an op in those of the package's tables that fit its kernels."""
+    """Return (target, key, choice) for every entry of an op in the package's tables that fit its kernels."""
     found = []
     for path in sorted(PACKAGE.glob("*.json")):
         table = read(path, None)

@@ -1,10 +1,10 @@
-"""denoising_diffusion_pytorch: its diffusion objects, sampled by `Sampler`.
+"""Sample the diffusion objects of denoising_diffusion_pytorch with `Sampler`.
 
     diffusion = accelerate(diffusion)
     images = diffusion.sample(batch_size=16)
 
-The classes that one of `_KINDS` is `of` are taken, with any network. Their other attributes and methods (`forward` for
-training, `p_sample`, `model`, `state_dict`, ...) stay the object's own.
+`accelerate` takes the classes that some class in `_KINDS` lists in `of`, with any network. Their other attributes and
+methods (`forward` for training, `p_sample`, `model`, `state_dict`, ...) stay those of the object.
 """
 
 from __future__ import annotations
@@ -57,30 +57,29 @@ _BY_NAME = {name: kind for kind in _KINDS for name in kind.of}
 def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool = True, **options: Any) -> Any:
     """Return a diffusion of denoising_diffusion_pytorch that samples with `Sampler`.
 
-    With noise="torch" the samples are, after the same `torch.manual_seed`, those of the original: random numbers are
-    drawn from torch's global generator in its order, and the coefficients are its buffers.
+    With noise="torch" and the same `torch.manual_seed`, the samples are those of the original: random numbers come from
+    torch's global generator in the same order, and the coefficients are the original's buffers.
 
     Args:
         obj: a `GaussianDiffusion` (of the library's main module, `classifier_free_guidance`, `guided_diffusion`,
             `repaint` or `simple_diffusion`), `GaussianDiffusion1D`, `LearnedGaussianDiffusion`,
             `WeightedObjectiveGaussianDiffusion`, `ContinuousTimeGaussianDiffusion`,
             `VParamContinuousTimeGaussianDiffusion` or `ElucidatedDiffusion`, or of a class derived from one.
-        inplace: give the object itself these methods (`del obj.sample` and so on takes them away again), and return
-            it. Without, nothing of it is changed. The network is used with the weights that it has when a call begins,
-            so that training may go on.
-        allow_general: run the original's own loop around the prepared network where the table of a sampler cannot hold
-            what it does (DDIM with `use_cfg_plus_plus`; `mask`; `cond_fn`; methods of a class of your own), once with
-            a warning in the log. False: an error.
+        inplace: give the object itself these methods (`del obj.sample` and so on removes them) and return it. If
+            False, the object is not changed. Each call uses the weights at its beginning, so training may go on.
+        allow_general: run the original's own loop around the prepared network where a step table cannot express it
+            (DDIM with `use_cfg_plus_plus`; `mask`; `cond_fn`; methods of your own class), and log one warning. False
+            raises an error.
         **options: of `Sampler`: dtype, device, backend, cuda_graph; of its `sample`: batch_size, progress (True);
-            noise: "philox" (the default) or "torch"; freeze: whether the library's two-dimensional U-Nets are
-            prepared for sampling (`fastddpm.networks.frozen`); None for wherever they can be, after one comparison
-            with the network itself. For networks that are not: fuse_norms: replace the library's norms by fused
-            kernels, in a copy that shares their parameters and is compared with the network first; None for wherever
-            it runs on CUDA; channels_last: run the network of images in that memory format, in a copy.
+            noise: "philox" (the default) or "torch"; freeze: whether to prepare the library's two-dimensional U-Nets
+            for sampling (`fastddpm.networks.frozen`); None prepares them where possible, after one comparison with the
+            network itself. For networks that are not frozen: fuse_norms: replace the library's norms by fused kernels,
+            in a copy that shares their parameters and is first compared with the network; None does so on CUDA;
+            channels_last: run a network for images in that memory format, in a copy.
 
     Raises:
         TypeError: `obj` is none of these, or an option is not known.
-        ValueError: it has its own of what is replaced, or an option is out of range.
+        ValueError: `obj` overrides a method that would be replaced, or an option is out of range.
         RuntimeError: the network with fused norms differs from the network.
     """
     base = base_of(obj, _BY_NAME)

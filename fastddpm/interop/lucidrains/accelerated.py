@@ -1,4 +1,4 @@
-"""What all accelerated diffusions share: they stay the object they were made of, except for its sampling."""
+"""Share the code of all accelerated diffusions, which replace only the sampling of the original object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastddpm.sampling.sampler import Sampler
 
 _log = logging.getLogger(__name__)
 
-# What the library's loops call: a diffusion with one of its own samples in another way than ours.
+# The methods that the library's loops call. A diffusion that overrides one samples differently from `Sampler`.
 _PARTS = (
     *("sample", "p_sample_loop", "ddim_sample", "interpolate", "sample_using_dpmpp"),
     *("p_sample", "p_mean_variance", "model_predictions", "q_posterior", "q_sample"),
@@ -30,7 +30,7 @@ PLAIN = Variant()
 
 
 def base_of(diffusion: Any, known: Collection[tuple[str, str]]) -> type | None:
-    """Return the first class of an object that is one of the library's, known by its module and name; or None."""
+    """Return the first class of an object that is in `known`, by module and name; None if there is none."""
     for base in type(diffusion).__mro__:
         library, _, module = base.__module__.partition(".")
         if library == LIBRARY and (module, base.__name__) in known:
@@ -39,7 +39,7 @@ def base_of(diffusion: Any, known: Collection[tuple[str, str]]) -> type | None:
 
 
 def _is_librarys(function: Any) -> bool:
-    """Return whether a function and what wraps it were written in the library or in torch. None counts."""
+    """Return whether a function and its wrappers come from the library or from torch. None counts as such."""
     while function is not None:
         if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] not in (LIBRARY, "torch"):
             return False
@@ -52,15 +52,15 @@ class Accelerated:
 
     Attributes:
         diffusion: the original object.
-        of: the classes that it is for, by module of the library and name.
-        methods: what takes the place of the original's, if it is accelerated in place.
+        of: the classes that it accelerates, by module of the library and name.
+        methods: those that replace the original's when it is accelerated in place.
         traits: how its class uses its network.
     """
 
     of: ClassVar[tuple[tuple[str, str], ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ()
     traits: ClassVar[Traits] = Traits()
-    _usual = PLAIN  # what is sampled with by default
+    _usual = PLAIN  # the variant that sampling uses by default
 
     def __init__(self, diffusion: Any, options: Options) -> None:
         options.check_for(diffusion)
@@ -70,30 +70,30 @@ class Accelerated:
     # -- the object's own -----------------------------------------------------------------------------------------
 
     def to(self, *arguments: Any, **named: Any) -> Accelerated:
-        """Moves the original, and with it where it is sampled, unless a device was given."""
+        """Move the original; sampling follows it unless the options name a device."""
         self.diffusion.to(*arguments, **named)
         return self
 
     def cuda(self, device: int | torch.device | None = None) -> Accelerated:
-        """As `to`."""
+        """Move the original, like `to`."""
         self.diffusion.cuda(device)
         return self
 
     def cpu(self) -> Accelerated:
-        """As `to`."""
+        """Move the original, like `to`."""
         return self.to("cpu")
 
     def train(self, mode: bool = True) -> Accelerated:
-        """Sets the mode of the original."""
+        """Set the mode of the original."""
         self.diffusion.train(mode)
         return self
 
     def eval(self) -> Accelerated:
-        """Sets the mode of the original."""
+        """Set the mode of the original."""
         return self.train(False)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The training loss, of the original."""
+        """Return the training loss of the original."""
         return self.diffusion(*arguments, **named)
 
     def __getattr__(self, name: str) -> Any:
@@ -114,13 +114,13 @@ class Accelerated:
         self.__init__(**state)  # type: ignore[misc]
 
     def check(self) -> None:
-        """Makes what sampling by default needs, and raises what is wrong with it; see `accelerate`."""
+        """Prepare the default sampling, so that its errors are raised now; see `accelerate`."""
         self.check_parts()
         self._samplers.check(self._usual)
 
     @classmethod
     def own_parts(cls, diffusion: Any) -> list[str]:
-        """Return the methods that sampling calls and that are not the library's: overridden, or replaced on either."""
+        """Return the methods that sampling calls and that the class overrides or the object or class replaces."""
         base = base_of(diffusion, cls.of)
         given = {name: value for name, value in vars(diffusion).items() if name in _PARTS}
         own = [name for name, value in given.items() if not isinstance(getattr(value, "__self__", None), Accelerated)]
@@ -155,12 +155,12 @@ class Accelerated:
         scales: tuple[float, float] | None = None,
         named: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return samples of `shape`, or all states [N, S + 1, ...]; and x_T, if it was drawn beforehand.
+        """Return samples of `shape`, or all states [N, S + 1, ...]; also x_T, if it was drawn beforehand.
 
         Args:
-            draws: for every row whether the original draws noise.
-            start_of: makes x_T of a drawing, where it is not its first noise alone.
-            named: what the network is given besides, by name.
+            draws: for each row, whether the original draws noise.
+            start_of: makes x_T from a drawing, where x_T is more than its first noise.
+            named: further keyword arguments of the network.
         """
         self.check_parts()
         with self._samplers.lent(variant, scales, named) as sampler:
@@ -176,10 +176,10 @@ class Accelerated:
         self, method: str, reason: str, drawing: Mapping[str, Any], *arguments: Any, variant: Variant = PLAIN,
         scales: tuple[float, float] | None = None, **named: Any,
     ) -> Any:  # fmt: skip
-        """Return what the original's own method does, called with our network; `reason` says why, and is logged once.
+        """Return the result of the original's own method, run with our network; `reason` is logged once.
 
         Raises:
-            ValueError: with `allow_general=False`, or if its noise should not come from torch.
+            ValueError: `allow_general` is False, or the call asks for noise that is not torch's.
         """
         if not self.options.allow_general:
             raise ValueError(
@@ -200,7 +200,7 @@ class Accelerated:
 
 
 def shadow_of(diffusion: Any, network: str, sampler: Sampler) -> Any:
-    """Return a copy of a diffusion that shares everything but the network, which is the sampler's, and our methods."""
+    """Return a copy of a diffusion with the sampler's network, without our methods; all else is shared."""
     shadow = copy.copy(diffusion)
     vars(shadow)["_modules"] = dict(vars(diffusion)["_modules"])
     for name, value in list(vars(shadow).items()):

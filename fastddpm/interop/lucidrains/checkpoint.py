@@ -1,4 +1,4 @@
-"""Checkpoints of denoising_diffusion_pytorch's trainers: `model-N.pt`, with the weights and their moving average."""
+"""Load checkpoints of denoising_diffusion_pytorch's trainers: `model-N.pt`, with weights and their moving average."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastddpm.interop.lucidrains.shapes import unet_arguments
 from fastddpm.interop.lucidrains.tables import OBJECTIVES
 from fastddpm.process.schedule import NoiseSchedule
 
-# Where each kind of weights is: the entry of the file, and what its keys begin with.
+# The entry of the file that holds each kind of weights, and the prefix of its keys.
 _WEIGHTS = {"ema": ("ema", "ema_model."), "model": ("model", "")}
 
 
@@ -30,25 +30,26 @@ def load_trainer_checkpoint(
     device: torch.device | str = "cpu",
     **diffusion_kwargs: Any,
 ) -> nn.Module:
-    """The diffusion of a checkpoint that a `Trainer` or `Trainer1D` saved, for `accelerate`.
+    """Load the diffusion of a checkpoint that a `Trainer` or `Trainer1D` saved, for `accelerate`.
 
-    The noise schedule comes from the file, whatever the diffusion has. Nothing in the file is executed.
+    The noise schedule comes from the file, not from `diffusion`. Nothing in the file is executed.
 
     Args:
         path: the file, such as results/model-10.pt.
-        diffusion: a diffusion as the trainer had it, which stays as it is; or the arguments of the `Unet`, to build a
-            `GaussianDiffusion` of.
-        weights: "ema", the moving average of the weights, which the trainer samples from; or "model", the weights.
-        device: where the diffusion is put.
-        **diffusion_kwargs: with arguments of the `Unet`, those of the `GaussianDiffusion`: `image_size`, and what else
-            it was trained with; `timesteps` and `objective` are those of the file.
+        diffusion: a diffusion like the trainer's, which is not changed; or the arguments of the `Unet`, from which a
+            `GaussianDiffusion` is built.
+        weights: "ema", the moving average of the weights, with which the trainer samples; or "model", the weights.
+        device: the device of the new diffusion.
+        **diffusion_kwargs: if `diffusion` holds arguments of the `Unet`, the arguments of the `GaussianDiffusion`:
+            `image_size` and the others used in training; `timesteps` and `objective` come from the file.
 
     Returns:
         A new diffusion, in eval mode.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such checkpoint, or not of this diffusion: the message names keys, shapes or objective.
+        ValueError: it is no such checkpoint, or belongs to another diffusion: the message names keys, shapes or
+            objective.
         TypeError: `diffusion` is neither, or arguments are missing.
     """
     if not Path(path).is_file():
@@ -73,7 +74,7 @@ def load_trainer_checkpoint(
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What a sampler, and a command, asks of the network of such a checkpoint; named as in diffusers' UNet2DModel.
+    """The config that samplers and commands read from such a network, named as in diffusers' UNet2DModel.
 
     Attributes:
         sample_size: (height, width) of an image, in pixels.
@@ -87,7 +88,7 @@ class ImageConfig:
 
 
 def is_trainer_checkpoint(data: Any) -> bool:
-    """Whether the content of a file is a trainer's checkpoint."""
+    """Return whether the content of a file is a trainer's checkpoint."""
     return isinstance(data, Mapping) and any(isinstance(data.get(entry), Mapping) for entry, _ in _WEIGHTS.values())
 
 
@@ -100,22 +101,22 @@ def network_of_checkpoint(
     objective: str | None = None,
     sinusoidal_pos_emb_theta: float | str = 10000,
 ) -> tuple[nn.Module, NoiseSchedule, dict[str, Any]]:
-    """The `Unet` of a trainer's checkpoint, in eval mode, its schedule, and the settings of `Sampler` that fit them.
+    """Return the `Unet` of a trainer's checkpoint, in eval mode, its schedule, and the matching `Sampler` settings.
 
-    The arguments of the `Unet` are read off its weights, the schedule and mostly the objective off the diffusion's
-    buffers. The network has a `config`, an `ImageConfig`. Arguments may be texts.
+    The arguments of the `Unet` follow from its weights; the schedule and usually the objective follow from the
+    diffusion's buffers. The network has a `config`, an `ImageConfig`. Arguments may be strings.
 
     Args:
         data: the content of the file.
         where: its name, for messages.
-        ema: take the moving average of the weights, from which the trainer samples, and not the weights.
-        image_size: of an image in pixels, one number or (height, width), in a text "64" or "64,32".
-        objective: "pred_noise", "pred_x0" or "pred_v"; where the file tells, it must agree.
-        sinusoidal_pos_emb_theta: as the `Unet` had it.
+        ema: take the moving average of the weights, with which the trainer samples, instead of the weights.
+        image_size: of an image in pixels, one number or (height, width); as a string "64" or "64,32".
+        objective: "pred_noise", "pred_x0" or "pred_v"; it must agree with the file if the file records it.
+        sinusoidal_pos_emb_theta: that of the trained `Unet`.
 
     Raises:
         ModuleNotFoundError: denoising_diffusion_pytorch is not installed.
-        ValueError: it is not of a `Unet` for images, or an argument is missing, wrong or not what the file says.
+        ValueError: it does not hold a `Unet` for images, or an argument is missing, wrong or contradicts the file.
     """
     state = _state(data, where, "ema" if ema else "model")
     weights = {name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")}
@@ -140,7 +141,7 @@ def network_of_checkpoint(
             f"{where} is of denoising_diffusion_pytorch, whose Unet it needs: "
             "pip install 'fastddpm[denoising-diffusion-pytorch]'"
         ) from None
-    # Arguments that are the library's defaults are left out: some versions lack them.
+    # Omit arguments equal to the library's defaults: some versions lack them.
     try:
         network = Unet(**arguments, **({} if theta == 10000 else {"sinusoidal_pos_emb_theta": theta}))
     except Exception as error:  # the library checks little
@@ -174,7 +175,7 @@ def _image_size(given: int | str | tuple[int, int] | None, factor: int, where: s
 
 
 def _state(data: Any, path: str | os.PathLike[str], weights: str) -> dict[str, Tensor]:
-    """The state dict of the diffusion."""
+    """Return the state dict of the diffusion."""
     if weights not in _WEIGHTS:
         raise ValueError(f"weights is {weights!r}, must be one of {', '.join(_WEIGHTS)}")
     entry, prefix = _WEIGHTS[weights]
@@ -212,10 +213,10 @@ def _check_timesteps(path: Any, expected: Mapping[str, Tensor], state: Mapping[s
 
 
 def _objective(state: Mapping[str, Tensor]) -> str | None:
-    """What was predicted, as the weights of the loss tell; None where they do not.
+    """Return the objective that the weights of the loss imply; None if they do not determine it.
 
-    With weights cut by the signal-to-noise ratio (Hang et al. 2023) they are still those of the objective where that
-    ratio is low.
+    Weights clipped by the signal-to-noise ratio (Hang et al. 2023) still equal those of the objective where that ratio
+    is low.
     """
     weight, bar = state.get("loss_weight"), state.get("alphas_cumprod")
     if weight is None or bar is None or weight.shape != bar.shape or bar.ndim != 1:
@@ -228,7 +229,7 @@ def _objective(state: Mapping[str, Tensor]) -> str | None:
 
 
 def _check_objective(path: Any, diffusion: Any, state: Mapping[str, Tensor]) -> None:
-    """A wrong objective loads without complaint and gives noise."""
+    """Raise ValueError for a wrong objective, which would load without an error and produce noise."""
     stored = _objective(state)
     if stored is not None and stored != diffusion.objective:
         raise ValueError(f"objective is {diffusion.objective!r} but {path} was trained with {stored!r}")

@@ -1,4 +1,4 @@
-"""The diffusions of denoising_diffusion_pytorch in continuous time: their samplers as tables, in their place."""
+"""Run the samplers of denoising_diffusion_pytorch's continuous-time diffusions as step tables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastddpm.process.tables import StepTable, make_table
 
 
 def continuous_table(diffusion: Any) -> StepTable:
-    """Return the table of `p_sample_loop`: the network is told log(SNR) at `num_sample_steps` times from 1 to 0.
+    """Return the table of `p_sample_loop`: the network receives log(SNR) at `num_sample_steps` times from 1 to 0.
 
-    The coefficients are computed as the library does, in float32 and in its order: where alpha is tiny, that decides.
+    The coefficients are computed in float32 and in the library's order: where alpha is tiny, the rounding matters.
 
     Raises:
-        ValueError: `num_sample_steps` or `pred_objective` is not one, or a coefficient is not finite.
+        ValueError: `num_sample_steps` or `pred_objective` is not valid, or a coefficient is not finite.
     """
     count = diffusion.num_sample_steps
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -52,7 +52,7 @@ def continuous_table(diffusion: Any) -> StepTable:
 
 def _predicts_v(diffusion: Any) -> bool:
     objective = getattr(diffusion, "pred_objective", None)
-    if objective is None:  # of simple_diffusion alone
+    if objective is None:  # only simple_diffusion has none
         return not hasattr(diffusion, "min_snr_loss_weight")
     if objective not in ("v", "eps"):
         raise ValueError(f"pred_objective is {objective!r}, must be 'v' or 'eps'")
@@ -60,10 +60,11 @@ def _predicts_v(diffusion: Any) -> bool:
 
 
 class AcceleratedContinuousDiffusion(Accelerated):
-    """A `ContinuousTimeGaussianDiffusion`, or one of its kin, that samples with `Sampler`.
+    """A continuous-time diffusion that samples with `Sampler`.
 
-    `VParamContinuousTimeGaussianDiffusion` and `simple_diffusion.GaussianDiffusion` are its kin. `sample` and
-    `p_sample_loop` take the arguments of the original and those of `AcceleratedDiffusion` by name.
+    It stands for `ContinuousTimeGaussianDiffusion`, `VParamContinuousTimeGaussianDiffusion` and
+    `simple_diffusion.GaussianDiffusion`. `sample` and `p_sample_loop` take the arguments of the original, and the
+    keyword arguments of `AcceleratedDiffusion`.
     """
 
     of = (
@@ -75,13 +76,13 @@ class AcceleratedContinuousDiffusion(Accelerated):
     traits = Traits(by_name=True, table=continuous_table)
 
     def sample(self, batch_size: int = 16, **drawing: Any) -> Tensor:
-        """Images [N, C, H, W] in [0, 1]."""
+        """Draw images [N, C, H, W] in [0, 1]."""
         size = self.diffusion.image_size
         shape = (checks.positive(batch_size, "batch_size"), self.diffusion.channels, size, size)
         return self.p_sample_loop(shape, **drawing)
 
     def p_sample_loop(self, shape: tuple[int, ...], **drawing: Any) -> Tensor:
-        """As `sample`, of `shape` [N, C, H, W]."""
+        """Draw images of `shape` [N, C, H, W]; otherwise like `sample`."""
         table = continuous_table(self.diffusion)
         # simple_diffusion clips whatever its setting says.
         clips = kind_of(self.diffusion).startswith("simple_diffusion.") or bool(self.diffusion.clip_sample_denoised)

@@ -1,4 +1,4 @@
-"""The diffusions of denoising_diffusion_pytorch that have betas, with `Sampler` in place of their loops."""
+"""Sample the diffusions of denoising_diffusion_pytorch that have betas with `Sampler` instead of their loops."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fastddpm.process.tables import StepTable
 
 
 class AcceleratedDiffusion(Accelerated):
-    """A `GaussianDiffusion` that samples with `Sampler`; made by `accelerate`, which says what the options are.
+    """A `GaussianDiffusion` that samples with `Sampler`. `accelerate` makes it and documents the options.
 
-    `sample`, `p_sample_loop`, `ddim_sample` and `interpolate` take the arguments of the original, and by name:
+    `sample`, `p_sample_loop`, `ddim_sample` and `interpolate` take the arguments of the original, and these by name:
 
-        noise: "philox" or "torch", in place of the option.
-        seed: of Philox noise, 0 <= seed < 2**64; None for one that is drawn from torch's global generator, so that
-            two calls differ and `torch.manual_seed` repeats both.
-        progress: whether a bar is shown, in place of the option.
+        noise: "philox" or "torch"; overrides the option.
+        seed: of Philox noise, 0 <= seed < 2**64. None draws a seed from torch's global generator: two calls differ,
+            and `torch.manual_seed` repeats both.
+        progress: whether to show a bar; overrides the option.
 
-    Everything else is the diffusion's, read when it is needed: `sampling_timesteps`, `ddim_sampling_eta` and the
-    weights may change between calls. The network is evaluated in eval mode, in which the original may not have been.
+    Every call reads the other settings from the diffusion: `sampling_timesteps`, `ddim_sampling_eta` and the weights
+    may change between calls. The network runs in eval mode, even if the original is in training mode.
     `clip_denoised` is always true where the original has no such argument.
 
     Attributes:
@@ -37,26 +37,26 @@ class AcceleratedDiffusion(Accelerated):
 
     of = (("denoising_diffusion_pytorch", "GaussianDiffusion"),)
     methods = ("sample", "p_sample_loop", "ddim_sample", "interpolate")
-    _rederives = True  # whether DDIM derives the predicted noise again from the clipped x0
+    _rederives = True  # whether DDIM computes the predicted noise again from the clipped x0
 
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False, **drawing: Any) -> Tensor:
-        """Images [N, C, H, W], in [0, 1] with `auto_normalize`; or with all states, [N, S + 1, C, H, W], x_T first."""
+        """Draw images [N, C, H, W], in [0, 1] with `auto_normalize`; or all states [N, S + 1, C, H, W], x_T first."""
         loop = self.ddim_sample if self.diffusion.is_ddim_sampling else self.p_sample_loop
         shape = (checks.positive(batch_size, "batch_size"), self.diffusion.channels, *self.diffusion.image_size)
         return loop(shape, return_all_timesteps=return_all_timesteps, **drawing)
 
     def p_sample_loop(self, shape: tuple[int, ...], return_all_timesteps: bool = False, **drawing: Any) -> Tensor:
-        """As `sample`, of `shape` [N, C, H, W], by DDPM with all timesteps."""
+        """Draw images of `shape` [N, C, H, W] by DDPM with all timesteps; otherwise like `sample`."""
         return self._images(self._ancestral(shape, drawing, all_states=return_all_timesteps)[0])
 
     def ddim_sample(self, shape: tuple[int, ...], return_all_timesteps: bool = False, **drawing: Any) -> Tensor:
-        """As `sample`, of `shape` [N, C, H, W], by DDIM with `sampling_timesteps` steps."""
+        """Draw images of `shape` [N, C, H, W] by DDIM with `sampling_timesteps` steps; otherwise like `sample`."""
         return self._images(self._implicit(shape, drawing, all_states=return_all_timesteps)[0])
 
     def interpolate(
         self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, **drawing: Any
     ) -> Tensor:
-        """x1 and x2 [N, C, H, W], in [-1, 1], noised to timestep t, mixed and denoised by DDPM: like them."""
+        """Noise x1 and x2, [N, C, H, W] in [-1, 1], to timestep t, mix and denoise by DDPM; same shape and range."""
         return self._interpolate(x1, x2, t, lam, drawing)
 
     def check(self) -> None:
@@ -116,7 +116,7 @@ class AcceleratedDiffusion(Accelerated):
             return draw.walk(table, (table.timesteps > 0).tolist(), mixed, labels=labels, start=total - t)
 
     def _noised(self, x: Tensor, times: Tensor, draw: Drawing, index: int) -> Tensor:
-        """q_sample of the image that is the `index`-th to be noised."""
+        """Return `q_sample` of x; `index` counts the images noised in this call and selects the noise."""
         noise = None if draw.by_torch else draw.initial(index).to(x)
         return self.diffusion.q_sample(x, t=times, noise=noise)
 
@@ -127,7 +127,7 @@ class AcceleratedDiffusion(Accelerated):
 class AcceleratedDiffusion1D(AcceleratedDiffusion):
     """A `GaussianDiffusion1D` that samples with `Sampler`: see `AcceleratedDiffusion`.
 
-    With `model_forward_kwargs` the network is called as it is, without CUDA graphs, with all samples at once.
+    With `model_forward_kwargs` the unmodified network is called, without CUDA graphs, with all samples at once.
     """
 
     of = (("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"),)
@@ -141,9 +141,9 @@ class AcceleratedDiffusion1D(AcceleratedDiffusion):
         model_forward_kwargs: Mapping[str, Any] | None = None,
         **drawing: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Sequences [N, C, L], or [N, L, C] without `channel_first`; with `return_noise` and the x_T they come from.
+        """Draw sequences [N, C, L], or [N, L, C] without `channel_first`; `return_noise` also returns their x_T.
 
-        (The original's DDIM returns the noise of its last but one step instead.)
+        The original's DDIM returns the noise of its second-to-last step instead.
         """
         own = self.diffusion
         loop = self.ddim_sample if own.is_ddim_sampling else self.p_sample_loop
@@ -162,7 +162,7 @@ class AcceleratedDiffusion1D(AcceleratedDiffusion):
         model_forward_kwargs: Mapping[str, Any] | None = None,
         **drawing: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `sample`, by DDPM with all timesteps."""
+        """Sample by DDPM with all timesteps; otherwise like `sample`."""
         x, start = self._ancestral(shape, drawing, keep_start=return_noise, named=model_forward_kwargs)
         return (self._images(x), start) if return_noise and start is not None else self._images(x)
 
@@ -174,7 +174,7 @@ class AcceleratedDiffusion1D(AcceleratedDiffusion):
         return_noise: bool = False,
         **drawing: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `sample`, by DDIM with `sampling_timesteps` steps; x0 is clipped to [-1, 1] or not."""
+        """Sample by DDIM with `sampling_timesteps` steps; `clip_denoised` clips x0. Otherwise like `sample`."""
         variant = Variant(clip=bool(clip_denoised))
         x, start = self._implicit(shape, drawing, variant=variant, keep_start=return_noise, named=model_forward_kwargs)
         return (self._images(x), start) if return_noise and start is not None else self._images(x)
@@ -183,8 +183,8 @@ class AcceleratedDiffusion1D(AcceleratedDiffusion):
 class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
     """The class-conditional `GaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
 
-    Both halves of the guidance are one batch. `cond_scale` 1 computes the conditional half alone (the original fails).
-    DDIM with `use_cfg_plus_plus` is the original's own loop around the prepared network.
+    Both halves of the guidance run as one batch. `cond_scale` 1 computes only the conditional half (the original
+    fails). DDIM with `use_cfg_plus_plus` runs the original's own loop around the prepared network.
     """
 
     of = (("classifier_free_guidance", "GaussianDiffusion"),)
@@ -194,7 +194,7 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
     def sample(  # type: ignore[override]
         self, classes: Tensor, cond_scale: float = 6.0, rescaled_phi: float = 0.7, **drawing: Any
     ) -> Tensor:
-        """Images [N, C, H, W] in [0, 1] of the classes int64 [N]."""
+        """Draw images [N, C, H, W] in [0, 1] of the classes int64 [N]."""
         loop = self.ddim_sample if self.diffusion.is_ddim_sampling else self.p_sample_loop
         size = self.diffusion.image_size
         shape = (len(self._classes(classes)), self.diffusion.channels, size, size)
@@ -208,7 +208,7 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
         rescaled_phi: float = 0.7,
         **drawing: Any,
     ) -> Tensor:
-        """As `sample`, by DDPM with all timesteps."""
+        """Sample by DDPM with all timesteps; otherwise like `sample`."""
         guided = self._guided(cond_scale, rescaled_phi)
         return self._images(self._ancestral(shape, drawing, labels=self._classes(classes), **guided)[0])
 
@@ -221,7 +221,7 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
         clip_denoised: bool = True,
         **drawing: Any,
     ) -> Tensor:
-        """As `sample`, by DDIM with `sampling_timesteps` steps; x0 is clipped to [-1, 1] or not."""
+        """Sample by DDIM with `sampling_timesteps` steps; `clip_denoised` clips x0. Otherwise like `sample`."""
         guided = self._guided(cond_scale, rescaled_phi, clip=bool(clip_denoised))
         if getattr(self.diffusion, "use_cfg_plus_plus", False) and cond_scale != 1:
             arguments = (self._classes(classes), shape, cond_scale, rescaled_phi, clip_denoised)
@@ -231,7 +231,7 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
     def interpolate(  # type: ignore[override]
         self, x1: Tensor, x2: Tensor, classes: Tensor, t: int | None = None, lam: float = 0.5, **drawing: Any
     ) -> Tensor:
-        """x1 and x2 [N, C, H, W], in [-1, 1], noised to timestep t, mixed and denoised by DDPM with the classes."""
+        """Noise x1 and x2, [N, C, H, W] in [-1, 1], to timestep t, mix them and denoise by DDPM with the classes."""
         guided = self._guided(6.0, 0.7)
         return self._interpolate(x1, x2, t, lam, drawing, labels=self._classes(classes), **guided)
 
@@ -266,7 +266,7 @@ class AcceleratedGuidedDiffusion(AcceleratedDiffusion):
 class AcceleratedLearnedDiffusion(AcceleratedDiffusion):
     """A `LearnedGaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
 
-    As in the original, the network predicts noise whatever `objective` says, and the variance of every step.
+    As in the original, the network predicts noise, whatever `objective` says, and the variance of every step.
     """
 
     of = (("learned_gaussian_diffusion", "LearnedGaussianDiffusion"),)
@@ -277,7 +277,10 @@ class AcceleratedLearnedDiffusion(AcceleratedDiffusion):
         return p_sample_table(self.diffusion, predicts="epsilon", learned=True)
 
     def _ddim_table(self) -> StepTable:
-        """The original's DDIM is not run (it lacks an import); what its lines say is clear for noise alone."""
+        """Return the table that the original's DDIM describes, for predicted noise only.
+
+        The original cannot run (it lacks an import), and its code is unambiguous only for noise.
+        """
         objective = self.diffusion.objective
         if objective != "pred_noise":
             raise ValueError(
@@ -290,7 +293,8 @@ class AcceleratedLearnedDiffusion(AcceleratedDiffusion):
 class AcceleratedWeightedDiffusion(AcceleratedDiffusion):
     """A `WeightedObjectiveGaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
 
-    (The original's `p_sample` expects a fourth value of its `p_mean_variance` and fails; here is what it says.)
+    The original's `p_sample` fails because it expects a fourth value from `p_mean_variance`; this class does what it
+    describes.
     """
 
     of = (("weighted_objective_gaussian_diffusion", "WeightedObjectiveGaussianDiffusion"),)
@@ -310,7 +314,7 @@ class AcceleratedWeightedDiffusion(AcceleratedDiffusion):
 class AcceleratedRepaintDiffusion(AcceleratedDiffusion):
     """A `repaint.GaussianDiffusion` that samples with `Sampler`: see `AcceleratedDiffusion`.
 
-    As in the original `sample` is always by DDPM. With a mask the original's own loop runs around the prepared network.
+    As in the original, `sample` always uses DDPM. With a mask the original's own loop runs around the prepared network.
     """
 
     of = (("repaint", "GaussianDiffusion"),)
@@ -320,7 +324,7 @@ class AcceleratedRepaintDiffusion(AcceleratedDiffusion):
         mask: Tensor | None = None, resample: bool = True, resample_iter: int = 10, resample_jump: int = 10,
         resample_every: int = 50, **drawing: Any,
     ) -> Tensor:  # fmt: skip
-        """Images [N, C, H, W], in [0, 1] with `auto_normalize`; those of `gt`, in [0, 1], where `mask` is 1."""
+        """Draw images [N, C, H, W], in [0, 1] with `auto_normalize`; keep `gt`, in [0, 1], where `mask` is 1."""
         count = checks.positive(batch_size, "batch_size") if mask is None else len(mask)
         return self.p_sample_loop(
             (count, self.diffusion.channels, *self.diffusion.image_size), return_all_timesteps, gt, mask, resample,
@@ -332,7 +336,7 @@ class AcceleratedRepaintDiffusion(AcceleratedDiffusion):
         mask: Tensor | None = None, resample: bool = True, resample_iter: int = 10, resample_jump: int = 3,
         resample_every: int = 50, **drawing: Any,
     ) -> Tensor:  # fmt: skip
-        """As `sample`, of `shape` [N, C, H, W]."""
+        """Draw images of `shape` [N, C, H, W]; otherwise like `sample`."""
         if mask is None:
             return super().p_sample_loop(shape, return_all_timesteps, **drawing)
         if gt is None:
@@ -361,7 +365,7 @@ class AcceleratedClassifierDiffusion(AcceleratedDiffusion):
         self, batch_size: int = 16, return_all_timesteps: bool = False, cond_fn: Callable[..., Tensor] | None = None,
         guidance_kwargs: Mapping[str, Any] | None = None, **drawing: Any,
     ) -> Tensor:  # fmt: skip
-        """Images [N, C, H, W], in [0, 1] with `auto_normalize`."""
+        """Draw images [N, C, H, W], in [0, 1] with `auto_normalize`."""
         loop = self.ddim_sample if self.diffusion.is_ddim_sampling else self.p_sample_loop
         size = self.diffusion.image_size
         shape = (checks.positive(batch_size, "batch_size"), self.diffusion.channels, size, size)
@@ -371,7 +375,7 @@ class AcceleratedClassifierDiffusion(AcceleratedDiffusion):
         self, shape: tuple[int, ...], return_all_timesteps: bool = False, cond_fn: Callable[..., Tensor] | None = None,
         guidance_kwargs: Mapping[str, Any] | None = None, **drawing: Any,
     ) -> Tensor:  # fmt: skip
-        """As `sample`, of `shape` [N, C, H, W], by DDPM with all timesteps."""
+        """Draw images of `shape` [N, C, H, W] by DDPM with all timesteps; otherwise like `sample`."""
         if cond_fn is None or guidance_kwargs is None:
             return super().p_sample_loop(shape, return_all_timesteps, **drawing)
         return self._own_loop(
@@ -382,7 +386,10 @@ class AcceleratedClassifierDiffusion(AcceleratedDiffusion):
         self, shape: tuple[int, ...], return_all_timesteps: bool = False, cond_fn: Callable[..., Tensor] | None = None,
         guidance_kwargs: Mapping[str, Any] | None = None, **drawing: Any,
     ) -> Tensor:  # fmt: skip
-        """As `sample`, by DDIM, which has no use for `cond_fn`. As there, all states are x_T, x_T, ..., without x_0."""
+        """Sample by DDIM, which ignores `cond_fn`; otherwise like `sample`.
+
+        As in the original, the returned states are x_T, x_T, ..., without x_0.
+        """
         if not return_all_timesteps:
             return super().ddim_sample(shape, **drawing)
         states = self._implicit(shape, drawing, all_states=True)[0]
@@ -390,35 +397,35 @@ class AcceleratedClassifierDiffusion(AcceleratedDiffusion):
 
 
 class AcceleratedOwnLoop(Accelerated):
-    """A diffusion of a class of the user's, whose own loops run around the prepared network.
+    """A diffusion of a user's own class, whose own loops run around the prepared network.
 
-    The network is evaluated in eval mode. Noise is torch's.
+    The network runs in eval mode. Noise comes from torch.
     """
 
     methods = AcceleratedDiffusion.methods
 
     @classmethod
     def like(cls, kind: type[Accelerated]) -> type[AcceleratedOwnLoop]:
-        """Return this class for diffusions that use their network as those of another class do."""
+        """Return this class for diffusions that use their network as those of `kind` do."""
         return _OwnLoopGuided if kind is AcceleratedGuidedDiffusion else cls
 
     def check_parts(self) -> None:
-        """Any will do."""
+        """Accept any methods: the object's own loop runs."""
 
     def sample(self, *arguments: Any, **named: Any) -> Any:
-        """As the original."""
+        """Run the original method with the prepared network."""
         return self._loop("sample", *arguments, **named)
 
     def p_sample_loop(self, *arguments: Any, **named: Any) -> Any:
-        """As the original."""
+        """Run the original method with the prepared network."""
         return self._loop("p_sample_loop", *arguments, **named)
 
     def ddim_sample(self, *arguments: Any, **named: Any) -> Any:
-        """As the original."""
+        """Run the original method with the prepared network."""
         return self._loop("ddim_sample", *arguments, **named)
 
     def interpolate(self, *arguments: Any, **named: Any) -> Any:
-        """As the original."""
+        """Run the original method with the prepared network."""
         return self._loop("interpolate", *arguments, **named)
 
     def _loop(self, method: str, *arguments: Any, **named: Any) -> Any:

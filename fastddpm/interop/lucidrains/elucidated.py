@@ -1,7 +1,7 @@
-"""denoising_diffusion_pytorch's `ElucidatedDiffusion` (EDM): its samplers as tables, in their place.
+"""Run the samplers of denoising_diffusion_pytorch's `ElucidatedDiffusion` (EDM) as step tables.
 
-The state is y = c_in(sigma) x, which is what the network reads; the noise that churn adds before a step belongs to the
-row before.
+The state is y = c_in(sigma) x, which the network reads. The noise that churn adds before a step belongs to the previous
+row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastddpm.process.tables import StepTable
 
 
 class _Level(NamedTuple):
-    """What `preconditioned_network_forward` has at a noise level, as it computes it: in float32."""
+    """The coefficients of `preconditioned_network_forward` at one noise level, computed in float32 as it does."""
 
     sigma: float
     c_in: float
@@ -41,8 +41,8 @@ class Heun(NamedTuple):
 
     Attributes:
         table: 2 N - 1 rows (Karras et al. 2022, algorithm 2).
-        draws: for every row whether the original draws noise afterwards.
-        first: standard deviations of the noise to begin with and of that which churn adds to it, in y.
+        draws: for each row, whether the original draws noise after it.
+        first: standard deviations, in y, of the initial noise and of the noise that churn adds to it.
     """
 
     table: StepTable
@@ -51,7 +51,7 @@ class Heun(NamedTuple):
 
 
 def heun(diffusion: Any, steps: int) -> Heun:
-    """Return `sample` with churn.
+    """Return the table and the noise of `sample` with churn.
 
     Raises:
         ValueError: a setting leaves no finite schedule.
@@ -77,7 +77,7 @@ def heun(diffusion: Any, steps: int) -> Heun:
         then = _Level.of(diffusion, following)
         rows.append([at.a, at.b, then.c_in * (1 - ratio), then.c_in * ratio / at.c_in, 0.0, 0.0, 0.0])
         after.append((then.c_in, then.c_in * following))
-        # The trapezoid moves x on by half the difference of both slopes, whose x is the same one.
+        # The trapezoid corrects x by half the difference of the two slopes; both use the same x.
         told.append(then.told)
         half, scale = 0.5 * (following - at.sigma) / following, _Level.of(diffusion, hats[step + 1]).c_in
         rows.append(
@@ -91,7 +91,7 @@ def heun(diffusion: Any, steps: int) -> Heun:
 
 
 def dpmpp_table(diffusion: Any, steps: int) -> StepTable:
-    """Return `sample_using_dpmpp`: DPM-Solver++(2M) (Lu et al. 2022), x0 not clipped.
+    """Return the table of `sample_using_dpmpp`: DPM-Solver++(2M) (Lu et al. 2022), x0 not clipped.
 
     Raises:
         ValueError: a setting leaves no finite schedule.
@@ -142,7 +142,7 @@ def _sigmas(diffusion: Any, steps: int) -> Tensor:
 class AcceleratedElucidatedDiffusion(Accelerated):
     """An `ElucidatedDiffusion` that samples with `Sampler`.
 
-    Its methods take the arguments of the original, and those of `AcceleratedDiffusion` by name.
+    Its methods take the arguments of the original, and the keyword arguments of `AcceleratedDiffusion`.
     """
 
     of = (("elucidated_diffusion", "ElucidatedDiffusion"),)
@@ -152,7 +152,7 @@ class AcceleratedElucidatedDiffusion(Accelerated):
     def sample(
         self, batch_size: int = 16, num_sample_steps: int | None = None, clamp: bool = True, **drawing: Any
     ) -> Tensor:
-        """Images [N, C, H, W] in [0, 1], by Heun's method with churn; the denoised image is clamped or not."""
+        """Draw images [N, C, H, W] in [0, 1] by Heun's method with churn; `clamp` clips the denoised image."""
         sampler = heun(self.diffusion, self._steps(num_sample_steps))
 
         def start(draw: Drawing) -> Tensor:
@@ -165,7 +165,10 @@ class AcceleratedElucidatedDiffusion(Accelerated):
         return (x.clamp_(-1, 1) + 1) * 0.5
 
     def sample_using_dpmpp(self, batch_size: int = 16, num_sample_steps: int | None = None, **drawing: Any) -> Tensor:
-        """Images [N, C, H, W] in [0, 1], by DPM-Solver++(2M); a self-conditioned network is given nothing."""
+        """Draw images [N, C, H, W] in [0, 1] by DPM-Solver++(2M).
+
+        A self-conditioned network receives no earlier prediction.
+        """
         table = dpmpp_table(self.diffusion, self._steps(num_sample_steps))
         variant, noise = Variant(clip=False, conditioned=False), table.start[1]
         x, _ = self._walk(

@@ -1,4 +1,4 @@
-"""The network of a sampler, called as a diffusion's own loop calls its network."""
+"""Let a diffusion's own loop call the network of a sampler."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from fastddpm.sampling.sampler import Sampler
 
 
 class LoopNetwork(nn.Module):
-    """Stands in for `diffusion.model` in one call of a loop of the library, or of a class derived from it.
+    """Stand in for `diffusion.model` in one call of a loop of the library, or of a class derived from it.
 
-    Frozen, it takes one timestep for all samples, as these loops do. Whatever else it is called with, the original
-    computes.
+    A frozen network takes one timestep for all samples, as these loops pass it. The original computes all other calls.
 
     Args:
-        model: the original, whose other attributes it has.
-        sampler: with the network that runs in its place.
-        num_timesteps: timesteps are below it.
+        model: the original, which provides the other attributes.
+        sampler: holds the network that runs instead.
+        num_timesteps: all timesteps are less than this.
     """
 
     def __init__(self, model: nn.Module, sampler: Sampler, num_timesteps: int) -> None:
@@ -41,7 +40,7 @@ class LoopNetwork(nn.Module):
             return getattr(super().__getattr__("original"), name)
 
     def forward(self, x: Tensor, time: Tensor, *more: Any, **named: Any) -> Tensor:
-        """As the original."""
+        """Return the prediction of the original network."""
         network, condition = self._sampler.network, more[0] if more else named.get("x_self_cond")
         known = len(more) + len(named) <= 1 and named.keys() <= {"x_self_cond"} and self._at_one_time(time)
         if network.frozen is None or not known or network.frozen.blueprint.has_labels:
@@ -62,7 +61,7 @@ class LoopNetwork(nn.Module):
         self, x: Tensor, time: Tensor, classes: Tensor, *, cond_scale: float = 1.0, rescaled_phi: float = 0.0,
         **named: Any,
     ) -> Any:  # fmt: skip
-        """As the original's of classifier-free guidance: the guided and the unconditional prediction."""
+        """Return the guided and the unconditional prediction, like the original of classifier-free guidance."""
         predictor: Any = self._sampler.model
         if named or cond_scale == 1 or not self._at_one_time(time):
             arguments = {"cond_scale": cond_scale, "rescaled_phi": rescaled_phi, **named}
@@ -91,7 +90,7 @@ class LoopNetwork(nn.Module):
         return 0 <= first < len(self._timesteps) and bool((time == first).all())
 
     def _program(self, frozen: FrozenUNet, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Any, Any]:
-        """Return the buffers for inputs of x's shape, and what runs on them."""
+        """Return the buffers for inputs of x's shape, and the program that runs on them."""
         shape = tuple(x.shape)
         if shape not in self._bound:
             inputs, labels = frozen.new_input((len(x), frozen.blueprint.in_channels, *shape[2:])), None
@@ -108,12 +107,12 @@ class LoopNetwork(nn.Module):
 
 
 def _like(x: Tensor, out: Tensor) -> Tensor:
-    """Return a copy in x's dtype and place; contiguous, since `randn_like` fills memory in the order of its strides."""
+    """Return a copy in x's dtype on its device; contiguous, since `randn_like` fills memory in the order of strides."""
     return out.to(x).clone(memory_format=torch.contiguous_format)
 
 
 def _moved(network: Network, value: Any) -> Any:
-    """Return a tensor where, and in the dtype in which, a network that is not frozen runs; all else as it is."""
+    """Move a tensor to the device and dtype of a network that is not frozen; return other values unchanged."""
     if not isinstance(value, Tensor) or network.frozen is not None:
         return value
     return value.to(network.device, network.dtype if value.is_floating_point() else None)

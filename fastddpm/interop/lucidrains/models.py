@@ -1,4 +1,4 @@
-"""Networks of denoising_diffusion_pytorch, called as `Sampler` calls a model."""
+"""Wrap networks of denoising_diffusion_pytorch so that `Sampler` can call them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastddpm.networks.network import BoundNetwork, UNetWrapper
 
 
 class Predictor(nn.Module):
-    """`model(x, t, x_self_cond)` as the diffusions call it.
+    """Call `model(x, t, x_self_cond)` as the diffusions do.
 
     Args:
         model: any network of the library, or one that stands in for it.
-        by_name: give x_self_cond by name, and only where there is one, as the one-dimensional diffusion does.
-        named: what the model is given besides, by name.
+        by_name: pass x_self_cond by name, and only if it is given, as the one-dimensional diffusion does.
+        named: further keyword arguments of the model.
     """
 
     starts_without = True  # x_self_cond is None at the first step
@@ -36,7 +36,7 @@ class Predictor(nn.Module):
         self.model, self.by_name, self.named = model, by_name, dict(named or {})
 
     def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        """x [N, ...], t int64 [N], x_self_cond like x: the prediction [N, ...]."""
+        """Return the prediction [N, ...] for x [N, ...], t int64 [N] and x_self_cond like x."""
         if not self.by_name:
             return self.model(x, t, x_self_cond)
         named = self.named if x_self_cond is None else {**self.named, "x_self_cond": x_self_cond}
@@ -44,15 +44,15 @@ class Predictor(nn.Module):
 
 
 class GuidedPredictor(UNetWrapper):
-    """`forward_with_cond_scale` of the class-conditional U-Net: both halves in one batch, scales in device memory.
+    """Compute `forward_with_cond_scale` of the class-conditional U-Net: halves in one batch, scales in device memory.
 
-    cond + (cond_scale - 1) * (cond - null without what of it is parallel to cond), of which a share `rescaled_phi` is
-    brought back to the standard deviation of cond (Lin et al. 2024, section 3.4).
+    The result is cond + (cond_scale - 1) * (cond - null without its part parallel to cond). A share `rescaled_phi` of
+    it is rescaled to the standard deviation of cond (Lin et al. 2024, section 3.4).
 
     Args:
         model: the U-Net.
         guided: whether the unconditional half is computed.
-        rescaled: whether the standard deviation is brought back.
+        rescaled: whether the standard deviation is restored.
         device: where it runs.
         freeze: whether the U-Net may be frozen.
     """
@@ -63,21 +63,21 @@ class GuidedPredictor(UNetWrapper):
         super().__init__()
         self.model, self.guided, self.rescaled, self.freeze = model, guided, rescaled, freeze
         self._masks = "cond_keep_mask" in inspect.signature(model.forward).parameters
-        # No buffer, so that it stays float32 where the network does not.
+        # Not a buffer, so that it stays float32 when the network is cast.
         self._scales = torch.zeros(3, dtype=torch.float32, device=device)
 
     def set_scales(self, cond_scale: float, rescaled_phi: float) -> None:
-        """Sets the scales, in place: a captured graph reads them."""
+        """Set the scales in place: a captured graph reads them."""
         self._scales.copy_(torch.tensor([cond_scale - 1.0, rescaled_phi, 1.0 - rescaled_phi]))
 
     def forward(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-        """x [N, C, H, W], t and classes int64 [N]: the guided prediction [N, C, H, W]."""
+        """Return the guided prediction [N, C, H, W] for x [N, C, H, W], t and classes int64 [N]."""
         if not self.guided:
             return self.model(x, t, classes, cond_drop_prob=0.0)
         return self.combine(*self.halves(x, t, classes))
 
     def halves(self, x: Tensor, t: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """The predictions with classes and without, float32 [N, C, H, W]."""
+        """Return the predictions with classes and without, float32 [N, C, H, W]."""
         n = len(x)
         if self._masks:
             keep = torch.arange(2 * n, device=x.device) < n
@@ -88,7 +88,7 @@ class GuidedPredictor(UNetWrapper):
         return cond, self.model(x, t, classes, cond_drop_prob=1.0).float()
 
     def combine(self, cond: Tensor, null: Tensor) -> Tensor:
-        """The guided prediction of both halves, float32 [N, C, H, W]."""
+        """Return the guided prediction of both halves, float32 [N, C, H, W]."""
         further, phi, rest = self._scales.unbind()
         out = cond + _orthogonal(cond - null, cond) * further
         if not self.rescaled:
@@ -105,7 +105,7 @@ class GuidedPredictor(UNetWrapper):
 
 
 class GuidedProgram:
-    """A `GuidedPredictor` on its buffers, the U-Net frozen."""
+    """A `GuidedPredictor` with a frozen U-Net, bound to its buffers."""
 
     def __init__(
         self, predictor: GuidedPredictor, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor
@@ -125,7 +125,7 @@ class GuidedProgram:
         return self._combine(*self.halves(step))
 
     def halves(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The predictions with classes and without, float32 [N, C, H, W]."""
+        """Return the predictions with classes and without, float32 [N, C, H, W]."""
         for half in self._both.split(len(self._inputs)):
             half.copy_(self._inputs)
         cond, null = self._program(step).float().split(len(self._inputs))
@@ -133,11 +133,11 @@ class GuidedProgram:
 
 
 class Mixture(UNetWrapper):
-    """x0 as `WeightedObjectiveGaussianDiffusion` mixes it: of predicted noise, predicted x0, and weights of both.
+    """Mix x0 as `WeightedObjectiveGaussianDiffusion` does, from predicted noise, predicted x0 and their weights.
 
     Args:
         model: predicts [noise, x0, two weights] as channels.
-        diffusion: with the buffers that make x0 of noise; `refresh` takes over what they are then.
+        diffusion: holds the buffers that turn noise into x0; `refresh` copies their current values.
         device: where it runs.
         freeze: whether the model is a U-Net that may be frozen.
     """
@@ -145,22 +145,22 @@ class Mixture(UNetWrapper):
     def __init__(self, model: nn.Module, diffusion: Any, device: torch.device, *, freeze: bool) -> None:
         super().__init__()
         self.model, self._freeze = model, freeze and not isinstance(model, Predictor)
-        # Neither a submodule, nor copied with this.
+        # Not a submodule, and not copied with this one.
         self._now = lambda: torch.stack([diffusion.sqrt_recip_alphas_cumprod, diffusion.sqrt_recipm1_alphas_cumprod])
-        # No buffer, so that it stays float32 where the network does not.
+        # Not a buffer, so that it stays float32 when the network is cast.
         self._scales = torch.empty(2, len(diffusion.betas), dtype=torch.float32, device=device)
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes over the diffusion's buffers, in place."""
+        """Copy the diffusion's buffers, in place."""
         self._scales.copy_(self._now())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [N, C, H, W], t int64 [N]: x0, float32."""
+        """Return x0, float32, for x [N, C, H, W] and t int64 [N]."""
         return self.mix(x, t, self.model(x, t))
 
     def mix(self, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """x0, float32 [N, C, H, W], of the model's output [N, 2 C + 2, H, W]."""
+        """Return x0, float32 [N, C, H, W], from the model's output [N, 2 C + 2, H, W]."""
         channels = x.shape[1]
         noise, x0, weights = out.float().split((channels, channels, 2), dim=1)
         recip, recipm1 = self._scales.index_select(1, t).view(2, -1, 1, 1, 1)
@@ -175,7 +175,7 @@ class Mixture(UNetWrapper):
 
 
 class _MixtureProgram:
-    """A `Mixture` on its buffers, the U-Net frozen."""
+    """A `Mixture` with a frozen U-Net, bound to its buffers."""
 
     def __init__(self, mixture: Mixture, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor) -> None:
         self._mix, self._inputs, self._timesteps = mixture.mix, inputs, timesteps
@@ -189,7 +189,7 @@ class _MixtureProgram:
 
 
 def _orthogonal(update: Tensor, to: Tensor) -> Tensor:
-    """`update` without its part parallel to `to`, per sample; in float64, as the library does."""
+    """Return `update` without its part parallel to `to`, per sample; computed in float64, as in the library."""
     wide, unit = update.double().flatten(1), functional.normalize(to.double().flatten(1), dim=-1)
     return (wide - (wide * unit).sum(dim=-1, keepdim=True) * unit).view_as(update).to(update.dtype)
 
@@ -211,7 +211,7 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """`Block` with norm, scale and shift, and SiLU as one kernel. Parameters have the names of the original."""
+    """`Block` with norm, scale and shift, and SiLU as one kernel. Its parameters keep the original's names."""
 
     def __init__(self, block: Any, backend: str) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class FusedBlock(nn.Module):
 
 
 class CastEmbedding(nn.Module):
-    """An embedding of the time, which the library computes in float32, in the dtype that the network was moved to."""
+    """A time embedding cast to the dtype of the network; the library computes it in float32."""
 
     like: Tensor
 
@@ -239,10 +239,10 @@ class CastEmbedding(nn.Module):
 
 
 def fuse_norms(model: nn.Module, backend: str = "auto") -> tuple[nn.Module, int]:
-    """A copy of a network that shares its parameters, with the library's `Block`s and `RMSNorm`s as one kernel each.
+    """Return a copy of a network that shares its parameters, with one kernel per library `Block` and `RMSNorm`.
 
     Returns:
-        The copy and how many modules of it were replaced. The network itself stays as it is.
+        The copy and the number of its modules that were replaced. The network itself is not changed.
     """
 
     def fused(child: nn.Module, parent: nn.Module) -> nn.Module | None:
@@ -254,9 +254,9 @@ def fuse_norms(model: nn.Module, backend: str = "auto") -> tuple[nn.Module, int]
 
 
 def cast_embeddings(model: nn.Module) -> nn.Module:
-    """A copy of a network that shares its parameters and, once moved to another dtype, runs in it.
+    """Return a copy of a network that shares its parameters and can run in another dtype once it is moved to it.
 
-    The library itself runs in lower precision under autocast alone.
+    The library itself runs in lower precision only under autocast.
     """
     kinds = ("SinusoidalPosEmb", "RandomOrLearnedSinusoidalPosEmb")
     return _replaced(model, lambda child, _: CastEmbedding(child) if any(map(partial(_is, child), kinds)) else None)[0]
@@ -265,7 +265,7 @@ def cast_embeddings(model: nn.Module) -> nn.Module:
 def _replaced(
     model: nn.Module, replacement: Callable[[nn.Module, nn.Module], nn.Module | None]
 ) -> tuple[nn.Module, int]:
-    """A copy of the modules, not of their tensors, with `replacement(child, parent)` for some; and for how many."""
+    """Copy the modules, not their tensors, with `replacement(child, parent)` for some; return also their number."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     result, count = copy.deepcopy(model, shared), 0
     for parent in list(result.modules()):
@@ -282,7 +282,7 @@ def verify_fused(model: nn.Module, fused: nn.Module, shape: tuple[int, ...], *mo
     Args:
         model, fused: the network and its copy, both in a `Predictor` or a `GuidedPredictor`.
         shape: of a sample.
-        more: what both take after x and t.
+        more: further arguments of both, after x and t.
 
     Raises:
         RuntimeError: they differ by more than rounding.
@@ -298,7 +298,7 @@ def verify_fused(model: nn.Module, fused: nn.Module, shape: tuple[int, ...], *mo
 
 
 def _is(module: nn.Module, name: str) -> bool:
-    """Whether a module is the library's of that name, and nobody listens to what it does."""
+    """Return whether a module is the library's class of that name, without hooks."""
     kind = type(module)
     listened = bool(module._forward_hooks or module._forward_pre_hooks)
     return kind.__name__ == name and kind.__module__.split(".")[0] == LIBRARY and not listened

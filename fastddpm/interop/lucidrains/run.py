@@ -1,4 +1,4 @@
-"""What `lucidrains` needs to sample: options, samplers, noise."""
+"""Provide the options, samplers and noise that `lucidrains` samples with."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Options:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], *, allow_general: bool) -> Options:
-        """Raises TypeError if an option is not known, ValueError if it is out of range."""
+        """Return the options in `given`; raise TypeError for an unknown one, ValueError for one out of range."""
         names = [field.name for field in fields(cls) if field.name != "allow_general"]
         for name in given:
             if name not in names:
@@ -61,19 +61,19 @@ class Options:
         return options
 
     def check_for(self, diffusion: Any) -> None:
-        """Raises ValueError if an option is not for such a diffusion."""
+        """Raise ValueError if an option does not suit such a diffusion."""
         if self.channels_last and hasattr(diffusion, "seq_length"):
             raise ValueError("channels_last is True but the diffusion is one-dimensional; must be False")
 
 
 class Variant(NamedTuple):
-    """What of a call a sampler is made for.
+    """The properties of a call that determine its sampler.
 
     Attributes:
         clip: whether x0 is clipped.
         labelled: whether labels are given.
-        guided, rescaled: whether guidance is computed, and the standard deviation brought back.
-        conditioned: whether a self-conditioned network is given the x0 before.
+        guided, rescaled: whether guidance is computed, and whether its standard deviation is restored.
+        conditioned: whether a self-conditioned network receives the previous x0.
     """
 
     clip: bool = True
@@ -90,10 +90,10 @@ class Traits:
     Attributes:
         network: the attribute that is the network.
         by_name: see `Predictor`.
-        predicts: what the network, as it is wrapped, predicts, in this package's words.
-        variance_type: "learned_range" where its output has a second half about the variance.
+        predicts: the prediction type of the wrapped network, by this package's name.
+        variance_type: "learned_range" if the second half of its output gives the variance.
         weighted: whether it predicts noise, x0 and the weights of both.
-        table: makes the table that a sampler is made for, where the diffusion has no betas.
+        table: makes the sampler's table if the diffusion has no betas.
     """
 
     network: str = "model"
@@ -104,7 +104,7 @@ class Traits:
     table: Callable[[Any], StepTable] | None = None
 
     def device(self, diffusion: Any) -> torch.device:
-        """Return where a diffusion draws its noise."""
+        """Return the device on which a diffusion draws its noise."""
         betas = getattr(diffusion, "betas", None)
         return next(self.of(diffusion).parameters()).device if betas is None else betas.device
 
@@ -114,7 +114,7 @@ class Traits:
 
 
 class Samplers:
-    """The samplers of a diffusion, made when they are needed and made anew when the network is another one.
+    """The samplers of a diffusion, made on demand and made again when the network is replaced.
 
     Args:
         diffusion: the original object.
@@ -131,10 +131,10 @@ class Samplers:
     def lent(
         self, variant: Variant, scales: tuple[float, float] | None, named: Mapping[str, Any] | None = None
     ) -> Iterator[Sampler]:
-        """The sampler of a variant; with guidance scales, which it has one pair of, for one thread at a time.
+        """Lend the sampler of a variant; a guided one serves one thread at a time, since it holds one pair of scales.
 
-        Inside, there are no gradients and no inference mode: what is kept for later calls must be of use outside. With
-        arguments for the network by name it is made for this call alone.
+        Gradients and inference mode are off inside, because later calls may use the cached tensors outside inference
+        mode. With keyword arguments for the network, the sampler is made for this call only.
         """
         with torch.inference_mode(False), torch.no_grad():
             if named:
@@ -153,13 +153,13 @@ class Samplers:
             yield held.sampler
 
     def check(self, variant: Variant) -> None:
-        """Makes the sampler of a variant, for the errors that this raises."""
+        """Make the sampler of a variant, so that its errors are raised now."""
         with self.lent(variant, None):
             pass
 
 
 class _Held:
-    """A sampler and what it was made of."""
+    """A sampler and what it was made from."""
 
     def __init__(
         self, diffusion: Any, options: Options, variant: Variant, traits: Traits,
@@ -178,7 +178,7 @@ class _Held:
                 self.sampler = self._frozen(diffusion, options, variant)
                 if self.sampler.network.frozen is not None:
                     return
-                reason = "its forward computes something else than was frozen"  # the log says how far it is from that
+                reason = "its forward computes something else than was frozen"  # the log says how far they differ
             if options.freeze:
                 raise ValueError(
                     f"freeze is True but the diffusion's {traits.network} cannot be frozen: {reason}; must be None"
@@ -194,7 +194,7 @@ class _Held:
         return self._sampler(model, diffusion, options, variant)
 
     def _plain(self, diffusion: Any, options: Options, variant: Variant) -> Sampler:
-        """The library's modules, some of them replaced."""
+        """Return a sampler of the library's modules, some of them replaced."""
 
         def called(model: nn.Module, **guidance: bool) -> nn.Module:
             if not variant.labelled:
@@ -248,14 +248,14 @@ class _Held:
         )
 
     def fits(self, diffusion: Any, options: Options) -> bool:
-        """Whether the diffusion is still what it was made of."""
+        """Return whether the diffusion is still what the sampler was made from."""
         frozen = self.sampler.network.frozen is not None
         if frozen and why_not(self._traits.of(diffusion), self._device) is not None:
             return False
         return self._made_of == _identity(diffusion, options, self._traits)
 
     def refresh(self) -> None:
-        """Takes over the weights where the sampler's network is a copy and they have changed; others do so alone."""
+        """Copy changed weights into the sampler's network if it is a copy; other networks share the weights."""
         if self._follower is not None:
             self._follower.refresh()
         if isinstance(self.sampler.model, Mixture):
@@ -263,13 +263,13 @@ class _Held:
 
 
 class Drawing:
-    """One call: its noise and what else was asked for by name.
+    """One call: its noise and its other keyword arguments.
 
     Args:
         given: noise, seed and progress, see `AcceleratedDiffusion`.
-        options: where they are not given.
-        device: of the original, where torch's generator is asked.
-        sampler: what samples.
+        options: the defaults of what is not given.
+        device: of the original, on which torch's noise is drawn.
+        sampler: the sampler to use.
         shape: [N, ...] of the samples.
     """
 
@@ -298,7 +298,7 @@ class Drawing:
         self._seed = 0 if seed is None else seed
 
     def initial(self, index: int = 0, *, stream: int = philox.STREAM_INITIAL) -> Tensor:
-        """Noise of the samples' shape, where they are sampled: of the `index`-th batch, or what torch draws next."""
+        """Return noise of the samples' shape on the sampler's device: of batch `index`, or the next of torch's."""
         if self.by_torch:
             return self._draw().to(self._sampler.device)
         count = self._shape[0]
@@ -318,19 +318,19 @@ class Drawing:
         all_states: bool = False,
         whole: bool = False,
     ) -> Tensor:
-        """The samples at the end of the table, float32 [N, ...]; or x and all states after it, [N, S + 1, ...].
+        """Return the samples at the end of the table, float32 [N, ...]; or x and all later states, [N, S + 1, ...].
 
         Args:
             table: of the sampler.
-            draws: for every row whether the original draws noise, used or not.
-            x: before the row `start`, where it is not to be drawn.
+            draws: for each row, whether the original draws noise, used or not.
+            x: the state before the row `start`; None to draw it.
             labels: int64 [N], or None.
             start: the first row.
-            all_states: which of both is returned.
+            all_states: return all states instead of the samples.
             whole: whether all samples must be drawn at once.
 
         Raises:
-            ValueError: they must, and the option `batch_size` is less.
+            ValueError: `whole` is True, and the option `batch_size` is less than the number of samples.
         """
         size = self._batch_size
         if whole and isinstance(size, int) and size < self._shape[0]:
@@ -366,7 +366,7 @@ class Drawing:
 
 
 def _identity(diffusion: Any, options: Options, traits: Traits) -> tuple[Any, ...]:
-    """What may not change for a sampler to stay right: the device, and which parameters there are in which dtype."""
+    """Return what must not change while a sampler is in use: the device, the parameters and their dtypes."""
     network = traits.of(diffusion)
     every = itertools.chain(network.parameters(), network.buffers())
     tensors = tuple((id(tensor), tensor.dtype, tensor.device) for tensor in every)
@@ -374,7 +374,7 @@ def _identity(diffusion: Any, options: Options, traits: Traits) -> tuple[Any, ..
 
 
 def _example(diffusion: Any, variant: Variant, traits: Traits) -> tuple[Any, ...]:
-    """The shape of a sample, and what the network takes after x and t."""
+    """Return the shape of a sample, and the arguments of the network after x and t."""
     if hasattr(diffusion, "seq_length"):
         shape = (diffusion.channels, diffusion.seq_length)
         return (shape if diffusion.channel_first else shape[::-1],)

@@ -1,7 +1,6 @@
-"""The arguments of denoising_diffusion_pytorch's `Unet`, read off the names and shapes of its weights.
+"""Find the arguments of denoising_diffusion_pytorch's `Unet` from the names and shapes of its weights.
 
-Not to be seen in them are `dropout` and `flash_attn`, which change nothing when sampling, and
-`sinusoidal_pos_emb_theta`.
+The weights do not show `sinusoidal_pos_emb_theta`, nor `dropout` and `flash_attn`, which do not affect sampling.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from torch import Tensor
 
 
 def unet_arguments(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """The arguments of the `Unet` that has a state dict of these names and shapes.
+    """Return the arguments of the `Unet` that has a state dict of these names and shapes.
 
     Args:
-        state: of the network alone, or such as it is within a diffusion without what the names there begin with.
-        where: what messages begin with.
+        state: of the network alone, without the prefix that its names have within a diffusion.
+        where: the beginning of messages.
 
     Raises:
-        ValueError: it is of another network; the message says what of it.
+        ValueError: it belongs to another network; the message says which part differs.
     """
     for name in ("init_conv.weight", "time_mlp.1.weight", "final_conv.weight"):
         if name not in state:

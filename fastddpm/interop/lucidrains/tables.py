@@ -1,7 +1,7 @@
-"""The samplers of denoising_diffusion_pytorch as tables, from the buffers of a diffusion object.
+"""Build step tables of denoising_diffusion_pytorch's samplers from the buffers of a diffusion object.
 
-The buffers, not the name of a schedule, say what such an object does: loading a checkpoint replaces them. They are
-float32, rounded from float64; a row made of them does what the library's lines do, to the rounding of the step itself.
+The buffers, not the name of a schedule, define what such an object does: loading a checkpoint replaces them. They are
+float32, rounded from float64. A row made of them matches the library's code up to the rounding of the step itself.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from fastddpm.process.tables import StepTable, make_table
 from fastddpm.process.timesteps import spaced_timesteps
 
-# What the library calls the prediction, and what this package does.
+# The library's names of the predictions, and this package's.
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
 
 def prediction_type(diffusion: Any) -> str:
-    """The prediction type of the diffusion's `objective`.
+    """Return the prediction type of the diffusion's `objective`.
 
     Raises:
-        ValueError: it has another one.
+        ValueError: the objective is not known.
     """
     objective = diffusion.objective
     if objective not in OBJECTIVES:
@@ -32,7 +32,9 @@ def prediction_type(diffusion: Any) -> str:
 
 
 def p_sample_table(diffusion: Any, *, predicts: str | None = None, learned: bool = False) -> StepTable:
-    """`p_sample` at every timestep from T - 1 to 0: DDPM with x0 clipped by the sampler; no noise at timestep 0.
+    """Return the table of `p_sample` at every timestep from T - 1 to 0: DDPM without noise at timestep 0.
+
+    The sampler clips x0.
 
     Args:
         diffusion: the object.
@@ -64,13 +66,13 @@ def p_sample_table(diffusion: Any, *, predicts: str | None = None, learned: bool
 
 
 def ddim_sample_table(diffusion: Any, *, rederive: bool) -> StepTable:
-    """`ddim_sample` with the diffusion's `sampling_timesteps` and `ddim_sampling_eta`.
+    """Return the table of `ddim_sample` with the diffusion's `sampling_timesteps` and `ddim_sampling_eta`.
 
     Args:
         diffusion: the object.
-        rederive: for `pred_noise`, whether the noise is derived again from the clipped x0 (`GaussianDiffusion`) or is
-            the network's own (the one-dimensional and the class-conditional variant). The other objectives always
-            derive it.
+        rederive: for `pred_noise`, whether to compute the noise again from the clipped x0 (`GaussianDiffusion`) or to
+            use the network's output (the one-dimensional and the class-conditional variant). The other objectives
+            always compute it from x0.
 
     Raises:
         ValueError: the objective is not known, `sampling_timesteps` is out of range, or a coefficient is not finite.
@@ -108,7 +110,7 @@ def ddim_sample_table(diffusion: Any, *, rederive: bool) -> StepTable:
 
 
 def _x0_from(diffusion: Any, timesteps: Tensor, predicts: str | None = None) -> tuple[Tensor, Tensor]:
-    """(A, B) in x0 = A x + B out, float64 [S]."""
+    """Return (A, B) in x0 = A x + B out, float64 [S]."""
     predicts = predicts or prediction_type(diffusion)
     if predicts == "sample":
         zero = torch.zeros(len(timesteps), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The training objective of a diffusion model, and the likelihoods it gives to data."""
+"""Compute the training objective of a diffusion model, and the likelihoods it gives to data."""
 
 from fastddpm.training.objective.gaussian import GaussianDiffusion, Prediction
 from fastddpm.training.objective.likelihood import BitsPerDim

@@ -1,4 +1,4 @@
-"""Check the arguments of a `GaussianDiffusion`, and that its settings fit each other."""
+"""Check the arguments of a `GaussianDiffusion`, and that its settings are consistent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_arguments(
     seed: Any,
     backend: str,
 ) -> None:
-    """Check each argument by itself; others are checked where they are used.
+    """Check each argument by itself; the remaining ones are checked where they are used.
 
     Raises:
         TypeError, ValueError: one is wrong.
@@ -66,7 +66,7 @@ def check_arguments(
 def check_settings(diffusion: GaussianDiffusion, *, concatenated: bool) -> None:
     """Raise ValueError if two settings contradict each other or the network's channels do not fit them.
 
-    `concatenated`: whether the network is given its own prediction before the channels of its input.
+    `concatenated`: whether the network receives its own prediction before the channels of its input.
     """
     learned = diffusion.variance_type == "learned_range"
     if learned and diffusion.loss in POINTWISE:
@@ -108,7 +108,7 @@ def check_channels(variance_type: str, out_channels: int, channels: int) -> None
 
 
 def check_batch(x0: Any, labels: Any) -> None:
-    """Raise TypeError or ValueError unless the data of a step are a batch."""
+    """Raise TypeError or ValueError unless the data of a step form a batch."""
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 is a {type(x0).__name__}, must be a tensor [N, C, ...]")
     if len(x0) == 0:

@@ -1,4 +1,4 @@
-"""GaussianDiffusion: a network, a noise schedule, and what the network is trained for."""
+"""Combine a network, a noise schedule and a training objective in `GaussianDiffusion`."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Prediction(NamedTuple):
 class GaussianDiffusion(nn.Module):
     """Compute the training loss of a DDPM's network, and the likelihoods it gives (Ho et al. 2020).
 
-    `loss = diffusion(x0, labels, step=step)` is the loss of a batch. All that is random in it (timesteps, noise,
-    dropped labels) is a function of (seed, sample, step), whatever the process or the micro-batch; the network's own
-    dropout is not. The state dict holds the network, `unet.*`, and what "importance" timesteps remember.
+    `loss = diffusion(x0, labels, step=step)` is the loss of a batch. Its random numbers (timesteps, noise, dropped
+    labels) are a function of (seed, sample, step), whatever the process or the micro-batch; the network's own dropout is
+    not. The state dict holds the network, `unet.*`, and the history of "importance" timesteps.
 
     The loss is computed in float32 (float64 for float64 data), whatever autocast says.
 
     Attributes:
         unet: the network that was given.
-        schedule, prediction_type, variance_type, self_condition, null_class: the settings that a `Sampler` takes too.
+        schedule, prediction_type, variance_type, self_condition, null_class: the settings that a `Sampler` also takes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GaussianDiffusion(nn.Module):
     ) -> None:
         """
         Args:
-            unet: any network of (x_t, t), or of (x_t, t, labels), as `Sampler` takes it.
+            unet: any network of (x_t, t), or of (x_t, t, labels), that `Sampler` accepts.
             schedule: the forward process.
             prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction".
             variance_type: "fixed_small", "fixed_small_log" (the same), "fixed_large" or "learned_range"; with the last,
@@ -91,9 +91,9 @@ class GaussianDiffusion(nn.Module):
             weighting: of the pointwise losses by timestep: "uniform", "min_snr", "p2" or "snr", each the same loss
                 whatever is predicted; see `loss_weights`.
             min_snr_gamma, p2_gamma, p2_k: constants of the weightings.
-            offset_noise: strength of a noise that is the same for all pixels of a channel, 0.1 say.
-            input_perturbation: strength of further noise on the input that is not in the target (Ning et al. 2023), 0.1
-                say.
+            offset_noise: strength of noise that is the same for all pixels of a channel, such as 0.1.
+            input_perturbation: strength of further noise on the input that is not in the target (Ning et al. 2023), such
+                as 0.1.
             immiscible: pair images and noise of a (local) batch by least distance (Li et al. 2024). Needs scipy, and
                 the step cannot be compiled.
             label_dropout: the share of labels that are replaced by `null_class`, for classifier-free guidance.
@@ -101,15 +101,15 @@ class GaussianDiffusion(nn.Module):
             timestep_sampling: "uniform"; "stratified", spread evenly over the global batch; "importance", by the size
                 of past losses (Nichol & Dhariwal 2021).
             self_condition: give the network its own prediction of x0 in half of the batches, else zeros (Chen et al.
-                2023): as its parameter `x_self_cond` where it has that, else before the channels of x_t. None: where
-                the network has that parameter and, if it has an attribute `self_condition`, that is true.
-            clip_sample: clip the predicted x0 to [-1, 1] in `p_mean_variance` and `bits_per_dim`. Losses do not.
+                2023): as its parameter `x_self_cond` if it has one, else before the channels of x_t. None enables this
+                if the network has that parameter and its attribute `self_condition`, if any, is true.
+            clip_sample: clip the predicted x0 to [-1, 1] in `p_mean_variance` and `bits_per_dim`, not in losses.
             seed: of all randomness, from 0 to 2^64 - 1.
             backend: of the fused operations: "auto", "triton", "eager" or "reference". A `fastddpm.UNet` is set to it,
                 unless it is "auto".
 
         Raises:
-            TypeError, ValueError: an argument that is not known or out of its range, or two that contradict each other.
+            TypeError, ValueError: an argument is unknown or out of range, or two arguments contradict each other.
             ModuleNotFoundError: `immiscible` without scipy.
         """
         super().__init__()
@@ -170,7 +170,7 @@ class GaussianDiffusion(nn.Module):
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean (like `x0`), variance, log-variance [N, 1, ...] of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7).
 
-        At t = 0 the variance is 0, and the log-variance that of t = 1, as in guided-diffusion.
+        At t = 0 the variance is 0, and the log-variance is that of t = 1, as in guided-diffusion.
         """
         check_timesteps(t, x0, self.schedule.num_train_timesteps)
         c = self._tables.at(t, x0)
@@ -183,7 +183,7 @@ class GaussianDiffusion(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the timesteps int64 [N] of a training step and the factors of their losses, float32 [N].
 
-        Args: as those of `forward`.
+        Args: see `forward`.
         """
         return self._timesteps(self._draws(batch_size, first_sample, step), global_batch)
 
@@ -195,11 +195,11 @@ class GaussianDiffusion(nn.Module):
         Args:
             x_t: [N, C, ...].
             t: int64 [N].
-            labels: int64 [N], where the network takes them.
+            labels: int64 [N], if the network takes them.
             self_condition: the x0 predicted before, like `x_t`; None for zeros.
 
         Raises:
-            TypeError, ValueError: `t` is not that, or the network's output does not fit.
+            TypeError, ValueError: `t` has another dtype or shape, or the network's output does not fit.
         """
         check_timesteps(t, x_t, self.schedule.num_train_timesteps)
         out, v = self._run(x_t, t, labels, self_condition)
@@ -239,10 +239,10 @@ class GaussianDiffusion(nn.Module):
 
         Args:
             x0: [N, C, ...], values in [-1, 1]; for the losses with terms of the bound, 8-bit ones.
-            labels: int64 [N], where the network takes them.
-            step: the training iteration, an int or an int64 tensor [] or [1] on the device. The same numbers are drawn
-                for both; but with `self_condition`, only an int (or a tensor on the CPU) saves the first of the two
-                predictions in the half of the batches that do not need it.
+            labels: int64 [N], if the network takes them.
+            step: the training iteration, an int or an int64 tensor [] or [1] on the device. Both draw the same numbers,
+                but with `self_condition` only an int (or a tensor on the CPU) skips the first of the two predictions
+                in the half of the batches that do not need it.
             first_sample: the number of x0[0] in the step's global batch: rank * N where N samples go to each process.
             global_batch: the size of the global batch, N if None. Only "stratified" timesteps depend on it.
 
@@ -276,12 +276,12 @@ class GaussianDiffusion(nn.Module):
             x0, step, first_sample: as in `forward`.
             t: int64 [N].
             labels: int64 [N], given to the network as they are.
-            noise: [N, ...], used as it is, without offset, pairing or perturbation; None for that of the step.
-            self_condition: whether the network is given its own prediction first, where it takes one; None for the
+            noise: [N, ...], used unchanged, without offset, pairing or perturbation; None for that of the step.
+            self_condition: whether the network first receives its own prediction, if it takes one; None tosses the
                 step's coin.
 
         Raises:
-            TypeError, ValueError: as `forward`.
+            TypeError, ValueError: see `forward`.
         """
         check_batch(x0, labels)
         return self._losses(x0, t, labels, noise, self_condition, self._draws(len(x0), first_sample, step))
@@ -315,7 +315,7 @@ class GaussianDiffusion(nn.Module):
         return variational_bound(x0, t, true_mean, c.log_posterior, mean, c.model_log_variance(v))
 
     def _noised(self, x0: Tensor, t: Tensor, noise: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return (x_t, target); without `noise`, of the step's noise and what the settings add to it."""
+        """Return (x_t, target); without `noise`, use the step's noise and what the settings add to it."""
         given = noise is not None
         if not given and (self.offset_noise or self.immiscible):
             noise = draws.noise(x0, offset=self.offset_noise, immiscible=self.immiscible)
@@ -335,7 +335,7 @@ class GaussianDiffusion(nn.Module):
         return x_t, target
 
     def _own_prediction(self, x_t: Tensor, t: Tensor, labels: Tensor | None, heads: bool | Tensor) -> Tensor:
-        """Return the network's self-conditioning: on heads its own x0, else zeros."""
+        """Return the network's self-conditioning: its own x0 on heads, else zeros."""
         if heads is False:
             return torch.zeros_like(x_t)
         with torch.no_grad():
@@ -346,9 +346,9 @@ class GaussianDiffusion(nn.Module):
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _run(self, x_t: Tensor, t: Tensor, labels: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the network's prediction and, where the variance is learned, its other half of channels.
+        """Return the network's prediction and, if the variance is learned, the other half of its channels.
 
-        `given`: its self-conditioning; None for zeros, if it takes any.
+        `given`: its self-conditioning; None for zeros, if it takes one.
         """
         net_in = x_t
         if not self.self_condition:

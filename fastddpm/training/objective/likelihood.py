@@ -23,8 +23,8 @@ class BitsPerDim:
     """The variational bound on the negative log-likelihood of N images and its terms, in bits per dimension.
 
     Attributes:
-        total: float64 [N], the bound: the terms of all timesteps and the prior's. Of a part of the timesteps, the
-            estimate in which each stands for T / S.
+        total: float64 [N], the bound: the terms of all timesteps and the prior's. For a part of the timesteps it is
+            an estimate in which each term counts T / S times.
         prior: float64 [N], L_T = KL(q(x_T | x_0) || N(0, I)).
         timesteps: int64 [S], those visited, falling.
         terms: float64 [N, S], at t = 0 the decoder's L_0, else L_t.
@@ -50,18 +50,18 @@ def bits_per_dim(
     timesteps: Tensor | None = None,
     first_sample: int = 0,
 ) -> BitsPerDim:
-    """Return the bound for each image, with one noise per image and timestep, as guided-diffusion's `calc_bpd_loop`.
+    """Return the bound for each image, with one noise per image and timestep, like guided-diffusion's `calc_bpd_loop`.
 
-    The network runs in evaluation mode and in its own precision, or autocast's; all else is float64. The noise of an
-    image is a function of (the diffusion's seed, the image's number, t), whatever the batch size.
+    The network runs in evaluation mode and in its own precision, or autocast's; all other arithmetic is float64. The noise
+    of an image is a function of (the diffusion's seed, the image's number, t), whatever the batch size.
 
     Args:
         diffusion: the model.
         x: [N, C, ...], 8-bit images scaled to [-1, 1]: multiples of 2 / 255 from -1.
-        labels: int64 [N], where the network takes them.
-        batch_size: how many images go through the network at once.
-        timesteps: int64 [S], which to visit, falling; None for all.
-        first_sample: the number of x[0], where x is a part of a larger set.
+        labels: int64 [N], if the network takes them.
+        batch_size: the number of images per pass through the network.
+        timesteps: int64 [S], those to visit, falling; None for all.
+        first_sample: the number of x[0], if x is a part of a larger set.
 
     Raises:
         TypeError, ValueError: `x` is not floating point, there are no images, values are not 8-bit ones, or another

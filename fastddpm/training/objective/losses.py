@@ -1,4 +1,4 @@
-"""The losses of diffusion models, per sample: of what the network predicts, and terms of the variational bound.
+"""Compute losses of diffusion models per sample: errors of the prediction, and terms of the variational bound.
 
 The bound of Ho et al. 2020 (eq. 5) in bits per dimension: at t = 0 the negative log-likelihood of the 8-bit image under
 the decoder, above it KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)).
@@ -42,8 +42,8 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return the log-probability in nats of 8-bit values under a discretised normal (Ho et al. 2020, eq. 13).
 
-    The mass of the bin of width 2 / 255 around each value; the bins of -1 and 1 reach to infinity. It is the true
-    normal's, where OpenAI's code has an approximation of it, and finite however far the tail.
+    This is the mass of the bin of width 2 / 255 around each value; the bins of -1 and 1 reach to infinity. It uses the
+    exact normal distribution, which OpenAI's code approximates, and is finite however far the tail.
 
     Args:
         x: multiples of 2 / 255 from -1 to 1: (2 k - 255) / 255 for k from 0 to 255.
@@ -51,11 +51,11 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: T
     """
     inverse_std = torch.exp(-0.5 * log_variance)
     lower, upper = (x - mean - 1 / 255) * inverse_std, (x - mean + 1 / 255) * inverse_std
-    # Both edges mirrored into the lower tail, where the logarithm of the distribution function keeps its digits.
+    # Mirror both edges into the lower tail, where the logarithm of the distribution function keeps its digits.
     mirrored = lower + upper > 0
     low, high = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
     log_high = torch.special.log_ndtr(high)
-    # Far out both round to the same number.
+    # Far in the tail both round to the same number.
     gap = (torch.special.log_ndtr(low) - log_high).clamp(max=-torch.finfo(log_high.dtype).tiny)
     inside = log_high + torch.log(-torch.expm1(gap))
     below, above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
@@ -71,7 +71,7 @@ def variational_bound(
         x0: 8-bit values in [-1, 1], [N, ...].
         t: int64 [N].
         true_mean, true_log_variance: of q(x_{t-1} | x_t, x_0), broadcastable against `x0`.
-        mean, log_variance: of the model's p(x_{t-1} | x_t), as the others.
+        mean, log_variance: of the model's p(x_{t-1} | x_t), also broadcastable.
     """
     kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
     decoder = -discretized_gaussian_log_likelihood(x0, mean, log_variance)

@@ -1,7 +1,7 @@
-"""Everything random in a training step, as a function of (seed, sample, step) alone.
+"""Draw all random numbers of a training step as a function of (seed, sample, step) alone.
 
-A sample's number counts through the step's global batch, so a step draws the same numbers however that is split over
-processes, and to resume needs no state of a random generator.
+A sample's number is its index in the step's global batch. So a step draws the same numbers however the batch is split
+over processes, and resuming needs no state of a random generator.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Draws:
     """
 
     def __init__(self, seed: int, count: int, first_sample: int, step: int | Tensor, device: torch.device) -> None:
-        """`step`: an int from 0 to 2^32 - 1, or int64 [] or [1].
+        """Draw for `step`: an int from 0 to 2^32 - 1, or int64 [] or [1].
 
         Raises:
-            TypeError, ValueError: `step` or `first_sample` is not that.
+            TypeError, ValueError: `step` or `first_sample` has a wrong type or value.
         """
         if first_sample < 0:
             raise ValueError(f"first_sample is {first_sample}, must be at least 0")
@@ -56,7 +56,7 @@ class Draws:
             raise ValueError(f"step is {step}, must be from 0 to 2^32 - 1")
         else:
             self.step = torch.full((1,), step, dtype=torch.int64, device=device)
-        # Sample 0 has the words of the whole batch, wherever it is.
+        # The words of the whole batch are those of sample 0, whichever process has it.
         keys = torch.cat([noise_keys(seed, 1, 0, device), self.keys])
         words = random_words(keys, self.step, STREAM_TRAINING, 4)
         self.timestep, self.label, self.rotation, self.coin = words[1:, 0], words[1:, 1], words[0, 2], words[0, 3]
@@ -66,7 +66,7 @@ class Draws:
         return self.label < round(share * 2**32)
 
     def heads(self) -> bool | Tensor:
-        """Toss a coin for the whole batch: a bool if that waits for no device and breaks no graph, else a tensor."""
+        """Toss a coin for the whole batch: a bool if reading it needs no wait and breaks no graph, else a tensor."""
         if torch.compiler.is_compiling() or (isinstance(self._given, Tensor) and self._given.device.type != "cpu"):
             return self.coin < 2**31
         step = self._given.reshape(1) if isinstance(self._given, Tensor) else self._given
@@ -88,14 +88,14 @@ class Draws:
         return z.index_select(0, nearest_noise(x0, z)) if immiscible else z
 
     def perturbation(self, x0: Tensor) -> Tensor:
-        """Return noise that is not in the target: float32 like `x0`."""
+        """Return the noise that is added to the input but not to the target: float32 like `x0`."""
         return normal(self.keys, x0.shape[1:], step=self.step, stream=STREAM_PERTURBATION)
 
 
 def nearest_noise(x0: Tensor, noise: Tensor) -> Tensor:
-    """Return which noise goes to which sample so that the sum of distances is least: a permutation int64 [N].
+    """Return the assignment of noise to samples with the least sum of distances: a permutation int64 [N].
 
-    Waits for the device, and cannot be compiled: scipy solves the assignment on the host.
+    The function waits for the device and cannot be compiled: scipy solves the assignment on the host.
     """
     from scipy.optimize import linear_sum_assignment
 

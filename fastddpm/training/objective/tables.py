@@ -1,4 +1,4 @@
-"""Tables by timestep for training steps and likelihoods; they stay float64."""
+"""Hold tables by timestep for training steps and likelihoods; they stay float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Coefficients(NamedTuple):
     log_fixed: Tensor
 
     def pred_x0(self, x_t: Tensor, out: Tensor) -> Tensor:
-        """Return the x0 that the network's output stands for."""
+        """Return the x0 that the network's output implies."""
         return self.of_x_t * x_t + self.of_output * out
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ class Tables(nn.Module):
         p2_gamma: float,
         p2_k: float,
     ) -> None:
-        """Arguments and errors as those of `GaussianDiffusion`."""
+        """Take the arguments of `GaussianDiffusion` and raise its errors."""
         super().__init__()
         if variance_type not in VARIANCE_TYPES:
             raise ValueError(f"variance_type is {variance_type!r}, must be one of {', '.join(VARIANCE_TYPES)}")
         bar = schedule.alphas_cumprod
         falling = torch.arange(schedule.num_train_timesteps - 1, -1, -1)
-        # guided-diffusion's value of the log-variance at t = 0 is the one that gives its decoder a finite width.
+        # guided-diffusion chooses the log-variance at t = 0 so that its decoder has a finite width.
         table = ddpm_table(
             schedule,
             falling,
@@ -111,7 +111,7 @@ class Tables(nn.Module):
         )
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """Return the coefficients at t int64 [N], in the dtype of `like` [N, ...] and to broadcast against it."""
+        """Return the coefficients at t int64 [N], in the dtype of `like` [N, ...] and broadcastable to it."""
         rows = self.rows.index_select(0, t).to(like.dtype)
         return Coefficients(*rows.view(len(t), -1, *[1] * (like.ndim - 1)).unbind(1))
 

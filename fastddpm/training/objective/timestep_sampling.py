@@ -9,23 +9,23 @@ from torch import Tensor, nn
 KINDS = ("uniform", "stratified", "importance")
 
 _HISTORY = 10  # losses kept per timestep
-_UNIFORM_SHARE = 0.001  # so that no timestep is forgotten
+_UNIFORM_SHARE = 0.001  # keeps every timestep possible
 
 
 class TimestepSampler(nn.Module):
-    """Draw timesteps from random words, so that they are the same wherever they are drawn.
+    """Draw timesteps from random words, so that they are the same on every device and process.
 
     "uniform": each alone. "stratified": the global batch's are spread evenly over all timesteps, turned together by one
     random number, so that each is still uniform (Kingma et al. 2021, appendix I.1). "importance": in proportion to the
     root of the mean square of a timestep's last 10 losses, weighted back (Nichol & Dhariwal 2021, eq. 18); uniform
-    until every timestep has had 10. What it remembers is in the state dict.
+    until every timestep has had 10. The state dict holds this history.
     """
 
     history: Tensor
     counts: Tensor
 
     def __init__(self, kind: str, num_train_timesteps: int) -> None:
-        """Raise ValueError where `kind` is not known."""
+        """Raise ValueError if `kind` is not known."""
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"timestep_sampling is {kind!r}, must be one of {', '.join(KINDS)}")
@@ -41,7 +41,7 @@ class TimestepSampler(nn.Module):
             words: a random 32-bit word per sample, int64 [N].
             shared: one for the whole global batch, int64 [].
             indices: the samples' numbers within the global batch, int64 [N].
-            global_batch: how many there are.
+            global_batch: the size of the global batch.
         """
         ones = torch.ones_like(words, dtype=torch.float32)
         if self.kind == "importance":
@@ -67,18 +67,18 @@ class TimestepSampler(nn.Module):
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the losses [N] at t int64 [N], of all processes in the order of ranks.
 
-        Every process must bring as many. Those that are not finite are not remembered.
+        Every process must contribute equally many. Losses that are not finite are skipped.
         """
         if self.kind != "importance":
             return
         losses = losses.float()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             t, losses = _gather(t), _gather(losses)
-        # One infinite loss in the history would make every probability, and so every later loss, NaN. T is no timestep:
-        # what stands there goes into the places that are dropped.
+        # One infinite loss in the history would make every probability, and so every later loss, NaN. T is not a timestep:
+        # its entries go into the places that are dropped.
         t = torch.where(losses.isfinite(), t, self.num_train_timesteps)
         counts = torch.cat([self.counts, self.counts.new_zeros(1)])
-        # A timestep's losses go around its row; of those that come at once, the last 10 count.
+        # A timestep's row is a ring buffer; of losses that arrive at once, the last 10 count.
         order = torch.argsort(t, stable=True)
         t, losses = t.index_select(0, order), losses.index_select(0, order)
         place = torch.arange(len(t), device=t.device)

@@ -1,4 +1,4 @@
-"""Weights of the loss by timestep, the same for every prediction type.
+"""Compute weights of the loss by timestep that give every prediction type the same loss.
 
 A weighting is a function W(SNR) on the squared error of x_0, SNR_t = abar_t / (1 - abar_t). At given x_t an error d in
 x_0 is one of sqrt(SNR) d in epsilon and of sqrt(SNR + 1) d in v, so the same loss has the weights W / SNR and
@@ -39,7 +39,7 @@ def loss_weights(
         p2_k: above 0.
 
     Raises:
-        TypeError, ValueError: an argument that is not known or out of its range.
+        TypeError, ValueError: an argument is unknown or out of range.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting is {weighting!r}, must be one of {', '.join(WEIGHTINGS)}")

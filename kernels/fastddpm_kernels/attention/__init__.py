@@ -1,4 +1,4 @@
-"""Self-attention over pixels in place, from queries, keys and values that one product has made side by side.
+"""Compute self-attention over pixels in place, from queries, keys and values that one product wrote side by side.
 
     y = softmax(q k^T / sqrt(head_dim)) v          for every head
 
@@ -38,9 +38,9 @@ def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: st
         backend: `"auto"`, `"native"`, `"eager"` (torch's `scaled_dot_product_attention`) or `"reference"`.
 
     Raises:
-        TypeError: an argument is not a tensor, or of a dtype that is not taken.
+        TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: a shape, device or memory format that does not fit.
-        BackendError: the backend that was named cannot run here.
+        BackendError: the named backend cannot run here.
     """
     _check(y, qkv, heads, head_dim)
 

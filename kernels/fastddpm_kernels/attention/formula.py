@@ -1,4 +1,4 @@
-"""Attention in plain torch: `eager` is torch's own, `reference` the definition in float64."""
+"""Compute attention in plain torch: `eager` is torch's own, `reference` the definition in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 
 def attention_by_torch(qkv: Tensor, heads: int, head_dim: int, backend: str = "eager") -> Tensor:
-    """Return what `attention_` writes, unchecked, in new memory, channels-last: torch writes to no given place."""
+    """Return the result of `attention_`, unchecked, in new channels-last memory: torch has no `out` argument here."""
     n, _, height, width = qkv.shape
     q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts(qkv, heads, head_dim))
     out = softmax_attention(q, k, v, backend)

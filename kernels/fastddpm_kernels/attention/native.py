@@ -1,4 +1,4 @@
-"""Calls of the native attention. Tensors are all float32, or all bfloat16 with strides and channels of a head even."""
+"""Call the native attention. Tensors are all float32, or all bfloat16 with even strides and channels per head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastddpm_kernels.native.binding import THREADS, bind
 def bind_attention(
     y: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, statistics: Tensor | None = None
 ) -> Callable[[], None]:
-    """Return what writes the attention to `y` and, for gradients, `statistics` [N, heads, 2, P], float32.
+    """Return a function that writes the attention to `y` and, for gradients, `statistics` [N, heads, 2, P], float32.
 
     y, q, k and v are [N, P, heads * ..], channels adjacent and pixels one stride apart, also from one sample to the
     next.
@@ -29,7 +29,7 @@ def attention_gradient(
     dq: Tensor, dk: Tensor, dv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor, heads: int,
     scale: float,
 ) -> None:  # fmt: skip
-    """Write the gradients `dq`, `dk` and `dv`; all tensors are contiguous, and as in `bind_attention`."""
+    """Write the gradients `dq`, `dk` and `dv`; all tensors are contiguous, with the shapes of `bind_attention`."""
     n, pixels, _ = q.shape
     bind(
         "fastddpm_attention_gradient", dq, dk, dv, dy, q, k, v, statistics, n, pixels, heads, q.shape[2] // heads,

@@ -1,9 +1,9 @@
-"""Attention with gradients; on the CPU by the native kernels of `attention_`.
+"""Compute attention with gradients; on the CPU by the native kernels of `attention_`.
 
     attention    softmax(q k^T / sqrt(head_dim)) v          for every head
 
-Scores are not stored: the gradient computes them again from q, k and, of every query, the largest score and the sum of
-the exponentials (Dao et al. 2022, arXiv:2205.14135).
+Scores are not stored: the gradient computes them again from q, k and each query's largest score and sum of
+exponentials (Dao et al. 2022, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BACKENDS = ("native", "eager", "reference")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: str = "auto") -> Tensor:
-    """Return the attention of every pixel to all, differentiable in every tensor.
+    """Return the attention of every pixel to all pixels, differentiable in every tensor.
 
     Args:
         q, k: `[N, P, heads * head_dim]`.
@@ -66,7 +66,7 @@ def resolve_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, backend: str 
     "fastddpm::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, int heads) -> (Tensor, Tensor)"
 )
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Return the result, and what its gradient needs of the scores [N, heads, 2, P]."""
+    """Return the result and the statistics of the scores [N, heads, 2, P] that its gradient needs."""
     y, statistics = _attention_fake(q, k, v, heads)
     if y.numel():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

@@ -1,4 +1,4 @@
-"""Convolutions of a diffusion U-Net in place, with concatenation, upsampling, bias and residual.
+"""Compute the convolutions of a diffusion U-Net in place, with concatenation, upsampling, bias and residual.
 
     y = conv(upsample(concat(x, x2)), weight) + bias + residual
 
@@ -14,7 +14,7 @@ definition. Weights are transformed in float64 and rounded once. In bfloat16, on
 winograd4, whose error is too large; winograd2 takes 9 multiplications for 2x2 outputs after upsampling.
 
 Memory traffic: each input and output once. The packed weights of winograd4 are 4 times as large as those of the
-convolution, of winograd2 1.8 times; for few pixels that decides, and `choose_algorithm` weighs both.
+convolution, of winograd2 1.8 times. For few pixels this dominates, and `choose_algorithm` weighs both.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def conv_(
         backend: `"auto"`, `"native"`, `"eager"` or `"reference"`.
 
     Raises:
-        TypeError: an argument is not a tensor, or of a dtype that is not taken.
+        TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: a shape, device, memory format or value that does not fit.
-        BackendError: the backend that was named cannot run here.
+        BackendError: the named backend cannot run here.
     """
     kernel, inner = _check(y, x, weight, x2, bias, residual, stride, padding, upsample)
     packed, channels2, algorithm = False, 0 if x2 is None else x2.shape[1], ""

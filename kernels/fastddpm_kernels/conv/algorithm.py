@@ -18,10 +18,10 @@ def choose_algorithm(
     n: int, height: int, width: int, in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1,
     padding: int = 1, upsample: bool = False, threads: int | None = None, dtype: torch.dtype = torch.float32,
 ) -> str:  # fmt: skip
-    """Return the fastest algorithm where a tuned table has it, else the one that should be: see `likely_algorithm`.
+    """Return the fastest algorithm from a tuned table, else the one predicted by `likely_algorithm`.
 
     Args:
-        n, height, width, in_channels: of the input, `height` and `width` before it is upsampled.
+        n, height, width, in_channels: of the input, `height` and `width` before upsampling.
         out_channels, kernel, stride, padding, upsample: of the convolution.
         threads: None for torch's.
         dtype: float32 or bfloat16.
@@ -47,9 +47,9 @@ def likely_algorithm(
     n: int, height: int, width: int, in_channels: int, out_channels: int, upsample: int, threads: int, *,
     dtype: torch.dtype = torch.float32,
 ) -> str:  # fmt: skip
-    """Return the algorithm of least cost for a 3x3 convolution of stride 1 that pads by 1.
+    """Return the cheapest algorithm for a 3x3 convolution of stride 1 that pads by 1.
 
-    It weighs multiplications against the bytes of the packed weights, which count most for few pixels.
+    It weighs multiplications against the bytes of the packed weights, which matter most for few pixels.
     """
     factor, half = 2 if upsample else 1, dtype == torch.bfloat16
     height, width, pairs = height * factor, width * factor, in_channels * out_channels

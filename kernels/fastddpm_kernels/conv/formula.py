@@ -1,4 +1,4 @@
-"""The convolution in plain torch: `eager` computes it in x's dtype, `reference` in float64."""
+"""Compute the convolution in plain torch: `eager` in x's dtype, `reference` in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of the native convolutions. All tensors are channels-last, all float32 or all bfloat16, biases float32."""
+"""Call the native convolutions. All tensors are channels-last, all float32 or all bfloat16, biases float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bind_conv(
     y: Tensor, x: Tensor, weight: PackedWeight, x2: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     stride: int, padding: int,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what writes the convolution of concat(x, x2), plus bias and residual, to `y`.
+    """Return a function that writes the convolution of concat(x, x2), plus bias and residual, to `y`.
 
     In bfloat16 "direct" takes even numbers of channels, and there is no "winograd4".
     """
@@ -36,7 +36,7 @@ def bind_conv(
 def conv3x3(
     y: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, tile: int, *, adjoint: bool = False
 ) -> None:
-    """Write the 3x3 convolution of concat(x, x2) to `y`; `weight` [O, C + C2, 3, 3], of any strides, is packed anew.
+    """Write the 3x3 convolution of concat(x, x2) to `y`, packing `weight` [O, C + C2, 3, 3], of any strides, each time.
 
     Args:
         tile: output pixels of a tile's side.

@@ -16,7 +16,7 @@ TILE = {"winograd4": 4, "winograd2": 2}
 # The finite points at which the polynomials are evaluated, in the order of the kernel (`winograd.cpp`); then infinity.
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 1.0, -1.0, 0.625, -0.625)}
 _VANISHING = 2  # the point -1, of an upsampled image
-# What an output row of each parity sees of an upsampled image: the taps of a 3x3 kernel that fall on one input row.
+# The taps of a 3x3 kernel that fall on one input row of an upsampled image, for an output row of each parity.
 _PHASES = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 
 
@@ -25,11 +25,11 @@ class PackedWeight:
     """A weight as a native algorithm reads it.
 
     Attributes:
-        values: of `packed_values`, in the dtype of the convolution; may be filled anew.
+        values: of `packed_values`, in the dtype of the convolution; may be overwritten.
         algorithm: one of `ALGORITHMS`.
         in_channels, out_channels, kernel: of the weight [out_channels, in_channels, kernel, kernel].
         upsample: whether it is to be applied to an image upsampled by two.
-        channels2: how many of `in_channels` are those of x2.
+        channels2: the number of `in_channels` that belong to x2.
     """
 
     values: Tensor

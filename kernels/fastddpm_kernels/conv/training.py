@@ -1,4 +1,4 @@
-"""3x3 convolutions of stride 1 and padding 1 with gradients; on the CPU by fewer multiplications.
+"""Compute 3x3 convolutions of stride 1 and padding 1 with gradients; on the CPU with fewer multiplications.
 
     conv3x3    conv2d(concat(x, x2), weight, bias, padding=1)
 

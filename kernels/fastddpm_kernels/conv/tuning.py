@@ -1,4 +1,4 @@
-"""Tune 3x3 convolutions: the algorithm on a CPU; on a GPU, of an upsampled image, transposed or as they are written."""
+"""Tune 3x3 convolutions: the algorithm on a CPU; on a GPU, the transposed or two-step form for upsampled images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastddpm_kernels.tuning import Operands, Task, nearest_first
 
 
 class UpsampleTask(Task):
-    """Upsampling by two and a 3x3 convolution without bias, as a frozen U-Net runs them."""
+    """Upsampling by two and a 3x3 convolution without bias, as in a frozen U-Net."""
 
     def candidates(self) -> list[Choice]:
         return [{"implementation": "transposed"}, {"implementation": "plain"}]
@@ -46,7 +46,7 @@ class UpsampleTask(Task):
                 o["y"].copy_(F.conv2d(o["doubled"], o["plain"], padding=1))
 
         def transposed() -> None:
-            if on_gpu:  # in a new place: it cannot be told one
+            if on_gpu:  # it returns new memory: cuDNN's op has no `out`
                 o["y"] = cudnn_conv_transpose(o["x"], o["transposed"], tf32)
             else:
                 o["y"].copy_(F.conv_transpose2d(o["x"], o["transposed"], stride=2, padding=1))

@@ -1,4 +1,4 @@
-"""A 3x3 convolution of an image upsampled by two, on GPUs: as it is written, or as one transposed convolution."""
+"""Compute a 3x3 convolution of an image upsampled by two on GPUs: in two steps, or as one transposed convolution."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 # Rows of a 4x4 transposed convolution of stride 2, in rows of a 3x3 convolution of the upsampled image: output row 2i
 # sees input rows i - 1 (weight row 0) and i (rows 1 and 2), output row 2i + 1 sees i (0 and 1) and i + 1.
 _TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
-# Of cuDNN: measure the algorithms for a shape when it first occurs; leave out those that add up in any order.
+# For cuDNN: benchmark the algorithms when a shape first occurs, and exclude nondeterministic ones.
 _BENCHMARK = _DETERMINISTIC = True
 
 
 def transposed_weight(weight: Tensor) -> Tensor:
     """Return the weight of the transposed convolution (stride 2, padding 1) that upsamples by two and convolves.
 
-    It takes 16 multiplications per input pixel and pair of channels in place of 36.
+    It takes 16 multiplications per input pixel and pair of channels instead of 36.
 
     Args:
         weight: [O, I, 3, 3], of the convolution.
@@ -37,14 +37,14 @@ def double_(y: Tensor, x: Tensor) -> None:
 
 
 def cudnn_conv(x: Tensor, weight: Tensor, stride: int, padding: int, allow_tf32: bool, out: Tensor) -> None:
-    """Write `F.conv2d` to `out`, by the fastest algorithm that gives the same bits every time."""
+    """Write `F.conv2d` to `out` by the fastest deterministic algorithm."""
     torch.ops.aten.cudnn_convolution.out(
         x, weight, [padding] * 2, [stride] * 2, [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32, out=out
     )
 
 
 def cudnn_conv_transpose(x: Tensor, weight: Tensor, allow_tf32: bool) -> Tensor:
-    """Return `F.conv_transpose2d` of stride 2 and padding 1, as `cudnn_conv`. Torch has no form with a given place."""
+    """Return `F.conv_transpose2d` of stride 2 and padding 1, deterministic; torch's op has no `out` argument."""
     return torch.ops.aten.cudnn_convolution_transpose.default(
         x, weight, [1, 1], [0, 0], [2, 2], [1, 1], 1, _BENCHMARK, _DETERMINISTIC, allow_tf32
     )

@@ -1,4 +1,4 @@
-"""Normalisation, FiLM and SiLU in one op, as they stand before every convolution of a diffusion U-Net.
+"""Fuse the normalisation, FiLM and SiLU that precede every convolution of a diffusion U-Net.
 
     group_norm_silu    silu(film(group_norm(concat(x, x2) + time_bias)))       DDPM, guided-diffusion, diffusers
     group_norm_silu_   the same of concat(x + residual, x2), in place, without allocation; it may write the sum too
@@ -97,9 +97,9 @@ def group_norm_silu(
         `[N, C + C2, ...]` in x's dtype and memory format; from `native` always channels-last.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
+        TypeError: an argument is not a floating tensor, or has an unsupported dtype.
         ValueError: a shape, device or value that does not fit.
-        BackendError: the backend that was named cannot run here.
+        BackendError: the named backend cannot run here.
     """
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
     channels = check_tensors(x, x2, {"weight": weight, "bias": bias}, rows)
@@ -137,9 +137,9 @@ def group_norm_silu_(
 ) -> Callable[[], object]:
     """Write `group_norm_silu` of `concat(x + residual, x2)` to `y`, `x + residual` to `total`. Not differentiable.
 
-    The end of one residual block and the start of the next, for loops over static buffers: on `triton` one or two
-    launches (`group_norm_silu_launches`) that allocate nothing, given a workspace. On every backend the sum is
-    rounded to x's dtype, as if written and read again, and it is the rounded sum that is normalised.
+    This op ends one residual block and starts the next, for loops over static buffers. On `triton` it takes one or two
+    launches (`group_norm_silu_launches`) that allocate nothing, given a workspace. Every backend rounds the sum to x's
+    dtype, as if written and read again, and normalises the rounded sum.
 
     Args:
         y: `[N, C + C2, ...]`, overwritten. May be `x` or `residual` itself where there is no `x2`.
@@ -154,12 +154,12 @@ def group_norm_silu_(
             another. Without it a call that needs one allocates it.
         backend: `"auto"`, `"triton"`, `"native"`, `"eager"` or `"reference"`.
 
-    Apart from what is named above, nothing that is written may overlap anything else.
+    Outputs may not overlap any other tensor, except as stated above.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
+        TypeError: an argument is not a floating tensor, or has an unsupported dtype.
         ValueError: a shape, device, memory format, overlap or value that does not fit.
-        BackendError: the backend that was named cannot run here.
+        BackendError: the named backend cannot run here.
     """
     rows = {"time_bias": time_bias, "scale": scale, "shift": shift}
     channels = check_tensors(x, x2, {"weight": weight, "bias": bias}, rows)
@@ -214,7 +214,7 @@ def group_norm_silu_(
 
 
 def group_norm_silu_workspace(x: Tensor, channels: int, num_groups: int) -> int:
-    """Return how many float32 elements `group_norm_silu_` on `triton` needs as its workspace; 0 if it needs none.
+    """Return the number of float32 elements that `group_norm_silu_` needs as its `triton` workspace; 0 if none.
 
     Args:
         x: of the call, but its values do not matter: for one without any (on device `meta`) the answer is that of a
@@ -232,7 +232,7 @@ def group_norm_silu_workspace(x: Tensor, channels: int, num_groups: int) -> int:
 def group_norm_silu_launches(x: Tensor, channels: int, num_groups: int) -> int:
     """Return how many kernels `group_norm_silu_` launches on `triton`: 1 or 2, or 0 for an empty batch.
 
-    Args and raises: as `group_norm_silu_workspace`.
+    Args and Raises: see `group_norm_silu_workspace`.
     """
     check_groups(channels, num_groups)
     if x.numel() == 0:
@@ -251,7 +251,7 @@ def rms_norm_silu(
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """Return the RMS norm over the channels of each pixel, as denoising_diffusion_pytorch's `RMSNorm` does.
+    """Return the RMS norm over the channels of each pixel, like denoising_diffusion_pytorch's `RMSNorm`.
 
     `silu(h / max(|h|_2, eps) * weight * sqrt(C) * (1 + scale) + shift)` with `h = concat(x, x2)` and the norm taken
     over the channels (Zhang & Sennrich 2019, arXiv:1910.07467, without its mean). Differentiable in every tensor.
@@ -259,7 +259,7 @@ def rms_norm_silu(
     Args:
         x: `[N, C, ...]`, as in `group_norm_silu`.
         weight: `[C + C2]`, any floating dtype.
-        eps: the least norm that is divided by.
+        eps: the smallest divisor.
         x2, scale, shift, activation, backend: as in `group_norm_silu`.
 
     Returns:

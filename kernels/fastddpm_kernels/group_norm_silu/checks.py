@@ -1,4 +1,4 @@
-"""Check the arguments of the norms. An error is one line: the argument, what it was, what it may be."""
+"""Check the arguments of the norms. An error is one line: the argument, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_in_place(
     workspace: Tensor | None,
     channels: int,
 ) -> None:
-    """Check what `group_norm_silu_` takes and `group_norm_silu` does not."""
+    """Check the arguments that only `group_norm_silu_` takes."""
     if total is not None and residual is None:
         raise ValueError("total is given without residual, must be None: it is x itself")
     own = tuple(x.shape)
@@ -74,7 +74,7 @@ def check_in_place(
     check_like(x, shapes, {"y": y, "residual": residual, "total": total, "x2": x2})
     if total is not None:
         check_apart("y", y, "total", total)
-    if x2 is not None:  # else an element of y is written by whoever has read the same element of x and residual
+    if x2 is not None:  # else the program that writes an element of y has read the same element of x and residual
         for name, value in {"x": x, "residual": residual, "x2": x2}.items():
             if value is not None:
                 check_apart("y", y, name, value)
@@ -96,7 +96,7 @@ def check_apart(written: str, value: Tensor, read: str, other: Tensor) -> None:
 
 
 def check_adjacent(values: dict[str, Tensor | None]) -> None:
-    """Raise ValueError where neighbouring channels are not adjacent, for a copy would allocate."""
+    """Raise ValueError where neighbouring channels are not adjacent, since a copy would allocate."""
     for name, value in values.items():
         if value is not None and value.stride(-1) != 1 and value.shape[-1] > 1:
             raise ValueError(f"{name} has strides {value.stride()}, must be 1 from channel to channel")

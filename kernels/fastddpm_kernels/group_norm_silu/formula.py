@@ -1,4 +1,4 @@
-"""The normalisations in plain torch: the specification in float64, and idiomatic torch in the input's own dtype."""
+"""Compute the norms in plain torch: the specification in float64, and idiomatic torch in the input's own dtype."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def group_norm_eager_(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, x2: Tensor | None,
     time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool,
 ) -> None:  # fmt: skip
-    """Write `group_norm_eager`, bit for bit, to y, its scratch as well; y may be x where there is no x2."""
+    """Write exactly the bits of `group_norm_eager` to y, which also serves as scratch; y may be x without x2."""
     h = x if x2 is None else torch.cat((x, x2), 1, out=y)
     if time_bias is not None:
         h = torch.add(h, per_channel(time_bias.to(h.dtype), h), out=y)
@@ -54,7 +54,7 @@ def group_norm_eager_(
 
 
 def rms_norm_input(x: Tensor, x2: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return x and x2 with their parts of `bias` [C + C2] added."""
+    """Return x and x2, each with its part of `bias` [C + C2] added."""
     if bias is None:
         return x, x2
     own = per_channel(bias.to(x.dtype), x)

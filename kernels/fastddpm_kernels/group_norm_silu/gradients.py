@@ -1,6 +1,6 @@
-"""The norms as custom ops with gradients, by triton or native kernels: shapes, launches, formulas of the gradients.
+"""Define the norms as custom ops with gradients, by triton or native kernels: shapes, launches, gradient formulas.
 
-The fake of an op allocates what the op returns, in x's memory format; the op itself calls the fake and launches.
+The fake of an op allocates the results in x's memory format; the op itself calls the fake and launches kernels.
 `triton` modules are imported at the first launch.
 """
 
@@ -24,12 +24,12 @@ def _empty_gradients(dy: Tensor, x: Tensor, x2: Tensor | None, sums: int) -> tup
 
 
 def _dense(x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return both in x's format, contiguous if it is neither that nor channels-last."""
+    """Return both in x's format, or contiguous if x is neither contiguous nor channels-last."""
     return in_format_of(x, x), None if x2 is None else in_format_of(x, x2)
 
 
 def _for_native(x: Tensor, x2: Tensor | None, *vectors: Tensor | None) -> tuple[Any, ...]:
-    """Return what native kernels take: x and x2 channels-last, vectors and rows float32, their channels adjacent."""
+    """Convert for native kernels: x and x2 to channels-last, vectors and rows to float32 with adjacent channels."""
     dense = [None if v is None else v.float() if v.stride(-1) == 1 else v.float().contiguous() for v in vectors]
     return channels_last(x), None if x2 is None else channels_last(x2), *dense
 

@@ -1,4 +1,4 @@
-"""Calls of the native norms. Images are channels-last, all float32 or all bfloat16; vectors and rows float32."""
+"""Call the native norms. Images are channels-last, all float32 or all bfloat16; vectors and rows float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def bind_group_norm(
     residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
     shift: Tensor | None, silu: bool, *, mean: Tensor | None = None, rstd: Tensor | None = None,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what writes `y` and, with a residual, `total`; for gradients also `mean` and `rstd` [N, num_groups]."""
+    """Return a function that writes `y`, with a residual `total`, and for gradients `mean`, `rstd` [N, num_groups]."""
     return bind(
         "fastddpm_group_norm", y, x, x2, residual, total, weight, bias, time_bias, scale, shift,
         *map(row_stride, (time_bias, scale, shift)), *_sizes(x, x2), num_groups, eps, silu, x.dtype == torch.bfloat16,
@@ -29,7 +29,7 @@ def group_norm_gradient(
     bias: Tensor, mean: Tensor, rstd: Tensor, time_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     silu: bool,
 ) -> None:  # fmt: skip
-    """Write `dx`, `dx2` and `sums` [3, N, C + C2], over the pixels, from which all other gradients follow."""
+    """Write `dx`, `dx2` and the sums over pixels `sums` [3, N, C + C2], from which all other gradients follow."""
     bind(
         "fastddpm_group_norm_gradient", dx, dx2, sums, dy, x, x2, weight, bias, mean, rstd, time_bias, scale, shift,
         *map(row_stride, (time_bias, scale, shift)), *_sizes(x, x2), mean.shape[1], silu, x.dtype == torch.bfloat16,
@@ -41,7 +41,7 @@ def bind_rms_norm(
     y: Tensor, x: Tensor, weight: Tensor, eps: float, x2: Tensor | None, residual: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, silu: bool,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what writes `y`."""
+    """Return a function that writes `y`."""
     return bind(
         "fastddpm_rms_norm", y, x, x2, residual, weight, scale, shift, row_stride(scale), row_stride(shift),
         *_sizes(x, x2), eps, silu, x.dtype == torch.bfloat16, THREADS,

@@ -1,4 +1,4 @@
-"""Cut a call of a norm into programs: arithmetic on shapes, which needs no triton."""
+"""Divide a call of a norm into programs: arithmetic on shapes, without triton."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastddpm_kernels import tuned
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of what a kernel holds.
+    """The limits of a kernel's registers and splits.
 
     Attributes:
         one_pass_elements: the largest slab that a program holds in registers.
-        tile_elements: of a tile where a program loops over several.
-        thread_elements: of a tile in each thread (of a warp of 32), which sets the number of warps.
-        max_splits: of the pixels, where a slab is larger; every program of the second pass reads what all splits
-            of the first have found.
+        tile_elements: the elements of a tile where a program loops over several.
+        thread_elements: the elements of a tile per thread (of a warp of 32), which sets the number of warps.
+        max_splits: the most splits of the pixels, where a slab is larger; every program of the second pass reads the
+            results of all splits of the first.
     """
 
     one_pass_elements: int
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is cut into programs: slabs of whole groups, times splits of the pixels into tiles."""
+    """The division of a call into programs: slabs of whole groups, times splits of the pixels into tiles."""
 
     one_pass: bool
     slabs: int
@@ -57,7 +57,7 @@ def make_plan(x: Tensor, channels: int, groups: int, processors: int, limits: Li
     Args:
         x: gives batch, pixels, dtype and memory format.
         channels, groups: of x and x2 together.
-        processors: to be filled.
+        processors: the number to fill.
         limits: of the kernels.
     """
     pixels = math.prod(x.shape[2:])
@@ -90,7 +90,7 @@ def _make_plan(
     block_p = _power_of_2(pixels)
     slab = narrowest(32)  # a sector
     if batch * slabs(slab) < processors or block_p * width(slab) > limits.one_pass_elements:
-        # A thread's widest load: half a sector. The neighbour that wants the other half finds it in L2.
+        # A thread's widest load: half a sector. The neighbour that needs the other half finds it in L2.
         slab = narrowest(16)
     elements, idle = block_p * width(slab), batch * slabs(slab) < processors // 4
     one_pass = elements <= (limits.tile_elements if idle else limits.one_pass_elements)
@@ -108,7 +108,7 @@ def _make_plan(
             slab *= 2
         block_p = max(limits.tile_elements // width(slab), 1)
         all_tiles = -(-pixels // block_p)
-        # Many programs, with tiles enough to pay for reading the other splits' sums; but first a full chip.
+        # Many programs, with enough tiles to pay for reading the other splits' sums; but first a full chip.
         programs = batch * slabs(slab)
         splits = min(-(-8 * processors // programs), -(-all_tiles // 4))
         splits = max(splits, min(-(-2 * processors // programs), all_tiles))
@@ -127,19 +127,19 @@ def num_processors(device: torch.device) -> int:
     return 132 if device.type == "meta" else 4
 
 
-# Of the forward kernels of `group_norm_silu`.
+# The limits of the forward kernels of `group_norm_silu`.
 LIMITS = Limits(one_pass_elements=32768, tile_elements=8192, thread_elements=32, max_splits=128)
-# Of its backward kernels: fewer elements, because two tiles are held; fewer splits, because the sums are per channel.
+# The limits of its backward kernels: two tiles mean fewer elements, and sums per channel mean fewer splits.
 # 8 elements to a thread: with 16, one of the kernels spills under triton 3.6.
 BACKWARD_LIMITS = Limits(one_pass_elements=8192, tile_elements=4096, thread_elements=8, max_splits=32)
 
 
-# A tile that no kernel could hold, whatever a table says.
+# Tiles above this fit no kernel, whatever a table says.
 LARGEST_TILE = 2**17
 
 
 def forward_plan(x: Tensor, channels: int, groups: int) -> Plan:
-    """Return the plan of `group_norm_silu`, forward, on x's device: a tuned one, or the heuristics'."""
+    """Return the plan of `group_norm_silu`, forward, on x's device: a tuned or a heuristic one."""
     plan = _tuned_plan("group_norm_silu", x, channels, groups)
     return make_plan(x, channels, groups, num_processors(x.device), LIMITS) if plan is None else plan
 
@@ -147,8 +147,8 @@ def forward_plan(x: Tensor, channels: int, groups: int) -> Plan:
 def in_place_plan(x: Tensor, channels: int, groups: int, workspace: int | None = None) -> Plan:
     """Return the plan of `group_norm_silu_`, whether or not it has a residual.
 
-    `workspace`: its elements, if it exists. A tuned plan that needs more is not taken: what was bound before a shape
-    was tuned runs as before.
+    `workspace`: its elements, if it exists. A tuned plan that needs more is not used, so an op that was bound before
+    the shape was tuned runs as before.
     """
     plan = _tuned_plan("group_norm_silu_", x, channels, groups)
     if plan is not None and (workspace is None or forward_workspace(x, groups, plan) <= workspace):
@@ -164,7 +164,7 @@ def backward_plan(x: Tensor, channels: int, groups: int, limits: Limits = BACKWA
 
 
 def heuristic_plan(op: str, shape: tuple[int, ...], itemsize: int, processors: int) -> Plan:
-    """Return the heuristics' plan of one of the `group_norm_silu` for a tuned shape."""
+    """Return the heuristic plan of a `group_norm_silu` op for a tuned shape."""
     batch, pixels, channels, second, groups, last = shape
     if op != "group_norm_silu_":
         limits = LIMITS if op == "group_norm_silu" else BACKWARD_LIMITS
@@ -186,13 +186,13 @@ def derived_plan(
     splits: int = 1,
     per_channel: bool = False,
 ) -> Plan | None:
-    """Return the plan of a tuned choice, right whatever the choice is; None if no kernel could hold it.
+    """Return the plan of a tuned choice, correct for any choice; None if no kernel could hold it.
 
     Args:
         batch, pixels, channels, groups: of the call; the channels of x and x2 together.
         one_pass, slab_groups, num_warps: as in `Plan`.
-        block_p, splits: as there, of two passes.
-        per_channel: whether the second pass reads sums of every channel, as the gradient's does.
+        block_p, splits: as in `Plan`, for two passes.
+        per_channel: whether the second pass reads sums of every channel, as in the gradient.
     """
     pixels, slab = max(pixels, 1), min(slab_groups, groups)
     width = _power_of_2(slab * (channels // groups))
@@ -239,8 +239,8 @@ def _in_place_plan(
         return _make_plan(shape[0], pixels, itemsize, channels_last, channels, groups, processors, limits)
 
     plan = plan_within(limits)
-    # A residual is a second tile on its way in. Of the largest slabs registers hold both where no pixel is masked
-    # and there are few second addresses; the rest (compiled for sm_90 and sm_100) would spill.
+    # A residual is a second tile in flight. Registers hold both tiles of the largest slabs only where no pixel is
+    # masked and there are few second addresses; other variants (compiled for sm_90 and sm_100) would spill.
     elements = plan.slab_groups * (channels // groups) * pixels
     concat = channels > shape[1] and (itemsize == 4 or elements > limits.one_pass_elements * 3 // 4)
     if plan.one_pass and (concat or pixels & (pixels - 1)):
@@ -249,10 +249,10 @@ def _in_place_plan(
 
 
 def forward_workspace(x: Tensor, groups: int, plan: Plan) -> int:
-    """Return the float32 elements between the two passes: a mean and a sum of squares per split and group."""
+    """Return the number of float32 elements between the passes: a mean and a sum of squares per split and group."""
     return 0 if plan.one_pass else 2 * x.shape[0] * plan.splits * groups
 
 
 def _power_of_2(n: int) -> int:
-    """Return the least power of 2 that is not below n >= 1."""
+    """Return the least power of 2 that is at least n >= 1."""
     return 1 << (n - 1).bit_length()

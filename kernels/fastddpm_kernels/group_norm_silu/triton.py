@@ -1,14 +1,14 @@
-"""(Residual sum,) GroupNorm, FiLM and SiLU, forward, in one of two ways (`_norm_plan` chooses).
+"""Compute (a residual sum,) GroupNorm, FiLM and SiLU, forward, in one of two ways (see `plan.py`).
 
 - One pass: a program holds a slab (whole groups of one sample, all pixels) in registers; x is read once.
 - Two passes: `_statistics` splits the pixels over many programs, each of which writes its mean and sum of squared
   deviations; `_apply` combines those of all splits (Chan, Golub & LeVeque 1979) and normalises. Each slot has one
   writer and sums have a fixed order, so results are reproducible to the bit.
 
-A residual is added where x is first read; its sum, rounded, is what both passes see. What is None is compiled away.
+A residual is added where x is first read; both passes see the rounded sum. Arguments that are None are compiled away.
 
-What the first pass writes is per group, not per channel: the second pass reads 4 to 16 times less of it. The time
-bias moves a channel's mean and nothing else, so it is added to means, never to pixels.
+The first pass writes values per group, not per channel, so the second pass reads 4 to 16 times less. The time bias
+moves only a channel's mean, so it is added to means, never to pixels.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _one_pass(
     c, mask_c = slab_channels(slab, C, GROUPS, SLAB_GROUPS, BLOCK_C)
     member = membership(SIZE, BLOCK_C, BLOCK_G)
     p = tl.arange(0, BLOCK_P)
-    # Where a block is all pixels, say so: the masks of two tiles on their way in are registers that spill.
+    # Say when a block covers all pixels: otherwise the masks of two tiles in flight take registers and spill.
     mask = (p < (BLOCK_P if ALL_PIXELS else P))[:, None] & mask_c[None, :]
 
     tile = _load(x, x2, residual, total, n, p, c, mask, P, C1, C2, CHANNELS_LAST)
@@ -148,7 +148,7 @@ def _apply(
     C: tl.constexpr = C1 + C2
     SIZE: tl.constexpr = C // GROUPS
     SLABS: tl.constexpr = (GROUPS + SLAB_GROUPS - 1) // SLAB_GROUPS
-    # The last of `_statistics` first: what those read is still in L2.
+    # Start with the last tiles of `_statistics`: their input is still in L2.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     slab = program % SLABS
     split = program // SLABS % splits
@@ -196,7 +196,7 @@ def forward_launches(
 ) -> list[Launch]:  # fmt: skip
     """Return the launches that write y, mean and rstd [N, groups]. x, x2 and y are dense and of one memory format.
 
-    `plan`: in place of the one that is chosen."""
+    `plan`: overrides the chosen one."""
     weight, bias = weight.contiguous(), bias.contiguous()
     plan = plan or forward_plan(x, len(weight), mean.shape[1])
     return _launches(
@@ -209,10 +209,10 @@ def in_place_launches(
     residual: Tensor | None, total: Tensor | None, time_bias: Tensor | None, scale: Tensor | None,
     shift: Tensor | None, silu: bool, workspace: Tensor | None, plan: Plan | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """Return the launches that write y and, if given, total; nothing is copied or allocated but a missing workspace.
+    """Return the launches that write y and, if given, total. They copy nothing and allocate only a missing workspace.
 
-    y, total and residual may be x: a program reads what it overwrites, and no other program reads that (the second
-    pass reads total, which the first has written).
+    y, total and residual may be x: a program reads what it overwrites, and no other program reads it (the second
+    pass reads the total that the first wrote).
     """
     plan = plan or in_place_plan(x, len(weight), num_groups, None if workspace is None else workspace.numel())
     return _launches(
@@ -256,7 +256,7 @@ def _launches(
 
 
 def aot_variants() -> list[Variant]:
-    """Return every kernel of `group_norm_silu` and `rms_norm_silu`, at sizes of U-Nets in use, and tuned ones."""
+    """Return every kernel of `group_norm_silu` and `rms_norm_silu` at common U-Net sizes, and the tuned ones."""
     from fastddpm_kernels.group_norm_silu import (
         triton_backward as group_norm_silu_backward,
     )
@@ -293,7 +293,7 @@ def aot_variants() -> list[Variant]:
                 launch.variant(f"{dtype}, {tag}{'' if total is x else ', no total'}")
                 for total in (x, None)
                 for launch in _example_in_place(x, x2, y, rows, total)
-                if total is x or launch.kernel is _apply  # which then forms the sum again
+                if total is x or launch.kernel is _apply  # which then computes the sum again
             ]
     variants += packaged_variants(("group_norm_silu", "group_norm_silu_"), tuned_variants)
     variants += packaged_variants(("group_norm_silu_backward",), group_norm_silu_backward.tuned_variants)
@@ -301,7 +301,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """Return the kernels that a tuned choice runs: with a residual, if the op takes one, and without."""
+    """Return the kernels of a tuned choice: without a residual and, if the op takes one, with it."""
     n, pixels, c1, c2, groups, last = key.shape
     x, x2, y, rows = _example(n, c1, c2, (1, pixels), bool(last), key.dtype)
     plan = derived_plan(n, pixels, c1 + c2, groups, **choice)

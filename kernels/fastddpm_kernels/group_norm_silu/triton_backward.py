@@ -1,4 +1,4 @@
-"""GroupNorm, FiLM and SiLU, backward, in one pass or two like the forward.
+"""Compute the gradient of GroupNorm, FiLM and SiLU, in one pass or two like the forward.
 
 With u the normalised input, v = a * u + b what SiLU sees, and dv the gradient there, all gradients follow from
 three sums over the pixels of each sample's channel,
@@ -9,7 +9,7 @@ The gradient of the input needs them over each group of G elements (Wu & He 2018
 
     dx = rstd * (a * dv - sum_group(a * dv) / G - u * sum_group(a * dv * u) / G)
 
-That of every per-channel argument is a line of arithmetic on the sums, left to the caller.
+The caller computes the gradient of every per-channel argument from the sums in a line of arithmetic.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _input_gradient(
     C: tl.constexpr = C1 + C2
     SIZE: tl.constexpr = C // GROUPS
     SLABS: tl.constexpr = (GROUPS + SLAB_GROUPS - 1) // SLAB_GROUPS
-    # The last of `_partial_sums` first: what those read is still in L2.
+    # Start with the last tiles of `_partial_sums`: their input is still in L2.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     slab = program % SLABS
     split = program // SLABS % splits
@@ -188,7 +188,7 @@ def backward_launches(
 ) -> list[Launch]:  # fmt: skip
     """Return the launches that write dx, dx2 and sums [3, N, C]. dy, x, x2 and the results are dense and of one format.
 
-    `plan`: in place of the one that is chosen."""
+    `plan`: overrides the chosen one."""
     (n, channels), groups = dy.shape[:2], mean.shape[1]
     plan = plan or backward_plan(x, channels, groups, LIMITS)
     time_bias, time_stride = unit_rows(time_bias)
@@ -217,7 +217,7 @@ def backward_launches(
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """Return the kernels that a tuned choice runs: with a time bias, and with FiLM, as U-Nets have them."""
+    """Return the kernels of a tuned choice: with a time bias, and with FiLM, as in U-Nets."""
     n, pixels, c1, c2, groups, last = key.shape
     plan = derived_plan(n, pixels, c1 + c2, groups, **choice, per_channel=True)
     if plan is None:

@@ -1,4 +1,4 @@
-"""Channel RMSNorm, FiLM and SiLU: a program holds all channels of a few pixels, forward and backward in one pass."""
+"""Compute channel RMSNorm, FiLM and SiLU: a program holds all channels of a few pixels; both ways are one pass."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _backward(
         sum_dv += tl.sum(dv, axis=0)
         sum_dvu += tl.sum(dv * u, axis=0)
         d = dv * a[None, :]
-        # Below eps the divisor is a constant, and so nothing is projected out.
+        # Below eps the divisor is a constant, so the gradient has no projection term.
         along = tl.where(norm > eps, tl.sum(d * u, axis=1) / C, 0.0)
         d = r[:, None] * (d - u * along[:, None])
         tl.store(pointers(dx, dx2, n, p, c, P, C1, C2, CHANNELS_LAST), d.to(dx.dtype.element_ty), mask=mask)
@@ -81,7 +81,7 @@ def _backward(
 
 
 def _tile(x: Tensor, channels: int, thread_elements: int, elements: int) -> tuple[dict[str, int], int]:
-    """Return block sizes and warps: all channels of as many pixels as make a tile, or of fewer to fill the chip."""
+    """Return block sizes and warps: all channels of enough pixels for a tile, or of fewer to fill the chip."""
     block_c, pixels = triton.next_power_of_2(channels), math.prod(x.shape[2:])
     least = 1 if not x.is_contiguous() else 32 // x.itemsize  # pixels that fill a sector
     block_p = max(min(elements // block_c, triton.next_power_of_2(pixels)), 1)
@@ -98,7 +98,7 @@ def forward_launches(
 ) -> list[Launch]:  # fmt: skip
     """Return the launch that writes y. x, x2, y and residual are dense and of one memory format.
 
-    `choice`: in place of what the tables or heuristics choose."""
+    `choice`: overrides the tables and heuristics."""
     (n, channels), pixels = y.shape[:2], math.prod(x.shape[2:])
     if choice is None:
         shape = (n, pixels, x.shape[1], channels - x.shape[1], int(not x.is_contiguous()))
@@ -139,7 +139,7 @@ def _splits(blocks: int, wanted: int) -> tuple[int, int]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """Return the kernels that a tuned choice runs: with bias and residual and without, or with FiLM backward."""
+    """Return the kernels of a tuned choice: with and without bias and residual, or with FiLM backward."""
     n, pixels, c1, c2, last = key.shape
 
     def image(channels: int) -> Tensor:
@@ -165,7 +165,7 @@ def backward_launches(
 ) -> tuple[list[Launch], Tensor]:  # fmt: skip
     """Return the launch that writes dx and dx2, and the partial sums that it writes, [2, N, splits, C].
 
-    `choice`: in place of what the tables or heuristics choose."""
+    `choice`: overrides the tables and heuristics."""
     (n, channels), pixels = dy.shape[:2], math.prod(x.shape[2:])
     block_c = triton.next_power_of_2(channels)
     if choice is None:

@@ -1,8 +1,8 @@
-"""What the kernels of the norms share: tiles, channels and groups.
+"""Share code among the kernels of the norms: tiles, channels and groups.
 
-A tensor [N, C, ...] is seen as [N, C, P], P pixels, and is either contiguous or channels-last. A tile is indexed
-[pixel, channel] in both: the compiler orders the threads along whichever is contiguous. A slab is a run of whole
-groups.
+A tensor [N, C, ...] is treated as [N, C, P] with P pixels, contiguous or channels-last. A tile is indexed
+[pixel, channel] in both formats; the compiler orders the threads along the contiguous dimension. A slab is a run of
+whole groups.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def silu_gradient(dy, v):
 
 @triton.jit
 def slab_channels(slab, C: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the channels of a slab, and a mask of those that exist."""
+    """Return the channels of a slab, and a mask of the existing ones."""
     WIDTH: tl.constexpr = SLAB_GROUPS * (C // GROUPS)
     local = tl.arange(0, BLOCK_C)
     c = slab * WIDTH + local
@@ -70,7 +70,7 @@ def slab_channels(slab, C: tl.constexpr, GROUPS: tl.constexpr, SLAB_GROUPS: tl.c
 
 @triton.jit
 def slab_groups(slab, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Return the groups of a slab, and a mask of those that exist."""
+    """Return the groups of a slab, and a mask of the existing ones."""
     local = tl.arange(0, BLOCK_G)
     g = slab * SLAB_GROUPS + local
     return g, (local < SLAB_GROUPS) & (g < GROUPS)
@@ -78,7 +78,7 @@ def slab_groups(slab, GROUPS: tl.constexpr, SLAB_GROUPS: tl.constexpr, BLOCK_G: 
 
 @triton.jit
 def membership(SIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Return a mask [channel, group]: which of a slab's channels are in which of its groups, of any SIZE."""
+    """Return a mask [channel, group]: which channels of a slab belong to which of its groups, of any SIZE."""
     return (tl.arange(0, BLOCK_C) // SIZE)[:, None] == tl.arange(0, BLOCK_G)[None, :]
 
 

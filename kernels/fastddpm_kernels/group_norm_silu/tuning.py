@@ -1,4 +1,4 @@
-"""Tune the norms and their gradients on a GPU: one pass or two, groups and pixels of a program, and its warps."""
+"""Tune the norms and their gradients on a GPU: passes, and the groups, pixels and warps of a program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _NormTask(Task):
 
     @property
     def channels(self) -> int:
-        """Channels of both sources."""
+        """Return the number of channels of both sources."""
         return self.named["channels"] + self.named["channels2"]
 
     def image(self, seed: int | None, channels: int) -> Tensor:
@@ -51,11 +51,11 @@ class _NormTask(Task):
 
 
 class GroupNormTask(_NormTask):
-    """`group_norm_silu`, or its form in place, which runs both with a residual and without.
+    """`group_norm_silu`, or its in-place form, run with and without a residual.
 
     Attributes:
-        one_pass_elements: that a program's registers may hold.
-        tiles: elements of a program's tile where it loops over several.
+        one_pass_elements: the most elements that a program's registers may hold.
+        tiles: the sizes of a program's tile, in elements, where it loops over several.
     """
 
     one_pass_elements = 32768
@@ -71,7 +71,7 @@ class GroupNormTask(_NormTask):
         found, plans = [], set()
         for choice in nearest_first(self._choices(processors), heuristic):
             plan = self._plan(choice)
-            if plan is not None and plan not in plans:  # several choices may come down to one plan
+            if plan is not None and plan not in plans:  # several choices may lead to one plan
                 plans.add(plan)
                 found.append(choice)
         return found
@@ -165,7 +165,7 @@ class GroupNormTask(_NormTask):
 
 
 class RMSNormTask(_NormTask):
-    """`rms_norm_silu` and its form in place, of which one has bias and residual: how many pixels a program takes."""
+    """`rms_norm_silu` and its in-place form, one of them with bias and residual; tunes the pixels of a program."""
 
     def candidates(self) -> list[Choice]:
         from fastddpm_kernels.group_norm_silu.triton_rms import heuristic_choice
@@ -236,7 +236,7 @@ def _of_samples(operands: Operands, samples: Tensor) -> Operands:
 class GroupNormGradientTask(GroupNormTask):
     """The gradient of `group_norm_silu`, with a time bias."""
 
-    one_pass_elements = 16384  # two tiles are held
+    one_pass_elements = 16384  # the kernels hold two tiles
     tiles = (1024, 2048, 4096, 8192)
 
     def _plan(self, choice: Choice) -> Plan | None:
@@ -259,7 +259,7 @@ class GroupNormGradientTask(GroupNormTask):
         return found | {"mean": mean, "rstd": (variance + EPS).rsqrt()}
 
     def _groups(self, o: Operands, dtype: torch.dtype) -> Tensor:
-        """Return what is normalised, [N, groups, channels of a group, pixels]."""
+        """Return the values to normalise, [N, groups, channels of a group, pixels]."""
         h = o["x"] if o["x2"] is None else torch.cat((o["x"], o["x2"]), 1)
         h = h.to(dtype) + o["time_bias"].to(dtype)[:, :, None, None]
         return h.flatten(2).unflatten(1, (self.named["groups"], -1))
@@ -304,7 +304,7 @@ class GroupNormGradientTask(GroupNormTask):
 
 
 class RMSNormGradientTask(RMSNormTask):
-    """The gradient of `rms_norm_silu`, with FiLM: also how many programs share a sample, whose sums are then added."""
+    """The gradient of `rms_norm_silu`, with FiLM; also tunes the number of programs that share a sample."""
 
     def candidates(self) -> list[Choice]:
         from fastddpm_kernels.group_norm_silu.triton_rms import heuristic_backward

@@ -1,8 +1,8 @@
-"""The native backend: C++ for the CPU. The only place that builds and loads the library, and knows its functions.
+"""Build and load the native backend, C++ for the CPU. Only this package knows the library's functions.
 
-The library knows neither Python nor torch: it takes addresses and sizes, checked by the ops. An op runs on the threads
-of the OpenMP runtime that torch has loaded, a program on the library's own, as many. Python's global lock is not held
-meanwhile.
+The library depends on neither Python nor torch: it takes addresses and sizes, checked by the ops. An op runs on the
+threads of the OpenMP runtime that torch has loaded, a program on as many threads of the library's own. Python's global
+lock is released meanwhile.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Library:
 
     Attributes:
         panel: output channels of a panel of packed weights.
-        bfloat16: whether there are products of bfloat16: 0 none, 1 yes, 2 yes, but oneDNN has faster ones (AMX).
+        bfloat16: support for bfloat16 products: 0 none, 1 yes, 2 yes, but oneDNN is faster (AMX).
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Library:
                 functions = self._open(anew=True)
             except OSError as second:
                 raise BuildError(f"the library does not load: {second}") from None
-        # Symbols of what torch's own extension depends on: the runtime whose threads torch uses.
+        # Look up symbols in the dependencies of torch's own extension: that finds the runtime whose threads torch uses.
         parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
         functions.fastddpm_start.argtypes = [_P]
         self.panel: int = functions.fastddpm_start(None if parallel is None else ctypes.cast(parallel, _P))
@@ -73,7 +73,7 @@ class _Library:
 
     @staticmethod
     def _open(*, anew: bool) -> ctypes.CDLL:
-        """Load the library and say what its functions take.
+        """Load the library and declare the argument types of its functions.
 
         Raises:
             OSError: it does not load, or a function is not in it.
@@ -99,23 +99,23 @@ def _load() -> _Library | str:
 
 
 def why_not() -> str | None:
-    """Why the library cannot run here, or None; builds and loads it the first time. `torch.compile` asks once."""
+    """Return why the library cannot run here, or None; the first call builds it. `torch.compile` asks once."""
     with _lock:
         loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
-# As torch.compiler.assume_constant_result does, which would import torch._dynamo, and seconds with it.
+# Same effect as torch.compiler.assume_constant_result, which would import torch._dynamo and take seconds.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_loaded() -> bool:
-    """Whether the library is here already, so that to use it builds nothing."""
+    """Return whether the library is already loaded, so that using it builds nothing."""
     return _load.cache_info().currsize > 0 and why_not() is None
 
 
 def get() -> _Library:
-    """The library.
+    """Return the loaded library.
 
     Raises:
         BuildError: `why_not` says why.
@@ -128,7 +128,7 @@ def get() -> _Library:
 
 
 def why_not_bfloat16(*, slower: bool = False) -> str | None:
-    """Why the library does not multiply bfloat16 here (if not `slower`: faster than oneDNN), or None."""
+    """Return why the library cannot multiply bfloat16 here (unless `slower`, faster than oneDNN), or None."""
     reason = why_not()
     if reason is None:
         kind = get().bfloat16
@@ -143,7 +143,7 @@ why_not_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def checksums(tensors: list[Tensor]) -> list[int]:
-    """Of each, a sum of all its memory, whose order does not matter. They are dense, in any order of dimensions."""
+    """Return an order-independent sum over the memory of each tensor. Tensors are dense, in any order of dimensions."""
     places = (_P * len(tensors))(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_int64 * len(tensors))(*(t.numel() * t.element_size() for t in tensors))
     sums = (ctypes.c_uint64 * len(tensors))()

@@ -1,4 +1,4 @@
-"""Call the native library on tensors whose memory stays where it is: arguments are converted once."""
+"""Call the native library on tensors whose memory does not move, converting the arguments only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = object()  # stands for torch's number of threads at the launch
 
 
 class Recording(threading.local):
-    """The program that takes in what this thread calls, or None."""
+    """The program that records the calls of this thread, or None."""
 
     program: Program | None = None
 

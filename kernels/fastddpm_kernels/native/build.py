@@ -5,8 +5,8 @@
         objects/                            ninja's: copies of the sources, object files, what each of them includes
         native-<all that it depends on>.so  and beside it its size and SHA-256
 
-Ninja sees copies of the sources, which are written only where the content differs. So the time stamps of an
-installation or a checkout cannot hide a change, and several checkouts share their object files.
+Ninja sees copies of the sources, which are written only if the content differs. So the time stamps of an installation
+or a checkout cannot hide a change, and several checkouts share their object files.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi",
 )  # fmt: skip
-_SECONDS = 300  # that a build may take
-_PATIENCE = 300  # seconds that another process's build is waited for
+_SECONDS = 300  # the most that a build may take
+_PATIENCE = 300  # seconds to wait for another process's build
 _TEMPORARY = "fastddpm-native-"  # folders of processes that cannot use the cache
-# A compiler says in words that a disk is full or read-only.
+# A compiler reports a full or read-only disk only in its messages.
 _NOT_THE_SOURCES = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)}
 
 
@@ -49,7 +49,7 @@ class BuildError(RuntimeError):
 
 
 def compiler() -> list[str] | None:
-    """Return the command of the C++ compiler: the variable CXX, else the first that is found, else None.
+    """Return the command of the C++ compiler: the variable CXX, else the first one found, else None.
 
     Raises:
         BuildError: CXX is not a command.
@@ -63,14 +63,14 @@ def compiler() -> list[str] | None:
 
 
 def cache_folder() -> Path:
-    """Return where libraries are kept: FASTDDPM_CACHE_DIR, else fastddpm in XDG_CACHE_HOME, else in ~/.cache."""
+    """Return the folder of the libraries: FASTDDPM_CACHE_DIR, else fastddpm in XDG_CACHE_HOME, else in ~/.cache."""
     if own := os.environ.get("FASTDDPM_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
 
 
 def library_name() -> str:
-    """Return the library's file name, which holds a hash of all that it depends on.
+    """Return the library's file name, which contains a hash of everything it depends on.
 
     Raises:
         BuildError: there is no compiler.
@@ -83,12 +83,12 @@ def library_name() -> str:
 
 @contextmanager
 def library(*, anew: bool = False) -> Iterator[Path]:
-    """Yield the path of the library, built if it is not there or not as it was written.
+    """Yield the path of the library; build it if it is missing or damaged.
 
-    Where the cache cannot be used, the library is in a private folder that is deleted at the end of the `with` block.
+    If the cache cannot be used, the library is in a private folder that is deleted at the end of the `with` block.
 
     Args:
-        anew: build it from nothing, whatever the cache has.
+        anew: build it from scratch, whatever the cache holds.
 
     Raises:
         BuildError: there is no compiler or no ninja, or the compiler fails.
@@ -124,7 +124,7 @@ def _command() -> list[str]:
 
 
 def _configuration(command: list[str]) -> list[str]:
-    """Return all that an object file depends on beside its sources."""
+    """Return everything that an object file depends on besides its sources."""
     return [shlex.join(command), _version(command[0]), sys.platform, platform.machine(), _cpu()]
 
 
@@ -137,7 +137,7 @@ def _sources() -> list[Path]:
 
 
 def _version(program: str) -> str:
-    """Return what tells an updated compiler from the one before, without running it."""
+    """Return values that change when the compiler is updated, without running it."""
     path = shutil.which(program) or program
     try:
         status = os.stat(path)
@@ -147,7 +147,7 @@ def _version(program: str) -> str:
 
 
 def _cpu() -> str:
-    """Return what `-march=native` depends on."""
+    """Return the CPU properties that `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -166,7 +166,7 @@ def _sum_of(path: Path) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the library is there with the content that was written."""
+    """Return whether the library exists with the content that was written."""
     try:
         return _sum_of(path).read_text(encoding="ascii") == _digest(path)
     except (OSError, UnicodeDecodeError):
@@ -175,7 +175,7 @@ def _is_whole(path: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Hold the folder's lock, which ends with the last process that has the descriptor, however that ends.
+    """Hold the folder's lock; it is released when the last process with the descriptor ends, for any reason.
 
     Raises:
         OSError: the folder cannot be written, has no locks, or another process builds there and does not end.
@@ -212,10 +212,10 @@ def _try_lock(folder: Path) -> int | None:
 
 @contextmanager
 def _private_folders() -> Iterator[Any]:
-    """Yield a function that makes a locked folder of this process, deleted at the end, and removes those of dead ones.
+    """Yield a function that makes a locked folder, deleted at the end, and removes those of dead processes.
 
-    A folder whose lock is free belongs to a process that is no more; process numbers would not tell, where
-    containers share the folder for temporary files.
+    A folder whose lock is free belongs to a dead process. Process numbers would not show this where containers share
+    the folder for temporary files.
     """
     made: list[tuple[Path, int]] = []
 
@@ -246,10 +246,10 @@ def _private_folders() -> Iterator[Any]:
 
 
 def _build(command: list[str], path: Path, lock: int, anew: bool = False) -> None:
-    """Build the library at `path`, in whose folder this process holds the lock.
+    """Build the library at `path`; this process holds the lock of its folder.
 
-    What is there of an interrupted build is used or replaced. Where object files that were kept do not lead to a
-    library, or the library is empty, everything is built anew, once.
+    Remains of an interrupted build are used or replaced. If the kept object files do not produce a library, or it is
+    empty, everything is rebuilt once.
 
     Raises:
         BuildError: the compiler fails.
@@ -276,12 +276,12 @@ def _build(command: list[str], path: Path, lock: int, anew: bool = False) -> Non
 
 
 def _is_ahead(objects: Path) -> bool:
-    """Whether some object file has a time to come, so that a change would not look newer than it."""
+    """Return whether an object file has a time in the future, so that a change would not look newer."""
     return any(path.stat().st_mtime > time.time() for path in objects.glob("*/*.o"))
 
 
 def _copy_sources(objects: Path) -> None:
-    """Write those sources that differ from their copies, remove copies of others, and write the rules."""
+    """Write the sources that differ from their copies, remove other copies, and write the rules."""
     wanted = {objects / "src" / path.relative_to(SOURCES): path.read_bytes() for path in _sources()}
     for stale in {*objects.glob("src/*/*")} - wanted.keys():
         stale.unlink()
@@ -292,7 +292,7 @@ def _copy_sources(objects: Path) -> None:
 
 
 def _compile(command: list[str], objects: Path, lock: int) -> None:
-    """Run ninja, and show how far it is."""
+    """Run ninja and show its progress."""
     files = sorted(objects.glob("src/*/*.cpp"), key=lambda path: -path.stat().st_size)  # the longest first
     run = shlex.join(command).replace("$", "$$")
     rules = [
@@ -353,7 +353,7 @@ def _compile(command: list[str], objects: Path, lock: int) -> None:
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """End ninja and the compilers that it runs, which are a process group."""
+    """Kill ninja and its compilers, which form a process group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -385,13 +385,13 @@ def _publish(built: Path, path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    # In this order a reader finds a sum that does not fit, waits for the lock, and looks again.
+    # In this order a reader finds a sum that does not match, waits for the lock, and looks again.
     os.replace(sum_built, _sum_of(path))
     os.replace(built, path)
 
 
 class _Line:
-    """A line on a terminal that is written over, and is gone at the end; nothing where there is no terminal."""
+    """A line on a terminal that is overwritten and finally erased; nothing without a terminal."""
 
     def __enter__(self) -> _Line:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()

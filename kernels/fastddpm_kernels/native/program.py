@@ -1,9 +1,9 @@
-"""Steps of a loop as calls of the native library without Python, checks or allocation: the CPU's CUDA graph.
+"""Run the steps of a loop as calls of the native library without Python, checks or allocation: a CPU's CUDA graph.
 
-A body is run once and recorded. What it calls of the library becomes an instruction, and so do torch's operations that
-move a row, a number or an image from one fixed place to another. Whatever else torch does is called again by torch, in
-between, on the same memory. A body without such operations is one call of the library for any number of steps.
-Replayed, the same functions run in the same order on the same memory: the same bits.
+A body runs once and is recorded. Its calls of the library become instructions, and so do torch's operations that move a
+row, a number or an image from one fixed place to another. Torch repeats its other operations in between, on the same
+memory. A body without such operations is one call of the library for any number of steps.
+A replay runs the same functions in the same order on the same memory, so it gives the same bits.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Program:
     """Instructions of the native library, and between them operations of torch.
 
     Attributes:
-        names: of what it does, in order: functions of the library and torch's operations.
+        names: of its steps, in order: functions of the library and torch's operations.
     """
 
     def __init__(self) -> None:
-        """Raises BuildError where there is no native library."""
+        """Create an empty program; raise BuildError if there is no native library."""
         self.names: list[str] = []
         self._functions = native.get().functions
         self._handle = self._functions.fastddpm_program_new()
@@ -51,7 +51,7 @@ class Program:
 
     @property
     def is_native(self) -> bool:
-        """Whether torch has nothing to do, so that any number of steps is one call of the library."""
+        """Whether torch takes no part, so that any number of steps is one call of the library."""
         return len(self._parts) == 1 and isinstance(self._parts[0], tuple)
 
     def append(self, name: str, arguments: list[Any], threads_at: int, kept: list[Tensor]) -> None:
@@ -61,7 +61,7 @@ class Program:
             name: of a function of the library that is an instruction.
             arguments: ctypes values, as the function takes them.
             threads_at: which of them is the number of threads, or -1.
-            kept: the tensors whose memory they are.
+            kept: the tensors that own the memory.
 
         Raises:
             RecordError: the function is no instruction.
@@ -89,7 +89,7 @@ class Program:
         self._parts.append(call)
 
     def advance(self, times: int) -> None:
-        """Do everything `times` times, on as many threads as torch has."""
+        """Run the program `times` times, on as many threads as torch uses."""
         if self.is_native:
             self._run(0, self._count, times)
             return
@@ -102,7 +102,7 @@ class Program:
                         part()
 
     def seconds(self, times: int) -> list[float]:
-        """Do everything `times` times, and return the seconds that each of `names` took in all."""
+        """Run the program `times` times; return the total seconds of each of `names`."""
         taken = (ctypes.c_double * self._count)()
         found = [0.0] * len(self._parts)
         for _ in range(times):
@@ -119,17 +119,17 @@ class Program:
         return result
 
     def _run(self, begin: int, end: int, times: int, taken: Any = None) -> None:
-        # Where torch has its turn in between, its own threads wait for it and would be in the way of others.
+        # If torch runs in between, its threads spin while they wait and would compete with others.
         threads, alone = torch.get_num_threads(), self.is_native
         self._functions.fastddpm_program_advance(self._handle, begin, end, times, threads, alone, taken)
 
 
 def record(body: Callable[[], object]) -> Program:
-    """Return the program of what `body` does. What it writes is afterwards in part written, in part as before.
+    """Record `body` as a program. Afterwards only some of the body's outputs have been written.
 
     Raises:
-        RecordError: the body does what cannot be repeated: it reads a value of a tensor, or calls a function of the
-            library that is no instruction.
+        RecordError: the body cannot be repeated: it reads a value of a tensor, or calls a function of the library that
+            is not an instruction.
         BuildError: there is no native library.
     """
     program = Program()
@@ -145,7 +145,7 @@ def record(body: Callable[[], object]) -> Program:
 
 
 class _Translation(TorchDispatchMode):
-    """Makes instructions of torch's operations where it can; views are no operations."""
+    """Turn torch's operations into instructions where possible; views are not operations."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def _add(x: Tensor, other: Any, *, alpha: Any = 1, out: Tensor) -> _Translated:
 
 
 def _add_int64(x: Tensor, other: Any, alpha: int, out: Tensor) -> _Translated:
-    """x [n] + alpha * other, which is [n], [1] or a number."""
+    """Return x [n] + alpha * other, which is [n], [1] or a number."""
     tensors = [t for t in (x, other, out) if isinstance(t, Tensor)]
     if any(t.dtype != torch.int64 or t.ndim != 1 or not t.is_contiguous() for t in tensors) or x.shape != out.shape:
         return None
@@ -237,7 +237,7 @@ def _alike(*tensors: Tensor) -> bool:
 
 
 def _walk(*tensors: Tensor) -> list[int]:
-    """The sizes, and the strides of every tensor, with the first one's adjacent elements innermost."""
+    """Return the sizes, and the strides of every tensor, with the first one's adjacent elements innermost."""
     missing = _DIMENSIONS - tensors[0].ndim
     sizes = [1] * missing + list(tensors[0].shape)
     strides = [[0] * missing + list(t.stride()) for t in tensors]
@@ -255,7 +255,7 @@ _TRANSLATED: dict[Any, Callable[..., _Translated]] = {
 
 
 def _word(value: Any) -> int:
-    """The 64 bits of an argument."""
+    """Return the 64 bits of an argument."""
     if isinstance(value, ctypes.c_float):
         return int.from_bytes(struct.pack("<f", value.value), "little")
     bits = int(value.value or 0)
