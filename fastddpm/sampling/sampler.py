@@ -188,7 +188,7 @@ class Sampler:
             variance_type = "learned_range" if self.table.learned == "range" else "learned"
         self.variance_type = variance_type
         if self.schedule is None and dtype == "auto":
-            raise ValueError("dtype is 'auto' but schedule is a StepTable, which float16 cannot be tested on; name a dtype")
+            raise ValueError("dtype is 'auto' but schedule is a StepTable, which cannot test float16; name a dtype")
         chosen, self._tf32 = choose_dtype(
             model,
             self.schedule,
