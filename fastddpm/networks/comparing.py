@@ -1,8 +1,8 @@
-"""Whether a network is what it was, and whether what runs in its place computes the same.
+"""Check that a network is unchanged, and that its replacement computes the same.
 
-What a network computes, its class and config do not say alone: layers may have been edited since. So a network is
-compared once with what will run in its place. From then on only its layers' settings are looked at (`settings_of`),
-which costs no evaluation; weights may change at any time.
+Class and config do not fully determine what a network computes, since layers may have been edited. So a network is
+compared once with its replacement. After that only its layers' settings are checked (`settings_of`), which costs no
+evaluation. Weights may change at any time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fastddpm_kernels import philox
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-_FLOOR = 1e-4  # of the rms: float32 rounds a U-Net's output to about 1e-6 of it
+_FLOOR = 1e-4  # of the rms: float32 rounding changes a U-Net's output by about 1e-6 of it
 _ULPS = 8
-# Attributes that change nothing that a network computes when sampling.
+# Attributes that do not affect what a network computes when sampling.
 _OF_NO_EFFECT = {"training", "backend", "_backend", "p", "inplace", "gradient_checkpointing"}
 _OF_TORCH = vars(nn.Module()).keys()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -30,15 +30,15 @@ Settings = dict[tuple[str, str], Any]
 
 
 class _Object(NamedTuple):
-    """An attribute that is only known again by its identity."""
+    """An attribute that is compared by identity."""
 
     id: int
 
 
 def settings_of(model: nn.Module) -> Settings:
-    """Return what decides, beside the weights, what a model computes, by (name of the layer, name of the setting).
+    """Return the settings that, with the weights, determine what a model computes, by (layer name, setting name).
 
-    That is the class of every layer and its attributes: numbers, strings and tuples by value, all else by identity.
+    They are the class of every layer and its attributes: numbers, strings and tuples by value, all others by identity.
     """
     found: Settings = {}
     for name, layer in model.named_modules():
@@ -50,9 +50,9 @@ def settings_of(model: nn.Module) -> Settings:
 
 
 def changed(before: Settings, now: Settings, *, of_another: bool = False) -> str | None:
-    """Return the first setting of `before` that is another one now, in words, or None. New settings do not count.
+    """Describe the first setting of `before` that has changed, or return None. New settings do not count.
 
-    `of_another`: both are of different models; their objects, which are never the same ones, do not count.
+    `of_another`: the two are of different models. Objects never count then, since they are never identical.
     """
     for (layer, name), value in before.items():
         given = now.get((layer, name), _GONE)
@@ -66,7 +66,7 @@ def changed(before: Settings, now: Settings, *, of_another: bool = False) -> str
 
 
 def why_not_layers(model: nn.Module, known: Callable[[type], bool]) -> str | None:
-    """Return the first layer of a model that is not `known`, or whose calls are not those of its class; or None."""
+    """Describe the first layer that is not `known` or whose calls are not those of its class; None if all are."""
     if _module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "torch has hooks for all modules"
     for name, layer in model.named_modules():
@@ -81,7 +81,7 @@ def why_not_layers(model: nn.Module, known: Callable[[type], bool]) -> str | Non
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module of the model is in eval mode, and no gradients are recorded."""
+    """Keep every module of the model in eval mode inside, and record no gradients."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -94,23 +94,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def some_noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return one sample [1, ...] of `shape`, the same normal noise always, in the dtype and place of `like`."""
+    """Return one sample [1, ...] of `shape`, always the same normal noise, in the dtype and on the device of `like`."""
     keys = philox.sample_keys([0], [0])
     return philox.normal(keys, shape, step=0, stream=philox.STREAM_INITIAL, backend="eager").to(like)
 
 
 def difference(theirs: Tensor, ours: Tensor, dtype: torch.dtype, *, floor: float = _FLOOR) -> str | None:
-    """Return how far two results of one computation are apart, or None where rounding explains it.
+    """Describe how two results of one computation differ, or return None if rounding explains it.
 
     Args:
         theirs, ours: of one shape.
-        dtype: the least precise one that either was computed in.
-        floor: how far apart they may be in any dtype, relative to their rms.
+        dtype: the least precise dtype that either was computed in.
+        floor: the difference allowed in any dtype, relative to the rms.
     """
     if theirs.shape != ours.shape:
         return f"has shape {tuple(ours.shape)} in place of {tuple(theirs.shape)}"
     error, size = (_rms(value) for value in (ours.double().cpu() - theirs.double().cpu(), theirs.double().cpu()))
-    if error <= max(floor, _ULPS * torch.finfo(dtype).eps) * size:  # not so if it is not a number
+    if error <= max(floor, _ULPS * torch.finfo(dtype).eps) * size:  # False for NaN
         return None
     return f"differs by {error:.3g} of {size:.3g}"
 

@@ -1,4 +1,4 @@
-"""Any model, called in one way: where it runs, in which dtype, what it takes and returns."""
+"""One way to call any model: its device, its dtype, its arguments and its result."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fastddpm.networks.unet.model import UNet
 
 _log = logging.getLogger(__name__)
 _EVALUATING_LOCK = threading.Lock()
-# By model: how many are evaluating it, whichever `Network` they use, and which of its modules were in training mode.
+# By model: how many callers evaluate it, through any `Network`, and which of its modules were in training mode.
 _EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = weakref.WeakKeyDictionary()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class CallingConvention:
-    """How a model of any library is called, found from the names of its parameters.
+    """The way to call a model of any library, found from the names of its parameters.
 
     Attributes:
         takes_self_condition: whether it has a parameter `x_self_cond`.
@@ -40,7 +40,7 @@ class CallingConvention:
         self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
 
     def arguments(self, labels: Tensor | None, self_condition: Tensor | None) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return what the model takes after x and t: by position and by name."""
+        """Return the model's arguments after x and t: by position and by name."""
         named = {} if self_condition is None else {"x_self_cond": self_condition}
         if labels is None:
             return [], named
@@ -61,10 +61,10 @@ class CallingConvention:
 
 
 def prediction_of(out: Any) -> Tensor:
-    """Return the tensor that a model returned: itself, the first of a tuple, or a `.sample`.
+    """Return the tensor in a model's result: the result itself, the first of a tuple, or its `.sample`.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: the result is none of these.
     """
     if isinstance(out, Tensor):
         return out
@@ -93,15 +93,15 @@ class UNetWrapper(nn.Module, ABC):
 
 
 class Network:
-    """A model in the place and dtype it runs in: itself if it is there already, else a copy.
+    """A model on the device and in the dtype it runs in: the model itself if it is there already, else a copy.
 
     Attributes:
-        model: the model that is called. Where it is frozen, the one that was given.
-        frozen: the U-Net as prepared for sampling, which `bind` runs in its place, or None.
+        model: the model that is called; the one given if it is frozen.
+        frozen: the U-Net prepared for sampling, which `bind` runs in its place, or None.
         config: its configuration, or None.
-        device, dtype: where and in which dtype it runs.
-        takes_self_condition: whether it has a parameter `x_self_cond`, which is not among the channels of its input.
-        starts_without: whether `x_self_cond` is None at the first step, as its library has it, and not zeros.
+        device, dtype: the device and dtype it runs in.
+        takes_self_condition: whether it has a parameter `x_self_cond` that is not among the channels of its input.
+        starts_without: whether `x_self_cond` is None at the first step, as in the model's library, instead of zeros.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Network:
         return self.convention(self.model, x, t, labels, self_condition)
 
     def new_input(self, shape: Sequence[int]) -> Tensor:
-        """Return zeros [N, C, ...] for `bind`, in the dtype, place and memory format that the network reads best."""
+        """Return zeros [N, C, ...] for `bind`, with the dtype, device and memory format that the network reads best."""
         if self.frozen is not None:
             return self.frozen.new_input(shape)
         return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
@@ -164,16 +164,16 @@ class Network:
         return ModelOnBuffers(self, inputs, timesteps, labels, self_condition)
 
     def addresses(self) -> tuple[int, ...]:
-        """Return where the weights are that a captured graph reads."""
+        """Return the addresses of the weights that a captured graph reads."""
         if self.frozen is not None or not isinstance(self.model, nn.Module):
             return ()
         return tuple(tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers()))
 
     def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
-        """Return (C, H, W) of a sample, as the model's config states them.
+        """Return (C, H, W) of a sample from the model's config.
 
         Raises:
-            ValueError: there is no config, or it does not say.
+            ValueError: there is no config, or it does not state them.
         """
         size, channels = (getattr(self.config, name, None) for name in ("sample_size", "out_channels"))
         if channels is None:
@@ -214,7 +214,7 @@ class BoundNetwork(Protocol):
     """A network on its buffers: a function of the step alone."""
 
     def load(self) -> None:
-        """Take in what `timesteps`, `labels` and the model's weights now are."""
+        """Take over the present `timesteps`, `labels` and weights of the model."""
 
     def __call__(self, step: Tensor) -> Tensor:
         """Return the prediction for `inputs` at row `step` (int64 [1]). The next call may overwrite it."""
@@ -299,7 +299,7 @@ def _prepare(model: Callable[..., Any], device: torch.device, dtype: torch.dtype
 
 
 def _parameters(model: Callable[..., Any]) -> set[str]:
-    """Return the names of the model's parameters, none where they are not known."""
+    """Return the names of the model's parameters, or an empty set if they are not known."""
     function = model.forward if isinstance(model, nn.Module) else model
     try:
         return set(inspect.signature(function).parameters)

@@ -1,8 +1,8 @@
-"""Whether a network's activations fit into float16, measured in float32.
+"""Measure in float32 whether a network's activations fit into float16.
 
-float16 ends at 65504. A network that was trained in float32 or bfloat16 may pass that somewhere inside, at some of the
-timesteps, and is then not a number everywhere. What is measured is the largest magnitude of every tensor that passes
-from one module to another.
+The largest float16 is 65504. A network that was trained in float32 or bfloat16 may exceed it in some layer at some
+timesteps, and its output is then NaN. Measured is the largest magnitude of every tensor that passes from one module
+to another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastddpm.process.tables import x0_from
 
 _log = logging.getLogger(__name__)
 
-MARGIN = 2.0  # how far below the end of float16 activations must stay: few samples are looked at, all must fit
+MARGIN = 2.0  # activations stay this factor below float16's maximum: only few samples are measured, but all must fit
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class OverflowReport:
 
     Attributes:
         maximum: the largest magnitude, in float32.
-        module: of which module's output, or "input of ..." a norm.
-        timestep: at which of the timesteps looked at.
-        nonfinite_at: the first timestep at which the network's output in float16 was not finite; None for nowhere.
+        module: the module whose output has it, or "input of ..." a norm.
+        timestep: the timestep at which it occurs.
+        nonfinite_at: the first timestep at which the network's output in float16 was not finite, or None.
     """
 
     maximum: float
@@ -51,17 +51,17 @@ class OverflowReport:
 
     @property
     def headroom(self) -> float:
-        """How many times larger activations could be before float16 ends."""
+        """How many times larger activations could be and still fit into float16."""
         return FLOAT16_MAX / self.maximum if self.maximum > 0 else math.inf
 
     @property
     def overflows(self) -> bool:
-        """Whether float16 ended somewhere."""
+        """Whether an activation exceeds float16's maximum, or the output in float16 was not finite."""
         return self.nonfinite_at is not None or self.maximum > FLOAT16_MAX
 
     @property
     def fits(self) -> bool:
-        """Whether float16 is safe: nothing ended, or came within a factor `MARGIN` of it."""
+        """Whether float16 is safe: every activation stays a factor `MARGIN` below its maximum."""
         return not self.overflows and self.headroom >= MARGIN
 
     def __str__(self) -> str:
@@ -75,10 +75,10 @@ class OverflowReport:
 
 
 class ActivationWatch:
-    """Inside, keeps the largest magnitude of what every module of a model returns and of what every norm reads.
+    """Records, while entered, the largest magnitude of every module's output and of every norm's input.
 
     Args:
-        model: any callable; one that is not an `nn.Module` has nothing to be watched.
+        model: any callable; only an `nn.Module` is watched.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -102,11 +102,14 @@ class ActivationWatch:
         self._held.clear()
 
     def maxima(self) -> dict[str, float]:
-        """By name of the module, or "input of ..." a norm's, in the order of evaluation; NaN counts as infinite."""
+        """Return the maxima by name of the module, or "input of ..." a norm, in the order of evaluation.
+
+        NaN counts as infinite.
+        """
         return {name: _or_infinite(value.item()) for name, value in self._maxima.items()}
 
     def keep(self, name: str, value: object) -> None:
-        """Takes a tensor into account, or those of a list, tuple, mapping or dataclass."""
+        """Include a tensor in the maximum of `name`, or all tensors in a list, tuple, mapping or dataclass."""
         for tensor in _tensors(value):
             if tensor.numel():
                 largest = tensor.detach().abs().amax().float()
@@ -131,7 +134,10 @@ class ActivationWatch:
             )
 
     def _watch_resnet(self, name: str, block: ResnetBlock) -> None:
-        """Its norms are not called as modules: the first reads the block's input, the second conv1 + time."""
+        """Watch the norms of a block, which are not called as modules.
+
+        The first reads the block's input, the second conv1 + time.
+        """
 
         def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
             given = {**dict(zip(("x", "emb", "skip"), args, strict=False)), **kwargs}
@@ -155,17 +161,17 @@ class ActivationWatch:
 
 @torch.no_grad()
 def activation_ranges(unet: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None = None) -> dict[str, float]:
-    """The largest magnitude of every module's output and every norm's input in one evaluation.
+    """Return the largest magnitude of every module's output and every norm's input in one evaluation.
 
     Args:
-        unet: in float32, since in float16 an activation that is too large would not be seen but be infinite.
-        x: float32 [N, ...], what the network reads.
+        unet: in float32, since a float16 activation that is too large is infinite and hides its magnitude.
+        x: float32 [N, ...], the network's input.
         t: int64 [N].
         labels: int64 [N], or None.
 
     Returns:
-        By name of the module, as in `named_modules` ("output" for `unet` itself); "input of NAME" for norms. In the
-        order of evaluation; a value that is not a number counts as infinite.
+        The magnitudes by name of the module, as in `named_modules` ("output" for `unet` itself); "input of NAME" for
+        norms. In the order of evaluation. NaN counts as infinite.
 
     Raises:
         TypeError: `unet` is not an `nn.Module`.
@@ -197,20 +203,20 @@ def fp16_overflow(
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> OverflowReport:
-    """Runs a network in float32 and in float16 at timesteps spread over the schedule and looks for float16's end.
+    """Report whether a network overflows in float16, by running it in float32 and float16 over the schedule.
 
-    It reads x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z, where x_0 is what it predicted at the timestep before (0 at
-    first): states as sampling passes through, in a few evaluations.
+    The network reads x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z, where x_0 is its prediction at the previous
+    timestep (0 at first). These states resemble those of sampling, in a few evaluations.
 
     Args:
         model, schedule, prediction_type, device, backend: as for `Sampler`.
         num_timesteps: evaluations, from the last timestep to the first.
         num_samples: N.
         seed: of z.
-        shape: of one sample; None for the one the model's config states.
+        shape: of one sample; None for the shape in the model's config.
         class_labels: int64 [N]; None for every class in turn, or with `class_embed_type` "timestep" 0 to N - 1.
         clip_range: the bound of x_0; None scales x_0 to an rms of at most 1 instead.
-        learned_variance: whether the second half of the network's channels is about the variance.
+        learned_variance: whether the second half of the network's channels predicts the variance.
 
     Raises:
         ValueError: the model's output in float32 is not finite, or as `Sampler`.
@@ -254,9 +260,9 @@ def choose_half(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> tuple[torch.dtype, str]:
-    """float16 unless the model would overflow in it, then bfloat16; and why, in one line.
+    """Choose float16, or bfloat16 if the model would overflow in float16; return it with the reason in one line.
 
-    Where a GPU has no bfloat16 of its own, float32 takes its place.
+    On a GPU without hardware bfloat16, float32 replaces it.
 
     Args:
         model, schedule, device: as for `Sampler`.
@@ -282,15 +288,15 @@ def choose_dtype(
     device: torch.device | str | None,
     **options: Any,
 ) -> tuple[torch.dtype | None, bool | None]:
-    """What a sampler's `dtype` stands for.
+    """Return the network's dtype and the TensorFloat-32 setting that a sampler's `dtype` stands for.
 
     Args:
         model, schedule, dtype, device: as for `Sampler`; "auto" needs a schedule.
         options: of `choose_half`, for "auto".
 
     Returns:
-        The dtype of the network, None for the model's own; and whether products of float32 may be TensorFloat-32, None
-        to leave that as torch has it set.
+        The dtype of the network, or None for the model's own; and whether float32 products may be TensorFloat-32, or
+        None to keep torch's setting.
 
     Raises:
         TypeError, ValueError: as `parse_precision`.
@@ -305,7 +311,7 @@ def choose_dtype(
     if place.type != "cuda":
         return None, None
     if not isinstance(model, UNet) or model.config.class_embed_type == "identity":
-        return torch.float16, None  # nothing tells what to try it on
+        return torch.float16, None  # no config tells which input to try it on
     assert schedule is not None
     if model.config.sample_size is None:
         options["shape"] = _some_shape(model.config, bool(options.get("learned_variance")))
@@ -315,10 +321,10 @@ def choose_dtype(
 
 
 def _spread(schedule: NoiseSchedule, count: int, prediction_type: str) -> Iterator[tuple[int, Tensor]]:
-    """(timestep, abar) of at most `count` timesteps from the last to the first."""
+    """Yield (timestep, abar) of at most `count` timesteps from the last to the first."""
     last = schedule.num_train_timesteps - 1
     if prediction_type == "epsilon" and schedule.zero_terminal_snr:
-        last = max(0, last - 1)  # of pure noise epsilon says nothing
+        last = max(0, last - 1)  # from pure noise, epsilon does not determine x0
     levels = schedule.alphas_cumprod
     steps = torch.linspace(last, 0, min(count, last + 1), dtype=torch.float64).round().long().tolist()
     for timestep in steps:
@@ -326,7 +332,7 @@ def _spread(schedule: NoiseSchedule, count: int, prediction_type: str) -> Iterat
 
 
 def _some_shape(config: UNetConfig, learned_variance: bool) -> tuple[int, int, int]:
-    """Of a sample to try a U-Net on whose config names no size: 32 pixels, or as many as it can halve."""
+    """Return the shape of a test sample for a U-Net without `sample_size`: 32 pixels, or more if its levels need it."""
     size = max(32, 2 ** (len(config.block_out_channels) - 1))
     return (config.out_channels // (2 if learned_variance else 1), size, size)
 
@@ -343,12 +349,12 @@ def _labels(config: Any, count: int, given: Tensor | None, device: torch.device)
     if given is not None:
         return checks.labels(given, count, classes).to(device)
     if classes is None and getattr(config, "class_embed_type", None) == "timestep":
-        return torch.arange(count).to(device)  # read as sinusoids, which are no larger for other labels
+        return torch.arange(count).to(device)  # read as sinusoids, whose magnitude does not depend on the label
     return None if classes is None else (torch.arange(count) % classes).to(device)
 
 
 def _with_condition(x: Tensor, config: Any, keys: Tensor, index: int) -> Tensor:
-    """`x` with the further channels that the model reads, if any: noise in [-1, 1] stands for an image."""
+    """Return `x` with the further channels that the model reads, if any, filled with noise in [-1, 1] like an image."""
     more = (getattr(config, "in_channels", None) or x.shape[1]) - x.shape[1]
     if more <= 0:
         return x

@@ -1,7 +1,7 @@
-"""The precisions that a network can run in, by name, and TensorFloat-32's switch.
+"""The precisions that a network can run in, by name, and the switch for TensorFloat-32.
 
-float32 is exact but for its own rounding. tf32 keeps float32 tensors, whose products CUDA's tensor cores take of 10
-bits of mantissa. float16 has 10 bits too, but ends at 65504; bfloat16 has float32's range and 7 bits.
+float32 has 23 bits of mantissa. tf32 keeps float32 tensors, but CUDA's tensor cores round the factors of products to
+10 bits of mantissa. float16 has 10 bits too, and its largest value is 65504. bfloat16 has float32's range and 7 bits.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 FLOAT16_MAX = float(torch.finfo(torch.float16).max)  # 65504
 _TF32_CAPABILITY = (8, 0)
 _LOCK = threading.Lock()
-_entered: list[list[bool]] = []  # uses of `tf32` that have not been left, the last one last
-_restore: list[Callable[[], None]] = []  # one function while there are any
+_entered: list[list[bool]] = []  # uses of `tf32` not yet exited, the latest last
+_restore: list[Callable[[], None]] = []  # one function while `_entered` is not empty
 
 
 def parse_precision(
     value: torch.dtype | str, device: torch.device | str, name: str = "dtype"
 ) -> tuple[torch.dtype, bool]:
-    """(dtype of the network, whether float32 products may be TensorFloat-32) of a precision.
+    """Return the dtype of a precision, and whether it lets float32 products be TensorFloat-32.
 
     Args:
         value: one of `PRECISIONS`, or the dtype of one.
@@ -50,7 +50,7 @@ def parse_precision(
 
 
 def why_not_tf32(device: torch.device | str) -> str | None:
-    """Why `device` has no TensorFloat-32, in one line; None where it has."""
+    """Return why `device` has no TensorFloat-32, in one line, or None if it has."""
     device = torch.device(device)
     least = ".".join(map(str, _TF32_CAPABILITY))
     if device.type != "cuda":
@@ -67,13 +67,13 @@ def why_not_tf32(device: torch.device | str) -> str | None:
 
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """Inside, float32 matrix products and convolutions of CUDA are TensorFloat-32, or (not `enabled`) float32.
+    """Run CUDA's float32 matrix products and convolutions in TensorFloat-32 inside, or in float32 if not `enabled`.
 
-    Torch's default is float32 for products but TensorFloat-32 for convolutions. The setting is the process's, not the
-    thread's: while several threads are inside, the last to enter decides; when all have left it is again what it was.
-    A CUDA graph keeps the setting that it was captured under.
+    Torch's default is float32 for products but TensorFloat-32 for convolutions. The setting belongs to the process,
+    not to the thread: while several threads are inside, the last to enter decides. When all have left, the setting is
+    restored. A CUDA graph keeps the setting that it was captured under.
     """
-    entry = [enabled]  # a list, to be told from others by identity
+    entry = [enabled]  # a list, since equal entries differ by identity
     with _LOCK:
         if not _entered:
             _restore.append(_remember())
@@ -96,14 +96,14 @@ def _settings() -> tuple:
 
 
 def _switch(enabled: bool) -> None:
-    # "medium" was set for the CPU as well, and would contradict: there it goes along.
+    # "medium" holds for the CPU as well and would contradict the new setting: so the CPU's changes with CUDA's.
     if _matmul_precision() == "medium":
         torch.set_float32_matmul_precision("high" if enabled else "highest")
     _set_both((enabled, enabled), ["tf32" if enabled else "ieee"] * len(_settings()))
 
 
 def _remember() -> Callable[[], None]:
-    """A function that sets all as it is now."""
+    """Return a function that restores the present settings."""
     new = [setting.fp32_precision for setting in _settings()]
     old = (_old_setting(torch.backends.cuda.matmul, new[0]), _old_setting(torch.backends.cudnn, new[1]))
     medium = _matmul_precision() == "medium"
@@ -121,7 +121,7 @@ def _old_setting(module: object, new: str) -> bool:
     with _quiet():
         try:
             return bool(module.allow_tf32)  # type: ignore[attr-defined]
-        except RuntimeError:  # the new one alone was set
+        except RuntimeError:  # only the new one was set
             return new == "tf32"
 
 
@@ -134,8 +134,8 @@ def _matmul_precision() -> str | None:
 
 
 def _set_both(old: tuple[bool, bool], new: list[str]) -> None:
-    # Torch has the setting twice, old and new, and raises where one is read after only the other was set. So both are
-    # set here, the old one first, which also overwrites the new.
+    # Torch has an old and a new setting, and raises if one is read after only the other was set. So set both here: the
+    # old one first, since it also overwrites the new.
     with _quiet():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
     for setting, value in zip(_settings(), new, strict=True):
@@ -144,7 +144,7 @@ def _set_both(old: tuple[bool, bool], new: list[str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's advice to use the new setting instead of the old: both are used."""
+    """Silence torch's advice to use the new setting instead of the old: this module uses both."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Whether a module's weights have changed, however they were written, and copies that follow them."""
+"""Detect that a module's weights have changed, however they were written, and keep copies up to date."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by it
 
 
 def fingerprint(module: nn.Module) -> object:
-    """What differs when a parameter or buffer does: their places, how often autograd saw them change, a sum over each.
+    """Return values that differ if a parameter or buffer does: addresses, autograd's version counters, and sums.
 
-    Autograd sees neither what is written through `.data` nor inference tensors; the sums do not see permutations (nor,
-    on CUDA, signs). On CUDA those of floating-point weights are norms in float64, of all of them by a few kernels; on
-    the CPU they are the native library's where it is loaded, which is there sooner than torch's.
+    Autograd misses writes through `.data` and changes of inference tensors. The sums miss permutations (and, on CUDA,
+    signs). On CUDA the sums of floating-point weights are norms in float64, a few kernels for all weights. On the CPU
+    the native library computes the sums if it is loaded, since it is faster than torch.
     """
     weights = list(_tensors(module))
     seen = tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)
@@ -43,21 +43,21 @@ def fingerprint(module: nn.Module) -> object:
 
 
 class Follower:
-    """A copy of a module, perhaps in another dtype, place or memory format, that takes over changed weights.
+    """Keeps a copy of a module, perhaps in another dtype, device or memory format, up to date with its weights.
 
     Attributes:
         copy: the copy.
     """
 
     def __init__(self, original: nn.Module, copy: nn.Module) -> None:
-        """`copy` has the parameters and buffers of `original`, in its order, and their present values."""
+        """Follow `original` with `copy`, which has its parameters and buffers in its order and with their values."""
         self._original, self.copy = original, copy
         self._seen = fingerprint(original)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the weights of the original, in place, if they have changed."""
+        """Copy the weights of the original in place if they have changed."""
         now = fingerprint(self._original)
         if now == self._seen:
             return
@@ -71,7 +71,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether its elements are next to each other in memory, in whatever order."""
+    """Return whether the elements fill one block of memory without gaps, in any order."""
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
@@ -79,5 +79,5 @@ def _sum_of_bits(x: Tensor) -> Tensor:
     if x.is_complex():
         x = torch.view_as_real(x)
     bits = x.view(_BITS[x.itemsize])
-    # In 64 bits a sum drops what is carried out of signs: so once more of the upper halves.
+    # A 64-bit sum drops the carry out of the sign bits: so add a sum of the upper halves.
     return bits.sum() if x.itemsize < 8 else bits.sum() + (bits >> 32).sum()

@@ -1,4 +1,4 @@
-"""What differs from sample to sample: keys, labels, guidance scales, conditions, known regions."""
+"""The inputs that differ from sample to sample: keys, labels, guidance scales, conditions, known regions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NoiseSource = Tensor | Callable[[int, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What differs from sample to sample, all on one device. Tensors of one row stand for all samples.
+    """The inputs that differ from sample to sample, on one device. Tensors of one row stand for all samples.
 
     Attributes:
         keys: int64 [N, 2], Philox keys (seed, sample index).
-        class_labels: int64 [N]; float32 [N] or [N, E] where the network's `class_embed_type` takes such.
+        class_labels: int64 [N]; float32 [N] or [N, E] if the network's `class_embed_type` takes these.
         guidance_scale: float32 [1] or [N].
         condition: [N, C', ...], channels that the network reads beside the state.
         known, known_mask: float32, broadcastable to the state and of its rank.
@@ -57,7 +57,7 @@ def make_batch(
     known: Tensor | None = None,
     known_mask: Tensor | None = None,
 ) -> Batch:
-    """Check the arguments of `Sampler.sample` for samples of `shape` [N, ...] and bring them where the network runs.
+    """Check the arguments of `Sampler.sample` for samples of `shape` [N, ...] and move them to the network's device.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
@@ -168,8 +168,8 @@ def check_noise(
     """Return `source`, noise [S, N, ...] of `shape`.
 
     Raises:
-        ValueError, TypeError: it is no such tensor and no function, or a function that could not know which samples
-            it draws for.
+        ValueError, TypeError: it is neither such a tensor nor a function, or it is a function that could not know
+            which samples it draws for.
     """
     if isinstance(source, Tensor):
         checks.floating(source, shape, name)

@@ -1,7 +1,7 @@
-"""How many samples go through the network at once, where the user leaves that open (`batch_size="auto"`).
+"""Choose how many samples go through the network at once, for `batch_size="auto"`.
 
-More samples per pass use a device better, up to a point: past it a pass takes proportionally longer, or longer than
-that where its activations leave a cache. The point is measured, not computed, where measuring costs little of the run.
+More samples per pass use a device better, up to a point. Past it a pass takes proportionally longer, or even longer if
+its activations no longer fit into a cache. The point is measured, if measuring costs little compared to the run.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 SIZES = (4, *(2**k for k in range(4, 14)))  # 4, 16, 32, ... 8192
 CUDA_SIZES = tuple(2**k for k in range(6, 14))  # below 64 a GPU is idle
-GAIN = 1.03  # in samples per second, which a larger size must bring
-SHARE = 0.05  # of the run's sample-steps that measuring may cost
+GAIN = 1.03  # in samples per second that a larger size must bring
+SHARE = 0.05  # of the run's sample-steps, for measuring
 STEPS = 3  # of a measurement: one to warm up, two that count
-MEMORY = 0.8  # of the free memory that is planned with: allocators and libraries need some of their own
+MEMORY = 0.8  # of the free memory to use: allocators and libraries need the rest
 
 _log = logging.getLogger(__name__)
 
@@ -39,16 +39,16 @@ class BatchSizes:
     def __init__(self, pool: LoopPool) -> None:
         self._pool = pool
         self._best: dict[object, int] = {}
-        # How many fit when that was first asked. It is not asked again: what is kept for the next run is not free then.
+        # How many fit at the first call. Later calls would see less, since memory kept for the next run is not free.
         self._fit: dict[object, int] = {}
 
     def choose(self, run: Run, count: int) -> int:
-        """Return the samples at once for the `count` samples of a run, so that its chunks are of almost equal size.
+        """Return the samples per pass for the `count` samples of a run, so that its chunks are of almost equal size.
 
-        What a few samples allocate says how many fit. Smaller sizes are timed, as long as their steps cost at most 5 %
-        of the run's; set-up does not count. A run too short for that takes as many as fit, and one so short that four
-        sample-steps are more than 5 % of it takes all. On CUDA, where a larger batch is faster as a rule, as many as
-        fit is also the answer if the 5 % end before the gain does.
+        The memory of a few samples tells how many fit. Smaller sizes are timed as long as their steps cost at most 5 %
+        of the run's; set-up does not count. A run too short for that takes as many as fit. A run so short that four
+        sample-steps are more than 5 % of it takes all. On CUDA, where a larger batch is usually faster, the answer is
+        also as many as fit if the 5 % end while sizes still gain.
 
         Raises:
             torch.OutOfMemoryError: not even one sample fits.
@@ -98,7 +98,7 @@ class BatchSizes:
         """Return the bytes that a loop of `size` samples and a step of it hold at a time; None if they do not fit."""
         shapes = run.shapes(slice(0, size))
         try:
-            run.one_step(self._pool.build(shapes, "plain"))  # makes what stays, such as converted weights
+            run.one_step(self._pool.build(shapes, "plain"))  # allocates what stays, such as converted weights
             with Allocated() as allocated:
                 run.one_step(self._pool.build(shapes, "plain"))
         except (RuntimeError, MemoryError) as error:
@@ -134,19 +134,19 @@ def choose_chunk(
     candidates: Sequence[int] = SIZES,
     hopeful: bool = False,
 ) -> ChunkChoice:
-    """Return the number of samples per pass with which `count` samples are done soonest, by trying.
+    """Return the number of samples per pass that draws `count` samples fastest, by trying.
 
-    Sizes rise as long as each brings more than 3 % more samples per second than the best one before. The first that
-    brings fewer ends the search; one in between is looked past once. Memory, `count` and `budget` end it too. The best
-    size is then evened out by `even_chunk`.
+    Sizes rise as long as each brings more than 3 % more samples per second than the best one before. The first size
+    that brings fewer ends the search; one in between is skipped once. Memory, `count` and `budget` end it too.
+    `even_chunk` then evens out the best size.
 
     Args:
         count: samples to draw in all.
         run: runs a few steps with n samples, warmed up, and returns the seconds per step. It raises an error for which
             `is_out_of_memory` holds if n samples do not fit.
         max_chunk: the most samples per pass; None for no limit.
-        budget: what all measurements may cost, in sample-steps at the speed of the first size. A size is not tried if,
-            at the rate of the last, it would cost more than is left; the first one always is.
+        budget: the cost of all measurements, in sample-steps at the speed of the first size. The first size is always
+            tried; a later one only if, at the rate of the last, it costs no more than is left.
         candidates: rising sizes to try; those above the limits are replaced by the limit.
         hopeful: take the largest size where the budget ends while sizes still bring more.
 
@@ -198,7 +198,7 @@ def choose_chunk(
 
 
 def even_chunk(count: int, most: int) -> int:
-    """Return the size of chunks that splits `count` into as few of at most `most` as can be, almost equal ones."""
+    """Return the size of chunks that splits `count` into as few chunks of at most `most` as possible, almost equal."""
     return -(-count // -(-count // most))
 
 

@@ -1,7 +1,7 @@
 """Tasks that start from images: change, fill in, interpolate, encode, enlarge.
 
-All of them are `Sampler.sample` with another start, another table or more input; the loop and the kernels are the
-same. Images are float [N, ...], as the model knows them: [-1, 1] for pictures.
+All of them call `Sampler.sample` with another start, another table or more input; the loop and the kernels are the
+same. Images are float [N, ...] in the range that the model was trained on: [-1, 1] for pictures.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def image_to_image(
 ) -> Any:
     """Noise images part of the way and denoise them again (SDEdit, Meng et al. 2022).
 
-    Coarse structure survives a small strength, less of it a larger one. Of S sampling steps the last
-    round(strength * S) are run, at least one.
+    A small strength keeps coarse structure; a larger one keeps less of it. The last round(strength * S) of S sampling
+    steps are run, at least one.
 
     Args:
         sampler: any.
@@ -69,18 +69,18 @@ def inpaint(
     jump_n_sample: int = 10,
     **options: Any,
 ) -> Any:
-    """Fill in what a mask leaves open, with resampling (RePaint, Lugmayr et al. 2022, algorithm 1).
+    """Fill in the part of images that a mask leaves open, with resampling (RePaint, Lugmayr et al. 2022, algorithm 1).
 
-    At every step the known part is replaced by the image noised to that step's level. So that what is filled in
-    agrees with it, the loop goes back up by `jump_length` steps and down again, at every `jump_length`-th step,
-    `jump_n_sample` times in all: about `jump_n_sample` times the evaluations.
+    At every step the image noised to that step's level replaces the known part. To make the filled-in part agree with
+    it, the loop goes back up by `jump_length` steps and down again, at every `jump_length`-th step, `jump_n_sample`
+    times in all. This costs about `jump_n_sample` times the evaluations.
 
     Args:
         sampler: of method "ddpm", or of any if `jump_n_sample` is 1.
-        images: float [N, ...]; what they hold where the mask is 0 is not used.
+        images: float [N, ...]; their values where the mask is 0 are not used.
         mask: broadcastable to the images, from 0 to 1: 1 keeps, 0 fills in.
         jump_length: steps of a jump, fewer than there are.
-        jump_n_sample: how often each stretch is gone down, at least 1; 1 is no resampling.
+        jump_n_sample: how often each stretch is sampled, at least 1; 1 means no resampling.
         **options: further arguments of `Sampler.sample`.
 
     Returns:
@@ -133,8 +133,8 @@ def inpaint(
 def encode(sampler: Sampler, images: Tensor, *, strength: float = 1.0, **options: Any) -> Any:
     """Return the noise that a deterministic sampler turns into these images (Song et al. 2021, section 4.3).
 
-    Decode with `sampler.sample(n, x_T=latents)`. The two are inverse to each other up to the error of the steps,
-    which falls as there are more of them, unless x0 is clipped on the way: give the sampler clip_sample=False.
+    Decode with `sampler.sample(n, x_T=latents)`. The two are inverse up to the error of the steps, which falls with
+    their number. This fails if x0 is clipped on the way: give the sampler clip_sample=False.
 
     Args:
         sampler: of a method without noise: "ddim" with eta 0, or "dpmsolver++".
@@ -152,7 +152,7 @@ def encode(sampler: Sampler, images: Tensor, *, strength: float = 1.0, **options
     start = _start(sampler, strength)
     _check_deterministic(sampler, "encoding")
     begins = _begins(sampler)
-    # Where there is no noise, x and x0 do not tell epsilon: a model of x0 has to start at the level of timestep 0.
+    # Without noise, x and x0 do not determine epsilon: a model of x0 must start at the level of timestep 0.
     clean = float(sampler.table.levels[-1, 1]) == 0 and sampler.prediction_type != "sample"
     table = ddim_inversion_table(
         _schedule(sampler, "encoding"),
@@ -179,8 +179,8 @@ def interpolate(
 
     via "encode": both are encoded to noise, which is interpolated on the sphere and decoded (Song et al. 2021,
     fig. 6). The ends are the reconstructions of `a` and `b`: close to them with clip_sample=False. via "noise": both
-    are noised by the same noise, mixed linearly, and denoised with equal noise for every image of the path (Ho et al.
-    2020, fig. 8; the same, since the mean of two noises would be at a lower level than the one denoised from).
+    get the same noise, are mixed linearly, and are denoised with equal noise for every image of the path (Ho et al.
+    2020, fig. 8). The noise is the same because a mean of two noises has a lower level than denoising starts from.
 
     Args:
         sampler: for "encode" of a method without noise ("ddim" with eta 0, or "dpmsolver++"); for "noise" any.

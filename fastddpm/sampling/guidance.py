@@ -1,7 +1,7 @@
-"""What changes the prediction between the network and `reverse_step`, each part only where it is asked for.
+"""Change the prediction between the network and `reverse_step`, as far as the settings ask for it.
 
-Plain classifier-free guidance is not here: the kernel combines the doubled batch itself. All of this reads and writes
-device memory alone, so that a graph can capture it with the step.
+Plain classifier-free guidance is not here: the kernel combines the doubled batch itself. These functions read and
+write only device memory, so a graph can capture them with the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Classifier:
         shifts: "mean", of the step, by its variance times the gradient (algorithm 1, for ancestral sampling; at the
             last step, which adds no noise, in convention "guided_diffusion" alone),
             "epsilon", by -sqrt(1 - abar) times the gradient (algorithm 2, for DDIM and its like), or "clipped epsilon":
-            the same of the epsilon that the clipped x0 means, and x0 is not clipped again (guided-diffusion's
+            the same for the epsilon that belongs to the clipped x0, and x0 is not clipped again (guided-diffusion's
             `condition_score`).
     """
 
@@ -60,7 +60,7 @@ class DynamicThreshold:
         magnitudes = x0.flatten(1).abs()
         position = self.ratio * (magnitudes.shape[1] - 1)
         below = int(position)
-        # Only what lies above the quantile has to be sorted.
+        # Only the values above the quantile must be sorted.
         top = magnitudes.topk(magnitudes.shape[1] - below, dim=1).values
         quantile = top[:, -1] if top.shape[1] == 1 else torch.lerp(top[:, -1], top[:, -2], position - below)
         return quantile.clamp(1, self.maximum)
@@ -100,7 +100,7 @@ def add_to_prediction(out: Tensor, channels: int, shift: Tensor) -> Tensor:
 def clipped_prediction(
     prediction: Tensor, x: Tensor, row: Tensor, clip_range: float | None, threshold: DynamicThreshold | None
 ) -> Tensor:
-    """Return the prediction [N, ...] for the clipped x0: the `out` for which A x + B out is what clipping leaves.
+    """Return the prediction [N, ...] for the clipped x0: the `out` with A x + B out = clipped x0.
 
     Args:
         row: [7], of the table.
@@ -113,7 +113,7 @@ def clipped_prediction(
         x0 = x0.clamp(-limit, limit) / limit
     elif clip_range is not None:
         x0 = x0.clamp(-clip_range, clip_range)
-    return torch.where(b == 0, prediction, (x0 - a * x) / b)  # where x is clean, x0 says nothing of a prediction
+    return torch.where(b == 0, prediction, (x0 - a * x) / b)  # for a clean x, x0 does not determine the prediction
 
 
 def log_of_variance(out: Tensor, channels: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The device state of a batch and the step that advances it: "predict, then `reverse_step`".
 
-Everything a step needs (state, table, step counter, keys, labels, given noise) is in buffers on the device that stay
-where they are. Loading a batch copies its values in; the host then only asks for the next step. A CUDA graph can hold
-such a step, and one graph serves every batch whose buffers have the same names and shapes.
+Everything a step needs (state, table, step counter, keys, labels, given noise) is in device buffers with fixed
+addresses. Loading a batch copies its values in; the host then only asks for the next step. A CUDA graph can hold such
+a step, and one graph serves every batch whose buffers have the same names and shapes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from fastddpm.sampling.guidance import (
 )
 from fastddpm.sampling.settings import LoopSettings
 
-ROWS = 64  # tables get room for a multiple of this: similar lengths share a loop, and graphs are tried out in it
-AHEAD_STEPS, AHEAD_NUMBERS = 32, 2**16  # of noise that is made in one go on the CPU, at most
+ROWS = 64  # tables get room for a multiple of this, so that similar lengths share a loop and graphs can be tried out
+AHEAD_STEPS, AHEAD_NUMBERS = 32, 2**16  # the most noise made at once on the CPU
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Body(NamedTuple):
-    """Which operations a step runs: all that the host chooses.
+    """The operations that a step runs, chosen by the host.
 
     Attributes:
         network: False for a step without a prediction, such as one back up in RePaint.
         guided: whether the unconditional half is computed.
-        multistep: whether the x0 of the step before is read.
-        variance: whether the network predicts the variance itself, and not its logarithm.
-        first: whether the network is given no x0 of the step before, and not zeros.
+        multistep: whether the x0 of the previous step is read.
+        variance: whether the network predicts the variance itself instead of its logarithm.
+        first: whether the network gets no previous x0, instead of zeros.
     """
 
     network: bool
@@ -65,7 +65,7 @@ def buffer_shapes(
     noise: bool = False,
     known_noise: bool = False,
 ) -> Shapes:
-    """Return the shapes and dtypes of a loop's buffers by name. Batches for which they are equal may share a loop.
+    """Return the shapes and dtypes of a loop's buffers by name. Batches with equal ones may share a loop.
 
     Args:
         table: the table to walk.
@@ -118,14 +118,14 @@ class Loop:
 
     Attributes:
         shapes: of the buffers, from `buffer_shapes`.
-        buffers: by name; none is ever replaced. "x" is the state x_t, float32 [N, ...]; "x0" the x0 predicted last;
-            "inputs" what the network reads, of both halves under guidance, the unconditional one first; "step" int64
-            [1], the next row of the table; "noise" and "known_noise" what the user gives for the next step.
+        buffers: by name; none is ever replaced. "x" is the state x_t, float32 [N, ...]; "x0" the latest predicted x0;
+            "inputs" the network's input, of both halves under guidance, the unconditional one first; "step" int64
+            [1], the next row of the table; "noise" and "known_noise" the user's noise for the next step.
         bodies: of every row of the loaded table.
     """
 
     def __init__(self, network: Network, shapes: Shapes, settings: LoopSettings) -> None:
-        """A loop that runs once a batch is loaded."""
+        """Make a loop that can run once a batch is loaded."""
         self.network, self.shapes, self.settings = network, shapes, settings
         self.bodies: list[Body] = []
         self.buffers = b = {
@@ -180,7 +180,7 @@ class Loop:
         for name, value in tables.items():
             if value is not None and name in b:
                 b[name][rows].copy_(value)
-        if "adds_noise" in b and rest.mean_std is not None:  # S is the shift's, and z is 0 where S was 0
+        if "adds_noise" in b and rest.mean_std is not None:  # the shift uses S, and z is 0 where S was 0
             b["rows"][rows, 6].copy_(rest.mean_std)
         for name, value in {"x": x, **vars(batch)}.items():
             if value is not None and name in b:
@@ -201,7 +201,7 @@ class Loop:
             self._ahead.load(table)
 
         low, high = self.settings.guidance_interval or (-math.inf, math.inf)
-        # A table that began anew may need no earlier predictions: the rows then weigh the buffers' zeros with zero.
+        # A table that restarts may need no earlier predictions: its rows then multiply the buffers' zeros by zero.
         multistep = rest.multistep or "history" in b
         guidable, variance = "guidance_scale" in b, rest.learned == "variance"
         self.bodies = [Body(False, False)] * start + [
@@ -327,11 +327,11 @@ class Loop:
         return out, noise + std * gradient
 
     def _row(self, name: str) -> Tensor:
-        """The row of a table that the step is at, [1, ...]."""
+        """Return the row of a table that the step is at, [1, ...]."""
         return self.buffers[name].index_select(0, self.step)
 
     def _half(self, halves: Tensor, guided: bool) -> Tensor:
-        """What a step reads or writes of a tensor for both halves: under guidance all of it, else the last half."""
+        """Return the part of a tensor for both halves that a step uses: all under guidance, else the last half."""
         return halves if guided or "guidance_scale" not in self.buffers else halves[len(self.x) :]
 
     def _mirror(self, guided: bool) -> None:
@@ -342,9 +342,9 @@ class Loop:
 
 
 class _NoiseAhead:
-    """Makes the noise of several steps in one go: the same numbers.
+    """Makes the noise of several steps at once, with the same numbers.
 
-    On the CPU a step's noise is some eighty operations of torch, and calling them costs more than what they compute.
+    On the CPU a step's noise takes about eighty torch operations, and calling them costs more than computing them.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -354,12 +354,12 @@ class _NoiseAhead:
         self._first, self._made = 0, torch.empty(0)
 
     def load(self, table: StepTable) -> None:
-        """Forget what was made, for other keys, and take in which rows of `table` add noise."""
+        """Forget the noise made for other keys, and note which rows of `table` add noise."""
         self._noisy = (table.rows[:, 6] != 0).tolist()
         self._first, self._made = 0, torch.empty(0)
 
     def noise(self, row: int) -> Tensor | None:
-        """Return the noise of a row; None where it adds none, or the kernel makes it as fast."""
+        """Return the noise of a row; None if it adds none, or if the kernel makes it as fast."""
         if self._steps < 2 or row >= len(self._noisy) or not self._noisy[row]:
             return None
         if not 0 <= row - self._first < len(self._made):

@@ -1,4 +1,4 @@
-"""Memory of a device: how much is free, how much a loop takes, and what an error says that ran out of it."""
+"""Device memory: how much is free, how much a loop takes, and which errors mean that it ran out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What allocators say in errors that are not `torch.OutOfMemoryError`.
+# Messages of allocators in errors that are not `torch.OutOfMemoryError`.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -40,11 +40,11 @@ def not_even_one(error: BaseException) -> torch.OutOfMemoryError:
 
 
 def release_memory() -> None:
-    """Give back what torch's allocators hold unused.
+    """Give back the unused memory that torch's allocators hold.
 
-    Call it when an error has been handled, not while it is: its traceback holds the tensors of every frame.
+    Call it after an error has been handled, not during: its traceback holds the tensors of every frame.
     """
-    gc.collect()  # frames and tensors in reference cycles
+    gc.collect()  # frees frames and tensors in reference cycles
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
@@ -54,10 +54,10 @@ def release_memory() -> None:
 class Allocated(TorchDispatchMode):
     """Counts the memory of the tensors that operations return while it is entered, on any device.
 
-    It does not see what a kernel allocates for itself.
+    It misses memory that a kernel allocates for itself.
 
     Attributes:
-        live, peak: bytes held now, and at most at a time.
+        live, peak: bytes held now, and the most held at a time.
     """
 
     def __init__(self) -> None:
@@ -87,8 +87,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 def free_memory(device: torch.device | str) -> int:
     """Return the bytes that can still be allocated on `device`.
 
-    CUDA: what the driver has free and what torch's allocator holds unused, within the fraction of the device that
-    the process may use. CPU: what the system can give without swapping, within the limits of its control groups.
+    CUDA: the driver's free memory plus the unused memory of torch's allocator, within the fraction of the device that
+    the process may use. CPU: the memory available without swapping, within the limits of the control groups.
 
     Raises:
         ValueError: the free memory of a device of this type is not known.
@@ -134,7 +134,7 @@ def _meminfo(root: Path) -> int | None:
 
 
 def _cgroup(root: Path) -> int | None:
-    """Return the least that is left in this process's control groups, of version 2 or 1; None without a limit."""
+    """Return the least memory left in this process's control groups, of version 2 or 1; None without a limit."""
     groups = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines() if line.count(":") >= 2]
     left = []
     for _, controllers, path in groups:
@@ -161,7 +161,7 @@ def _left_in(group: Path, limit_name: str, usage_name: str, reclaimable: str) ->
     if not limit.isdecimal() or not usage.isdecimal():  # "max", or no such group
         return None
     stat = dict(line.split(" ", 1) for line in _read(group / "memory.stat").splitlines() if " " in line)
-    cached = int(stat.get(reclaimable, 0))  # file pages that are dropped when memory is wanted
+    cached = int(stat.get(reclaimable, 0))  # file pages that the system drops when memory is needed
     return max(0, int(limit) - int(usage) + cached)
 
 

@@ -1,4 +1,4 @@
-"""A sampler's loops, kept for the next batch whose buffers have the same shapes: same memory, same graphs."""
+"""Keep a sampler's loops for the next batch whose buffers have the same shapes: same memory, same graphs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ IDLE = 4  # loops that are kept for later
 
 
 class LoopPool:
-    """Lends loops with what runs them, each to one user at a time. Safe for threads.
+    """Lends loops with their runners, each to one user at a time. It is thread-safe.
 
     Args:
         network, settings, graphs: of the loops.
-        idle: how many unused ones are kept, those used last.
+        idle: how many unused loops are kept; the most recently used stay.
 
     Attributes:
         built: how many loops were built to be lent.
@@ -40,7 +40,7 @@ class LoopPool:
 
     @contextmanager
     def lease(self, shapes: Shapes) -> Iterator[Runner]:
-        """Lend a loop with buffers of these shapes, kept or new. After an error inside it is not used again."""
+        """Lend a loop with buffers of these shapes, kept or new. After an error inside, the loop is not reused."""
         runner = self._take(shapes)
         if runner is None:
             runner = self.build(shapes)
@@ -52,13 +52,13 @@ class LoopPool:
             yield runner
         except BaseException:
             if (stream := self._stream()) is not None:
-                with suppress(RuntimeError):  # the error under way tells more
-                    stream.synchronize()  # what still runs reads memory that is about to be freed
+                with suppress(RuntimeError):  # the original error tells more
+                    stream.synchronize()  # work still running reads memory that is about to be freed
             raise
         self._give_back(runner)
 
     def clear(self) -> int:
-        """Free the loops that are not in use, and return how many they were."""
+        """Free the loops that are not in use, and return their number."""
         with self._lock:
             dropped, self._idle = self._idle, []
         return len(dropped)

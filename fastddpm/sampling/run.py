@@ -2,8 +2,8 @@
 
     Sampler.sample -> Run.draw -> Run._walk: for rows in table: Runner.advance -> Loop.body -> network, reverse_step
 
-A `Sampler` has settings and a table, a `Run` what one call adds, a `Batch` what differs from sample to sample, a `Loop`
-the buffers on the device, and its `Runner` runs the steps: from Python, or as CUDA graphs.
+A `Sampler` holds settings and a table, a `Run` the arguments of one call, a `Batch` the inputs that differ from sample
+to sample, and a `Loop` the buffers on the device. Its `Runner` runs the steps: from Python, or as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from fastddpm.sampling.trajectory import Recorder
 
 StepCallback = Callable[[int, int, Tensor], bool | None]
 
-# On CUDA progress is told at most so often per chunk, and after no fewer steps, so that graphs of several steps stay
-# worth their while.
+# On CUDA: the most progress reports per chunk, and the fewest steps between two, so that graphs of several steps pay
+# off.
 BAR_UPDATES, BAR_STEPS = 50, 4
 
 
 class Segment(NamedTuple):
-    """Steps that run in one go: `steps` of one kind from row `first` on."""
+    """Steps that run together: `steps` of one kind from row `first` on."""
 
     kind: Body
     first: int
@@ -44,10 +44,10 @@ class Segment(NamedTuple):
 
 
 def segments(bodies: Sequence[Body], start: int = 0, periods: Iterable[int] = ()) -> Iterator[Segment]:
-    """Yield the rows from `start` on in order, in as few segments as can be.
+    """Yield the rows from `start` on in order, in as few segments as possible.
 
     A segment ends where the kind of step changes, and after every k-th step, counted from `start`, for every k in
-    `periods`: there the host has something to do.
+    `periods`: there the host has work to do.
     """
     periods = tuple(periods)
     first = start
@@ -89,7 +89,7 @@ class Run:
         """Take all samples through the table, in chunks, and return them: float32 [N, ...].
 
         Raises:
-            torch.OutOfMemoryError: so many samples at once do not fit; with "auto", not even one.
+            torch.OutOfMemoryError: this many samples do not fit at once; with "auto", not even one fits.
         """
         check_progress(progress)
         count, first, at_once = self.shape[0], 0, callable(self.noise) or callable(self.known_noise)
@@ -122,7 +122,7 @@ class Run:
     def first_not_finite(self, sample: int) -> int | None:
         """Walk the table again with one sample, and return the first row after which it is not finite, or None.
 
-        None also where the user's noise is a function, which draws for all samples at once.
+        Return None also if the user's noise is a function, since a function draws for all samples at once.
         """
         if callable(self.noise) or callable(self.known_noise):
             return None
@@ -139,10 +139,10 @@ class Run:
         return found[0] if found else None
 
     def _smaller(self, error: BaseException, size: int, auto: bool, at_once: bool) -> int | None:
-        """Return how many samples to try after `size` ran out of memory; None: as many again, there is more room now.
+        """Return how many samples to try after `size` ran out of memory; None for the same again with more free memory.
 
         Raises:
-            RuntimeError, MemoryError: the error itself, where nothing helps.
+            RuntimeError, MemoryError: the error itself, if nothing helps.
         """
         if not is_out_of_memory(error):
             raise error
@@ -171,7 +171,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """How many steps every sample takes."""
+        """The number of steps of every sample."""
         return len(self.table) - self.start
 
     def shapes(self, rows: slice) -> Shapes:
@@ -188,19 +188,19 @@ class Run:
         )
 
     def key(self) -> object:
-        """Return what is equal for runs whose loops differ in their numbers of samples and rows alone."""
+        """Return a key, equal for runs whose loops differ only in their numbers of samples and rows."""
         return frozenset((name, shape[1:], dtype) for name, (shape, dtype) in self.shapes(slice(0, 1)).items())
 
     def one_step(self, runner: Runner) -> Body:
         """Run one step of the most frequent kind, for as many samples as the loop has, and return that kind."""
         loop = self._load(slice(0, len(runner.loop.x)), runner, only_most=True)
         kind = most_frequent(loop.bodies[self.start :])
-        loop.step.zero_()  # from there on there is room for more steps
+        loop.step.zero_()  # row 0 leaves room for more steps
         runner.advance(kind, 1)
         return kind
 
     def seconds_per_step(self, runner: Runner, steps: int = 2) -> float:
-        """Return how long such a step takes, once warmed up."""
+        """Return how long a step of `one_step` takes, once warmed up."""
         kind, device = self.one_step(runner), runner.loop.x.device
         _wait_for(device)
         begin = time.perf_counter()
@@ -209,7 +209,7 @@ class Run:
         return (time.perf_counter() - begin) / steps
 
     def periods(self, device: torch.device) -> list[int]:
-        """Return after every how many steps the host has something to do."""
+        """Return the periods, in steps, after which the host has work to do."""
         periods = []
         if self.callback is not None or self.noise is not None or self.known_noise is not None:
             periods.append(1)
@@ -231,7 +231,7 @@ class Run:
         return runner.loop
 
     def _give_noise(self, row: int, rows: slice, loop: Loop) -> None:
-        """Put the noise that the user gives for a row into the loop, where that row has a use for it."""
+        """Put the user's noise for a row into the loop, if that row uses it."""
         if self.noise is not None and self.table.rows[row, 6] != 0:
             give_noise(loop.buffers["noise"], self.noise, row, rows, "noise")
         if self.known_noise is not None and self.table.levels[row, 1] != 0:
@@ -239,10 +239,10 @@ class Run:
 
 
 class _Moments:
-    """What the host does between the segments of a chunk: progress, the trajectory, the callback.
+    """Does the host's work between the segments of a chunk: progress, the trajectory, the callback.
 
-    The bar moves as the device does the steps, not as the host asks for them: the host stays two segments ahead, enough
-    for the device never to wait for it.
+    The bar follows the steps that the device has done, not those that the host has enqueued. The host stays two
+    segments ahead, so that the device never waits for it.
     """
 
     def __init__(self, run: Run, rows: slice, loop: Loop) -> None:
@@ -254,7 +254,7 @@ class _Moments:
             run.recorder.begin_chunk()
 
     def passed(self, row: int, steps: int) -> bool:
-        """Note that the loop has passed `row` after `steps` further steps. Returns whether the callback stops it."""
+        """Note that the loop has passed `row` after `steps` further steps. Return whether the callback stops it."""
         run, loop, self._row = self._run, self._loop, row
         if run.bar is not None and loop.x.device.type == "cuda":
             event = torch.cuda.Event(blocking=True)
@@ -284,7 +284,7 @@ class _Moments:
 
 
 def _advice(at_once: bool) -> str:
-    """Return what helps where memory runs out."""
+    """Return advice for when memory runs out."""
     if at_once:
         return "noise from a function is for all samples at once; as a tensor it would let batch_size be 'auto'"
     return "batch_size='auto' takes as many samples at once as fit"

@@ -1,7 +1,7 @@
-"""How the steps of a loop are run: one by one, as CUDA graphs, or as native programs on the CPU.
+"""Run the steps of a loop: one by one, as CUDA graphs, or as native programs on the CPU.
 
-All give the same numbers, bit for bit. Graphs and programs hold where a loop's buffers are, not what is in them, so
-that one serves every batch that is loaded later. `make_runner` is the one place that chooses.
+All give the same numbers, bit for bit. Graphs and programs hold the addresses of a loop's buffers, not their values,
+so one serves every batch that is loaded later. Only `make_runner` chooses between them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from fastddpm.sampling.cuda_graph import MODES, CapturedBody, CaptureError, tune
 from fastddpm.sampling.loop import Body, Loop
 from fastddpm.sampling.memory import is_out_of_memory
 
-MEASURED_ROWS = 256  # loops with room for fewer steps are over before measuring how to run graphs has paid
-NATIVE_SECONDS = 0.2  # that a call of a native program takes at most, or one step: nothing can interrupt it
+MEASURED_ROWS = 256  # shorter loops end before measuring how to run graphs pays off
+NATIVE_SECONDS = 0.2  # the longest call of a native program, unless one step takes longer: nothing can interrupt it
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class GraphRecord:
-    """Whether a sampler's loops are captured, and what came of it. Threads may share it.
+    """A record of whether a sampler's loops are captured, and of the results. Threads may share it.
 
     Attributes:
         wanted: "auto" or one of `cuda_graph.MODES`.
@@ -64,7 +64,7 @@ class GraphRecord:
         return cls(wanted, reason, native=device.type == "cpu")
 
     def give_up(self, why: str) -> None:
-        """From now on run every loop step by step."""
+        """Run every loop step by step from now on."""
         first, self.why_not = self.why_not is None, why
         if first:
             _log.warning("the loop cannot be captured as a CUDA graph and runs step by step: %s", why)
@@ -82,7 +82,7 @@ class GraphRecord:
 
 
 def make_runner(loop: Loop, graphs: GraphRecord, mode: str | None = None) -> Runner:
-    """Return what runs a loop's steps; `mode`, "plain" or one of `cuda_graph.MODES`, in place of the sampler's."""
+    """Return the runner of a loop; `mode`, "plain" or one of `cuda_graph.MODES`, replaces the sampler's."""
     if graphs.native and mode is None and loop.settings.backend == "native" and loop.settings.classifier is None:
         return NativeRunner(loop, graphs)
     return Runner(loop) if graphs.why_not is not None or mode == "plain" else GraphRunner(loop, graphs, mode)
@@ -103,18 +103,18 @@ class Runner:
         self.released: torch.cuda.Event | None = None
 
     def load(self, table: StepTable, x: Tensor, batch: Batch, start: int = 0, *, only_most: bool = False) -> None:
-        """Load a batch as `Loop.load` does, and make its steps ready: all, or only those of the most frequent kind."""
+        """Load a batch as `Loop.load` does, and prepare its steps: all, or only those of the most frequent kind."""
         self.loop.load(table, x, batch, start)
 
     def advance(self, kind: Body, steps: int) -> None:
         """Run `steps` steps of one kind on the current stream. The host does not wait for them."""
-        with tuned():  # the convolutions that a graph would hold
+        with tuned():  # chooses the convolutions that a graph would hold
             for _ in range(steps):
                 self.loop.body(kind)
 
 
 class GraphRunner(Runner):
-    """Captures each kind of step once and replays it; runs plainly from when on one could not be captured.
+    """Captures each kind of step once and replays it; runs plainly after a capture has failed.
 
     A step is captured again where the model's weights have moved to other memory (not where they changed in place), and
     for each setting of autocast.
@@ -149,7 +149,7 @@ class GraphRunner(Runner):
             super().advance(kind, steps)
 
     def _capture(self, kinds: list[Body]) -> bool:
-        """Capture the kinds that are not yet. Returns whether steps were run for it."""
+        """Capture the kinds not yet captured. Return whether steps were run for it."""
         addresses = self.loop.network.addresses()
         if addresses != self._addresses:
             self._captured.clear()
@@ -185,7 +185,7 @@ class NativeRunner(Runner):
         super().__init__(loop)
         self._graphs = graphs
         self._programs: dict[Body, Program | None] = {}
-        self._seconds = NATIVE_SECONDS  # that a step takes
+        self._seconds = NATIVE_SECONDS  # of a step
 
     def load(self, table: StepTable, x: Tensor, batch: Batch, start: int = 0, *, only_most: bool = False) -> None:
         """See `Runner.load`."""
@@ -196,7 +196,7 @@ class NativeRunner(Runner):
         for kind in missing:
             self._programs[kind] = self._record(kind)
         if missing:
-            self.loop.load(table, x, batch, start)  # what torch does in a step is run for recording it
+            self.loop.load(table, x, batch, start)  # recording a step runs its torch operations
 
     def advance(self, kind: Body, steps: int) -> None:
         """See `Runner.advance`."""
@@ -222,12 +222,12 @@ class NativeRunner(Runner):
 
 
 def most_frequent(kinds: list[Body]) -> Body:
-    """Return the kind that most steps are of, the first of several."""
+    """Return the most frequent kind of step, the first of several."""
     return max(dict.fromkeys(kinds), key=kinds.count)
 
 
 def _rewinds(step: Tensor) -> Callable[[], None]:
-    """Return the function that takes a loop back to its first row, from where it has room for `loop.ROWS` steps."""
+    """Return a function that takes a loop back to its first row, which `loop.ROWS` steps may follow."""
 
     def rewind() -> None:
         step.zero_()

@@ -1,6 +1,6 @@
-"""Sampling: a model and a coefficient table become images.
+"""Sample images with a model and a coefficient table.
 
-`run` has the loop and names the objects on the way.
+`run` holds the loop and describes the objects involved.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ from fastddpm.sampling.trajectory import Recorder, Trajectory
 class Sampler:
     """Draws samples from a diffusion model by running its reverse process.
 
-    Names and defaults are diffusers', but for one: x0 is clipped by default whatever the method, which diffusers'
-    multistep solver ("dpmsolver++") does not do.
+    Names and defaults are diffusers'.
 
     Args:
         model: an `nn.Module` or any callable `model(x, t)`, or `model(x, t, class_labels=labels)` if it is
@@ -62,7 +61,7 @@ class Sampler:
             for the method's own, "linspace" for samplers in sigma and "leading" for the others.
         prediction_type: what the model predicts: "epsilon", "sample" or "v_prediction".
         variance_type: "fixed_small", "fixed_small_log", "fixed_large", "learned" or "learned_range", of method "ddpm".
-            For the other methods a learned variance says that the second half of the model's channels is not read.
+            Other methods ignore the second half of the model's channels if the variance is learned.
         clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range] at every step; None for the
             method's default, as diffusers has it: True for "ddpm" and "ddim", False for the others.
         eta: of method "ddim": 0 is deterministic, 1 has DDPM's variance.
@@ -71,7 +70,7 @@ class Sampler:
         dtype: of the network, as a torch.dtype or by name: "float32", "float16", "bfloat16"; "tf32" for float32 whose
             products CUDA rounds to TensorFloat-32; None for the model's own. "auto" is float16 on CUDA and the model's
             own elsewhere; a `fastddpm.UNet` that would overflow in float16 gets bfloat16 (it is tried, and logged).
-            "float32" and "tf32" set torch's switches for TensorFloat-32 while sampling. The state is always float32.
+            "float32" and "tf32" set torch's switches for TensorFloat-32 during sampling. The state is always float32.
             A `fastddpm.UNet` is prepared for sampling: see `fastddpm.networks.frozen`.
         device: where to sample; None for where the model is.
         backend: "auto", "triton", "native", "eager" or "reference", for the sampling step (and for the layers of a
@@ -80,8 +79,8 @@ class Sampler:
             to be fastest (up to 192 steps one by one, where measuring does not pay); a model that cannot be captured
             runs without, with a warning. "while" (one launch for all steps), "unrolled" (several steps per launch) or
             "step" (one): only that way. False: no graphs, for models whose Python code does not do the same in every
-            call. The operations are the same in all. `graph_report` says what was done. On the CPU "auto" hands the
-            steps of a network that runs natively to the native library, which needs Python no more for them.
+            call. All modes run the same operations. `graph_report` says which one is used. On the CPU "auto" hands the
+            steps of a network that runs natively to the native library, which runs them without Python.
         steps_offset: added to the timesteps of "leading" spacing.
         clip_sample_range: see `clip_sample`.
         null_class: the label that means "no class"; None for the one the model's config names.
@@ -108,16 +107,16 @@ class Sampler:
     Attributes:
         table: the coefficient table; `timesteps` are its.
         schedule, method: as given; None and "table" where a table was.
-        settings: what the loops do with predictions.
+        settings: how the loops process predictions.
         network: the model in its place and dtype.
 
     A model that has to be moved or converted is copied; the one passed in stays as it is. It is evaluated in eval
-    mode and without gradients. What a batch needs on the device is kept for the next one of the same shape and
-    options, and given back with the sampler. Several threads may use one sampler.
+    mode and without gradients. The device memory of a batch is kept for the next one of the same shape and options,
+    and freed with the sampler. Several threads may use one sampler.
 
     Raises:
         ValueError, TypeError: a setting is not known, out of range, another method's, or contradicts another one.
-        BackendError: a backend was named that cannot run on the device.
+        BackendError: the named backend cannot run on the device.
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class Sampler:
             variance_type = "learned_range" if self.table.learned == "range" else "learned"
         self.variance_type = variance_type
         if self.schedule is None and dtype == "auto":
-            raise ValueError("dtype is 'auto' but schedule is a StepTable, which does not say what is tried; name one")
+            raise ValueError("dtype is 'auto' but schedule is a StepTable, which cannot test float16; name a dtype")
         chosen, self._tf32 = choose_dtype(
             model,
             self.schedule,
@@ -201,10 +200,10 @@ class Sampler:
         )
         self.network = Network(model, device, chosen, backend, allow_tf32=self._tf32 is True, freeze=True)
         if self._tf32 is None and self.network.frozen is not None and self.network.dtype == torch.float32:
-            self._tf32 = False  # its convolutions do not follow torch's switches, so its products must not either
+            self._tf32 = False  # its convolutions ignore torch's switches, so its products must too
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
-        # The native library is not built for the step alone: a network has to run on it.
+        # Do not build the native library for the step alone: a network must run on it too.
         native = self.network.frozen is not None and self.network.frozen.backend == "native"
         step = backend if backend not in ("auto", "native") else "native" if native else "auto"
         self.backend = resolve("reverse_step_", step, self.device.type)
@@ -227,12 +226,12 @@ class Sampler:
         )
         check_out_channels(self.settings, getattr(self.config, "out_channels", None))
         self._graphs = GraphRecord.parse(cuda_graph, self.device)
-        # Neither refers to the sampler: what refers to that keeps its memory past it.
+        # Neither refers to the sampler: a reference to it would keep its memory alive.
         self._pool = LoopPool(self.network, self.settings, self._graphs)
         self._sizes = BatchSizes(self._pool)
 
     def graph_report(self) -> dict[str, Any]:
-        """Return what became of `cuda_graph`.
+        """Return how the steps run with this `cuda_graph`, and why.
 
         Returns:
             "mode": how steps run, "while", "unrolled" or "step", "native" on the CPU, "plain" without graphs, None
@@ -270,7 +269,7 @@ class Sampler:
     @overload
     def sample(self, num_samples: int, *, return_trajectory: int, **arguments: Any) -> Trajectory: ...
 
-    # What is kept for the next call must not be an inference tensor.
+    # Tensors kept for the next call must not be inference tensors.
     @torch.inference_mode(False)  # type: ignore[misc]  # mypy holds **Any to be more than all the keywords
     @torch.no_grad()
     def sample(
@@ -313,21 +312,21 @@ class Sampler:
                 a multistep method begins there at first order.
             table: another `StepTable` than the sampler's own, such as a RePaint walk or an inversion.
             noise: [S, N, ...], or a function of (row of the table, (n, ...)) that returns such a tensor for one step
-                of n samples, in place of drawn noise z. It is not called for steps that add none (the last one of
-                DDPM), and cannot be had with a `batch_size` below N.
+                of n samples, in place of drawn noise z. The function is not called for steps that add none (the last
+                one of DDPM), and does not work with a `batch_size` below N.
             class_labels: one label for all or one per sample; with class_embed_type "identity" float [N, E].
             guidance_scale: one for all or one per sample, in place of the sampler's.
             condition: float [N, C', ...] that the model reads as further channels after those of x, such as the
                 low-resolution image of super-resolution.
             known: float, broadcastable to [N, ...]: after every step it replaces the samples where `known_mask` is 1,
                 noised to the level of that step (Lugmayr et al. 2022, eq. 8). The mask goes from 0 to 1, or is boolean.
-            known_noise: as `noise`, in place of what is drawn for `known`.
+            known_noise: as `noise`, in place of the noise drawn for `known`.
             batch_size: samples per pass through the network; None for all at once; "auto" for as many as are fastest
                 and fit, which a long run measures first, and half as many wherever memory runs out. With noise
                 functions "auto" is all at once.
-            callback: called after every step as callback(row of the table, timestep, x); x [n, ...] is the float32
-                state, whose memory is used again: it must not be changed, and copied if it is to be kept. If it
-                returns True the loop stops there. With "auto" it may see the steps of a chunk that did not fit.
+            callback: called after every step as callback(row of the table, timestep, x). x [n, ...] is the float32
+                state, whose memory is reused: do not change it, and copy it to keep it. If the callback returns
+                True, the loop stops there. With "auto" it may see the steps of a chunk that did not fit.
             progress: True shows a progress bar; a function is called as progress(steps done, steps of all chunks), on
                 CUDA after several steps, so that one launch may run them.
             return_trajectory: k: return a `Trajectory` of the states and predicted x0 every k steps.
@@ -337,7 +336,7 @@ class Sampler:
 
         Raises:
             ValueError, TypeError: an argument is out of range or of the wrong shape or type, or contradicts another.
-            torch.OutOfMemoryError: so many samples at once do not fit.
+            torch.OutOfMemoryError: this many samples do not fit at once.
             CaptureError: the steps cannot be captured in the way that `cuda_graph` names.
 
         Warns:
@@ -387,11 +386,11 @@ class Sampler:
         return images if recorder is None else recorder.trajectory()
 
     def _rounding(self) -> AbstractContextManager[None]:
-        """Set how CUDA rounds the factors of float32 products, where that was asked for."""
+        """Set how CUDA rounds the factors of float32 products, if the user asked for it."""
         return nullcontext() if self._tf32 is None or self.device.type != "cuda" else tf32(self._tf32)
 
     def _check_finite(self, images: Tensor, run: Run) -> None:
-        """Warn of samples that are not finite, and of the step at which the first of them became so.
+        """Warn of samples that are not finite, and name the step at which the first of them became so.
 
         The loop itself checks nothing: the step is found by walking one sample again.
         """

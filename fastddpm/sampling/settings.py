@@ -1,6 +1,6 @@
-"""From a sampler's settings to its table, and to what its loop does with predictions.
+"""Turn a sampler's settings into its table and into the way its loop processes predictions.
 
-A setting that the others leave without effect is an error that names both.
+A setting that has no effect because of another one raises an error that names both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastddpm.sampling.guidance import Classifier, ClassifierFn, DynamicThreshol
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What a sampler's loops do with predictions, the same for every batch.
+    """The way a sampler's loops process predictions, the same for every batch.
 
     Attributes:
         backend: of the kernels.
@@ -48,7 +48,7 @@ class LoopSettings:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network's output has a second half of channels, about the variance."""
+        """Whether the network's output has a second half of channels for the variance."""
         return self.variance_type in ("learned", "learned_range")
 
 
@@ -72,7 +72,7 @@ def choose_table(
         others: as for `Sampler`.
 
     Raises:
-        TypeError, ValueError: a setting is not known, is another method's, or is what a given table has fixed; or as
+        TypeError, ValueError: a setting is not known, is another method's, or is fixed by a given table; or as
             `NoiseSchedule.timesteps` and `check_timesteps`.
     """
     if variance_type not in VARIANCE_TYPES:
@@ -89,7 +89,7 @@ def choose_table(
         }
         for name, (value, default) in defaults.items():
             if value is not default and value != default:
-                raise ValueError(f"{name} is {value!r} but schedule is a StepTable, which says that itself")
+                raise ValueError(f"{name} is {value!r} but schedule is a StepTable, which already fixes it")
         return schedule
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule is a {type(schedule).__name__}, must be a NoiseSchedule or a StepTable")
@@ -195,7 +195,7 @@ def check_out_channels(settings: LoopSettings, channels: int | None) -> None:
 def choose_classifier(
     classifier_fn: ClassifierFn | None, classifier_scale: float, shifts: Shifts
 ) -> Classifier | None:
-    """Return the guidance by a classifier, which moves what the table says (`shifts`).
+    """Return the guidance by a classifier, which shifts the quantity that the table names (`shifts`).
 
     Raises:
         ValueError: there is a scale but no function, or it is not finite.

@@ -1,4 +1,4 @@
-"""What a sampling loop passed through: its states and predictions every k steps."""
+"""Record the states and predictions of a sampling loop every k steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Recorder:
         self.x = torch.empty((len(self.moments), *shape), device=device)
         self.x0 = torch.empty_like(self.x)
         self._passed = 0  # moments of the chunk under way
-        self._most = 0  # moments of the chunk that went furthest
+        self._most = 0  # most moments of any chunk so far
 
     def begin_chunk(self) -> None:
         """Start a chunk, perhaps one that failed before."""

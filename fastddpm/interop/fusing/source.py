@@ -63,7 +63,7 @@ def read(function: Callable[..., Any]) -> Source:
     while wrapper is not inner:
         layers, wrapper = layers + 1, wrapper.__wrapped__  # type: ignore[attr-defined]
     if layers not in (0, len(node.decorator_list)):
-        raise NotReadable("it is wrapped otherwise than by the decorators in its source")
+        raise NotReadable("it is wrapped by more or fewer decorators than its source shows")
     if not any(_same(found, code) for found in _codes("".join(inspect.findsource(inner)[0]), code.co_name)):
         raise NotReadable("its source has changed since it was compiled")
     return Source(inner, node)

@@ -1,15 +1,15 @@
-"""A U-Net prepared for sampling: everything that does not depend on the state is computed before the first step.
+"""Prepare a U-Net for sampling: compute everything that does not depend on the state before the first step.
 
-- The time embedding and the projections of all blocks are one table, a row per step (`time_table`).
+- The time embedding and the projections of all blocks become one table, a row per step (`time_table`).
 - Weights are folded, exactly, and stored once in the compute dtype, channels-last (`folding`).
-- The forward is a list of instructions over numbered slots of one block of memory (`lowering`, `instructions`,
-  `program`): residual additions and biases are parts of the norms and 1x1 convolutions that read them, skip
-  connections are read where they are.
+- The forward becomes a list of instructions over numbered slots of one block of memory (`lowering`, `instructions`,
+  `program`). Norms and 1x1 convolutions add the residuals and biases that they read, and skip connections are read in
+  place.
 
-What is particular to one kind of U-Net is in its folder in `kinds`; nothing else here knows a library.
+The code for one kind of U-Net is in its folder in `kinds`; no other code here depends on a library.
 
-The folds are exact algebra: in float64 the result differs from the U-Net's by rounding alone. Weights that change later
-are taken over at the next `load`; a U-Net whose layers change, or get hooks, is refused there.
+The folds are exact algebra: in float64 the result differs from the U-Net's by rounding only. The next `load` takes over
+weights that have changed, and refuses a U-Net whose layers have changed or got hooks.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def freeze(
     backend: str = "auto",
     allow_tf32: bool = False,
 ) -> FrozenUNet:
-    """The U-Net prepared for sampling at given timesteps. The U-Net itself is not changed.
+    """Prepare a U-Net for sampling at given timesteps. The U-Net itself does not change.
 
     Args:
-        unet: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch, of which `FrozenUNet.differs` says whether
-            its forward is the one that was frozen. In eval mode or not: dropout does nothing here.
-        timesteps: int64 [S], one for every step of the loop; what `FrozenUNet.bind` takes if it is given no others.
+        unet: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch. For the latter, `FrozenUNet.differs`
+            tells whether its forward is the one that was frozen. In eval mode or not: dropout does nothing here.
+        timesteps: int64 [S], one for every step of the loop; the default of `FrozenUNet.bind`.
         dtype: of the computation: float16, bfloat16, float32 or float64; None for the U-Net's.
         device: None for the U-Net's.
         backend: of the fused kernels: "auto", "triton", "eager" or "reference".
         allow_tf32: let tensor cores round float32 factors to TF32.
 
     Raises:
-        ValueError: the U-Net is of no kind that is known, has other layers or hooks, or a device has no float64.
-        BackendError: the backend that was named cannot run on the device.
+        ValueError: the U-Net is of no known kind, has other layers or hooks, or a device has no float64.
+        BackendError: the named backend cannot run on the device.
     """
     frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
     frozen.timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device=frozen.device)
@@ -60,16 +60,16 @@ def freeze(
 def cuda_instructions(
     unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, dtype: torch.dtype = torch.float16
 ) -> list[Instruction]:
-    """What one step of the frozen U-Net runs on a CUDA GPU, counted without one.
+    """Return the instructions that one step of the frozen U-Net runs on a CUDA GPU. No GPU is needed.
 
     Args:
-        batch: N. More samples fill the chip with fewer splits of the norms.
+        batch: N. With more samples, the norms need fewer splits to fill the GPU.
         size: (height, width) of the images; None for the config's.
         dtype: of the computation.
 
     Returns:
         The instructions, in order; the sum of their `kernels` is the number of kernels launched. Libraries may launch
-        further ones inside a convolution, which only a run shows.
+        more inside a convolution; only a run shows these.
     """
     frozen = FrozenUNet(copy.deepcopy(unet).to("meta"), dtype, "meta")
     blueprint = frozen.blueprint

@@ -1,4 +1,4 @@
-"""What freezing has to know of one kind of U-Net: a `Blueprint` for each, listed in `frozen.kinds`."""
+"""The description that freezing needs of one kind of U-Net: a `Blueprint` for each, listed in `frozen.kinds`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class Embeddings(nn.Module, ABC):
-    """A U-Net's time and label embeddings in float64, apart from each other and before their activation.
+    """A U-Net's time and label embeddings in float64, separate and before their activation.
 
-    The projections of all blocks read what `activate` makes of the sum of both.
+    The projections of all blocks read `activate(time + label)`.
 
     Attributes:
-        num_labels: labels are integers below this; None where they are not, or where there are none.
-        reads_raw: whether projections read the embedding itself behind its activation.
+        num_labels: labels are integers below this; None if they are not integers, or if there are no labels.
+        reads_raw: whether projections read the embedding itself, appended to its activation.
     """
 
     num_labels: int | None = None
@@ -35,7 +35,7 @@ class Embeddings(nn.Module, ABC):
         raise NotImplementedError
 
     def activate(self, emb: Tensor) -> Tensor:
-        """Return what the projections read of embeddings [.., E]: their SiLU."""
+        """Return the input of the projections for embeddings [.., E]: their SiLU."""
         return F.silu(emb)
 
 
@@ -43,18 +43,18 @@ class Blueprint(ABC):
     """A U-Net of a kind that can be frozen.
 
     Attributes:
-        name: what messages call the kind.
+        name: the name of the kind in messages.
         builder: the class that turns the U-Net into instructions.
         unet: the module.
         in_channels, out_channels: of its input and of its output.
-        optional_channels: the first channels of its input, which may be left out and are then zero.
+        optional_channels: how many of the first input channels may be left out, and are then zero.
         dims: 2, or 1 for sequences [N, C, L], which are computed as images of height 1.
         factor: heights and widths must be multiples of it.
-        smallest_size: what they must be at least; None for `factor`.
+        smallest_size: their minimum; None for `factor`.
         has_labels: whether it takes labels.
         sample_size: (height, width) of the images it is for.
         alone: whether a call of the U-Net with x, timesteps and labels computes what the frozen one does.
-        foreign: whether another package wrote its forward: then it is compared with the frozen one before that is used.
+        foreign: whether its forward is from another package: the frozen one is then compared with it before use.
     """
 
     name: ClassVar[str]
@@ -73,7 +73,7 @@ class Blueprint(ABC):
 
     @abstractmethod
     def __init__(self, unet: Any) -> None:
-        """Describe a U-Net that this kind `takes`, and for which `why_not` has no reason."""
+        """Describe a U-Net that this kind `takes` and for which `why_not` returns None."""
 
     @staticmethod
     @abstractmethod
@@ -83,11 +83,11 @@ class Blueprint(ABC):
     @staticmethod
     @abstractmethod
     def why_not(model: Any) -> str | None:
-        """Return why a model that this kind `takes` cannot be frozen, or None. Asked before every call: be quick."""
+        """Return why a model that this kind `takes` cannot be frozen, or None. It runs before every call: be quick."""
 
     @staticmethod
     def edited(model: Any) -> str | None:
-        """Return which setting of a layer is not what the model's config says, or None. Asked once per model."""
+        """Return which setting of a layer differs from the model's config, or None. It runs once per model."""
         return None
 
     @abstractmethod
@@ -99,8 +99,8 @@ class Blueprint(ABC):
         """Join the projections of all blocks into one linear layer of the activated embedding, in float64.
 
         Returns:
-            weight [sum C, E], or [sum C, 2E] where `Embeddings.reads_raw`; bias [sum C], and the columns of
-            every block by its name.
+            The weight [sum C, E], or [sum C, 2E] if `Embeddings.reads_raw`; the bias [sum C]; and the columns of every
+            block by its name.
         """
 
     def call(self, x: Tensor, t: Tensor, labels: Tensor | None, **more: Tensor) -> Tensor:

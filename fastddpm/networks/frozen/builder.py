@@ -1,8 +1,8 @@
-"""Single layers as instructions: what the `lowering` of every kind of U-Net is made of.
+"""Emit single layers as instructions, for the `lowering` of every kind of U-Net.
 
-Two additions wait until a kernel does them for nothing. A *pending bias* is a constant per channel that a slot still
-lacks: convolutions leave theirs out, the next norm adds it to its means, and the next 1x1 convolution or residual
-addition adds it as it writes. A *pending residual* is a slot that is still to be added: the next norm adds it as it
+Two additions wait until a kernel does them at no cost. A *pending bias* is a constant per channel that a slot still
+lacks: convolutions leave theirs out, the next norm adds it to its means, or the next 1x1 convolution or residual
+addition adds it as it writes. A *pending residual* is a slot that must still be added: the next norm adds it as it
 reads. In plain torch (`fused` False) convolutions keep their bias, which costs nothing there.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Activation:
-    """A slot and what it still lacks: value = slot + residual's slot + bias."""
+    """A slot and the additions that are pending: value = slot + residual's slot + bias."""
 
     slot: int
     bias: Tensor | None = None  # float64 [C]
@@ -45,8 +45,8 @@ class Builder(ABC):
         instructions: in order.
         shapes: (C, H, W) of every slot.
         bordered: slots whose last row and column must stay zero.
-        loose: slots that get new memory at every run, from operations that cannot be told where to write.
-        workspace_numel: float32 elements of scratch that an instruction needs.
+        loose: slots that get new memory at every run, since their operations cannot write to given memory.
+        workspace_numel: the float32 elements of scratch memory that an instruction needs.
     """
 
     INPUT = 0
@@ -54,15 +54,15 @@ class Builder(ABC):
     def __init__(
         self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
     ) -> None:
-        """Emit nothing yet: `lower` does.
+        """Prepare to emit instructions; `lower` emits them.
 
         Args:
-            frozen: whose U-Net, weights and places these are.
-            machine: what the instructions run on.
-            row: [1 or N, sum C], where the time projections of a step stand.
+            frozen: the frozen U-Net whose instructions and weights these are.
+            machine: the state that the instructions run on.
+            row: [1 or N, sum C], the buffer for the time projections of a step.
             batch: N.
             size: (height, width).
-            in_channels: of the input; more than the U-Net's are zero.
+            in_channels: of the input; those beyond the U-Net's are zero.
         """
         self.unet, self.constants, self.columns = frozen.unet, frozen.constants, frozen.columns
         self.m, self.row, self.batch = machine, row, batch
@@ -86,9 +86,9 @@ class Builder(ABC):
         """Emit a convolution.
 
         Args:
-            layer: whose weights it has; channels beyond its own have zero weights.
-            x: complete.
-            bias: "own", or what takes its place.
+            layer: the layer with the weights; further channels get zero weights.
+            x: the input, complete.
+            bias: "own" for the layer's, or the bias to use instead.
             below: rows and columns of zeros below and to the right, if not `padding`; native convolutions only.
         """
         assert x.residual is None
@@ -109,7 +109,7 @@ class Builder(ABC):
 
         if isinstance(bias, str):
             own, pending = self.bias_of(layer, values)
-        else:  # a row of the time table, to be read at every run
+        else:  # a row of the time table, read at every run
             own, pending = values, None
         if self.m.native:
             packed = self.packed(f"{name}.weight", padded, (outputs, inputs, size), (height, width), stride, padding)
@@ -159,7 +159,7 @@ class Builder(ABC):
     ) -> Activation:  # fmt: skip
         """Emit the norm of concat(x, second), complete. Afterwards the slot of `x` holds the sum with its residual.
 
-        An `activation` other than SiLU is an instruction of its own.
+        An `activation` other than SiLU becomes a separate instruction.
         """
         name = self.names[layer]
         own, height, width = self.shapes[x.slot]
@@ -203,7 +203,7 @@ class Builder(ABC):
         return Activation(target)
 
     def shortcut(self, layer: nn.Conv2d, x: Activation, skip: Activation | None, h: Activation) -> Activation:
-        """Emit a 1x1 convolution of concat(x, skip), added to `h` in its place, with every pending bias."""
+        """Emit a 1x1 convolution of concat(x, skip) that is added to `h` in place, with every pending bias."""
         width = self.shapes[x.slot][0]
         weight = layer.weight.double().flatten(1)
         bias = add(layer.bias, h.bias)
@@ -258,7 +258,7 @@ class Builder(ABC):
         return target
 
     def complete(self, x: Activation, name: str, padded: int | None = None) -> None:
-        """Emit the addition of what `x` lacks, in its place; copy it to `padded` as well, if given."""
+        """Emit the pending additions of `x`, in place; also write the result to `padded`, if given."""
         if x.residual is None and x.bias is None and padded is None:
             return
         bias = None
@@ -280,7 +280,7 @@ class Builder(ABC):
     def other(
         self, name: str, sources: list[int], function: Callable[..., Tensor], shape: tuple[int, int, int] | None = None
     ) -> Activation:
-        """Emit a function in plain torch. Its result has `shape` (C, H, W), or what it returns for meta tensors."""
+        """Emit a function in plain torch. Its result has `shape` (C, H, W), or the shape that meta tensors give."""
         if shape is None:
             operands = [torch.empty(1, *self.shapes[slot], device="meta") for slot in sources]
             _, channels, height, width = function(*operands).shape
@@ -295,7 +295,7 @@ class Builder(ABC):
     def bias_of(
         self, layer: nn.Conv2d, bias: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return what the convolution adds itself (in `dtype`, or as convolutions want it) and what stays pending."""
+        """Return the bias that the convolution adds (in `dtype`, or convolutions' own) and the one left pending."""
         if bias is None:
             return None, None
         if self.m.fused and not self.m.native:
@@ -310,11 +310,11 @@ class Builder(ABC):
     ) -> PackedWeight:  # fmt: skip
         """Return the weight of a native convolution, packed for the algorithm that suits an input of `size`.
 
-        It is kept for every algorithm that some size has wanted.
+        The packed weight is kept for every algorithm that some size has used.
 
         Args:
-            shape: output channels, input channels, kernel.
-            channels2: how many of the input channels are those of a second source.
+            shape: (output channels, input channels, kernel size).
+            channels2: how many of the input channels come from a second source.
         """
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
@@ -322,7 +322,7 @@ class Builder(ABC):
             dtype=self.dtype,
         )  # fmt: skip
         kinds = [algorithm]
-        if self.constants.refilling:  # sizes do not matter then: nothing will run
+        if self.constants.refilling:  # nothing will run, so sizes do not matter
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
         for kind in kinds:
             values = self.put(
@@ -331,9 +331,9 @@ class Builder(ABC):
         return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
 
     def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
-        """Return whether to convolve an input of `size` doubled plainly, and whether by a transposed convolution.
+        """Return whether to double an input of `size` and convolve it, and whether to use a transposed convolution.
 
-        It is one of both, the tuned one. Where weights are filled again, it is each that has its `weights`.
+        Exactly one is True, by the tuned choice. While weights are refilled, each is True whose `weights` exist.
         """
         if self.constants.refilling:
             plain, transposed = (name in self.constants.tensors for name in weights)

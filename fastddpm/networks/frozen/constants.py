@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Constants:
-    """Weights as the instructions read them, by name. Filled again, they keep their places.
+    """Weights as the instructions read them, by name. Refilling them keeps their memory.
 
     Attributes:
-        refilling: whether `put` overwrites what it has.
+        refilling: whether `put` overwrites the weights it has.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -23,7 +23,10 @@ class Constants:
     def put(
         self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """`values`, or what they return, in the compute dtype (or `dtype`), [.., .., kh, kw] channels-last."""
+        """Store and return `values`, or what they return, in the compute dtype (or `dtype`).
+
+        [.., .., kh, kw] is stored channels-last.
+        """
         tensor = self.tensors.get(name)
         if tensor is not None and not self.refilling:
             return tensor

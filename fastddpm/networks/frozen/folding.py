@@ -1,4 +1,4 @@
-"""Exact algebra on weights that kinds of U-Net share, done once before sampling, in float64."""
+"""Exact algebra on weights that several kinds of U-Net use, done once before sampling, in float64."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def side_by_side(layers: Iterable[tuple[str, Tensor, Tensor]]) -> tuple[Tensor, Tensor, dict[str, slice]]:
-    """Join linear layers of one input into one.
+    """Join linear layers that read the same input into one.
 
     Args:
         layers: the name, weight [C, E] and bias [C] of each.
 
     Returns:
-        weight [sum C, E] and bias [sum C] in float64, and the rows of each layer by its name.
+        The weight [sum C, E] and bias [sum C] in float64, and the rows of each layer by its name.
     """
     weights, biases, rows, start = [], [], {}, 0
     for name, weight, bias in layers:

@@ -20,7 +20,7 @@ from fastddpm.networks.frozen.time_table import TimeTable
 
 
 def why_not(model: object, device: torch.device | str | None = None) -> str | None:
-    """Return why a model cannot be frozen, to run on `device` (None: where it is), or None."""
+    """Return why a model cannot be frozen to run on `device` (None for its own), or None if it can."""
     kind = blueprint_of(model)
     if kind is None:
         names = dict.fromkeys(known.name for known in KINDS)
@@ -36,24 +36,24 @@ def why_not(model: object, device: torch.device | str | None = None) -> str | No
 
 
 class FrozenUNet:
-    """The weights of a U-Net as sampling reads them; `bind` puts them to work on the buffers of a loop.
+    """The weights of a U-Net as sampling reads them; `bind` makes a program that runs on the buffers of a loop.
 
-    Several threads may bind and load programs of it.
+    Several threads may bind and load its programs.
 
     Attributes:
         unet: the U-Net; if its weights change, `refresh` (or a program's `load`) takes over the new ones.
-        blueprint: what is particular to U-Nets of its kind.
+        blueprint: the description of its kind of U-Net.
         dtype, device: of the computation, under autocast too.
-        fused: whether the fused kernels run: on CUDA and ROCm, on a CPU with a C++ compiler in float32 and, where it
-            multiplies that, in bfloat16, and where they are named. Else plain torch.
-        static: whether activations have fixed places (CUDA, and native kernels).
+        fused: whether the fused kernels run, else plain torch. They run on CUDA and ROCm, on a CPU with a C++ compiler
+            in float32 (and in bfloat16 if the CPU multiplies it), and if `backend` names them.
+        static: whether activations have fixed addresses (CUDA, and native kernels).
         backend: of the fused kernels.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
-        in_channels: of an input buffer: those of the U-Net, or more, filled up with zeros to a whole vector.
+        in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
 
-    @torch.inference_mode(False)  # what is filled again later must not be an inference tensor
+    @torch.inference_mode(False)  # weights are refilled later, so they must not be inference tensors
     @torch.no_grad()
     def __init__(
         self,
@@ -77,7 +77,7 @@ class FrozenUNet:
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, must be a floating-point type")
         self.device = first.device if device is None else torch.empty(0, device=device).device
-        gpu = self.device.type in ("cuda", "meta")  # meta stands for CUDA, to count kernels where there is none
+        gpu = self.device.type in ("cuda", "meta")  # meta stands for CUDA, to count kernels without a GPU
         self.backend = (
             "triton"
             if self.device.type == "meta"
@@ -93,7 +93,7 @@ class FrozenUNet:
         self.timesteps: Tensor | None = None
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.row_dtype = wide if self.fused else self.dtype
-        # Convolutions read whole vectors of channels; three are slow, or copied to eight by the library.
+        # Convolutions read whole vectors of channels; three channels are slow, or the library copies them to eight.
         channels = self.blueprint.in_channels
         self.in_channels = -(-channels // 8) * 8 if self.static and self.dtype.itemsize == 2 else channels
         self.constants = Constants(self.dtype, self.device)
@@ -107,21 +107,21 @@ class FrozenUNet:
     def _has_odd_widths(self) -> bool:
         widths = {m.in_features for m in self.unet.modules() if isinstance(m, nn.Linear)}
         widths |= {m.in_channels for m in self.unet.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))}
-        return any(width % 2 for width in widths - {self.blueprint.in_channels})  # the input's are filled up
+        return any(width % 2 for width in widths - {self.blueprint.in_channels})  # the input is padded
 
     def new_input(self, shape: Sequence[int]) -> Tensor:
-        """Zeros [N, C, H, W] for `bind`: channels-last, a slice of `in_channels` channels where those are more.
+        """Return zeros [N, C, H, W] for `bind`: channels-last, a slice of `in_channels` channels if those are more.
 
-        C is the U-Net's number of channels, or less by those that may be left out.
+        C is the U-Net's number of input channels, with or without the optional ones.
         """
         blueprint = self.blueprint
         if len(shape) != 2 + blueprint.dims:
             raise ValueError(f"x has shape {tuple(shape)}, must have shape {self._shape}")
-        if blueprint.dims == 1:  # the program copies it
+        if blueprint.dims == 1:  # the program copies the input
             return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
         n, channels, height, width = shape
         first = blueprint.in_channels - channels
-        if first not in (0, blueprint.optional_channels):  # which `bind` refuses
+        if first not in (0, blueprint.optional_channels):  # `bind` refuses it
             return torch.zeros(n, channels, height, width, dtype=self.dtype, device=self.device)
         buffer = torch.zeros(n, height, width, self.in_channels, dtype=self.dtype, device=self.device)
         return buffer.permute(0, 3, 1, 2)[:, first : first + channels]
@@ -129,16 +129,16 @@ class FrozenUNet:
     @torch.inference_mode(False)
     @torch.no_grad()
     def bind(self, inputs: Tensor, timesteps: Tensor | None = None, labels: Tensor | None = None) -> Program:
-        """The instructions on buffers that stay where they are while their values change; its `load` takes new ones in.
+        """Return a program on buffers that keep their memory while their values change; its `load` reads new values.
 
         Args:
             inputs: [N, C, H, W] from `new_input`, or samples of one.
             timesteps: int64 [S] on the device; None for those of `freeze`.
-            labels: int64 [N] (or of the kind that the U-Net's `class_embed_type` names), where it has classes. Their
-                range is not checked.
+            labels: int64 [N] (or as the U-Net's `class_embed_type` needs), if the U-Net has classes. Their range is
+                not checked.
 
         Raises:
-            ValueError: a wrong shape or dtype, or labels missing or not wanted.
+            ValueError: a shape or dtype is wrong, labels are missing, or labels are given but not taken.
         """
         blueprint, factor = self.blueprint, self.blueprint.factor
         left_out = blueprint.in_channels - inputs.shape[1] if inputs.ndim == 2 + blueprint.dims else None
@@ -171,7 +171,7 @@ class FrozenUNet:
         return f"[N, {self.blueprint.in_channels}, {'L' if self.blueprint.dims == 1 else 'H, W'}]"
 
     def whole_input(self, inputs: Tensor) -> Tensor:
-        """`inputs` from `new_input` with the channels that were left out or fill it up."""
+        """Return `inputs` from `new_input` with the channels that were left out and those of the padding."""
         n, channels, height, width = inputs.shape
         first, whole = self.blueprint.in_channels - channels, inputs.stride(3)
         if whole <= channels or whole != self.in_channels:
@@ -179,14 +179,14 @@ class FrozenUNet:
         return inputs.as_strided((n, whole, height, width), inputs.stride(), inputs.storage_offset() - first)
 
     def time_table(self, machine: Machine, timesteps: Tensor, labels: Tensor | None, batch: int) -> TimeTable:
-        """The time table of a program."""
+        """Return the time table of a program."""
         return TimeTable(
             machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype
         )
 
     @torch.inference_mode(False)
     def differs(self) -> str | None:
-        """Return how far this is from the U-Net's own forward on one small sample, or None if rounding explains it."""
+        """Describe how this differs from the U-Net's own forward on one small sample; None if rounding explains it."""
         blueprint, first = self.blueprint, next(self.unet.parameters())
         size, optional = 2 * blueprint.factor, blueprint.optional_channels
         x = some_noise((blueprint.in_channels, *[size] * blueprint.dims), first)
@@ -203,7 +203,7 @@ class FrozenUNet:
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> int:
-        """Take over the U-Net's weights if they have changed, into the same places. Return how often that happened.
+        """Take over the U-Net's weights if they have changed, into the same memory. Return how often that happened.
 
         Raises:
             ValueError: the U-Net's layers have changed.
@@ -216,7 +216,7 @@ class FrozenUNet:
             seen = weights.fingerprint(self.unet)
             if seen != self._fingerprint:
                 self._refill()
-                self._fingerprint = seen  # not before: what has failed is tried again
+                self._fingerprint = seen  # only now, so that a failed refresh is tried again
                 self._version += 1
             return self._version
 
@@ -238,5 +238,5 @@ class FrozenUNet:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_settings")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The objects that settings stand for are copies now.
+        # Settings compare objects by identity, and the objects are copies now.
         vars(self).update(state, _lock=threading.RLock(), _settings=None)

@@ -1,9 +1,9 @@
 """The instructions of a frozen U-Net: each reads and writes numbered slots, and knows its cost.
 
 A slot holds one activation, [N, C, H, W] in channels-last order. With CUDA or native kernels it is a place in one
-preallocated block of memory that every step uses again: ops on such slots are bound at the first run, which checks
-their operands and looks up tuned choices, and later runs only launch. Elsewhere each instruction puts its result into
-the slot and the last reader clears it.
+preallocated block of memory that every step reuses. Ops on such slots are bound at the first run, which checks their
+operands and looks up tuned choices; later runs only launch. Elsewhere each instruction puts its result into the slot
+and the last reader clears it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Instruction:
     """One step of a frozen U-Net.
 
     Attributes:
-        name: the layer of the U-Net that it computes (part of).
+        name: the layer of the U-Net that it computes, or computes a part of.
         kind: "time", "conv", "norm", "pointwise", "attention", "residual" or "other".
-        reads, writes: slots. One that is written in place is in both.
-        kernels: kernels that it launches on CUDA.
+        reads, writes: slots. A slot that is written in place is in both.
+        kernels: the number of kernels that it launches on CUDA.
         flops: multiplications and additions of its matrix products and convolutions.
-        bytes: each operand, weights included, read once and each result written once.
+        bytes: the traffic if each operand, weights included, is read once and each result written once.
         run: runs it.
-        size: (height, width) of what it writes; None of the time table.
+        size: (height, width) of its result; None for the time table.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Machine:
     """The state that instructions run on.
 
     Attributes:
-        fused: whether the fused kernels run, whose results go to given places; else plain torch.
+        fused: whether the fused kernels run, which write to given memory; else plain torch.
         static: whether every slot has its place before the first run (CUDA with cuDNN, and native kernels).
         backend: of the fused kernels: "triton", "native", "eager" or "reference".
         allow_tf32: whether float32 products may be rounded to TF32.
@@ -63,7 +63,7 @@ class Machine:
         fixed: the slots whose place in memory is the same at every run.
         workspace: scratch for the fused kernels, float32.
         timesteps: int64 [S], those of the rows of the table.
-        step: int64 [1], the row of the table that the present run is at.
+        step: int64 [1], the table row of the present run.
     """
 
     fused: bool
@@ -78,11 +78,11 @@ class Machine:
 
     @property
     def native(self) -> bool:
-        """Whether convolutions are those of the native backend, which add biases and residuals as they write."""
+        """Whether convolutions run on the native backend, which adds biases and residuals as it writes."""
         return self.backend == "native"
 
     def place(self, slot: int, like: Tensor, channels: int) -> Tensor:
-        """Return where a fused kernel writes its result: the slot's own place, or new memory."""
+        """Return the memory for the result of a fused kernel: the slot's own, or new memory."""
         if not self.static:
             n, _, h, w = like.shape
             self.slots[slot] = like.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
@@ -92,7 +92,7 @@ class Machine:
 def bound_once(
     m: Machine, slots: Sequence[int | None], bind: Callable[[], Callable[[], object]]
 ) -> Callable[[], object]:
-    """Return what runs the op that `bind` makes, at the first run if all `slots` are fixed, else at every run."""
+    """Return a function that runs the op from `bind`, bound once if all `slots` are fixed, else at every run."""
     launch: Callable[[], object] | None = None
 
     def run() -> None:
@@ -111,7 +111,7 @@ def bound_once(
 def conv(
     m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None, stride: int, padding: int
 ) -> Callable[[], object]:
-    """Convolve. On CUDA without bias, which would be a kernel of its own there."""
+    """Convolve. On CUDA leave out the bias, which would be a separate kernel there."""
 
     def run_static() -> None:
         cudnn_conv(m.slots[source], weight, stride, padding, m.allow_tf32, m.slots[target])
@@ -133,7 +133,7 @@ def native_conv(
     second: int | None = None,
     residual: int | None = None,
 ) -> Callable[[], object]:
-    """Convolve concat(source, second) by the native backend and add residual, which may be the target."""
+    """Convolve concat(source, second) with the native backend and add residual, which may be the target."""
 
     def bind() -> Callable[[], object]:
         return conv_.bind(
@@ -148,7 +148,7 @@ def native_conv(
 def upsample(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
     """Upsample by two and convolve by 3x3, as one transposed convolution (`transposed_weight`).
 
-    Where a table holds `double` and the convolution as it is written to be faster, the builder takes those.
+    Where a tuned table says that `double` and a plain convolution are faster, the builder uses these.
     """
 
     def run() -> None:
@@ -241,7 +241,7 @@ def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -
 
 
 def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -> Callable[[], object]:
-    """Compute softmax(q k / sqrt(head_dim)) v of [q, k, v], which are channels of `source`."""
+    """Compute softmax(q k / sqrt(head_dim)) v from [q, k, v], the channels of `source`."""
 
     def bind() -> Callable[[], object]:
         return attention_.bind(m.slots[target], m.slots[source], heads, head_dim)
@@ -255,7 +255,7 @@ def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -
 def residual_add(
     m: Machine, source: int, residual: int | None, bias: Tensor | None, padded: int | None
 ) -> Callable[[], object]:
-    """Add residual and bias to source; if `padded`, write it there too, a zero border below and to the right."""
+    """Add residual and bias to source; also write the sum to `padded`, if given, with zeros below and to the right."""
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
@@ -277,7 +277,7 @@ def residual_add(
 
 
 def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..., Tensor]) -> Callable[[], object]:
-    """Run any rare function in plain torch."""
+    """Run any function in plain torch, for rare layers."""
 
     def run() -> None:
         m.slots[target] = channels_last(function(*(m.slots[slot] for slot in sources)))

@@ -1,4 +1,4 @@
-"""A frozen U-Net on the buffers of one loop: its instructions, their memory, and the time table that they read."""
+"""A frozen U-Net bound to the buffers of one loop: its instructions, their memory, and their time table."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Program:
 
     @torch.no_grad()
     def __call__(self, step: Tensor) -> Tensor:
-        """The prediction [N, out_channels, H, W] for the inputs at row `step` (int64 [1], on the device).
+        """Return the prediction [N, out_channels, H, W] for the inputs at row `step` (int64 [1], on the device).
 
-        It may be overwritten by the next call.
+        The next call may overwrite it.
         """
         if self.loads == 0:
             self.load()
@@ -74,13 +74,13 @@ class Program:
         return result if self._sequences is None else result.squeeze(2)
 
     def _image_of(self, sequences: Tensor) -> Tensor:
-        """Return zeros [N, C, 1, L], channels-last, for sequences [N, C, L] and, before them, what may be left out."""
+        """Return zeros [N, C, 1, L], channels-last, for sequences [N, C, L] and the optional channels before them."""
         n, _, length = sequences.shape
         self._image = sequences.new_zeros(n, 1, length, self._frozen.blueprint.in_channels).permute(0, 3, 1, 2)
         return self._image
 
     def _own_dtype(self) -> AbstractContextManager[object]:
-        """Keeps autocast, where it is on, from choosing another dtype for some of the instructions."""
+        """Keep autocast, if it is on, from choosing another dtype for some instructions."""
         device = self._frozen.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return nullcontext()
@@ -89,7 +89,7 @@ class Program:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self) -> None:
-        """Takes in what the timesteps and labels now are, and the U-Net's weights if they have changed."""
+        """Take over the present timesteps and labels, and the U-Net's weights if they have changed."""
         version = self._frozen.refresh()
         seen = self._seen_timesteps
         if version != self._seen_version or seen is None or not torch.equal(seen, self._timesteps):
@@ -99,7 +99,7 @@ class Program:
         self._times.load_labels()
 
     def _place(self, builder: Builder, batch: int) -> None:
-        """Gives slots their place in the arena (where static), and says after which instruction the others are dead."""
+        """Place slots in the arena (if static), and note after which instruction the other slots are dead."""
         m, dtype, device = self._machine, self._frozen.dtype, self._frozen.device
         first: dict[int, int] = {}
         last: dict[int, int] = {}
@@ -110,7 +110,7 @@ class Program:
                 last[slot] = index
         last[self._result] = len(self.instructions)
 
-        # A border is zeroed once, so what has one shares its memory with nothing.
+        # A border is zeroed only once, so a slot with a border shares its memory with no other.
         bordered = set(builder.bordered) if m.fused else set()
         for slot in bordered:
             channels, height, width = builder.shapes[slot]
@@ -129,11 +129,11 @@ class Program:
 
 
 def plan_memory(sizes: dict[int, int], first: dict[int, int], last: dict[int, int]) -> tuple[dict[int, int], int]:
-    """Places blocks so that those that live at the same time do not overlap: the largest first, each as low as it can.
+    """Place blocks so that those alive at the same time do not overlap: the largest first, each as low as possible.
 
     Args:
         sizes: bytes of every block.
-        first, last: the instructions between which a block is needed, both inclusive.
+        first, last: the first and last instruction that needs a block, inclusive.
 
     Returns:
         The offset of every block, and the size of the whole.

@@ -1,4 +1,4 @@
-"""The time projections of all residual blocks for every step of a loop, made before its first."""
+"""The time projections of all residual blocks for every step of a loop, computed before the first step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _ROWS_AT_ONCE = 4096
 
 
 class TimeTable:
-    """What a step reads of the time embedding: `row` [1 or N, sum C], one table row looked up on the device.
+    """The time projections of a step: `row` [1 or N, sum C], looked up in a table on the device.
 
-    Without classes the table has a row per step. With classes it has one per step and class, where that fits into
-    `max_bytes`. Where it does not, or where labels are no integers of a list, a row is computed from the embedding
-    of the step and those of the labels, by one matrix product for all blocks.
+    Without classes the table has a row per step. With classes it has one per step and class if that fits into
+    `max_bytes`. If it does not, or if labels are not integers below a known number, a row is computed from the
+    embeddings of the step and of the labels, by one matrix product for all blocks.
     """
 
     def __init__(
         self, machine: Machine, embeddings: Embeddings, weight: Tensor, bias: Tensor, timesteps: Tensor,
         labels: Tensor | None, batch: int, dtype: torch.dtype, max_bytes: int = MAX_BYTES,
     ) -> None:  # fmt: skip
-        """`weight` [sum C, E] and `bias` [sum C] are float64: `Blueprint.time_projections`."""
+        """Take `weight` [sum C, E] and `bias` [sum C], float64, from `Blueprint.time_projections`."""
         self._m, self._embeddings, self._weight, self._bias = machine, embeddings, weight, bias
         self._timesteps, self._labels = timesteps, labels
         device, (width, reads), steps = weight.device, weight.shape, len(timesteps)
@@ -61,7 +61,7 @@ class TimeTable:
                 self._emit("time.lookup", lambda: self._look_up(index, self.row))
 
     def load_timesteps(self) -> None:
-        """Fills the table for the values that the timesteps, and the weights, now have."""
+        """Fill the table for the present timesteps and weights."""
         of_time = self._embeddings.of_time(self._timesteps)
         if self._classes is None:
             self._table.copy_(of_time)
@@ -80,7 +80,7 @@ class TimeTable:
             self._table[first : first + len(rows)] = rows.to(self._table.dtype)
 
     def load_labels(self) -> None:
-        """Takes in the values that the labels now have, where they are not looked up at every step."""
+        """Take over the present labels, unless every step looks them up."""
         if self._classes is None:
             assert self._labels is not None
             self._of_labels.copy_(self._embeddings.of_labels(self._labels))

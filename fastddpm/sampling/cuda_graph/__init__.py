@@ -1,6 +1,6 @@
-"""CUDA graphs of a loop's body: the only part of the package that is about CUDA alone.
+"""CUDA graphs of a loop's body: the only part of the package that is specific to CUDA.
 
-`captured` records a body and runs it any number of times, `while_graph` makes one launch of all steps, and
+`captured` records a body and runs it any number of times, `while_graph` runs all steps in one launch, and
 `capture_check` says why a body cannot be recorded. Importing this needs neither CUDA nor cuda-bindings.
 """
 

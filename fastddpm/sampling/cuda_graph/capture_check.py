@@ -1,8 +1,8 @@
-"""What a CUDA graph cannot hold: the error, and what finds the operation in a body and where it is.
+"""Find the operation in a body that a CUDA graph cannot hold, and where it is called; and the error for it.
 
-A graph is a list of device work with fixed shapes and addresses. The host sees none of its results, so whatever brings
-a value, a shape or an error flag to the host, or data from ordinary host memory to the device, has no place in it
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+A graph is a list of device work with fixed shapes and addresses. The host sees none of its results. So a graph cannot
+hold an operation that brings a value, a shape or an error flag to the host, or data from ordinary host memory to the
+device (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class CaptureError(RuntimeError):
-    """A body that a CUDA graph cannot hold, or a way of running it that this machine does not have."""
+    """A CUDA graph cannot hold a body, or this machine cannot run it in the mode asked for."""
 
 
-# What an operation does that a graph cannot, and the way out.
+# What an operation does that a graph cannot do, and what to use instead.
 _VALUE = "waits for the GPU to bring a value to the host", "keep it in a tensor on the device (torch.where, multiply)"
 _SHAPE = "waits for the GPU to learn the shape of its result", "use an operation whose shapes are fixed (torch.where)"
 _TO_HOST = "copies from the device to the host", "leave the tensor on the device, or copy it after the sampling"
@@ -55,7 +55,7 @@ _OPERATIONS = {
     "aten::bincount": _SHAPE,
 }
 _NAMES = {"aten::_local_scalar_dense": "Tensor.item()", "aten::lift_fresh": "torch.tensor()", "aten::index": "x[mask]"}
-# On tensors of the CPU these call no operation, so that only the method itself can be seen.
+# On CPU tensors these call no operation, so only the method itself can be observed.
 _METHODS = {
     torch.Tensor.cpu: "Tensor.cpu()",
     torch.Tensor.numpy: "Tensor.numpy()",
@@ -68,7 +68,7 @@ class Finding(NamedTuple):
     """One thing that a graph cannot hold.
 
     Attributes:
-        what: the operation, as its caller knows it.
+        what: the operation, by the name its caller uses.
         why, way_out: what it does, and what to do instead.
         where: file, line, code and module.
         device: the type of the device that it ran on.
@@ -87,12 +87,12 @@ class Finding(NamedTuple):
 def explain(body: Callable[[], None], *, random: bool = True) -> str | None:
     """Run `body` once and name the first thing in it that a CUDA graph cannot hold; None if nothing was found.
 
-    Works on any device: on the CPU it tells what would be wrong on a GPU. `body` advances its state by one step; if it
+    It works on any device: on the CPU it tells what would fail on a GPU. `body` advances its state by one step. If it
     raises and nothing was found before, the sentence says what it raised.
 
     Args:
-        random: whether to name, if there is nothing else, what draws from torch's generator: it keeps a body from a
-            WHILE node alone.
+        random: whether to name, if there is nothing else, an operation that draws from torch's generator. Only a WHILE
+            node cannot hold such an operation.
     """
     notes = _Notes(random)
     try:
@@ -106,7 +106,7 @@ def explain(body: Callable[[], None], *, random: bool = True) -> str | None:
 
 
 class _Notes:
-    """What was seen while a body ran, and in which modules it is now."""
+    """Findings made while a body ran, and the modules that are running now."""
 
     def __init__(self, random: bool) -> None:
         self.random = random
@@ -156,7 +156,7 @@ class _Operations(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # a compiled network is run as it is
+        return True  # lets compiled networks run unchanged
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

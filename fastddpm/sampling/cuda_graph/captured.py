@@ -1,12 +1,12 @@
-"""One body of the loop captured as CUDA graphs, and run as often as asked without the host.
+"""Capture a body of the loop as CUDA graphs, and run it any number of times without the host.
 
 All CUDA-graph state of the project is here. A body is a callable without arguments that advances static device memory
-in place by one step and ends by adding 1 to a step counter on the device. It is captured once; then
+in place by one step and ends by adding 1 to a step counter on the device. It is captured once. Then
 
 - "step" replays it, once per step;
 - "unrolled" replays a graph of several steps in a row, and the single step for the rest;
-- "while" launches one graph for all steps: a conditional node that repeats the body until a counter on the device is
-  at zero.
+- "while" launches one graph for all steps: a conditional node that repeats the body until a counter on the device
+  reaches zero.
 
 Importing this needs neither CUDA nor cuda-bindings.
 """
@@ -31,14 +31,14 @@ from fastddpm.sampling.cuda_graph.capture_check import CaptureError, explain
 
 MODES = ("while", "unrolled", "step")
 
-_ROUNDS = 4  # each mode is measured so often, in turn
+_ROUNDS = 4  # measurements of each mode, in turn
 _STEPS = 24  # steps of one measurement
-_SLOW_US = 5000  # a step that takes longer hides what the modes differ in: it is measured once
+_SLOW_US = 5000  # a longer step hides the difference between modes: measure it once
 
 _log = logging.getLogger(__name__)
 _capturing = threading.Lock()  # one thread captures at a time
 _sides: dict[int, torch.cuda.Stream] = {}  # by index of the device: blocks of a pool are reused on one stream only
-_failed: list[torch.cuda.CUDAGraph] = []  # torch's allocator of pinned memory may still refer to them
+_failed: list[torch.cuda.CUDAGraph] = []  # kept alive: torch's allocator of pinned memory may still refer to them
 _tuning = threading.Lock()
 _tuned = {"depth": 0, "before": False}
 
@@ -58,9 +58,9 @@ def why_not(mode: str, device: torch.device) -> str | None:
 def tuned() -> Iterator[None]:
     """Let cuDNN measure its algorithms for each new shape inside and keep the fastest, as for a capture.
 
-    A plain loop that enters this too runs the same algorithms as a captured one in the same thread, and gives the same
-    bits. Does nothing without CUDA. Threads may be in it at the same time; the last one that leaves puts the setting
-    (`torch.backends.cudnn.benchmark`) back.
+    A plain loop inside this runs the same algorithms as a captured one in the same thread, and gives the same bits.
+    Without CUDA it does nothing. Several threads may be inside at once; the last one that leaves restores the setting
+    (`torch.backends.cudnn.benchmark`).
     """
     if not torch.cuda.is_available():
         yield
@@ -80,10 +80,10 @@ def tuned() -> Iterator[None]:
 
 
 class CapturedBody:
-    """One body, captured. Threads and streams may share it: what is enqueued runs in the order of the calls.
+    """A captured body. Threads and streams may share it: its steps run in the order of the calls.
 
     Attributes:
-        mode: the way of running it that was chosen, one of `MODES`.
+        mode: how it runs, one of `MODES`.
         measured: with mode "auto", microseconds per step of every mode that was tried.
         captures: how many captures were made.
         device: where it runs.
@@ -103,22 +103,23 @@ class CapturedBody:
     ) -> None:
         """Warm `body` up and capture it on a stream of its own, after waiting for the current stream.
 
-        Afterwards the state is as `reset` leaves it; without `reset` only `step` is back where it was.
+        Afterwards the state is as `reset` leaves it; without `reset` only `step` is restored.
 
         Args:
-            body: one step, see above. It is kept, and with it what it refers to: the graphs read and write that.
+            body: one step, as in the module's docstring. It is kept with everything it refers to, since the graphs
+                read and write these.
             step: int64 [1] on the device, the counter to which `body` adds 1.
-            mode: one of `MODES`, or "auto": the fastest of those that can be used, by measurement.
+            mode: one of `MODES`, or "auto": the fastest usable one, by measurement.
             unroll: steps in the graph of mode "unrolled", at least 2.
-            reset: puts the state back to where `max_steps` steps may follow. Called before all that is run here.
+            reset: restores a state that `max_steps` steps may follow. It is called before every run made here.
             warmup: runs of `body` before the capture, at least 1: cuDNN chooses, Triton compiles.
             pool: `torch.cuda.graph_pool_handle()` shared with graphs that never run at the same time, or None.
-            max_steps: how many steps may follow a reset, at least 1. No more are run here at a time, and a graph of
-                more is not considered by "auto".
+            max_steps: how many steps may follow a reset, at least 1. The constructor runs no more at a time, and
+                "auto" considers no graph of more.
 
         Raises:
-            CaptureError: `mode` cannot be used here, or `body` cannot be captured; says why.
-            TypeError, ValueError: an argument is none of the above, or `body` does not add 1 to `step`.
+            CaptureError: `mode` cannot be used here, or `body` cannot be captured; the message says why.
+            TypeError, ValueError: an argument is not as described, or `body` does not add 1 to `step`.
         """
         self._run: Callable[[int], None] | None = None
         _check(body, step, mode, reset, unroll=(unroll, 2), warmup=(warmup, 1), max_steps=(max_steps, 1))
@@ -135,11 +136,11 @@ class CapturedBody:
             self._owns_pool = pool is None
             self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
             index = torch.cuda.current_device()
-            if index not in _sides:  # one for good: torch hands out the same 32 again and again, also to other threads
+            if index not in _sides:  # one kept forever: torch reuses the same 32, also for other threads
                 _sides[index] = torch.cuda.Stream()
             side = _sides[index]
             side.wait_stream(self._stream)
-            # Leaving this puts the caller's stream back, which a capture that fails does not do in all versions.
+            # Leaving this restores the caller's stream; a failed capture does not do so in all versions of torch.
             with torch.cuda.stream(side):
                 self._start = step.clone()
                 try:
@@ -174,7 +175,7 @@ class CapturedBody:
         """Wait for the steps enqueued, then free the graphs and their memory. Also done when the object dies."""
         run, self._run = self._run, None
         if run is not None:
-            # Within someone's capture no one can wait; what is freed then is freed in the order of the streams.
+            # During another capture the host cannot wait; memory is then freed in the order of the streams.
             if not torch.cuda.is_current_stream_capturing():
                 self._done.synchronize()
             self._free()
@@ -185,7 +186,7 @@ class CapturedBody:
                 self.close()
 
     def _warm_up(self, runs: int) -> bool:
-        """Run the body and check that it counts. Returns whether it draws from torch's generator."""
+        """Run the body and check that it counts. Return whether it draws from torch's generator."""
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         for _ in range(runs):
             self._rewind()
@@ -197,7 +198,7 @@ class CapturedBody:
         return draws
 
     def _choose(self, wanted: list[str], auto: bool, draws: bool) -> tuple[str, Callable[[int], None]]:
-        """Capture what the modes `wanted` need. Returns the fastest and what runs it; frees what only others need."""
+        """Capture for the modes `wanted`. Return the fastest and its runner; free what only the others need."""
         self._graphs[1] = self._capture(1, keep="while" in wanted)
         runs: dict[str, Callable[[int], None]] = {}
         for mode in wanted:
@@ -217,13 +218,13 @@ class CapturedBody:
             self._while = None
         if chosen != "unrolled" and self._unroll in self._graphs:
             self._graphs.pop(self._unroll).reset()
-        return chosen, runs[chosen]  # the graph of one step stays in any case: the memory of all is counted with it
+        return chosen, runs[chosen]  # the graph of one step always stays: all memory is counted with it
 
     def _runner(self, mode: str, draws: bool) -> Callable[[int], None]:
-        """Return what runs steps in `mode`, after capturing what is missing for it."""
+        """Return a function that runs steps in `mode`, after capturing the graphs it lacks."""
         single, unroll = self._graphs[1], self._unroll
         if mode == "while":
-            if draws:  # each step would get the same numbers
+            if draws:  # each step would draw the same numbers
                 self._rewind()
                 raise CaptureError(explain(self._body) or "the body draws from torch's generator")
             repeat = self._while = while_graph.WhileGraph(single.raw_cuda_graph(), self.device)
@@ -248,8 +249,8 @@ class CapturedBody:
         self._rewind()
         said = ""
         collecting = gc.isenabled()
-        gc.disable()  # what a collection frees in the middle of a capture can end it
-        # Else the graph would work in the memory that cuBLAS keeps for the stream, at the same time as other graphs.
+        gc.disable()  # objects freed by a collection during a capture can end it
+        # Else the graph would use the memory that cuBLAS keeps for the stream, at the same time as other graphs.
         torch._C._cuda_clearCublasWorkspaces()
         try:
             side = torch.cuda.current_stream()
@@ -263,7 +264,7 @@ class CapturedBody:
         except Exception as error:
             said = said or while_graph.first_line(error)
             for each in (error, error.__context__):
-                traceback.clear_frames(None if each is None else each.__traceback__)  # they hold tensors of the pool
+                traceback.clear_frames(None if each is None else each.__traceback__)  # frames hold tensors of the pool
             self._abandon(graph)
             self._rewind()
             found = explain(self._body, random=False) or "the body cannot be captured as a CUDA graph"
@@ -285,7 +286,7 @@ class CapturedBody:
             torch._C._cuda_endAllocateToPool(device, self._pool)
         graph.reset()
         _failed.append(graph)
-        if self._owns_pool and not self._graphs:  # else the pool is in use, and shall be
+        if self._owns_pool and not self._graphs:  # else the pool is rightly in use
             torch.cuda.empty_cache()
             segments = torch.cuda.memory_snapshot()
             if any(tuple(segment["segment_pool_id"]) == tuple(self._pool) for segment in segments):

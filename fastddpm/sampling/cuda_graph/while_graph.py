@@ -1,4 +1,4 @@
-"""A CUDA graph that repeats another one, as often as a counter on the device says: a WHILE conditional node.
+"""A CUDA graph that repeats another one as often as a counter on the device says, by a WHILE conditional node.
 
 torch has no public way to build one, so this calls the driver through cuda-bindings, which is imported when it is
 needed (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#conditional-graph-nodes).
@@ -33,7 +33,7 @@ _kernels: dict[int, Any] = {}  # by index of the device; modules stay loaded
 
 
 def why_not(device: torch.device) -> str | None:
-    """Return why there can be no WHILE node on `device`, an existing CUDA device, or None. Never raises."""
+    """Return why `device`, an existing CUDA device, cannot run a WHILE node, or None if it can. Never raises."""
     if torch.version.hip is not None:
         return "ROCm has no conditional graph nodes"
     try:
@@ -58,7 +58,7 @@ def why_not(device: torch.device) -> str | None:
 def compile_kernel(capability: tuple[int, int]) -> bytes:
     """Compile the kernel that ends the body with NVRTC: a cubin for GPUs of `capability`, no GPU needed.
 
-    PTX would be refused by a driver older than the toolkit, so it is made only where NVRTC does not know the GPU.
+    A driver older than the toolkit refuses PTX, so make PTX only if NVRTC does not know the GPU.
 
     Raises:
         CaptureError: NVRTC could not compile it, or only for newer GPUs.
@@ -92,8 +92,8 @@ def compile_kernel(capability: tuple[int, int]) -> bytes:
 class WhileGraph:
     """An executable graph of one WHILE node, whose body is another graph.
 
-    The body is put in as a child graph, which the driver copies, rather than captured into the node: the capture is
-    then torch's own, with its memory pool, its checks and its errors, and one capture serves all ways of running it.
+    The body is a child graph, which the driver copies, and is not captured into the node. So torch itself captures it,
+    with its memory pool, checks and errors, and one capture serves all modes.
     """
 
     def __init__(self, body: int, device: torch.device) -> None:
@@ -108,7 +108,7 @@ class WhileGraph:
 
         self._launch = driver.cuGraphLaunch
         self._destroy = driver.cuGraphExecDestroy
-        with torch.inference_mode(False):  # it is written in and out of inference mode
+        with torch.inference_mode(False):  # it is written both inside and outside inference mode
             self._remaining = torch.zeros(1, dtype=torch.int64, device=device)
         kernel = _kernel(device)
         context = _call(driver.cuCtxGetCurrent)
@@ -162,14 +162,14 @@ def _kernel(device: torch.device) -> Any:
 
 
 def _no_dependencies() -> tuple[Any, ...]:
-    """Return the arguments of `cuGraphAddNode` for a node without dependencies: CUDA 13 has edge data among them."""
+    """Return the arguments of `cuGraphAddNode` for a node without dependencies; CUDA 13 adds edge data to them."""
     from cuda import bindings
 
     return ([], [], 0) if int(bindings.__version__.split(".")[0]) >= 13 else ([], 0)
 
 
 def _call(function: Any, *args: Any) -> Any:
-    """Return what a call of cuda-bindings returns after its status: None, a value or a tuple. Raises CaptureError."""
+    """Return the result of a cuda-bindings call without its status: None, a value or a tuple. Raise CaptureError."""
     status, *values = function(*args)
     if int(status) != 0:
         raise CaptureError(f"{function.__name__} returned {status.name}")
@@ -177,5 +177,5 @@ def _call(function: Any, *args: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an exception says."""
+    """Return the first line of an exception's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

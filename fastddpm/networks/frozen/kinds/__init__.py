@@ -2,15 +2,15 @@
 
 To add a kind, write a folder beside `unet/` and `lucidrains/` and name its blueprint in `KINDS`. The folder holds:
 
-- `blueprint.py`: a `Blueprint`, which says what the U-Net is. `takes` recognises it by its class, by name where the
-  library need not be imported. `why_not` names a layer that it could not run. `embeddings` are those of time and
-  labels apart, as an `Embeddings`. `time_projections` joins the projections of all blocks. `builder` is the next class.
-  A kind of another library sets `foreign`: it is compared with its own forward before it is used.
+- `blueprint.py`: a `Blueprint`, which describes the U-Net. `takes` recognises it by its class, by name if that saves
+  importing the library. `why_not` names a layer that cannot be frozen. `embeddings` returns those of time and labels
+  separately, as an `Embeddings`. `time_projections` joins the projections of all blocks. `builder` is the next class.
+  A kind of another library sets `foreign`: its frozen network is compared with its own forward before use.
 - `lowering.py`: a `Builder` whose `lower` walks the layers in the order of the forward and emits their instructions.
-- `instructions.py`, only where a layer is not in `frozen.instructions` yet.
+- `instructions.py`: only if `frozen.instructions` lacks a layer.
 
-Nothing outside of the folder changes. `tests/networks/test_frozen.py` takes a new kind by a function that makes its
-networks and one that evaluates them: every test there then holds for it.
+Nothing outside the folder changes. To test a new kind, give `tests/networks/test_frozen.py` a function that makes its
+networks and one that evaluates them: every test there then runs for it.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ KINDS: tuple[type[Blueprint], ...] = (
 
 
 def blueprint_of(model: object) -> type[Blueprint] | None:
-    """Return the kind of U-Net that a model is of, by its class, or None."""
+    """Return the kind of U-Net that a model is, by its class, or None."""
     return next((kind for kind in KINDS if kind.takes(model)), None)

@@ -1,1 +1,1 @@
-"""The `Unet`s of denoising_diffusion_pytorch, frozen: what they are (`blueprint`), and their layers (`lowering`)."""
+"""The `Unet`s of denoising_diffusion_pytorch, frozen: their properties (`blueprint`) and their layers (`lowering`)."""

@@ -1,6 +1,6 @@
 """The `Unet`s of denoising_diffusion_pytorch (2.0 and later) as freezing sees them.
 
-Recognised by the names of their classes: the library itself is not imported.
+They are recognised by the names of their classes, so the library is not imported.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _OF_TORCH |= {nn.Sequential, nn.SiLU, nn.Upsample}
 
 
 class LucidrainsEmbeddings(Embeddings):
-    """See `Embeddings`. Where there are classes, time and class stand beside each other: the sum has both.
+    """See `Embeddings`. With classes, time and class fill separate columns, and their sum holds both.
 
-    The sinusoids are those that the library computes, in torch's default dtype or, of learned or random frequencies,
-    in theirs: their angles are large, and rounding moves them. Half precision is not enough for these.
+    The sinusoids are computed as in the library: in torch's default dtype, or in the dtype of learned or random
+    frequencies. Their angles are large and sensitive to rounding, so half-precision frequencies become float32.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -48,12 +48,12 @@ class LucidrainsEmbeddings(Embeddings):
             self.num_labels = len(self.classes.weight)
 
     def of_time(self, t: Tensor) -> Tensor:
-        """int64 [S] -> [S, E]."""
+        """Return the embeddings [S, E] of timesteps int64 [S]."""
         embedding = self.time(self.sinusoids(t).double())
         return embedding if self.classes is None else F.pad(embedding, (0, self._classes_width))
 
     def of_labels(self, labels: Tensor) -> Tensor:
-        """int64 [N] -> [N, E]; the number of classes stands for none of them."""
+        """Return the embeddings [N, E] of labels int64 [N]; the label num_classes means "no class"."""
         assert self.classes is not None
         return F.pad(self.classes_mlp(self.classes(labels)), (self._time_width, 0))
 
@@ -106,9 +106,9 @@ class LucidrainsBlueprint(Blueprint):
 
 
 class ClassConditionalBlueprint(LucidrainsBlueprint):
-    """`denoising_diffusion_pytorch.classifier_free_guidance.Unet`; the number of classes is the label of none.
+    """`denoising_diffusion_pytorch.classifier_free_guidance.Unet`; the label num_classes means "no class".
 
-    No label is dropped, as if the U-Net were called with `cond_drop_prob` 0, which is not its default.
+    No label is dropped: this calls the U-Net with `cond_drop_prob` 0, which is not its default.
     """
 
     alone = False
@@ -143,7 +143,7 @@ def _name(kind: type) -> tuple[str, str]:
 
 
 def _unusual(module: Any) -> str | None:
-    """What of a layer is not as the library makes it, and would be passed over."""
+    """Return which setting of a layer differs from the library's and would be ignored, or None."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         own = (module.groups, module.dilation, module.padding_mode)
         usual = (1, (1,) * len(module.dilation), "zeros")

@@ -1,4 +1,4 @@
-"""Instructions of denoising_diffusion_pytorch's U-Nets that no other has: RMS norm, linear attention, learned keys."""
+"""Instructions that only denoising_diffusion_pytorch's U-Nets need: RMS norm, linear attention, learned keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Projections(NamedTuple):
 
     Attributes:
         query, key, value: [C, heads * head_dim].
-        memory_key, memory_value: [M, heads * head_dim], learned ones that stand before those of the pixels.
+        memory_key, memory_value: [M, heads * head_dim], learned; they precede the keys and values of the pixels.
     """
 
     query: Tensor
@@ -28,7 +28,7 @@ class Projections(NamedTuple):
     memory_value: Tensor
 
     def of(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write queries [N, P, I], keys and values [N, M + P, I] of pixels [N, P, C]."""
+        """Write the queries [N, P, I], keys and values [N, M + P, I] of pixels [N, P, C]."""
         torch.mm(x.flatten(0, 1), self.query, out=queries.flatten(0, 1))
         for out, memory, weight in ((keys, self.memory_key, self.key), (values, self.memory_value, self.value)):
             if count := len(memory):
@@ -39,7 +39,7 @@ class Projections(NamedTuple):
 class Scratch(NamedTuple):
     """Slots for the intermediate results of linear attention, [N, I, H, W] or, for keys and values, [N, I, M + P, 1].
 
-    `queries2` and `keys2` are for their softmax.
+    `queries2` and `keys2` hold the softmax of queries and keys.
     """
 
     queries: int
@@ -55,14 +55,16 @@ def linear_attention(
 ) -> Callable[[], object]:  # fmt: skip
     """Compute linear attention (Shen et al. 2018, arXiv:1812.01243) and the projection of its result.
 
-    softmax of the queries over their features, of the keys over the positions. Values and output projection meet
-    before the positions do: softmax(q) (softmax(k)^T v Wo) has no product with both heads and positions.
+    The softmax of the queries is over their features, that of the keys over the positions. The values are multiplied
+    with the output projection before the queries: softmax(q) (softmax(k)^T v Wo) has no product over heads and
+    positions.
 
     Args:
-        mask: [I, I], 1 where two features are of the same head: all samples at once, by products of whole width, of
-            which the mask keeps what is wanted. None: one sample after another, whose heads are then matrices in
-            place, and which stays in the processor's cache.
-        weight: [I, O], the output projection, scaled; `bias` [O] its bias, if it is added here.
+        mask: [I, I], 1 where two features belong to the same head. With a mask all samples are computed at once, by
+            products over all features; the mask then zeroes those of different heads. None: one sample after another,
+            which stays in the processor's cache and whose heads are matrices without a copy.
+        weight: [I, O], the output projection, scaled.
+        bias: [O], the bias of the projection, or None if it is not added here.
     """
 
     def run() -> None:
@@ -98,7 +100,7 @@ def attention(
     """Compute softmax(q k / sqrt(head_dim)) v, before its projection.
 
     Args:
-        scratch: slot of [N, 3 I, M + P, 1] for queries, keys and values, the learned ones before those of the pixels.
+        scratch: slot of [N, 3 I, M + P, 1] for queries, keys and values, the learned ones first.
         weight: [C, 3 I].
         memory: [M, 2 I], learned keys and values.
     """

@@ -1,7 +1,7 @@
-"""From a `Unet` of denoising_diffusion_pytorch to the instructions that compute it.
+"""Turn a `Unet` of denoising_diffusion_pytorch into the instructions that compute it.
 
-Its norms stand after the convolutions. A norm reads a convolution alone, and FiLM, SiLU and the block's residual follow
-it. So nothing but a convolution's bias is ever pending.
+Its norms stand after the convolutions. A norm reads one convolution, and FiLM, SiLU and the block's residual follow
+the norm. So only the bias of a convolution is ever pending.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Lowering(Builder):
         return self.shortcut(block.res_conv, x, skip, self.rms_norm(block.block2.norm, h))
 
     def _conv_of_both(self, layer: nn.Conv2d, x: Activation, skip: Activation | None) -> Activation:
-        """A 3x3 convolution of concat(x, skip)."""
+        """Emit a 3x3 convolution of concat(x, skip)."""
         if skip is None:
             return self.conv(layer, x)
         name, (channels, height, width) = self.names[layer], self.shapes[x.slot]
@@ -115,7 +115,7 @@ class Lowering(Builder):
             *(self.put(f"{name}.{part}", weight.flatten(1).T) for part, weight in parts),
             *(self.put(f"{name}.{part}", rows) for part, rows in memory),
         )
-        # What the values are weighted with is also scaled: that can as well be done to the output projection.
+        # Attention scales its queries; scaling the output projection instead is equivalent.
         weight = self.put(
             f"{name}.to_out", lambda: projection.weight.double().flatten(1).T * (inner // heads) ** -0.5
         )
@@ -131,8 +131,8 @@ class Lowering(Builder):
             self.new(inner, height, width), self.new(inner, keys, 1),
         )  # fmt: skip
         target = self.new(channels, height, width)
-        across = inner if mask is not None else inner // heads  # how many of the features a feature is multiplied with
-        products = (3 * channels + across + channels) * inner  # of every pixel
+        across = inner if mask is not None else inner // heads  # features that each feature is multiplied with
+        products = (3 * channels + across + channels) * inner  # per pixel
         self.emit(
             name, "attention", [x.slot], [target, *scratch],
             ops.linear_attention(self.m, x.slot, target, projections, scratch, heads, mask, weight, bias),
@@ -142,7 +142,7 @@ class Lowering(Builder):
         return Activation(target, pending)
 
     def _memory(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """The learned keys and values that every position sees besides, [M, heads * head_dim] each."""
+        """Return the learned keys and values that every position also attends to, [M, heads * head_dim] each."""
         inner = layer.to_qkv.out_channels // 3
         if not hasattr(layer, "mem_kv"):
             empty = layer.to_qkv.weight.new_empty(0, inner)
@@ -154,7 +154,7 @@ class Lowering(Builder):
     def _down(self, layer: Any, x: Activation) -> Activation:
         if not isinstance(layer, nn.Sequential):
             return self._convolved(layer, x, stride=layer.stride[0])
-        # Pixels to channels and a 1x1 convolution: a 2x2 convolution of stride 2.
+        # Pixels to channels, then a 1x1 convolution: that equals a 2x2 convolution of stride 2.
         own: Any = layer[1]
         folded = nn.Conv2d(own.in_channels // 4, own.out_channels, 2, 2, device="meta")
         folded.weight = nn.Parameter(own.weight.detach().unflatten(1, (-1, 2, 2)).flatten(3), requires_grad=False)
@@ -163,13 +163,13 @@ class Lowering(Builder):
         return self._convolved(folded, x, stride=2)
 
     def _convolved(self, layer: Any, x: Activation, **options: Any) -> Activation:
-        """A convolution with its bias."""
+        """Emit a convolution with its bias."""
         y = self.conv(layer, x, padding=layer.padding[0], **options)
         self.complete(y, self.names[layer])
         return y
 
     def _linear(self, layer: nn.Conv2d, x: Activation, residual: Activation | None = None) -> Activation:
-        """A 1x1 convolution, plus `residual`, in whose place it is written: nothing else reads that afterwards."""
+        """Emit a 1x1 convolution plus `residual`, and overwrite `residual`, which nothing reads afterwards."""
         slot = None if residual is None else residual.slot
         return self.pointwise(self.names[layer], x.slot, layer.weight.flatten(1), layer.bias, slot, target=slot)
 
@@ -177,7 +177,7 @@ class Lowering(Builder):
         self, layer: Any, x: Activation, *, scale: Tensor | None = None, shift: Tensor | None = None,
         residual: Activation | None = None, activation: str | None = "silu",
     ) -> Activation:  # fmt: skip
-        """The RMS norm of `x` with its pending bias, FiLM and activation, and then `residual` on top."""
+        """Emit the RMS norm of `x` with its pending bias, FiLM and activation, and add `residual` last."""
         name = self.names[layer]
         bias = None if x.bias is None else self.put(f"{name}.pending", x.bias, self.vector_dtype)
         target = self.new(*self.shapes[x.slot])

@@ -1,1 +1,1 @@
-"""`fastddpm.UNet`, frozen: what it is (`blueprint`), its folds (`folding`) and its layers in order (`lowering`)."""
+"""`fastddpm.UNet`, frozen: its properties (`blueprint`), its folds (`folding`) and its layers in order (`lowering`)."""

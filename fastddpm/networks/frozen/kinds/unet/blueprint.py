@@ -44,7 +44,7 @@ _LAYERS = (
 
 
 class UNetBlueprint(Blueprint):
-    """A `fastddpm.UNet` of nothing but its own layers."""
+    """A `fastddpm.UNet` that contains only fastddpm's layers."""
 
     unet: UNet
     name = "a fastddpm.UNet"
@@ -99,7 +99,7 @@ def _attentions(unet: UNet) -> list[tuple[str, layers.Attention]]:
 
 @functools.lru_cache(maxsize=16)
 def _settings(config: UNetConfig, joined: frozenset[str]) -> Settings:
-    """Return the settings of the layers of a U-Net as it is made, with some layers' projections joined."""
+    """Return the layer settings of a newly made U-Net, with some layers' projections joined."""
     with torch.device("meta"):
         unet = UNet(config)
         for name, layer in _attentions(unet):

@@ -1,4 +1,4 @@
-"""Exact algebra on the weights of fastddpm's U-Net: layers that become one, and its embeddings, in float64."""
+"""Exact algebra on the weights of fastddpm's U-Net in float64: merged layers, and its embeddings."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def folds_output(attention: Attention) -> bool:
 def attention_projections(attention: Attention) -> tuple[Tensor, Tensor]:
     """Return queries, keys and values as one linear layer: (weight [., C], bias [.]).
 
-    Where `folds_output`, the values carry the output projection too. They also carry its bias, since the attention's
-    weights add up to one.
+    If `folds_output`, the values include the output projection. They also include its bias, since the attention
+    weights sum to one.
     """
     weight, bias = attention.qkv()
     weights, biases = list(weight.double().chunk(3)), list(bias.double().chunk(3))
@@ -42,9 +42,10 @@ def attention_projections(attention: Attention) -> tuple[Tensor, Tensor]:
 def time_projections(unet: UNet) -> tuple[Tensor, Tensor, dict[str, slice]]:
     """See `Blueprint.time_projections`.
 
-    The bias of a block's first convolution, to whose output the projection is added, is in the projection's. A block
-    with scale and shift keeps the two apart: its projection is applied after the norm. Norms of K blocks read the
-    embedding itself, the others its activation; where there are both, the weights of one are zero on the other.
+    A block's projection is added to the output of its first convolution, so its bias includes the convolution's. A
+    block with scale and shift keeps the two biases apart, since its projection is applied after the norm. Norms of K
+    blocks read the embedding itself, the others its activation. If a U-Net has both, each projection has zero weights
+    for the one it does not read.
     """
     raw = unet.config.reads_raw_embedding
 
@@ -67,7 +68,7 @@ def time_projections(unet: UNet) -> tuple[Tensor, Tensor, dict[str, slice]]:
 
 
 class UNetEmbeddings(Embeddings):
-    """See `Embeddings`. The sinusoids are not rounded to the dtype that the U-Net happens to be in."""
+    """See `Embeddings`. The sinusoids are not rounded to the dtype of the U-Net."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -79,11 +80,11 @@ class UNetEmbeddings(Embeddings):
             self.num_labels = self.classes.num_embeddings
 
     def of_time(self, t: Tensor) -> Tensor:
-        """[S] timesteps -> [S, E]."""
+        """Return the embeddings [S, E] of timesteps [S]."""
         return self.time(self.time_proj(t).double())
 
     def of_labels(self, labels: Tensor) -> Tensor:
-        """Class labels, of the kind that the U-Net takes, [N] or [N, E] -> [N, E]."""
+        """Return the embeddings [N, E] of class labels as the U-Net takes them, [N] or [N, E]."""
         if self._config.class_embed_type == "timestep":
             labels = self.time_proj(labels).double()
         return labels.double() if self.classes is None else self.classes(labels)

@@ -1,4 +1,4 @@
-"""From fastddpm's U-Net to the instructions that compute it: the order of its layers, and which become one."""
+"""Turn fastddpm's U-Net into the instructions that compute it: the order of its layers, and which are merged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILTERS: dict[Callable[..., Tensor], int] = {
     layers.fir_double: 16,
     layers.mirrored_halve: 64,
     layers.mirrored_double: 16,
-}  # and by what their taps are divided
+}  # and the divisor of their taps
 
 
 class Lowering(Builder):
@@ -30,7 +30,7 @@ class Lowering(Builder):
 
     unet: UNet
 
-    # What iterates over an nn.ModuleList gets modules of no particular type: hence Any for the blocks.
+    # Iterating over an nn.ModuleList gives plain `Module`s to the type checker: hence Any for the blocks.
 
     def lower(self) -> int:
         unet = self.unet
@@ -91,9 +91,9 @@ class Lowering(Builder):
         return x.slot
 
     def _conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
-        """Emit a convolution to the channels of an image, complete; they may be padded."""
+        """Emit a convolution to the channels of an image, complete; the channels may be padded."""
         name, out_channels = self.names[layer], layer.out_channels
-        # Whole vectors of channels: a convolution to three is otherwise a slow one, or padded by the library.
+        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
         padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
         x = self.conv(layer, x, out_channels=padded)
         if x.bias is not None:
@@ -138,7 +138,7 @@ class Lowering(Builder):
         return x, image
 
     def _filtered(self, x: Activation, resample: Callable[..., Tensor], name: str) -> Activation:
-        """Emit `x`, complete, through a filter."""
+        """Emit a filter of `x`, which must be complete."""
         self.complete(x, name)
         (channels, height, width), divisor = self.shapes[x.slot], _FILTERS[resample]
         to = (channels, height // 2, width // 2) if divisor == 64 else (channels, 2 * height, 2 * width)
@@ -179,7 +179,7 @@ class Lowering(Builder):
         if block.conv_shortcut is not None:
             y = self.shortcut(block.conv_shortcut, x, skip, h)
         else:
-            assert skip is None  # it would make the block's input wider than its output
+            assert skip is None  # a skip would make the block's input wider than its output
             y = Activation(h.slot, add(h.bias, x.bias), x.slot)
         return self.divided(y, block.output_scale, name)
 
@@ -255,7 +255,7 @@ class Lowering(Builder):
         return self.conv_of_double(layer.conv, x)
 
     def _resampled(self, x: Activation, resample: Callable[[Tensor], Tensor], name: str) -> Activation:
-        """Emit `halve` or `double` of `x`. Its pending bias stays pending: it is the same in every pixel."""
+        """Emit `halve` or `double` of `x`. Its bias stays pending, since it is the same in every pixel."""
         if x.residual is not None:
             self.complete(x, name)
         return replace(self.other(f"{name}.{resample.__name__}", [x.slot], resample), bias=x.bias)
