@@ -3,8 +3,15 @@
 test:  ## everything that can run here
 	pytest -n auto
 
-quick:  ## what takes under a minute on two cores
-	pytest -n auto -m "not slow" tests
+# A thousand tests that touch every room.
+QUICK = tests/test_layout.py tests/common tests/process tests/kernels/test_backend.py tests/kernels/test_philox.py \
+	tests/kernels/test_residual_add.py tests/networks/test_unet_config.py tests/networks/test_weights.py \
+	tests/sampling/test_run.py tests/sampling/test_loop.py tests/sampling/test_pool.py tests/sampling/test_bad_input.py \
+	tests/interop/test_lucidrains_tables.py tests/evaluation/test_frechet.py tests/training/test_data.py \
+	tests/cli/test_sample.py
+
+quick:  ## under a minute on two cores
+	pytest -n auto -m "not slow" $(QUICK)
 
 lint:  ## style, types, the order of the rooms
 	ruff check .
