@@ -1,1 +1,1 @@
-"""What every room needs: files, checks of arguments, progress, pictures."""
+"""Share code among all packages: files, checks of arguments, progress, pictures."""

@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long."""
+"""Show one kind of progress bar for every long task."""
 
 from __future__ import annotations
 

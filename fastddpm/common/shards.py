@@ -1,4 +1,4 @@
-"""Folders of shards: what lies where in them, and how a shard is checked and read.
+"""Define the layout of folders of shards, and check and read shards.
 
     manifest.json                      what was drawn, and how it is cut into ranges
     shard-00000-00511.npz              samples 0 to 511; or .tar, or a folder of PNGs
@@ -81,7 +81,7 @@ class Layout:
         return self._in_part(index, f"failed-{self.words(index)}.json")
 
     def stamp(self, index: int) -> str:
-        """Return what a shard says of itself before its checksum."""
+        """Return the stamp of a shard, which precedes its checksum."""
         return f"fastddpm {self.job} {self.words(index)} sha256="
 
 

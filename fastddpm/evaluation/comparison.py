@@ -39,7 +39,7 @@ class SamplerFactory(Protocol):
 
 @dataclass(frozen=True)
 class PrecisionResult:
-    """What one precision costs. Where a prediction or an image is not finite, the figures of images are None.
+    """The cost of one precision. Where a prediction or an image is not finite, the figures of images are None.
 
     Attributes:
         precision: its name.
@@ -68,7 +68,7 @@ class PrecisionResult:
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """What precisions cost, against float32.
+    """The cost of precisions, compared with float32.
 
     Attributes:
         num_samples, steps, seed, method, device: of the sampling.
@@ -119,7 +119,7 @@ def compare_precisions(
     device: torch.device | str | None = None,
     **settings: Any,
 ) -> PrecisionReport:
-    """Sample a model in float32 and in each of `precisions`, at equal noise, and compares.
+    """Sample a model in float32 and in each of `precisions`, at equal noise, and compare the results.
 
     Args:
         model, schedule, device, settings: as for `Sampler`, but no `dtype` nor `cuda_graph`.

@@ -1,4 +1,4 @@
-"""Networks that turn images into features, in which distances between sets of images are measured."""
+"""Provide networks that turn images into features, in which distances between sets of images are measured."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class DigitFeatures:
 class InceptionFeatures:
     """Run torch-fidelity's Inception v3, as published for FID in 2015: 2048 features and the logits.
 
-    It resizes as TensorFlow 1 did, so that figures can be compared with published ones.
+    It resizes like TensorFlow 1, so that figures can be compared with published ones.
 
     Args:
         weights: path of the weights as torch-fidelity has them (`weights-inception-2015-12-05-6726825d.pth`), or of a

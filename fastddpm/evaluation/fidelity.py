@@ -22,7 +22,7 @@ from fastddpm.evaluation.image_sets import ImageSet, images_bar, in_one_colour_s
 from fastddpm.evaluation.reading import DIGITS, Reference, open_images, open_reference
 
 METRICS = ("fid", "kid", "prc", "isc")
-RELIABLE = 10_000  # images, from which on an FID is called one
+RELIABLE = 10_000  # the least number of images for a reliable FID
 KID_SUBSET, KID_SUBSETS = 1000, 100  # as published (Binkowski et al. 2018)
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 ISC_SPLITS = 10  # Salimans et al. 2016
@@ -32,7 +32,7 @@ CHEAP = 256  # features, up to which a Frechet distance takes milliseconds
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How samples compare with real images; what was not measured is None.
+    """The comparison of samples with real images; figures that were not measured are None.
 
     Attributes:
         samples, real, features: what was compared, in which features.
@@ -46,8 +46,8 @@ class Evaluation:
             3 nearest neighbours (Kynkäänniemi et al. 2019).
         inception_score, inception_score_std: over 10 splits (Salimans et al. 2016).
         recognised: of digits with labels, the share that a classifier takes for them.
-        not_measured: by metric, why there is no figure.
-        notes: what a reader of the figures should know.
+        not_measured: the reason for each missing figure, by metric.
+        notes: remarks for readers of the figures.
     """
 
     samples: str
@@ -128,14 +128,14 @@ class Evaluator:
         if features is None:
             features = DIGITS if isinstance(real, str) and real == DIGITS else "inception"
         self.features = _make_features(features, self._device)
-        # By the shape of samples, which pictures of a folder are made to have.
+        # By the shape of samples, to which pictures of a folder are fitted.
         self._references: dict[tuple[int, int, int], Reference] = {}
         self._seen: dict[tuple[int, int, int], _Seen] = {}
 
     def __call__(self, samples: Any, *, progress: bool = False) -> Evaluation:
         """Compare `samples`: images as `real`, or an `ImageSet` such as `image_sets.of_sampler` returns.
 
-        What cannot work is found out before the first sample is drawn.
+        Errors that can be found early are raised before the first sample is drawn.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: either images cannot be read or are of other shapes, a metric that

@@ -1,4 +1,4 @@
-"""Sets of 8-bit images, read or drawn a few at a time, and held as uint8."""
+"""Hold sets of 8-bit images, read or drawn a few at a time, as uint8."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ImageSet:
         count: how many there are; of a folder, how many files.
         shape: (C, H, W).
         pieces: yields all images in order, uint8 [n, C, H, W] of any n.
-        labels: int64 [N], where they have some.
-        notes: what a reader of the figures should know; complete once all pieces have been read.
-        drawn: whether reading them draws them, which takes longer than all else.
+        labels: int64 [N], if there are labels.
+        notes: remarks for readers of the figures; complete once all pieces have been read.
+        drawn: whether reading the images draws them, which takes most of the time.
     """
 
     name: str
@@ -94,7 +94,7 @@ def of_sampler(
     progress: bool = False,
     **arguments: Any,
 ) -> ImageSet:
-    """Return the images of a sampler, drawn when they are read and never all held as floats.
+    """Return the images of a sampler, drawn when they are read; they are never all held as floats.
 
     They are those of `sampler.sample(num_samples, seed=seed, ...)`, drawn a few hundred megabytes at a time.
 
@@ -105,7 +105,7 @@ def of_sampler(
         keep: is given the uint8 pieces.
         name: for reports.
         progress: draw a bar for all of them.
-        arguments: further ones of `Sampler.sample`, the same for all.
+        arguments: further arguments of `Sampler.sample`, the same for all images.
 
     Raises:
         ValueError, TypeError: as `Sampler.sample`; samples are not images, or not finite.

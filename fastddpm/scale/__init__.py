@@ -1,4 +1,4 @@
-"""Many samples on many machines: shards in a folder, none lost, none twice."""
+"""Draw many samples on many machines into a folder of shards, without loss or repetition."""
 
 from fastddpm.scale.errors import Incomplete
 from fastddpm.scale.job import Report, sample_shards

@@ -33,7 +33,7 @@ class NotFinite(Exception):
 
     Attributes:
         samples: their indices.
-        step: that at which the first stopped being so, in words, or None.
+        step: the step at which the first one ceased to be finite, in words, or None.
     """
 
     def __init__(self, samples: list[int], step: str | None) -> None:
@@ -44,7 +44,7 @@ class NotFinite(Exception):
 
 
 def open_source(source: Source) -> tuple[Sampler, Decode | None]:
-    """Return the sampler that `source` is, has or makes, and what makes images of its samples, or None.
+    """Return the sampler that `source` is, has or makes, and the decoder of its samples, or None.
 
     Raises:
         TypeError: it is none of these.
@@ -68,7 +68,7 @@ def open_source(source: Source) -> tuple[Sampler, Decode | None]:
 
 
 def samples_at_once(asked: int | str | None, device: torch.device) -> int:
-    """Return how many samples go through the network at once; "auto" and None are a number that the device fixes."""
+    """Return the number of samples per pass through the network; "auto" and None let the device decide."""
     return asked if isinstance(asked, int) else AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
 
 
@@ -76,16 +76,16 @@ def samples_at_once(asked: int | str | None, device: torch.device) -> int:
 class Drawer:
     """Draws samples by their indices.
 
-    Every pass through the network has the same number of samples, the last one of a range filled up with samples that
-    are dropped: libraries choose an algorithm by the batch, and with it the rounding.
+    Every pass through the network has the same number of samples; the last pass of a range is padded with samples that
+    are dropped. Libraries choose an algorithm, and so the rounding, by the batch.
 
     Attributes:
-        sampler, decode: draw, and make images of samples if these are latents.
+        sampler, decode: draws samples, and makes images if samples are latents.
         seed: of all samples.
         labels: int64 [num_samples], or None.
-        at_once: samples of a pass; it is halved where memory runs out.
+        at_once: samples of a pass; halved when memory runs out.
         pixels: whether samples are stored as 8-bit images, else as float32.
-        shape: of a sample, where the model does not say it.
+        shape: of a sample, if the model does not state it.
     """
 
     sampler: Sampler
@@ -97,7 +97,7 @@ class Drawer:
     shape: tuple[int, ...] | None = None
 
     def draw(self, first: int, end: int) -> Samples:
-        """Return the samples from `first` to before `end`.
+        """Return the samples from `first` up to, not including, `end`.
 
         Raises:
             NotFinite: some of them are not finite.
@@ -155,7 +155,7 @@ class Drawer:
 
 
 def drawn_shape(sampler: Sampler, decode: Decode | None, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the shape of a sample, decoded; `shape` is that of one that is not, where the model does not say it."""
+    """Return the shape of a decoded sample; `shape` is that before decoding, if the model does not state it."""
     drawn = shape or tuple(sampler.network.sample_shape(sampler.settings.learned_variance))
     if decode is None:
         return drawn

@@ -1,4 +1,4 @@
-"""Samples as the files of a shard. The same samples give the same bytes; `common.shards` reads them."""
+"""Encode samples as the files of a shard. The same samples give the same bytes; `common.shards` reads them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _npz(samples: Samples, stamp: str) -> bytes:
 
 
 def _tar(layout: Layout, index: int, samples: Samples, stamp: str) -> bytes:
-    """WebDataset's layout: <key>.png and, with labels, <key>.cls, next to each other."""
+    """Return a .tar in WebDataset's layout: <key>.png and, with labels, <key>.cls, next to each other."""
     buffer = io.BytesIO()
     first, _ = layout.bounds(index)
     digits = max(5, len(str(layout.num_samples - 1)))

@@ -1,4 +1,4 @@
-"""How a job says that it did not get to its end."""
+"""Define the error of an incomplete job."""
 
 
 class Incomplete(Exception):

@@ -1,4 +1,4 @@
-"""What decides which samples a job draws, as plain values: for its manifest, and to tell one job from another."""
+"""Describe what decides the samples of a job as plain values, for its manifest and to tell jobs apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model_identity(model: Callable[..., Any], config: Any) -> dict[str, Any]:
     """Return the SHA-256 of a model's weights and of its config, and the name of its class.
 
     Raises:
-        TypeError: it is no module, so nothing of it can be told from another's.
+        TypeError: it is not a module, so it cannot be told from another.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -42,7 +42,7 @@ def model_identity(model: Callable[..., Any], config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as JSON holds it."""
+    """Return `value` as a JSON value."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, Mapping):
@@ -97,7 +97,7 @@ def sampler_identity(sampler: Sampler) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what draws."""
+    """Return the versions of the software that draws."""
     return {
         "fastddpm": __version__,
         "torch": str(torch.__version__),
@@ -107,14 +107,14 @@ def versions() -> dict[str, str]:
 
 
 def labels_identity(labels: np.ndarray | None) -> dict[str, Any] | None:
-    """Return what tells the labels of a job from another's."""
+    """Return an identity of the labels of a job."""
     if labels is None:
         return None
     return {"sha256": hashlib.sha256(_bytes(labels)).hexdigest(), "classes": len(np.unique(labels))}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Return the first thing that two manifests differ in, as `name was x, is y`; versions are not compared."""
+    """Return the first difference of two manifests, as `name was x, is y`; versions are not compared."""
     for name in [*old, *(each for each in new if each not in old)]:
         if name == "versions":
             continue

@@ -31,13 +31,13 @@ ENGINES = ("local", "ray")
 
 @dataclass(frozen=True)
 class Report:
-    """What a call of `sample_shards` did.
+    """The result of a call of `sample_shards`.
 
     Attributes:
-        written, kept: ranges that it drew, and that were there and whole.
+        written, kept: ranges that it drew, and ranges whose shard was already whole.
         failed: ranges whose samples are not finite, with the reason, by `<first>-<last>`.
         damaged: ranges that were drawn again because their shard was damaged.
-        missing: ranges of other processes that were not there yet.
+        missing: ranges of other processes that were not written yet.
         samples: those in the ranges written and kept.
     """
 
@@ -66,7 +66,7 @@ def sample_shards(
     rank: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> Report:
-    """Draw samples 0 to `num_samples` - 1 of a seed into shards in `out`, or those of them that are not there.
+    """Draw samples 0 to `num_samples` - 1 of a seed into shards in `out`, skipping existing shards.
 
     A range that is interrupted leaves nothing. A shard that is damaged is drawn again. A range with samples that are
     not finite is marked as failed, and the others go on. The folder ends byte for byte the same, however often the job
@@ -76,7 +76,7 @@ def sample_shards(
         model: a `Sampler`; a `Pretrained` or the path of a model, with the model's own settings; or a function without
             arguments that returns a `Sampler`, or a sampler and what decodes its samples.
         out: a folder, new, empty, or of the same job; or a URL of fsspec, such as s3://bucket/samples.
-        num_samples: how many there are to be.
+        num_samples: the number of samples.
         shard_size: samples of a shard. A multiple of `batch_size` wastes nothing.
         format: "npz" (arr_0 uint8 [n, H, W, C], or float32 [n, ...] where samples are no images; arr_1 int64 labels),
             "png" (a folder of pictures per shard) or "wds" (WebDataset's .tar).
@@ -173,7 +173,7 @@ def _manifest_of(place: Place) -> str:
 
 
 def _check_free(place: Place) -> None:
-    """Raise ValueError if the place holds something else than a job of ours."""
+    """Raise ValueError if the place holds anything other than a job of this package."""
     if isinstance(place, LocalPlace) and place.folder.exists() and not place.folder.is_dir():
         raise ValueError(f"output is {place}, which is a file; it must be a folder")
     if place.exists(MANIFEST):
@@ -187,7 +187,7 @@ def _check_free(place: Place) -> None:
 
 @contextmanager
 def _occupied(place: Place, rank: Rank) -> Iterator[None]:
-    """Hold a folder, and leave nothing unfinished in it."""
+    """Hold a folder, and remove unfinished files from it."""
     if not isinstance(place, LocalPlace):
         yield
         return
@@ -234,7 +234,7 @@ def _claim(place: Place, manifest: dict[str, Any]) -> bytes:
 
 
 def _collect(results: Iterator[Outcome], layout: Layout, place: Place, watch: Any) -> list[Outcome]:
-    """Return all outcomes; where the machine fails, say what is saved."""
+    """Return all outcomes; if the machine fails, report what is saved."""
     outcomes: list[Outcome] = []
     try:
         for outcome in results:

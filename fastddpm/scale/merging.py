@@ -1,4 +1,4 @@
-"""One .npz of a folder of shards, in the memory of a shard."""
+"""Merge a folder of shards into one .npz, with the memory of one shard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastddpm.scale.encoding import EPOCH
 def merge(
     folder: str | os.PathLike[str], path: str | os.PathLike[str], *, in_colour: bool = True, progress: bool = True
 ) -> int:
-    """Write all samples of a folder of shards into one .npz, as evaluators read it, and return how many they are.
+    """Write all samples of a folder of shards into one .npz for evaluators, and return their number.
 
     arr_0 is uint8 [N, H, W, 3], also of grey images unless `in_colour` is False (float32 [N, ...] where samples are no
     images), and arr_1 int64 [N], the labels. Every shard is checked. Memory holds one at a time.
@@ -62,7 +62,7 @@ def merge(
 
 @contextmanager
 def _member(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """Begin an array in an .npz; its numbers are written to what this yields."""
+    """Begin an array in an .npz; yield the file for its numbers."""
     with archive.open(zipfile.ZipInfo(f"{name}.npy", EPOCH), "w", force_zip64=True) as member:
         np.lib.format.write_array_header_2_0(member, {"descr": dtype, "fortran_order": False, "shape": shape})
         yield member

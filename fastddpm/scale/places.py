@@ -1,4 +1,4 @@
-"""Where shards are written: a folder of this machine, or any path of fsspec.
+"""Write shards to a folder of this machine, or to any path of fsspec.
 
 A file is there whole or not at all. On this machine it is written to a temporary name in `.unfinished/`, synced to the
 disk, and renamed; object stores show an object only when all of it was sent.
@@ -33,15 +33,15 @@ class Place(ABC):
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> None:
-        """Write a file unless there is one of that name; of several processes that try, one does."""
+        """Write a file unless one of that name exists; of several processes that try, one succeeds."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file or sub-folder, if there is one."""
+        """Remove a file or sub-folder if it exists."""
 
     @abstractmethod
     def names(self) -> set[str]:
-        """Return the names of the shards and of all else in the folder and its parts; not the files of a shard."""
+        """Return the names of shards and other entries in the folder and its parts, not the files of a shard."""
 
     def exists(self, name: str) -> bool:
         """Return whether there is a file of that name."""
@@ -138,7 +138,7 @@ class LocalPlace(Place):
         return found - {UNFINISHED, LOCKS}
 
     def tidy(self) -> None:
-        """Remove what processes left unfinished that were killed: this rank's, and those of other worlds.
+        """Remove unfinished files of killed processes: this rank's, and those of other worlds.
 
         The caller holds this rank's lock, and no process of another world works in the folder.
         """

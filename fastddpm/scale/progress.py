@@ -1,4 +1,4 @@
-"""Show how far a job is: a bar, or a line a minute where there is no terminal."""
+"""Show the progress of a job: a bar, or a line a minute without a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Watch:
         layout: of the job.
         total: ranges that this process watches.
         bar: moved by samples, or None.
-        line: told of a line at most once a minute, or None.
+        line: called with a line at most once a minute, or None.
         clock: the time in seconds.
     """
 
@@ -52,7 +52,7 @@ class Watch:
             self._line(self.text())
 
     def text(self) -> str:
-        """Return a line: rate, time that is left, ranges."""
+        """Return a line with rate, remaining time and ranges."""
         rate = self._rate()
         left = (self._total - self._ranges) * self._layout.shard_size
         eta = f"{left / rate / 60:.1f} minutes left" if rate else "time left unknown"

@@ -1,4 +1,4 @@
-"""Which part of a job is this process's: torchrun's, accelerate's and SLURM's environment, and a lock per rank."""
+"""Find this process's part of a job from the environment of torchrun, accelerate or SLURM, and lock each rank."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
 
 @contextmanager
 def holding(folder: Path, rank: Rank) -> Iterator[None]:
-    """Hold the lock of `rank` in `folder`, which ends with the process however that ends.
+    """Hold the lock of `rank` in `folder`; it is released when the process ends, for any reason.
 
     Raises:
         ValueError: another process holds it, or one of a job with another number of ranks works in the folder; the

@@ -1,4 +1,4 @@
-"""The ranges of a job as a map over actors of Ray Data, which replaces those that die.
+"""Map the ranges of a job over actors of Ray Data, which replaces actors that die.
 
 Ray's own defaults retry for ever. Here an actor is restarted, and a range tried again, a few times; then the job ends,
 and says so.

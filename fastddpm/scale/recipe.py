@@ -1,4 +1,4 @@
-"""What a job is told, in a form that can be sent to another process, and the manifest that follows from it."""
+"""Hold the arguments of a job in a form that can be sent to another process, and make its manifest."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastddpm.scale.worker import Worker, labels_from
 
 @dataclass(eq=False)
 class Recipe:
-    """What `sample_shards` was told about samples and shards.
+    """The arguments of `sample_shards` about samples and shards.
 
     Attributes:
         source: of the sampler.
-        num_samples, shard_size, format, seed, class_labels, shape, batch_size: as there.
+        num_samples, shard_size, format, seed, class_labels, shape, batch_size: see `sample_shards`.
     """
 
     source: Source
@@ -37,11 +37,11 @@ class Recipe:
     _opened: tuple[Sampler, Decode | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what was loaded: every process loads its own."""
+        """Return the state without the loaded model: every process loads its own."""
         return {**vars(self), "_opened": None}
 
     def open(self) -> tuple[Sampler, Decode | None]:
-        """Return the sampler and what decodes its samples, loaded once."""
+        """Return the sampler and the decoder of its samples, loaded once."""
         if self._opened is None:
             self._opened = open_source(self.source)
         return self._opened
@@ -51,7 +51,7 @@ class Recipe:
         return labels_from(self.class_labels, self.num_samples)
 
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest: all that decides the bytes of the shards.
+        """Return the manifest: everything that decides the bytes of the shards.
 
         Raises:
             ValueError, TypeError: the format cannot hold such samples; or as `open_source` and `model_identity`.
@@ -81,7 +81,7 @@ class Recipe:
         }
 
     def worker(self, place: Place, content: bytes, present: set[str]) -> Worker:
-        """Return what settles ranges; `content` is the manifest of the place, `present` the names in it."""
+        """Return a worker that settles ranges; `content` is the manifest of the place, `present` the names in it."""
         manifest = json.loads(content)
         sampler, decode = self.open()
         drawer = Drawer(

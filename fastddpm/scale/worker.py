@@ -1,4 +1,4 @@
-"""Settle one range: keep its shard if that is whole, else draw and write it. The same in every engine."""
+"""Settle one range: keep its shard if it is whole, else draw and write it. Every engine uses this."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KEPT, WRITTEN, FAILED = "kept", "written", "failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a range.
+    """The outcome of a range.
 
     Attributes:
         index: of the range.
         what: "kept", "written" or "failed".
-        reason: why it failed; of a shard drawn again, what was wrong with it; else empty.
+        reason: why it failed, or why its shard was drawn again; else empty.
     """
 
     index: int
@@ -36,7 +36,7 @@ def labels_from(values: Any, num_samples: int) -> np.ndarray | None:
     """Return labels as int64 [num_samples]: one for all, or one for each.
 
     Raises:
-        TypeError, ValueError: they are no integers, or not as many.
+        TypeError, ValueError: they are not integers, or their number differs.
     """
     if values is None:
         return None
@@ -53,7 +53,7 @@ class Worker:
         place: where shards are written.
         layout: of the job.
         drawer: draws.
-        present: the names in the place when the job began; those not in it are not looked for.
+        present: the names in the place when the job began; other names are not looked up.
     """
 
     place: Place
@@ -62,7 +62,7 @@ class Worker:
     present: set[str]
 
     def settle(self, index: int) -> Outcome:
-        """Make the shard of a range be there, and whole.
+        """Ensure that the shard of a range exists and is whole.
 
         Raises:
             OSError: it cannot be written; nothing of it is left.

@@ -40,9 +40,9 @@ MANIFEST, STATE, TRAINING = "manifest.json", "state.json", "training.pt"
 def atomic_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write(temporary)` fill a folder beside `path`, flush it to the disk and rename it to `path`.
 
-    An existing folder at `path` is replaced. The folder at `path` is always the old one or the whole new one. Only if the
-    process dies between two renames is it missing; the old one is then beside it as `.NAME-old`. If `write` fails, the
-    temporary folder is removed.
+    An existing folder at `path` is replaced. The folder at `path` is always the old one or the whole new one. Only if
+    the process dies between two renames is it missing; the old one is then beside it as `.NAME-old`. If `write` fails,
+    the temporary folder is removed.
 
     Raises:
         OSError: it cannot be written.

@@ -64,7 +64,7 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """Serve the arrays of an `.npz`, in the format of `fastddpm sample -o images.npz` and the ADM evaluator, or a `.npy`.
+    """Serve the arrays of an `.npz`, in the format of `fastddpm sample -o images.npz` and ADM's evaluator, or a `.npy`.
 
     `arr_0` is uint8 [N, H, W, C] or [N, H, W], and `arr_1`, if it is there, integer labels [N].
 

@@ -37,9 +37,9 @@ class Broken:
 class PictureFolder:
     """Serve the pictures of a folder as uint8 [C, H, W], read by `fastddpm.common.images.read_pixels`.
 
-    Every file is read once at the start, in threads. Unreadable files are listed in `broken` and skipped. The others stay
-    in memory if they fit, else they are read again when needed. If one cannot be read then, the next readable one replaces
-    it, with a warning.
+    Every file is read once at the start, in threads. Unreadable files are listed in `broken` and skipped. The others
+    stay in memory if they fit, else they are read again when needed. If one cannot be read then, the next readable one
+    replaces it, with a warning.
 
     Args:
         listing: the files and classes.

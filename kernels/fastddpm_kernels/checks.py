@@ -1,6 +1,6 @@
-"""Check arguments as several ops do. An error is one line: the argument, what it was, what it may be.
+"""Check arguments for several ops. An error is one line: the argument, its value and the allowed values.
 
-Checks look at dtypes, shapes and devices, never at the values of a tensor on a GPU, which would wait for it.
+Checks look at dtypes, shapes and devices, never at values on a GPU, since reading them would wait.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether reading values needs no synchronisation, and no compiler is tracing."""
+    """Return whether values can be read without synchronisation, and no compiler is tracing."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -28,7 +28,7 @@ def check_operands(
 ) -> None:
     """Raise unless all are floating tensors on x's device, and all but those of `any_dtype` have x's dtype.
 
-    None stands for what is not given, except in `like`. `name` is what the op calls `x`.
+    None stands for an argument that is not given, except in `like`. `name` is the op's name for `x`.
 
     Raises:
         TypeError: a value is not a tensor, or of another dtype.
@@ -47,12 +47,12 @@ def check_operands(
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors begin at one address; False for tensors without values, on device meta."""
+    """Return whether two tensors begin at one address; False for tensors without values, on device meta."""
     return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())
 
 
 def mixed(*tensors: Tensor | None) -> str | None:
-    """Say why native kernels do not take these tensors together: other devices or dtypes; None if they do."""
+    """Return why native kernels do not take these tensors together (devices or dtypes differ); None if they do."""
     given = [tensor for tensor in tensors if tensor is not None]
     for tensor in given[1:]:
         if tensor.device != given[0].device:

@@ -1,4 +1,4 @@
-"""What the `tuning.py` of an op is made of: tasks, each an op at one shape, with its candidates, operands and truth."""
+"""Define the tasks of an op's `tuning.py`: an op at one shape, with its candidates, operands and truth."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastddpm_kernels.tuned import Choice, Key
 Operands = dict[str, Any]  # tensors, or None
 
 WARPS = (1, 2, 4, 8, 16)
-# Of at least four elements, those of one counter of the noise. Results are the same bits.
+# At least four elements each, those of one counter of the noise. Results are the same bits.
 ELEMENTWISE: tuple[dict[str, Sequence[Any]], ...] = ({"block": tuple(2**k for k in range(5, 14)), "num_warps": WARPS},)
-CHECKED = 3  # samples that are held against float64: the first, one in the middle, the last
+CHECKED = 3  # samples that are compared with float64: the first, one in the middle, the last
 
 
 class Task(ABC):
@@ -36,19 +36,19 @@ class Task(ABC):
 
     @abstractmethod
     def candidates(self) -> list[Choice]:
-        """Return all choices worth a try: the heuristics' first, then those that are like it; none twice."""
+        """Return all choices worth trying: the heuristic one first, then similar ones; none twice."""
 
     @abstractmethod
     def operands(self, seed: int) -> Operands:
-        """Return random inputs and places for the results."""
+        """Return random inputs and buffers for the results."""
 
     @abstractmethod
     def call(self, choice: Choice, operands: Operands) -> Callable[[], object]:
-        """Return what runs the op on `operands` in the way of `choice`, any number of times."""
+        """Return a function that runs the op on `operands` by `choice`, any number of times."""
 
     @abstractmethod
     def results(self, operands: Operands) -> dict[str, Tensor]:
-        """Return what a call writes; the first dimension is that of `samples`."""
+        """Return the results of a call; the first dimension is that of `samples`."""
 
     @abstractmethod
     def truth(self, operands: Operands, samples: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -63,15 +63,15 @@ class Task(ABC):
         return self.named["batch"]
 
     def another(self, operands: Operands) -> Operands:
-        """Return the same in other memory."""
+        """Return the same operands in other memory."""
         return {name: t.clone() if isinstance(t, Tensor) else t for name, t in operands.items()}
 
     def tolerance(self, choice: Choice) -> dict[str, Any]:
-        """Return arguments of `testing.assert_close` for a choice that may lose over twice what torch does."""
+        """Return arguments of `testing.assert_close` for a choice whose error may exceed twice torch's."""
         return {}
 
     def samples(self) -> Tensor:
-        """Return the samples that are checked."""
+        """Return the samples to check."""
         places = torch.linspace(0, self.num_samples - 1, min(CHECKED, self.num_samples))
         return places.round().to(torch.int64).unique().to(self.device)
 
@@ -93,9 +93,9 @@ class Task(ABC):
 
 
 class ElementwiseTask(Task):
-    """An element-wise op on a GPU: how many elements a program takes, and how many warps it has.
+    """An element-wise op on a GPU; tunes the elements and warps of a program.
 
-    Results are the same bits whatever is chosen. Still they are held against float64: a compiler may be wrong.
+    Every choice gives the same bits. Results are still compared with float64: a compiler may be wrong.
     """
 
     def candidates(self) -> list[Choice]:
@@ -108,14 +108,14 @@ class ElementwiseTask(Task):
         return self.operands(1)  # a clone of a slice would have other strides
 
     def heuristic(self) -> Choice:
-        """Return the choice where no table has one."""
+        """Return the choice without a table."""
         from fastddpm_kernels.device.strided import BLOCK, NUM_WARPS
 
         return {"block": BLOCK, "num_warps": NUM_WARPS}
 
     @abstractmethod
     def launch(self, choice: Choice | None, operands: Operands) -> Any:
-        """Return the one launch of the op."""
+        """Return the only launch of the op."""
 
     def call(self, choice: Choice, operands: Operands) -> Callable[[], object]:
         from fastddpm_kernels.device.strided import run
@@ -140,7 +140,7 @@ class ElementwiseTask(Task):
 
     @property
     def elements(self) -> int:
-        """Elements of an image of all samples."""
+        """Return the number of elements of an image, over all samples."""
         return self.named["batch"] * self.named["channels"] * self.named["pixels"]
 
 

@@ -1,4 +1,4 @@
-"""Reading `.npz` and `.npy` files: nothing in them is executed, and no more memory is taken than they say and hold."""
+"""Read `.npz` and `.npy` files without executing anything in them or taking more memory than they state and hold."""
 
 from __future__ import annotations
 

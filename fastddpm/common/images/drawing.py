@@ -1,4 +1,4 @@
-"""Drawing samples: as PIL images, grids, strips."""
+"""Draw samples as PIL images, grids and strips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: their files, their classes, and what is passed over."""
+"""List folders of pictures: their files, their classes, and the skipped files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picture files and PIL images: what becomes of size, orientation, colour, opacity, depth and animations."""
+"""Read picture files and PIL images; convert size, orientation, colour, opacity, depth and animations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays, tensors and labels of images: what they must be, whichever way they come in."""
+"""Check and convert arrays, tensors and labels of images from any source."""
 
 from __future__ import annotations
 

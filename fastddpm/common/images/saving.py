@@ -1,4 +1,4 @@
-"""Writing samples: PNG, GIF, `.npz` and folders of PNGs, each file whole or not at all."""
+"""Write samples as PNG, GIF, `.npz` and folders of PNGs, each file whole or not at all."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class GaussianDiffusion(nn.Module):
     """Compute the training loss of a DDPM's network, and the likelihoods it gives (Ho et al. 2020).
 
     `loss = diffusion(x0, labels, step=step)` is the loss of a batch. Its random numbers (timesteps, noise, dropped
-    labels) are a function of (seed, sample, step), whatever the process or the micro-batch; the network's own dropout is
-    not. The state dict holds the network, `unet.*`, and the history of "importance" timesteps.
+    labels) are a function of (seed, sample, step), whatever the process or the micro-batch; the network's own dropout
+    is not. The state dict holds the network, `unet.*`, and the history of "importance" timesteps.
 
     The loss is computed in float32 (float64 for float64 data), whatever autocast says.
 
@@ -92,8 +92,8 @@ class GaussianDiffusion(nn.Module):
                 whatever is predicted; see `loss_weights`.
             min_snr_gamma, p2_gamma, p2_k: constants of the weightings.
             offset_noise: strength of noise that is the same for all pixels of a channel, such as 0.1.
-            input_perturbation: strength of further noise on the input that is not in the target (Ning et al. 2023), such
-                as 0.1.
+            input_perturbation: strength of further noise on the input that is not in the target (Ning et al. 2023),
+                such as 0.1.
             immiscible: pair images and noise of a (local) batch by least distance (Li et al. 2024). Needs scipy, and
                 the step cannot be compiled.
             label_dropout: the share of labels that are replaced by `null_class`, for classifier-free guidance.

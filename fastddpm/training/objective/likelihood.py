@@ -52,8 +52,8 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """Return the bound for each image, with one noise per image and timestep, like guided-diffusion's `calc_bpd_loop`.
 
-    The network runs in evaluation mode and in its own precision, or autocast's; all other arithmetic is float64. The noise
-    of an image is a function of (the diffusion's seed, the image's number, t), whatever the batch size.
+    The network runs in evaluation mode and in its own precision, or autocast's; all other arithmetic is float64. The
+    noise of an image is a function of (the diffusion's seed, the image's number, t), whatever the batch size.
 
     Args:
         diffusion: the model.

@@ -74,8 +74,8 @@ class TimestepSampler(nn.Module):
         losses = losses.float()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             t, losses = _gather(t), _gather(losses)
-        # One infinite loss in the history would make every probability, and so every later loss, NaN. T is not a timestep:
-        # its entries go into the places that are dropped.
+        # One infinite loss in the history would make every probability, and so every later loss, NaN. T is not a
+        # timestep: its entries go into the places that are dropped.
         t = torch.where(losses.isfinite(), t, self.num_train_timesteps)
         counts = torch.cat([self.counts, self.counts.new_zeros(1)])
         # A timestep's row is a ring buffer; of losses that arrive at once, the last 10 count.

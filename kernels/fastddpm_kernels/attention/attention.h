@@ -1,4 +1,4 @@
-// What attention and its gradient share: where heads lie, how they are packed, products of their rows.
+// Shared by attention and its gradient: the layout of heads, their packing, products of their rows.
 #pragma once
 
 #include "native/gemm.h"

@@ -60,7 +60,7 @@ class Winograd {
     void run() const {
         const bool kept = kPoints * panels * kPanel * depth * static_cast<long>(sizeof(float)) <= kCache;
         long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
-        // Every thread its own tiles, all of their channels: what one core has written no other reads.
+        // Each thread takes its own tiles with all channels, so that no core reads what another wrote.
         const bool apart = blocks >= (kept ? 1 : 4) * c.threads;
         if (apart && kept) blocks = ceil_div(blocks, c.threads) * c.threads;
         if (apart || c.threads == 1) {

@@ -1,1 +1,1 @@
-"""Device code that ops share: launches and their compilation ahead of time, walks of element-wise kernels."""
+"""Share device code among ops: launches and their ahead-of-time compilation, walks of element-wise kernels."""

@@ -1,4 +1,4 @@
-"""Compile kernel variants ahead of time, for a GPU that need not be there, and say what each uses."""
+"""Compile kernel variants ahead of time, without their GPU, and report what each uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastddpm_kernels.device.variant import Variant
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled variant uses.
+    """The resources that one compiled variant uses.
 
     Attributes:
         registers: per thread (on AMD vector registers, accumulation registers included).
@@ -51,7 +51,7 @@ def target(name: str) -> GPUTarget:
 
 
 def compile_variant(variant: Variant, target_name: str) -> Usage:
-    """Compile `variant` as the JIT would on such a GPU.
+    """Compile `variant` as the JIT does on such a GPU.
 
     Raises:
         Exception: whatever triton raises for a kernel that does not compile.

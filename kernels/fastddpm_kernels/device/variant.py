@@ -1,4 +1,4 @@
-"""Launches of kernels, and the specialisations that `fastddpm_kernels.aot` compiles without a GPU."""
+"""Describe kernel launches, and the specialisations that `fastddpm_kernels.aot` compiles without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Variant:
     """One specialisation of a Triton kernel.
 
     Attributes:
-        name: what the report calls it, for instance `"group_norm_silu.apply[fp16,film]"`.
+        name: its name in the report, for instance `"group_norm_silu.apply[fp16,film]"`.
         kernel: the `@triton.jit` function.
         signature: type of every argument that is not a constexpr, e.g. `{"x": "*fp16", "n": "i32"}`.
         constexprs: value of every constexpr argument (also of run-time arguments that the JIT would specialise
@@ -28,7 +28,7 @@ class Variant:
         options: further compiler options that the launcher passes.
         divisible: integer arguments to be compiled as multiples of 16. Pointers always are, because torch's
             allocations are 256-byte aligned; without this what is compiled is not what runs.
-        target: the only one that it is for, or None.
+        target: the only target that it is for, or None.
     """
 
     name: str
@@ -49,7 +49,7 @@ _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*b
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Ahead-of-time compilation starts from the same record: what is compiled is what runs."""
+    """One kernel launch. Ahead-of-time compilation uses the same record, so it compiles exactly what runs."""
 
     name: str
     kernel: Any
@@ -62,7 +62,7 @@ class Launch:
         self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps)
 
     def variant(self, tag: str) -> Variant:
-        """Return the specialisation that the JIT would make of these arguments (meta tensors will do)."""
+        """Return the specialisation that the JIT would make for these arguments (meta tensors suffice)."""
         signature: dict[str, str] = {}
         constexprs = dict(self.constexprs)
         divisible = []
@@ -94,7 +94,7 @@ def run_launches(launches: Sequence[Launch], x: Tensor) -> None:
 def packaged_variants(
     ops: Sequence[str], make: Callable[[tuned.Key, tuned.Choice], list[Variant]]
 ) -> list[Variant]:
-    """Return the variants that the package's tuned tables run, each for the GPU it was found on."""
+    """Return the variants of the package's tuned tables, each for the GPU it was found on."""
     return [
         replace(variant, target=target)
         for op in ops

@@ -9,7 +9,7 @@
 
 namespace fastddpm {
 
-// Products are summed in blocks, and these then, which loses less than one long sum.
+// Products are summed in blocks, and then the blocks, which loses less precision than one long sum.
 constexpr long kDepth = 128;
 
 // sums[r][j] += sum_k rows(r)[k] * panel[k][j], for the first C of a panel's vectors. `Rows` says where row r begins.

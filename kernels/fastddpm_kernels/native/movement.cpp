@@ -1,4 +1,4 @@
-// What torch would do between the ops of a loop's step: rows looked up, numbers added, images copied.
+// Replaces torch between the ops of a loop's step: looks up rows, adds numbers, copies images.
 
 #include <algorithm>
 #include <cstring>

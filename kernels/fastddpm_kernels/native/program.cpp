@@ -1,4 +1,4 @@
-// Instructions that run one after the other, as often as asked, in one call and on one team of threads.
+// Runs instructions in sequence, any number of times, in one call and on one team of threads.
 
 #include <ctime>
 #include <new>

@@ -8,7 +8,7 @@
 
 namespace fastddpm {
 
-// body(i) for every i below count, on up to `threads` threads. Who has done its part takes from others'.
+// Calls body(i) for every i below count, on up to `threads` threads. Idle threads take items from others.
 template <class Body>
 void for_each(long count, int threads, const Body& body) {
     if (threads <= 1 || count <= 1) {
@@ -18,7 +18,7 @@ void for_each(long count, int threads, const Body& body) {
     share(count, threads, [](const void* data, long i) { (*static_cast<const Body*>(data))(i); }, &body);
 }
 
-// Memory of this thread, grown as needed and kept; what was in it is lost. Slots are independent of each other.
+// Returns memory of this thread, grown as needed and kept; its content is lost. Slots are independent of each other.
 enum class Slot { kShared, kInput, kOutput, kPointers, kPacked, kCount };
 template <class T>
 T* scratch(Slot slot, size_t count) {

@@ -3,9 +3,9 @@
 // own range takes from those of others. A job is over when its items are done, not when all helpers have come: one that
 // the system does not run, since another process has its core, holds up nothing but the item that it is at.
 //
-// Who waits spins for some microseconds and then sleeps: other processes, and a helper that waits for a core, need it.
+// A waiting thread spins for some microseconds and then sleeps: other processes and waiting helpers need its core.
 //
-// torch's own pool has none of this, but it is what torch's operations wait for: see `torchs_threads`.
+// torch's own pool does none of this, but torch's operations wait for it: see `torchs_threads`.
 
 #include "native/team.h"
 
@@ -189,12 +189,12 @@ class Team {
     cpu_set_t affinity_;
 };
 
-// Teams are kept for good: as many as there were calls at the same time.
+// Teams are never freed: there are as many as there were simultaneous calls.
 std::mutex free_lock;
 Team* free_teams = nullptr;
 thread_local Team* engaged = nullptr;
 
-// The child of a fork has none of the helpers.
+// A forked child has no helpers.
 void register_fork() {
     static const int registered = pthread_atfork(
         [] { free_lock.lock(); }, [] { free_lock.unlock(); },

@@ -9,8 +9,8 @@ using Item = void (*)(const void* body, long index);
 // An OpenMP runtime's entry that GNU's, LLVM's and Intel's all have.
 using ParallelEntry = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-// The runtime whose threads torch runs on, or null. Between two operations of torch they spin, for they wait for the
-// third: so an op that is called between them runs on the same, lest two pools of threads share the cores.
+// Returns the runtime whose threads torch uses, or null. They spin between two operations of torch, waiting for the
+// next one. So an op that is called in between runs on the same threads: two pools would compete for the cores.
 extern ParallelEntry torchs_threads;
 
 // All items below `count`, on the calling thread and up to `threads` - 1 others: of its team if it has engaged one, else

@@ -1,7 +1,7 @@
-"""Counter-based noise: Philox-4x32-10 and Box-Muller, the same numbers on every backend.
+"""Generate counter-based noise by Philox-4x32-10 and Box-Muller, the same numbers on every backend.
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The key is the sample's seed,
-the counter says which number it is:
+the counter identifies the number:
 
     key     = (seed mod 2^32, seed div 2^32)
     counter = (element div 4, sample index, step, stream)
@@ -34,7 +34,7 @@ from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.checks import check_keys, check_step, values_are_at_hand
 from fastddpm_kernels.native.binding import THREADS, bind
 
-# The last word of the counter: noise for different purposes never repeats.
+# The last word of the counter, so that noise for different purposes never repeats.
 STREAM_INITIAL, STREAM_STEP, STREAM_Q_SAMPLE, STREAM_KNOWN = 0, 1, 2, 3
 STREAM_TRAINING, STREAM_OFFSET, STREAM_PERTURBATION, STREAM_LIKELIHOOD, STREAM_AUGMENTATION = 4, 5, 6, 7, 8
 STREAM_ORDER = 9
@@ -53,7 +53,7 @@ def sample_keys(
     Args:
         seeds: N seeds, 0 <= seed < 2^64 (stored wrapped into int64), or an int64 tensor [N].
         indices: N sample indices, 0 <= index < 2^32, or an int64 tensor [N].
-        device: where the keys live; by default where the tensors given are, else the CPU.
+        device: of the keys; by default that of the given tensors, else the CPU.
 
     Raises:
         TypeError: a tensor is not int64, or a number is not an integer.
@@ -114,12 +114,12 @@ def random_words(keys: Tensor, step: int | Tensor, stream: int, num_words: int, 
         keys: int64 [N, 2], from `sample_keys`.
         step: third word of the counter, 0 <= step < 2^32, or an int64 tensor [1] on the keys' device.
         stream: fourth word of the counter, 0 <= stream < 2^32, one of the `STREAM_` constants.
-        num_words: how many per sample.
+        num_words: the number of words per sample.
         backend: "auto", "triton", "eager" or "reference".
 
     Raises:
-        TypeError, ValueError: a bad argument.
-        BackendError: the backend named cannot run here.
+        TypeError, ValueError: an argument is wrong.
+        BackendError: the named backend cannot run here.
     """
     check_keys(keys)
     step = _step_tensor(step, keys)
@@ -146,8 +146,8 @@ def normal(keys: Tensor, shape: Sequence[int], *, step: int | Tensor, stream: in
         backend: "auto", "triton", "native", "eager" or "reference".
 
     Raises:
-        TypeError, ValueError: a bad argument.
-        BackendError: the backend named cannot run here.
+        TypeError, ValueError: an argument is wrong.
+        BackendError: the named backend cannot run here.
     """
     check_keys(keys)
     step = _step_tensor(step, keys)
@@ -169,10 +169,10 @@ def normal(keys: Tensor, shape: Sequence[int], *, step: int | Tensor, stream: in
 
 
 def torch_normal(keys: Tensor, shape: Sequence[int], step: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
-    """Return `normal` in plain torch, unchecked, in `dtype`, as `eager` and `reference` of every op use it.
+    """Return `normal` in plain torch, unchecked, in `dtype`; `eager` and `reference` of every op use it.
 
-    It is computed in float64 (but where the device has none) and then rounded, so in float64 it is the value of
-    the formula itself. int64 `step` has shape [1].
+    It is computed in float64 (if the device has it) and then rounded, so in float64 it is the value of the formula
+    itself. int64 `step` has shape [1].
     """
     numel = math.prod(shape)
     radius, angle = _paired_words(keys, step, stream, -(-numel // 4))

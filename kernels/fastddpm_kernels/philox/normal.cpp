@@ -1,4 +1,4 @@
-// The noise of samples, written down.
+// Writes the noise of samples.
 
 #include "philox/normal.h"
 

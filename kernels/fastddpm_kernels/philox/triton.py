@@ -1,12 +1,12 @@
-"""Noise in registers, shared by all kernels that need it, and a kernel that does nothing but write it down.
+"""Make noise in registers, for all kernels that need it, and provide a kernel that only writes it.
 
 Box-Muller without the library's sin, cos and log: those of CUDA reduce any angle, which costs a stack frame, or are
 the fast approximations, which are wrong near u = 1 and near the zeros of sin and cos. Here the angle is known to be
 a fraction of a turn, so that reducing it to [-1/8, 1/8] turn is exact in float32; what is left are polynomials,
 fitted (Remez, coefficients rounded to float32 one after the other) to the relative errors stated.
 
-Multiply-adds are written out, and launches forbid the compiler to form others: so every specialisation of every
-kernel (batch of one, channels-last, another GPU) makes the same noise, and the same result from it, bit for bit.
+Multiply-adds are explicit, and launches forbid the compiler to fuse others. So every specialisation of every kernel
+(batch of one, channels-last, another GPU) makes the same noise and the same results, bit for bit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def log_unit(u):
 def box_muller(radius_word, angle_word):
     """Return two blocks of standard normals (float32) from two blocks of words: see `fastddpm_kernels.philox`."""
     u = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, 2^-33
-    # The hardware's square root is good to 2^-23. A Newton step on its inverse makes that half as much, nearly.
+    # The hardware's square root is accurate to 2^-23. A Newton step on its inverse nearly halves the error.
     squared = -2.0 * log_unit(u)
     inverse = tl.rsqrt(tl.maximum(squared, 1e-30))  # 0 at u = 1 stays 0
     radius = squared * inverse
@@ -98,7 +98,7 @@ def normals(key, step, stream, first_element, BLOCK: tl.constexpr):
 
 @triton.jit
 def box_muller_kernel(cos, sin, radius_words, angle_words, count, BLOCK: tl.constexpr):
-    """Write `box_muller` of given words (int64), which a test chooses."""
+    """Write `box_muller` of given words (int64), for tests."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     r = tl.load(radius_words + i, mask=mask, other=0).to(tl.uint32)

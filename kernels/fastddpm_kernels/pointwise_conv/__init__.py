@@ -1,4 +1,4 @@
-"""1x1 convolutions of a diffusion U-Net in place, with concatenation, bias and residual: products over the channels.
+"""Compute the 1x1 convolutions of a diffusion U-Net in place, with concatenation, bias and residual.
 
     y = weight x + weight2 x2 + bias + residual          at every pixel
 
@@ -57,9 +57,9 @@ def pointwise_conv_(
         backend: `"auto"`, `"triton"`, `"eager"` or `"reference"`.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
+        TypeError: an argument is not a floating tensor, or has an unsupported dtype.
         ValueError: a shape, device, memory format or value that does not fit.
-        BackendError: the backend that was named cannot run here.
+        BackendError: the named backend cannot run here.
     """
     _check(y, x, weight, x2, weight2, bias, residual)
     backend = resolve("pointwise_conv", backend, x.device.type, x.dtype)

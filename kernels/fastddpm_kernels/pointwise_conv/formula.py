@@ -1,4 +1,4 @@
-"""The 1x1 convolution in plain torch: the definition in float64, and torch's matrix products."""
+"""Compute the 1x1 convolution in plain torch: the definition in float64, and torch's matrix products."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def by_matmul(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write to `y` by torch's matrix products, on views; other memory formats are copied first."""
+    """Write the result of torch's matrix products to `y`, on views; other memory formats are copied first."""
     out = rows(y)
     if out is None:
         dense = y.new_empty(y.shape[0], *y.shape[2:], y.shape[1]).movedim(-1, 1)

@@ -1,12 +1,12 @@
-"""A 1x1 convolution over two sources as one matrix product: rows are pixels, columns are channels.
+"""Compute a 1x1 convolution over two sources as one matrix product: rows are pixels, columns are channels.
 
 One program makes a tile of the output, `[BLOCK_M, BLOCK_N]`, in one float32 accumulator: first over the channels of
 x, then over those of x2, then bias and residual, then one store. Programs that share rows of x run next to each
 other, so that x comes from device memory once; the weights are small and stay in L2.
 
-Where no table has a choice, the tile is chosen by what a model of the time predicts (`choose_tile`): the work of the
-processor that has most of it, and the latency of the loop that each program runs. A table may also choose the vendor's
-matrix product for 16-bit values, which has the same factors but rounds after each source.
+Without a choice from a table, a model of the time chooses the tile (`choose_tile`): the work of the busiest processor,
+and the latency of each program's loop. A table may also choose the vendor's matrix product for 16-bit values, which has
+the same factors but rounds after each source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastddpm_kernels.pointwise_conv.formula import by_matmul
 
 NUM_STAGES_OF_64 = 2  # on GPUs with 64 threads to a warp: one tile in registers, one in 64 KiB of shared memory
 GROUP_M = 8  # tiles of rows that run side by side for all columns
-# What float32 products without tensor cores are made of. Nothing else in the kernel could be fused.
+# Float32 products without tensor cores use fused multiply-adds. Nothing else in the kernel could be fused.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -80,7 +80,7 @@ def _pointwise_conv(
     row = (group * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # What lies beyond the end is computed from the last row or column, and not stored.
+    # Entries beyond the end are computed from the last row or column, and not stored.
     row_in = tl.minimum(row, M - 1).to(tl.int64)
     column_in = column if COLUMNS % BLOCK_N == 0 else tl.minimum(column, COLUMNS - 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -98,7 +98,7 @@ def _pointwise_conv(
 
 @dataclass(frozen=True)
 class Tile:
-    """How a call is cut into programs, and how each is compiled. `num_warps` is of warps of 32 threads."""
+    """The division of a call into programs, and their compilation. `num_warps` counts warps of 32 threads."""
 
     block_m: int
     block_n: int
@@ -112,7 +112,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit that multiplies: its speed and tiles.
+    """A multiplying unit of a GPU: its speed and tiles.
 
     Attributes:
         rate: multiply-adds per cycle of one processor.
@@ -143,7 +143,7 @@ SHARED = 96 * 1024  # bytes a program may fill: two fit a data-centre GPU's proc
 
 @lru_cache
 def choose_tile(m: int, o: int, c: int, c2: int, itemsize: int, unit: Unit, processors: int) -> Tile:
-    """Return the tile of least predicted time; of equals the largest, whose programs read the least.
+    """Return the tile of least predicted time; among equals the largest, whose programs read the least.
 
     The prediction is the cycles of the processor with the most programs. For each of its K channels a program
     multiplies `block_m * block_n` pairs and reads `block_m + block_n` values from L2 (which overlap, but never
@@ -155,8 +155,8 @@ def choose_tile(m: int, o: int, c: int, c2: int, itemsize: int, unit: Unit, proc
         m, o: rows (pixels of the whole batch) and columns (output channels).
         c, c2: channels of x and of x2 (0 if there is none).
         itemsize: bytes of a value.
-        unit: what multiplies.
-        processors: to be filled.
+        unit: the multiplying unit.
+        processors: the number to fill.
     """
     best, least = None, float("inf")
     for block_m, block_n, num_warps in unit.shapes:
@@ -174,7 +174,7 @@ def choose_tile(m: int, o: int, c: int, c2: int, itemsize: int, unit: Unit, proc
 
 
 def _depth(c: int, c2: int, deepest: int) -> int:
-    """Return the largest power of two that divides both, unless far below `deepest`; else one with masked loads."""
+    """Return the largest power of two that divides both; if it is far below `deepest`, one with masked loads."""
     block_k = deepest
     while block_k > max(deepest // 4, 16) and (c % block_k or c2 % block_k):
         block_k //= 2
@@ -187,9 +187,9 @@ def make_launch(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, allow_tf32: bool, processors: int, tile: Tile | None = None,
 ) -> tuple[Launch, Tile]:  # fmt: skip
-    """Return the one launch, also for ahead-of-time compilation (meta tensors will do).
+    """Return the only launch, also for ahead-of-time compilation (meta tensors suffice).
 
-    `tile`: in place of the one that is predicted to be the fastest."""
+    `tile`: overrides the one predicted to be the fastest."""
     (o, c), c2 = weight.shape, 0 if weight2 is None else weight2.shape[1]
     unit = unit_of(x.dtype, allow_tf32)
     m = y.numel() // o
@@ -206,7 +206,7 @@ def make_launch(
 
 
 def unit_of(dtype: torch.dtype, allow_tf32: bool) -> Unit:
-    """Return what multiplies values of a dtype."""
+    """Return the unit that multiplies values of a dtype."""
     return HALF if dtype.itemsize == 2 else TF32 if allow_tf32 else FMA
 
 
@@ -219,7 +219,7 @@ def bind(
     y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, allow_tf32: bool,
 ) -> Callable[[], object]:  # fmt: skip
-    """Return what writes y. All images can be seen as rows of adjacent channels (`rows`), and y has elements."""
+    """Return a function that writes y. All images have views as rows of adjacent channels (`rows`); y is not empty."""
     (columns, channels), second = weight.shape, 0 if weight2 is None else weight2.shape[1]
     shape = (y.numel() // columns, columns, channels, second, int(residual is not None), int(allow_tf32))
     choice = tuned.choice("pointwise_conv", x.device, x.dtype, shape)
@@ -230,7 +230,7 @@ def bind_choice(
     choice: tuned.Choice | None, y: Tensor, x: Tensor, weight: Tensor, x2: Tensor | None, weight2: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, allow_tf32: bool,
 ) -> Callable[[], object]:  # fmt: skip
-    """Return what writes y in the way of a choice; None for the heuristics'."""
+    """Return a function that writes y by a choice; None for the heuristic one."""
     if choice == MATMUL and x.itemsize == 2:  # torch's own switch, not `allow_tf32`, would decide for float32
         return torch.no_grad()(lambda: by_matmul(y, x, weight, x2, weight2, bias, residual))
     tile, processors = tile_of(choice), num_processors(x.device)
@@ -252,14 +252,14 @@ MATMUL = {"implementation": "addmm"}
 
 
 def tile_of(choice: tuned.Choice | None) -> Tile | None:
-    """Return the tile of a choice, if it names one that a kernel can hold."""
+    """Return the tile of a choice, or None if it names no tile that a kernel can hold."""
     if choice is None or choice == MATMUL or choice["block_m"] * choice["block_n"] > LARGEST_TILE:
         return None
     return Tile(**choice)
 
 
 def warps_of_64(device: torch.device) -> bool:
-    """Whether the GPU has 64 threads to a warp."""
+    """Return whether the GPU has 64 threads to a warp."""
     if device.type != "cuda" or torch.version.hip is None:
         return False
     return torch.cuda.get_device_properties(device).warp_size == 64
@@ -310,7 +310,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """Return the kernel that a tuned choice runs; none if it is the vendor's."""
+    """Return the kernel of a tuned choice; none if it is the vendor's."""
     tile = tile_of(choice)
     if tile is None:
         return []

@@ -28,7 +28,7 @@ class PointwiseTask(Task):
         return self.named["rows"]
 
     def samples(self) -> Tensor:
-        """Return rows spread over all."""
+        """Return rows spread over the whole range."""
         places = torch.linspace(0, self.num_samples - 1, min(512, self.num_samples), dtype=torch.float64)
         return places.round().to(torch.int64).unique().to(self.device)
 

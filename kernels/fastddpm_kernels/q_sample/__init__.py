@@ -1,4 +1,4 @@
-"""The noising step: x_t and the training target from x_0, in one pass.
+"""Compute the noising step: x_t and the training target from x_0, in one pass.
 
     x_t    = signal * x_0 + sigma * z            (signal, sigma) = table[t[n]] for sample n
     target = z                                   prediction_type "epsilon"
@@ -64,8 +64,8 @@ def q_sample(
         backend: "auto", "triton", "eager" or "reference".
 
     Raises:
-        TypeError, ValueError: a bad argument.
-        BackendError: the backend named cannot run here.
+        TypeError, ValueError: an argument is wrong.
+        BackendError: the named backend cannot run here.
     """
     _validate(x0, table, t, noise, keys, step, prediction_type)
     backend = resolve("q_sample", backend, x0.device.type, x0.dtype)

@@ -1,4 +1,4 @@
-"""The noising step in one kernel: x_0 is read once, the noise is made in registers, x_t and the target are written.
+"""Compute the noising step in one kernel: read x_0 once, make the noise in registers, write x_t and the target.
 
 Pointers that are None switch their part off at compile time: `noise` or `keys`, `target`.
 """
@@ -76,7 +76,7 @@ def make_launch(
     x0: Tensor, table: Tensor, t: Tensor, noise: Tensor | None, keys: Tensor | None, step: Tensor | None,
     prediction_type: str, x_t: Tensor, target: Tensor | None, choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
-    """Return the one launch; `choice` replaces that of the tables or heuristics."""
+    """Return the only launch; `choice` overrides the tables and heuristics."""
     numel = x_t.numel() // x_t.shape[0]
     x0, x0_walk = walkable(x0)
     x_t, y_walk = walkable(x_t)
@@ -115,7 +115,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """Return the kernel that a tuned choice runs, with a training step to read."""
+    """Return the kernel of a tuned choice, with a training step to read."""
     n, channels, pixels, last, source, written = key.shape
     given = source == 1
 
@@ -140,7 +140,7 @@ def _variant(
     pointer = f"*{dtype}"
     signature = {"x_t": pointer, "x0": pointer, "table": "*fp32", "t": "*i64"}
     constexprs: dict[str, Any] = {"STREAM": STREAM_Q_SAMPLE, "V": v, "BLOCK": BLOCK}
-    # Epsilon's target is the noise itself where that is given, so nothing is written.
+    # The target of "epsilon" is the given noise itself, so nothing is written.
     if target and (v or not given):
         signature["target"] = pointer
     else:

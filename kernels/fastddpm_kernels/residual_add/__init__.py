@@ -1,9 +1,9 @@
-"""The sum that ends a residual block, where no other kernel adds it: one pass, with a border left for padding.
+"""Add up the sum that ends a residual block, if no other kernel does: one pass, with a border left for padding.
 
     y[:, :, :H, :W] = total = x + residual + bias
 
-Before a convolution of stride 2 that pads on one side only, `y` is the padded image itself: its border is written
-once, as zeros, and stays.
+Before a convolution of stride 2 that pads on one side only, `y` is the padded image itself. Its border is set to zero
+once and stays zero.
 
 Device-memory traffic: each input once and each output once, `3 * itemsize` bytes per element (fp16: 6), or
 `4 * itemsize` with `total`.
@@ -40,7 +40,7 @@ def residual_add_(
 
     Args:
         y: `[N, C, H', W']` with `H' >= H` and `W' >= W` (so for any number of spatial dimensions); `y[:, :, :H, :W]`
-            is overwritten, the rest of it left alone. May be `x` or `residual` where it has their shape.
+            is overwritten, the rest is not changed. May be `x` or `residual` if it has their shape.
         x: `[N, C, H, W]`, float32, float16 or bfloat16 (float64 on `eager` and `reference`).
         residual: `[N, C, H, W]`, x's dtype.
         bias: `[C]`, any floating dtype.
@@ -48,9 +48,9 @@ def residual_add_(
         backend: `"auto"`, `"triton"`, `"eager"` or `"reference"`.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or of a dtype that is not taken.
+        TypeError: an argument is not a floating tensor, or has an unsupported dtype.
         ValueError: a shape, device, memory format or value that does not fit.
-        BackendError: the backend that was named cannot run here.
+        BackendError: the named backend cannot run here.
     """
     _check(y, x, residual, bias, total)
     backend = resolve("residual_add", backend, x.device.type, x.dtype)

@@ -1,4 +1,4 @@
-"""The sum in plain torch; `bias` is broadcastable to x."""
+"""Compute the sum in plain torch; `bias` is broadcastable to x."""
 
 from __future__ import annotations
 

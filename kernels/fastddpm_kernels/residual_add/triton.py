@@ -1,7 +1,7 @@
-"""A sum of up to three tensors in one pass, written to one or two others, whatever their strides.
+"""Add up to three tensors in one pass and write the sum to one or two others, of any strides.
 
-All tensors are walked along y, in the order of its memory; dimensions that every tensor walks with one stride become
-one. Of an unpadded channels-last image that leaves pixels times channels, of a padded one rows, pixels and channels
+All tensors are walked in the order of y's memory; dimensions that every tensor walks with one stride are merged. An
+unpadded channels-last image leaves pixels times channels, a padded one rows, pixels and channels
 (the bias has stride 0 along pixels). A thread's elements are adjacent, so its accesses are of 16 bytes where the
 innermost dimension is adjacent in all tensors and a multiple of 16.
 """
@@ -45,7 +45,7 @@ def _residual_add(
         first = tl.program_id(0).to(tl.int64) * BLOCK
     element = first + tl.arange(0, BLOCK)
     mask = element < numel
-    # Indices, innermost last; a dimension that is not there has index 0.
+    # Indices, innermost last; a missing dimension has index 0.
     i3 = element
     i2 = tl.zeros_like(element)
     i1 = tl.zeros_like(element)
@@ -74,14 +74,14 @@ def _residual_add(
 
 
 class Walk(NamedTuple):
-    """How tensors of one shape are walked together: sizes, innermost last, and for each tensor its strides."""
+    """A common walk of tensors of one shape: sizes, innermost last, and the strides of each tensor."""
 
     sizes: list[int]
     strides: list[list[int]]
 
 
 def make_walk(tensors: list[Tensor]) -> Walk:
-    """Order the dimensions by the first tensor's strides and merge those that all tensors walk as one."""
+    """Order the dimensions by the first tensor's strides and merge those that have one stride in all tensors."""
     shape = tensors[0].shape
     views = [tensor.expand(shape) for tensor in tensors]
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -views[0].stride(d))
@@ -104,9 +104,9 @@ def make_launch(
     y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None,
     choice: tuned.Choice | None = None,
 ) -> Launch:  # fmt: skip
-    """Return the one launch, also for ahead-of-time compilation (meta tensors will do).
+    """Return the only launch, also for ahead-of-time compilation (meta tensors suffice).
 
-    `choice`: in place of what the tables or heuristics choose.
+    `choice`: overrides the tables and heuristics.
 
     Raises:
         ValueError: more dimensions than the kernel walks.
@@ -139,14 +139,14 @@ def make_launch(
 
 
 def heuristic_choice(itemsize: int) -> tuned.Choice:
-    """Return the choice if no table has one: a thread's accesses are as wide as possible."""
+    """Return the choice without a table: a thread's accesses are as wide as possible."""
     return {"block": NUM_WARPS * 32 * THREAD_BYTES // itemsize, "num_warps": NUM_WARPS}
 
 
 def bind(
     y: Tensor, x: Tensor, residual: Tensor | None, bias: Tensor | None, total: Tensor | None
 ) -> Callable[[], object]:
-    """Return what writes y, of x's shape, and total. `bias` is broadcastable to x; there are elements."""
+    """Return a function that writes y, of x's shape, and total. `bias` is broadcastable to x, which is not empty."""
     return partial(run, make_launch(y, x, residual, bias, total), x)
 
 
@@ -175,7 +175,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """Return the kernel that a tuned choice runs."""
+    """Return the kernel of a tuned choice."""
     n, channels, height, width, last, padded, residual, bias, total = key.shape
     x = _image(n, (height, width), key.dtype, bool(last), channels)
     y = _image(n, (height + padded, width + padded), key.dtype, bool(last), channels)[..., :height, :width]

@@ -13,7 +13,7 @@ from fastddpm_kernels.tuning import ELEMENTWISE, ElementwiseTask, Operands
 
 
 class ResidualAddTask(ElementwiseTask):
-    """`residual_add_`, into an image with a border or without."""
+    """`residual_add_`, into an image with or without a border."""
 
     def heuristic(self) -> Choice:
         from fastddpm_kernels.residual_add.triton import heuristic_choice

@@ -1,4 +1,4 @@
-"""The reverse step x_t -> x_{t-1}: one kernel for every sampler that is linear in what it combines.
+"""Compute the reverse step x_t -> x_{t-1} in one kernel for every sampler that is linear in its inputs.
 
     x0   = clip(A*x_t + B*out, -clip_range, clip_range)
     next = C*x0 + D*x_t + E*out + F*x0_prev + S*z            [A B C D E F S] = table[step],  z ~ N(0, I)
@@ -66,7 +66,7 @@ def reverse_step(
     threshold: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One reverse step: returns (x_next, x0), both like `x`. Differentiable in `x`, `out`, `x0_prev` and `noise`.
+    """Run one reverse step; return (x_next, x0), both like `x`. Differentiable in `x`, `out`, `x0_prev` and `noise`.
 
     Args:
         x: float32 (float64 too, but on triton) [N, C, ...], contiguous: the state x_t.
@@ -89,8 +89,8 @@ def reverse_step(
         backend: "auto", "triton", "eager" or "reference".
 
     Raises:
-        TypeError, ValueError: a bad argument.
-        BackendError: the backend named cannot run here.
+        TypeError, ValueError: an argument is wrong.
+        BackendError: the named backend cannot run here.
     """
     o = Options(
         keys,
@@ -136,14 +136,14 @@ def reverse_step_(
     threshold: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """One reverse step in place, for sampling loops: `x` becomes x_next. Not differentiable.
+    """Run one reverse step in place, for sampling loops: `x` becomes x_next. Not differentiable.
 
     Allocates nothing on triton, provided that the spatial dimensions of `out`, `known` and `known_mask` can be
     walked with one stride (contiguous, channels-last, slices of channels, broadcast in whole).
 
     Args:
-        x0: like `x`, overwritten with the new x0. With `multistep` it is read first, as x0_prev; where the row's F
-            is 0 it may hold anything.
+        x0: like `x`, overwritten with the new x0. With `multistep` it is first read as x0_prev; if the row's F is 0,
+            its content does not matter.
         net_in: overwritten with x_next in its own dtype: the network's next input. [N, C, ...], or with guidance
             [2N, C, ...], of which both halves are written; contiguous, channels-last or a slice of channels.
         multistep: whether `x0` is read as x0_prev.
@@ -152,11 +152,11 @@ def reverse_step_(
             Where a row's factor is 0 it may hold anything.
         backend: "auto", "triton", "native" (`out` and `net_in` in float32 or bfloat16, all else in float32), "eager"
             or "reference".
-        others: as in `reverse_step`.
+        others: see `reverse_step`.
 
     Raises:
-        TypeError, ValueError: a bad argument.
-        BackendError: the backend named cannot run here.
+        TypeError, ValueError: an argument is wrong.
+        BackendError: the named backend cannot run here.
     """
     if multistep and x0 is None:
         raise ValueError("x0 is None, must be given with multistep=True")
@@ -221,7 +221,7 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_history(history: Tensor, x: Tensor) -> int:
-    """Return how many x0 a history holds, once it is checked."""
+    """Check a history and return the number of its x0."""
     k = len(history) if history.ndim == x.ndim + 1 else 0
     if not 1 <= k <= 3 or tuple(history.shape[1:]) != tuple(x.shape):
         raise ValueError(f"history has shape {list(history.shape)}, must be [1 to 3, {', '.join(map(str, x.shape))}]")

@@ -1,4 +1,4 @@
-"""The formula of `reverse_step` in plain torch: what `eager` computes in x's dtype and `reference` in float64."""
+"""Compute `reverse_step` in plain torch: `eager` in x's dtype, `reference` in float64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def torch_step(
     dtype: torch.dtype,
     history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x_next, x0), computed in `dtype`, in `x`'s. `history` is read alone."""
+    """Return (x_next, x0), computed in `dtype` and returned in `x`'s dtype. `history` is only read."""
     given_dtype = x.dtype
     x = x.to(dtype)
     a, b, c, d, e, f, s, *older = table_row(table, step, dtype)
@@ -50,7 +50,7 @@ def torch_step(
         x0 = x0.clamp(-bound, bound) / bound
     x_next = torch.addcmul(torch.addcmul(c * x0, d, x), e, prediction)
     if o.x0_prev is not None and not _is_zero(f):
-        # What a buffer holds before the first x0 was written may be NaN, which 0 would not hide.
+        # Before the first x0 is written, a buffer may hold NaN, and 0 * NaN is NaN.
         x_next = x_next + torch.where(f == 0, 0, f * o.x0_prev.to(dtype))
     for factor, past in zip(older, () if history is None else history, strict=False):
         if not _is_zero(factor):
@@ -70,14 +70,14 @@ def torch_step(
 
 
 def table_row(table: Tensor, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The entries of `table[step]`, each [1], so that they broadcast against any shape."""
+    """Return the entries of `table[step]`, each [1], so that they broadcast against any shape."""
     return table.index_select(0, step).to(dtype).unbind(1)
 
 
 def split_out(x: Tensor, out: Tensor, guided: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The unconditional prediction (None if not guided), the (conditional) prediction and v, in `x`'s dtype.
+    """Return the unconditional prediction (None if not guided), the (conditional) one and v, in `x`'s dtype.
 
-    v, the second half of the channels, has none where no variance is learned.
+    v is the second half of the channels; it has no channels if the variance is not learned.
     """
     channels = x.shape[1]
     out = out.to(x.dtype)
@@ -89,26 +89,26 @@ def split_out(x: Tensor, out: Tensor, guided: bool) -> tuple[Tensor | None, Tens
 
 
 def guide(unconditional: Tensor | None, conditional: Tensor, scale: Tensor | None) -> Tensor:
-    """Classifier-free guidance; `conditional` itself where there is no scale."""
+    """Apply classifier-free guidance; return `conditional` itself if there is no scale."""
     if unconditional is None or scale is None:
         return conditional
     return unconditional + per_sample(scale, conditional) * (conditional - unconditional)
 
 
 def per_sample(scale: Tensor, like: Tensor) -> Tensor:
-    """A scale [1] or [N] as [., 1, ...], to multiply a tensor [N, C, ...]."""
+    """Return a scale [1] or [N] as [., 1, ...], to multiply a tensor [N, C, ...]."""
     return scale.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def learned_std(v: Tensor, log_variance: Tensor, step: Tensor) -> Tensor:
-    """The standard deviation that v in [-1, 1] places between those of `log_variance[step]`."""
+    """Return the standard deviation that v in [-1, 1] places between those of `log_variance[step]`."""
     log_min, log_max = table_row(log_variance, step, v.dtype)
     fraction = (v + 1) / 2
     return (0.5 * (fraction * log_max + (1 - fraction) * log_min)).exp()
 
 
 def given_or_made(noise: Tensor | None, keys: Tensor | None, x: Tensor, step: Tensor, stream: int) -> Tensor:
-    """`noise`, or if it is None the noise of `keys`, in `x`'s dtype."""
+    """Return `noise`, or if it is None the noise of `keys`, in `x`'s dtype."""
     if noise is not None:
         return noise.to(x.dtype)
     assert keys is not None
@@ -116,5 +116,5 @@ def given_or_made(noise: Tensor | None, keys: Tensor | None, x: Tensor, step: Te
 
 
 def _is_zero(coefficient: Tensor) -> bool:
-    """Whether it is known, without waiting for a device and not while a compiler traces, that this is 0."""
+    """Return whether this is known to be 0 without waiting for a device; False while a compiler traces."""
     return values_are_at_hand(coefficient) and float(coefficient) == 0

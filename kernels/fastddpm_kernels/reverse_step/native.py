@@ -1,4 +1,4 @@
-"""Calls of the native reverse step."""
+"""Call the native reverse step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastddpm_kernels.reverse_step.formula import Options
 def why_not_native(
     x: Tensor, out: Tensor, table: Tensor, step: Tensor, net_in: Tensor | None, o: Options
 ) -> str | None:
-    """Return why the native kernel does not take these operands, which `reverse_step_` has checked, or None."""
+    """Return why the native kernel does not take these operands, already checked by `reverse_step_`, or None."""
     if x.dtype != torch.float32:
         return f"x is {x.dtype}, must be torch.float32 for native kernels"
     for name, value in (("out", out), ("net_in", net_in)):
@@ -43,7 +43,7 @@ def bind_reverse_step(
     x: Tensor, out: Tensor, table: Tensor, step: Tensor, x0: Tensor | None, net_in: Tensor | None, multistep: bool,
     o: Options, history: Tensor | None = None,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what runs `reverse_step_` on operands for which `why_not_native` has no reason."""
+    """Return a function that runs `reverse_step_` on operands that `why_not_native` accepts."""
     if x.numel() == 0:
         return lambda: None
     known, mask = _like(o.known, x), _like(o.known_mask, x)

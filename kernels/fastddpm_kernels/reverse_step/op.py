@@ -1,4 +1,4 @@
-"""The triton backend of `reverse_step` as custom ops, functional and in place: schemas, fakes, gradient.
+"""Define the triton backend of `reverse_step` as custom ops, functional and in place: schemas, fakes, gradient.
 
 Both launch the same kernel, which is imported at the first launch.
 """
@@ -79,7 +79,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_next: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate in closed form, in torch and not fused; the noise is made again. Such gradients are rare."""
+    """Differentiate in closed form, in unfused torch, making the noise again. Such gradients are rare."""
     x, out, table, step, keys, noise, log_variance, scale, mask, threshold = ctx.saved_tensors
     a, b, c, d, e, f, s = table_row(table, step, x.dtype)[:7]
     unconditional, conditional, v = split_out(x, out, scale is not None)

@@ -1,6 +1,6 @@
-"""The reverse step in one kernel, the same for the functional and the in-place op.
+"""Compute the reverse step in one kernel, shared by the functional and the in-place op.
 
-Pointers that are None switch their part off at compile time. All that a sampling loop changes between steps is read
+Pointers that are None switch their part off at compile time. Values that a sampling loop changes between steps are read
 from device memory: the step index, then its row of the table, the keys, the guidance scale.
 """
 
@@ -56,7 +56,7 @@ def _reverse_step(
     mask = element < numel
     here = n * numel + element
 
-    # All wide loads first: while they are under way the noise is made.
+    # All wide loads come first, so that making the noise hides their latency.
     x_t = tl.load(x + here, mask=mask)
     at = offsets(n, element, out_sample, out_channel, out_pixel, P, OUT_LINEAR)
     prediction = tl.load(out + at, mask=mask).to(tl.float32)
@@ -78,7 +78,7 @@ def _reverse_step(
     s = _entry(table, row, 6, COLUMNS, valid)
     if x0_prev is not None:
         f = _entry(table, row, 5, COLUMNS, valid)
-        if HISTORY > 0:  # it moves on, whatever f is
+        if HISTORY > 0:  # the history shifts for any f
             previous = tl.load(x0_prev + here, mask=mask)
         else:
             previous = tl.load(x0_prev + here, mask=element < tl.where(f != 0.0, numel, 0), other=0.0)
@@ -96,7 +96,7 @@ def _reverse_step(
         clean = tl.minimum(clean, bound, propagate_nan=tl.PropagateNan.ALL)
         clean = tl.maximum(clean, -bound, propagate_nan=tl.PropagateNan.ALL) / bound
     if clip_range is not None:
-        # A NaN of the network stays one.
+        # Keep a NaN of the network.
         clean = tl.minimum(clean, clip_range, propagate_nan=tl.PropagateNan.ALL)
         clean = tl.maximum(clean, -clip_range, propagate_nan=tl.PropagateNan.ALL)
     if x0 is not None:
@@ -158,7 +158,7 @@ def launch(
     """Write `x_next` and, unless None, `x0` and `net_in`. `x_next` may be `x`, and `x0` may be `x0_prev`.
 
     Raises:
-        ValueError: `net_in` is laid out so that its pixels have no one stride.
+        ValueError: the pixels of `net_in` have no single stride.
     """
     if x.numel():
         run(make_launch(x_next, x0, net_in, x, out, table, step, options, history=history), x)
@@ -172,10 +172,10 @@ def make_launch(
     x_next: Tensor, x0: Tensor | None, net_in: Tensor | None, x: Tensor, out: Tensor, table: Tensor, step: Tensor,
     o: Options, choice: tuned.Choice | None = None, history: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """Return the one launch; `choice` replaces that of the tables or heuristics.
+    """Return the only launch; `choice` overrides the tables and heuristics.
 
     Raises:
-        ValueError: as `launch`.
+        ValueError: see `launch`.
     """
     (n, channels), numel = x.shape[:2], x.numel() // x.shape[0]
     out, out_walk = walkable(out)
@@ -240,7 +240,7 @@ def aot_variants() -> list[Variant]:
 
 
 def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
-    """Return the kernels that a tuned choice runs: x0 clipped to a given bound, and to one of each sample."""
+    """Return the kernels of a tuned choice: x0 clipped to a given bound, and to a bound per sample."""
     return [
         replace(made.variant(f"tuned, {key.dtype}, {key.shape}, {index}"), **aot(made.num_warps))
         for index, (clip_range, threshold) in enumerate(((1.0, False), (None, True)))

@@ -15,7 +15,7 @@ from fastddpm_kernels.tuning import ELEMENTWISE, ElementwiseTask, Operands
 
 
 class ReverseStepTask(ElementwiseTask):
-    """`reverse_step` as a sampling loop runs it. The dtype is the network's; state and given noise are float32."""
+    """`reverse_step` of a sampling loop. The dtype is the network's; state and given noise are float32."""
 
     def operands(self, seed: int) -> Operands:
         named, n, channels = self.named, self.named["batch"], self.named["channels"]
