@@ -1,6 +1,6 @@
 """Break jobs of shards in every way that takes long, count what was lost, and write the counts.
 
-    python benchmarks/faults_scale.py [--kills 20] [--shards 10000] [--out benchmarks/results/faults_scale.json]
+    python benchmarks/faults_scale.py [--kills 20] [--shards 10000] [--out benchmarks/results/faults.json]
 
 A child draws shards and is killed at a random moment, as often as is said; the next one goes on. At the end the folder
 is compared with that of a run that nothing interrupted. Then one process draws many shards of a tiny model, and its
@@ -27,6 +27,7 @@ import torch
 from gpu.results import commit_here
 
 from fastddpm import NoiseSchedule, Sampler, UNet
+from fastddpm.common.files import write_json
 from fastddpm.common.shards import ShardFolder
 from fastddpm.scale import merge, sample_shards
 from fastddpm.scale import worker as working
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults_scale.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     commit, dirty = commit_here()
@@ -194,7 +195,8 @@ def main() -> None:
             )
         ]  # fmt: skip
         results["long_run"] = long_run(Path(name), options.shards)
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}  # the counts of other faults
+    write_json(options.out, kept | {"scale": results})
     print(json.dumps(results, indent=2))
     broken = sum(each[name] for each in results["killed"] for name in ("lost", "twice_or_left_over", "differ"))
     sys.exit(1 if broken or any(each["half_written"] for each in results["killed"]) else 0)

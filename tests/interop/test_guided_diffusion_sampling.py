@@ -205,5 +205,5 @@ def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(sys, "argv", [path.name, "--steps", "2"])
     runpy.run_path(str(path), run_name="__main__")
     out = capsys.readouterr().out
-    assert re.fullmatch(r"before: \S+ s\nafter: \S+ s\nlargest difference: \S+\n", out)
+    assert re.fullmatch(r"before: \S+ s\nafter: \S+ s\nlargest difference, of \[-1, 1\]: \S+\n", out)
     assert float(out.split()[-1]) < 1e-4
