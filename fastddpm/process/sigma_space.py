@@ -36,6 +36,17 @@ class _Walk:
         x, x0 = self.trace.evaluate(signal * x, timestep=timestep, signal=signal, noise=sigma * signal)
         return x / signal, x0
 
+    def heun_step(self, x: Symbol, i: int, sigma: float, timestep: float) -> Symbol:
+        """Return x one step on, from `sigma` to level i + 1: Heun's step, and Euler's where that is the last level."""
+        after = self.sigmas[i + 1]
+        x, x0 = self.evaluate(x, sigma, timestep)
+        slope = (x - x0) / sigma
+        there = x + slope * (after - sigma)
+        if i == len(self) - 1:
+            return there
+        there, x0 = self.evaluate(there, after, self.timesteps[i + 1])
+        return x + (slope + (there - x0) / after) * ((after - sigma) / 2)
+
     def finish(self, x: Symbol) -> StepTable:
         """Return the table that ends with state x at the last sigma."""
         signal = _signal(self.sigmas[-1])
@@ -119,16 +130,9 @@ def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTabl
     """
     walk = _Walk(grid, prediction_type)
     x = walk.x
-    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+    for i, sigma in enumerate(walk.sigmas[:-1]):
         walk.trace.begin_step()
-        x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
-        slope = (x - x0) / sigma
-        there = x + slope * (after - sigma)
-        if i == len(walk) - 1:
-            x = there
-        else:
-            there, x0 = walk.evaluate(there, after, walk.timesteps[i + 1])
-            x = x + (slope + (there - x0) / after) * ((after - sigma) / 2)
+        x = walk.heun_step(x, i, sigma, walk.timesteps[i])
     return walk.finish(x)
 
 
@@ -208,7 +212,7 @@ def edm_table(
     """
     walk = _Walk(grid, prediction_type)
     x = walk.x
-    for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
+    for i, sigma in enumerate(walk.sigmas[:-1]):
         sigma_hat, told = _churned(sigma, s_churn, s_tmin, s_tmax, len(walk)), walk.timesteps[i]
         walk.trace.begin_step()
         if sigma_hat > sigma:
@@ -216,14 +220,7 @@ def edm_table(
             deviation = s_noise * math.sqrt(sigma_hat**2 - sigma**2)
             level = {"signal": _signal(sigma), "noise": sigma * _signal(sigma)}
             x = walk.trace.add_noise(x, deviation, timestep=told, **level)
-        x, x0 = walk.evaluate(x, sigma_hat, told)
-        slope = (x - x0) / sigma_hat
-        there = x + slope * (after - sigma_hat)
-        if i == len(walk) - 1:
-            x = there
-        else:
-            there, x0 = walk.evaluate(there, after, walk.timesteps[i + 1])
-            x = x + (slope + (there - x0) / after) * ((after - sigma_hat) / 2)
+        x = walk.heun_step(x, i, sigma_hat, told)
     return walk.finish(x)
 
 
