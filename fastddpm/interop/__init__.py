@@ -17,17 +17,18 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
 
     Args:
         obj: a `DDPMPipeline`, `DDIMPipeline` or `LDMPipeline` of diffusers, a tuple `(UNet2DModel, scheduler)` of
-            diffusers, or a diffusion of denoising_diffusion_pytorch.
+            diffusers, a diffusion of denoising_diffusion_pytorch, or a network of EDM or PhysicsNeMo.
         inplace: change `obj` itself and return it. Else a new object is returned, which shares the weights.
         allow_general: where one part, the network or the sampler, is not supported, accelerate the other alone, with
             a warning in the log. None: the library's default, True.
-        **options: of the library: see `fastddpm.interop.diffusers.accelerate` and
-            `fastddpm.interop.lucidrains.accelerate`.
+        **options: of the library: see `accelerate` in `fastddpm.interop.diffusers`, `.lucidrains` and `.edm`.
 
     Raises:
         TypeError: `obj` is none of these, or an option is not known.
         ValueError: a setting of it is not supported; the message names it, its value and what would be.
     """
+    from fastddpm.interop import edm
+
     library = _library(obj)
     if allow_general is not None:
         options["allow_general"] = allow_general
@@ -39,6 +40,8 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
         from fastddpm.interop import lucidrains
 
         return lucidrains.accelerate(obj, inplace=inplace, **options)
+    if edm.takes(obj):
+        return edm.accelerate(obj, inplace=inplace, **options)
     raise not_supported(obj)
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 NOISES = ("philox", "torch")
 SUPPORTED = (
-    "a DDPMPipeline, DDIMPipeline or LDMPipeline of diffusers, a tuple (UNet2DModel, scheduler) of diffusers, or a "
-    "diffusion of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, LearnedGaussianDiffusion, "
+    "a DDPMPipeline, DDIMPipeline or LDMPipeline of diffusers, a tuple (UNet2DModel, scheduler) of diffusers, a "
+    "network of EDM or PhysicsNeMo (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EDMPrecondSuperResolution, "
+    "CorrDiffRegressionUNet), or a diffusion of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, "
+    "LearnedGaussianDiffusion, "
     "WeightedObjectiveGaussianDiffusion, ContinuousTimeGaussianDiffusion, VParamContinuousTimeGaussianDiffusion, "
     "ElucidatedDiffusion)"
 )
