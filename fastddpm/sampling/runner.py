@@ -159,9 +159,7 @@ class GraphRunner(Runner):
             step = self.loop.step
             try:
                 with _no_autocast_cache():
-                    captured = CapturedBody(
-                        partial(self.loop.body, kind), step, mode=self._mode, reset=_rewinds(step)
-                    )
+                    captured = CapturedBody(partial(self.loop.body, kind), step, mode=self._mode, reset=_rewinds(step))
             except CaptureError as error:
                 if error.__cause__ is not None and is_out_of_memory(error.__cause__):
                     raise error.__cause__ from None

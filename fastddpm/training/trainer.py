@@ -334,9 +334,7 @@ class Trainer:
     def _draw_samples(self, log: RunLog | None) -> None:
         if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
-        picture = preview.draw_grid(
-            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
-        )
+        picture = preview.draw_grid(self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels)
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
             log.picture(self.step, picture)

@@ -72,9 +72,7 @@ _COMPILERS = ("gcc", "clang", "cc")
 _HAS_COMPILER = bool(os.environ.get("CC")) or any(shutil.which(name) for name in _COMPILERS)
 
 
-def why_not(
-    backend: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None
-) -> str | None:
+def why_not(backend: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Return the reason why `backend` cannot run on a device of type `device_type` ("cuda", "cpu", ...), or None.
 
     Args:
