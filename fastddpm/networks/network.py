@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from fastddpm_kernels import proving
 from torch import Tensor, nn
 
+from fastddpm.common.proofs import PROOFS
 from fastddpm.networks.frozen import FrozenUNet, blueprint_of, why_not
 from fastddpm.networks.unet.model import UNet
 
@@ -248,6 +250,8 @@ def _frozen(
     if reason is None and isinstance(unet, nn.Module):
         frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
         reason = frozen.differs() if frozen.blueprint.foreign else None
+        if reason is None and frozen.device.type == "cuda" and frozen.backend == "triton" and backend == "auto":
+            reason = proving.why_not("network", frozen.device, PROOFS)
         if reason is None:
             return frozen
     _log.info("the network is not prepared for sampling: %s", reason)

@@ -58,7 +58,7 @@ class GraphRecord:
         if cuda_graph not in ("auto", *MODES):
             raise ValueError(f"cuda_graph is {cuda_graph!r}, must be 'auto', {', '.join(map(repr, MODES))} or False")
         wanted = str(cuda_graph)
-        reason = why_not("step" if wanted == "auto" else wanted, device)
+        reason = why_not("step", device, trusted=True) if wanted == "auto" else why_not(wanted, device)
         if wanted != "auto" and reason is not None:
             raise ValueError(f"cuda_graph is {cuda_graph!r}, which cannot be used here: {reason}")
         return cls(wanted, reason, native=device.type == "cpu")

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
-from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.backend import resolve, unproved
 from torch import Tensor
 
 from fastddpm.common import checks
@@ -205,6 +205,7 @@ class Sampler:
         self.device, self.dtype = self.network.device, self.network.dtype
         # Do not build the native library for the step alone: a network must run on it too.
         native = self.network.frozen is not None and self.network.frozen.backend == "native"
+        native = native and (backend == "native" or unproved(("reverse_step",), "cpu") is None)
         step = backend if backend not in ("auto", "native") else "native" if native else "auto"
         self.backend = resolve("reverse_step_", step, self.device.type)
         self.clip_range, threshold = clipping(

@@ -18,6 +18,9 @@ from fastddpm.networks.frozen.kinds import KINDS, blueprint_of
 from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
 
+# What a frozen U-Net runs on one backend besides norms.
+_OPS = ("conv", "attention", "pointwise_conv", "residual_add")
+
 
 def why_not(model: object, device: torch.device | str | None = None) -> str | None:
     """Return why a model cannot be frozen to run on `device` (None for its own), or None if it can."""
@@ -81,7 +84,7 @@ class FrozenUNet:
         self.backend = (
             "triton"
             if self.device.type == "meta"
-            else resolve("group_norm_silu_", backend, self.device.type, self.dtype)
+            else resolve("group_norm_silu_", backend, self.device.type, self.dtype, others=_OPS)
         )
         if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
             self.backend = "eager"  # native products take channels in pairs
