@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
     from fastddpm_kernels.backend import BackendError
+    from fastddpm_kernels.native.quota import threads
 
+    if threads() < torch.get_num_threads():  # the quota of a control group is for torch's own operations, too
+        torch.set_num_threads(threads())
     try:
         with _terminable(), warnings.catch_warnings():
             warnings.showwarning = warn  # type: ignore[assignment]

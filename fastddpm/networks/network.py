@@ -112,6 +112,7 @@ class Network:
         backend: str = "auto",
         *,
         allow_tf32: bool = False,
+        weight_dtype: torch.dtype | None = None,
         freeze: bool = False,
     ) -> None:
         """See `Sampler` for the arguments.
@@ -129,7 +130,11 @@ class Network:
         self.device, self.dtype = _place(model, device, dtype)
         self.frozen: FrozenUNet | None = None
         if freeze and backend != "reference":
-            self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32)
+            self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32, weight_dtype)
+        if self.frozen is None and weight_dtype is not None:
+            raise ValueError(
+                f"weight_dtype is {weight_dtype}, must be None: the model is called as it is, not prepared"
+            )
         self.model = model if self.frozen else _prepare(model, self.device, self.dtype, backend)
         self.config = getattr(model, "config", None)
         concatenated = self.frozen is not None and self.frozen.blueprint.optional_channels > 0
@@ -247,8 +252,9 @@ class ModelOnBuffers:
 
 
 def _frozen(
-    model: Callable[..., Any], dtype: torch.dtype, device: torch.device, backend: str, allow_tf32: bool
-) -> FrozenUNet | None:
+    model: Callable[..., Any], dtype: torch.dtype, device: torch.device, backend: str, allow_tf32: bool,
+    weight_dtype: torch.dtype | None,
+) -> FrozenUNet | None:  # fmt: skip
     """Return the model's U-Net prepared for sampling, or None if it cannot be."""
     unet = model.to_freeze() if isinstance(model, UNetWrapper) else model
     kind = blueprint_of(unet)
@@ -256,7 +262,7 @@ def _frozen(
         return None
     reason = why_not(unet, device)
     if reason is None and isinstance(unet, nn.Module):
-        frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
+        frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype)
         reason = frozen.differs() if frozen.blueprint.foreign else None
         if reason is None and frozen.device.type == "cuda" and frozen.backend == "triton" and backend == "auto":
             reason = proving.why_not("network", frozen.device, PROOFS)

@@ -73,7 +73,7 @@ class Builder(ABC):
         self.unet, self.constants, self.columns = frozen.unet, frozen.constants, frozen.columns
         self.m, self.row, self.batch = machine, row, batch
         self.names = {module: name for name, module in self.unet.named_modules()}
-        self.device, self.dtype = frozen.device, frozen.dtype
+        self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
         self.conditions = conditions
         self.instructions: list[Instruction] = []
         self.call_instructions: list[Instruction] = []
@@ -354,14 +354,16 @@ class Builder(ABC):
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
             self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
-            dtype=self.dtype,
+            dtype=self.dtype, stored=self.weight_dtype,
         )  # fmt: skip
         kinds = [algorithm]
         if self.constants.refilling:  # nothing will run, so sizes do not matter
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
         for kind in kinds:
             values = self.put(
-                f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample, self.dtype, channels2)
+                f"{name}.{kind}",
+                functools.partial(_packed, weight, kind, upsample, self.dtype, channels2, self.weight_dtype),
+                self.weight_dtype,
             )
         return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
 
@@ -404,8 +406,11 @@ class Builder(ABC):
         )
 
 
-def _packed(weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int) -> Tensor:
-    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2)
+def _packed(
+    weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int,
+    stored: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
