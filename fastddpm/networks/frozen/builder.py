@@ -156,6 +156,18 @@ class Builder(ABC):
         self.emit(name, "conv", [x.slot], [target], run, flops=2 * self.pixels(target) * numel, weights=numel)
         return Activation(target, pending)
 
+    def conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
+        """Emit a convolution to the channels of an image, complete; the channels may be padded."""
+        name, out_channels = self.names[layer], layer.out_channels
+        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
+        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
+        x = self.conv(layer, x, out_channels=padded)
+        if x.bias is not None:
+            bias = self.put(f"{name}.pending", x.bias)
+            self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
+            x.bias = None
+        return x
+
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
         """Emit a 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
         assert x.residual is None
