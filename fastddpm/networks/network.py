@@ -34,18 +34,22 @@ class CallingConvention:
 
     Attributes:
         takes_self_condition: whether it has a parameter `x_self_cond`.
+        takes_text: whether it has a parameter `encoder_hidden_states`.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         names = _parameters(model)
         self.takes_self_condition = "x_self_cond" in names
         self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
+        self.takes_text = "encoder_hidden_states" in names
 
     def arguments(self, labels: Tensor | None, self_condition: Tensor | None) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return the model's arguments after x and t: by position and by name."""
         named = {} if self_condition is None else {"x_self_cond": self_condition}
         if labels is None:
             return [], named
+        if self.takes_text and is_text(labels):
+            return [], {"encoder_hidden_states": labels, **named}
         if self._labels_name is None:
             return [labels], named
         return [], {self._labels_name: labels, **named}
@@ -55,11 +59,18 @@ class CallingConvention:
     ) -> Tensor:
         """Call `model` with x [N, ...], t int64 [N], labels int64 [N] and x_self_cond, and return its prediction.
 
+        Labels [N, L, D] are the embeddings of texts, for a model with a parameter `encoder_hidden_states`.
+
         Raises:
             TypeError: it returns no tensor.
         """
         more, named = self.arguments(labels, self_condition)
         return prediction_of(model(x, t, *more, **named))
+
+
+def is_text(labels: Tensor) -> bool:
+    """Return whether labels are the embeddings of texts, floating-point [N, L, D]."""
+    return labels.ndim == 3 and labels.is_floating_point()
 
 
 def prediction_of(out: Any) -> Tensor:
