@@ -354,8 +354,8 @@ class Loop:
         start = int(begin) if begin is not None else told.index(timestep) if timestep in told else -1
         if not 0 <= start < len(table) or told[start] != timestep:
             raise ValueError(f"timestep {timestep:g} is not of the scheduler's")
-        if start and self._recognised.method == "plms":
-            raise ValueError("PNDMScheduler begins in the middle in a way of its own")
+        if start and self._recognised.method in ("plms", "lms"):  # as if there had been steps before
+            raise ValueError(f"{self._recognised.name} begins in the middle in a way of its own")
         count = getattr(self._pipe, "_num_timesteps", None)
         stop = len(table) if count is None else start + int(count)
         if not start < stop <= len(table):
@@ -415,7 +415,7 @@ def _from(table: StepTable, start: int) -> StepTable:
     rest = table.skip(start)
     if len(rest) != len(table) - start:
         raise ValueError("the loop begins in the middle, where the sampler takes further evaluations")
-    return replace(rest, restart=None, begins=())
+    return replace(rest, timesteps=table.timesteps[start:], restart=None, begins=())
 
 
 def _until(table: StepTable, stop: int) -> StepTable:
