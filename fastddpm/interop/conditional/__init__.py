@@ -294,6 +294,4 @@ def _is_pipeline(obj: Any) -> bool:
 
 
 def _derives(obj: Any, name: str) -> bool:
-    return any(
-        cls.__name__ == name and cls.__module__.partition(".")[0] == "diffusers" for cls in type(obj).__mro__
-    )
+    return any(cls.__name__ == name and cls.__module__.partition(".")[0] == "diffusers" for cls in type(obj).__mro__)

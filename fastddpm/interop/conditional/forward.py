@@ -373,7 +373,9 @@ class _Bound:
             return False
         start = len(self.rows)
         self.rows.update((value, start + index) for index, value in enumerate(new))
-        self._timesteps[start : start + len(new)] = torch.tensor(new, dtype=torch.float32, device=self._timesteps.device)
+        self._timesteps[start : start + len(new)] = torch.tensor(
+            new, dtype=torch.float32, device=self._timesteps.device
+        )
         self.epoch = -1
         return True
 

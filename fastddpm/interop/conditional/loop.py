@@ -108,9 +108,7 @@ class Samplers:
             self._sampler = None  # its memory is free before the next one takes its own
             network = Network(frozen.unet, frozen=frozen)
             own = {**recognised.of_sampler, **settings}
-            self._sampler = key, Sampler(
-                network, table, backend=options.backend, cuda_graph=options.cuda_graph, **own
-            )
+            self._sampler = key, Sampler(network, table, backend=options.backend, cuda_graph=options.cuda_graph, **own)
         return self._sampler[1]
 
 
