@@ -9,7 +9,8 @@ from torch import Tensor
 
 NOISES = ("philox", "torch")
 SUPPORTED = (
-    "a DDPMPipeline, DDIMPipeline or LDMPipeline of diffusers, a tuple (UNet2DModel, scheduler) of diffusers, or a "
+    "a DDPMPipeline, DDIMPipeline or LDMPipeline of diffusers, a tuple (UNet2DModel, scheduler) of diffusers, a "
+    "pipeline of diffusers around a UNet2DConditionModel or that module, or a "
     "diffusion of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, LearnedGaussianDiffusion, "
     "WeightedObjectiveGaussianDiffusion, ContinuousTimeGaussianDiffusion, VParamContinuousTimeGaussianDiffusion, "
     "ElucidatedDiffusion)"

@@ -125,11 +125,12 @@ class Network:
         allow_tf32: bool = False,
         weight_dtype: torch.dtype | None = None,
         freeze: bool = False,
+        frozen: FrozenUNet | None = None,
     ) -> None:
         """See `Sampler` for the arguments.
 
         `freeze`: prepare the model for sampling if it is a U-Net that can be frozen, or a `UNetWrapper` of one. It then
-        runs through `bind` alone.
+        runs through `bind` alone. `frozen`: the model prepared already, whose device and dtype hold.
 
         Raises:
             TypeError: the model cannot be called.
@@ -138,9 +139,12 @@ class Network:
         if not callable(model):
             raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or a callable model(x, t)")
         self.convention = CallingConvention(model)
-        self.device, self.dtype = _place(model, device, dtype)
-        self.frozen: FrozenUNet | None = None
-        if freeze and backend != "reference":
+        self.frozen = frozen
+        if frozen is not None:
+            self.device, self.dtype = frozen.device, frozen.dtype
+        else:
+            self.device, self.dtype = _place(model, device, dtype)
+        if freeze and frozen is None and backend != "reference":
             self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32, weight_dtype)
         if self.frozen is None and weight_dtype is not None:
             raise ValueError(
