@@ -22,6 +22,7 @@ from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     RepaintBlueprint,
     SequenceBlueprint,
 )
+from fastddpm.networks.frozen.kinds.policies.blueprint import LeRobotBlueprint, PolicyBlueprint
 from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
 
 KINDS: tuple[type[Blueprint], ...] = (
@@ -30,6 +31,8 @@ KINDS: tuple[type[Blueprint], ...] = (
     ClassConditionalBlueprint,
     RepaintBlueprint,
     SequenceBlueprint,
+    PolicyBlueprint,
+    LeRobotBlueprint,
 )
 
 
