@@ -19,10 +19,12 @@ constexpr int kSums = 24, kTallest = 16;  // of 32 registers; rows of a tile
 #else
 constexpr int kSums = 10, kTallest = 8;  // of 16 registers
 #endif
-constexpr long kTogether = 64;              // rows of an item
-constexpr long kBlockWords = 128;           // of weights that are used before the next: 32 KiB with AVX-512
-constexpr long kAheadBytes = 8192;          // that are asked for ahead of time
+constexpr long kTogether = 64;  // rows of an item
+constexpr long kBlock = 64;    // rows of a panel that are used before the next ones, while these are asked for
 constexpr int kMostTaps = 64;
+// In bfloat16 a tile of two columns is faster: it loads fewer words for as many products.
+template <class A>
+constexpr int kMostRows = A::kDeep == 2 ? std::min(kTallest, 12) : kTallest;
 
 // Vectors of a panel that a tile of R rows computes at once.
 constexpr int columns_of(int rows) { return rows * 4 <= kSums ? 4 : rows * 2 <= kSums ? 2 : 1; }
@@ -102,7 +104,7 @@ class Sequences {
 
     // Rows from `first` to `last` of all samples, times one panel.
     void multiply(const float* transposed, long phase, long panel, long first, long last) const {
-        const long all = words + words2, deep = std::max<long>(1, kBlockWords / taps);
+        const long all = words + words2, deep = std::max<long>(1, kBlock / taps);
         const float* weight = c.weight + (phase * panels + panel) * all * taps * kWide;
         float* total = scratch<float>(Slot::kOutput, (last - first) * kWide);
         std::fill_n(total, (last - first) * kWide, 0.0f);
@@ -114,10 +116,12 @@ class Sequences {
             for_tiles(first, last, [&](long row, auto height) {
                 const float* x = transposed + (row / rows * all + word) * places + row % rows;
                 constexpr int R = height, C = columns_of(R);
-                for (long j = 0; j < vectors; j += C)
+                const float* block = weight + word * taps * kWide;
+                // The first tile asks for the next block, line by line.
+                const float* next = row == first ? block + count * taps * kWide : block;
+                for (long j = 0; j < vectors; j += C, next += count * taps * C * kLanes)
                     tile<R, C>(
-                        x, offsets, weight + word * taps * kWide + j * kLanes, count,
-                        total + (row - first) * kWide + j * kLanes);
+                        x, offsets, block + j * kLanes, next, count, total + (row - first) * kWide + j * kLanes);
             });
         }
         for (long row = first; row < last; ++row) {
@@ -134,10 +138,10 @@ class Sequences {
     template <class F>
     void for_tiles(long first, long last, const F& f) const {
         while (first < last) {
-            const long end = std::min(last, (first / rows + 1) * rows), tiles = ceil_div(end - first, kTallest);
+            const long end = std::min(last, (first / rows + 1) * rows), tiles = ceil_div(end - first, kMostRows<A>);
             for (long i = 0; i < tiles; ++i) {
                 const long from = first + (end - first) * i / tiles, to = first + (end - first) * (i + 1) / tiles;
-                with_rows<kTallest>(static_cast<int>(to - from), [&](auto height) { f(from, height); });
+                with_rows<kMostRows<A>>(static_cast<int>(to - from), [&](auto height) { f(from, height); });
             }
             first = end;
         }
@@ -145,7 +149,7 @@ class Sequences {
 
     template <int R, int C>
     __attribute__((noinline)) void tile(
-        const float* x, const long* offsets, const float* weight, long count, float* total) const {
+        const float* x, const long* offsets, const float* weight, const float* next, long count, float* total) const {
         Vec sums[R][C] = {};
         for (long word = 0; word < count; ++word, x += places)
             for (long tap = 0; tap < taps; ++tap, weight += kWide) {
@@ -154,8 +158,9 @@ class Sequences {
 #pragma GCC unroll 4
                 for (int j = 0; j < C; ++j) {
                     weights[j] = load(weight + j * kLanes);
-                    __builtin_prefetch(weight + j * kLanes + kAheadBytes / sizeof(float), 0, 3);
+                    __builtin_prefetch(next + j * kLanes);
                 }
+                next += C * kLanes;
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
                     const float value = load_word(from + r);
