@@ -9,7 +9,7 @@ import logging
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -147,7 +147,12 @@ class Network:
         return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
 
     def bind(
-        self, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None = None
+        self,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        self_condition: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> BoundNetwork:
         """Bind the network to buffers that stay where they are while their values change.
 
@@ -156,12 +161,13 @@ class Network:
             timesteps: int64 [S], of every row of the loop's table.
             labels: int64 [N], or None.
             self_condition: like `inputs`, or None.
+            conditions: the model's further arguments [N, ...] by name, if it takes any.
         """
         if self.frozen is not None and isinstance(self.model, UNetWrapper):
             return self.model.bind_frozen(self.frozen, inputs, timesteps, labels)
         if self.frozen is not None:
-            return self.frozen.bind(inputs, timesteps, labels)
-        return ModelOnBuffers(self, inputs, timesteps, labels, self_condition)
+            return self.frozen.bind(inputs, timesteps, labels, conditions)
+        return ModelOnBuffers(self, inputs, timesteps, labels, self_condition, conditions)
 
     def addresses(self) -> tuple[int, ...]:
         """Return the addresses of the weights that a captured graph reads."""
@@ -214,7 +220,7 @@ class BoundNetwork(Protocol):
     """A network on its buffers: a function of the step alone."""
 
     def load(self) -> None:
-        """Take over the present `timesteps`, `labels` and weights of the model."""
+        """Take over the present `timesteps`, `labels`, conditions and weights of the model."""
 
     def __call__(self, step: Tensor) -> Tensor:
         """Return the prediction for `inputs` at row `step` (int64 [1]). The next call may overwrite it."""
@@ -225,10 +231,12 @@ class ModelOnBuffers:
     """A model on its buffers, called as it is."""
 
     def __init__(
-        self, network: Network, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None
-    ) -> None:
+        self, network: Network, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self._network, self._inputs, self._timesteps = network, inputs, timesteps
-        self._more, self._named = network.convention.arguments(labels, self_condition)
+        self._more, named = network.convention.arguments(labels, self_condition)
+        self._named = {**named, **(conditions or {})}
 
     def load(self) -> None:
         """Do nothing: the model reads the buffers themselves."""

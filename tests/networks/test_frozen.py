@@ -324,7 +324,7 @@ def test_labels_without_a_table_of_all_classes() -> None:
     unet = make_unet("classes")
     x, labels = make_inputs(unet)
     frozen = freeze(unet, TIMESTEPS)
-    frozen.time_table = lambda m, t, labels, n: TimeTable(  # type: ignore[method-assign]
+    frozen.time_table = lambda m, t, labels, _, n: TimeTable(  # type: ignore[method-assign]
         m, frozen.embeddings, frozen.time_weight, frozen.time_bias, t, labels, n, torch.float64, max_bytes=1
     )
     assert_within(run(frozen, x, 1, labels), unet(x, TIMESTEPS[1], labels), 1e-10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,13 @@ class FrozenUNet:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def bind(self, inputs: Tensor, timesteps: Tensor | None = None, labels: Tensor | None = None) -> Program:
+    def bind(
+        self,
+        inputs: Tensor,
+        timesteps: Tensor | None = None,
+        labels: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Program:
         """Return a program on buffers that keep their memory while their values change; its `load` reads new values.
 
         Args:
@@ -136,9 +142,11 @@ class FrozenUNet:
             timesteps: int64 [S] on the device; None for those of `freeze`.
             labels: int64 [N] (or as the U-Net's `class_embed_type` needs), if the U-Net has classes. Their range is
                 not checked.
+            conditions: what else the U-Net takes, [N, ...] by the names of `Blueprint.conditions`, on the device. All
+                that depends on them alone is computed once per `load`.
 
         Raises:
-            ValueError: a shape or dtype is wrong, labels are missing, or labels are given but not taken.
+            ValueError: a shape or dtype is wrong, labels or conditions are missing, or are given but not taken.
         """
         blueprint, factor = self.blueprint, self.blueprint.factor
         left_out = blueprint.in_channels - inputs.shape[1] if inputs.ndim == 2 + blueprint.dims else None
@@ -163,8 +171,13 @@ class FrozenUNet:
             )
         if labels is not None:
             blueprint.check_labels(labels, len(inputs))
+        conditions = conditions or {}
+        blueprint.check_conditions(conditions, len(inputs))
+        for name, given in conditions.items():
+            if given.device != self.device:
+                raise ValueError(f"{name} is on {given.device}, must be on {self.device}")
         with self._lock:
-            return Program(self, inputs, timesteps, labels)
+            return Program(self, inputs, timesteps, labels, conditions)
 
     @property
     def _shape(self) -> str:
@@ -178,11 +191,14 @@ class FrozenUNet:
             return inputs
         return inputs.as_strided((n, whole, height, width), inputs.stride(), inputs.storage_offset() - first)
 
-    def time_table(self, machine: Machine, timesteps: Tensor, labels: Tensor | None, batch: int) -> TimeTable:
+    def time_table(
+        self, machine: Machine, timesteps: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor], batch: int
+    ) -> TimeTable:
         """Return the time table of a program."""
         return TimeTable(
-            machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype
-        )
+            machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype,
+            conditions=conditions,
+        )  # fmt: skip
 
     @torch.inference_mode(False)
     def differs(self) -> str | None:
@@ -193,9 +209,10 @@ class FrozenUNet:
         with evaluating(self.unet):
             inputs, t = self.new_input(x.shape), torch.tensor([500], device=self.device)
             inputs.copy_(x)
-            program = self.bind(inputs, t, blueprint.some_labels(1, self.device))
+            labels, conditions = blueprint.some_labels(1, first.device), blueprint.some_conditions(1, self.device)
+            program = self.bind(inputs, t, blueprint.some_labels(1, self.device), conditions)
             own = {"x_self_cond": x[:, :optional]} if optional else {}
-            labels = blueprint.some_labels(1, first.device)
+            own |= {k: v.to(first if v.is_floating_point() else first.device) for k, v in conditions.items()}
             theirs = blueprint.call(x[:, optional:], t.to(first.device), labels, **own)
             found = difference(theirs, program(torch.zeros_like(t)), self.dtype)
         return None if found is None else f"frozen it {found} of what it computes itself"
@@ -228,9 +245,10 @@ class FrozenUNet:
         machine = Machine(self.fused, self.static, self.backend)
         row = torch.zeros(1, len(self.time_bias), dtype=self.row_dtype, device=self.device)
         size = self.blueprint.smallest_size or self.blueprint.factor
+        conditions = self.blueprint.some_conditions(1, self.device, optional=True)
         self.constants.refilling = True
         try:
-            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels).lower()
+            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels, conditions).lower()
         finally:
             self.constants.refilling = False
 
