@@ -19,13 +19,13 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
 
     Args:
         obj: a `DDPMPipeline`, `DDIMPipeline` or `LDMPipeline` of diffusers, a tuple `(UNet2DModel, scheduler)` of
-            diffusers, a pipeline around a `UNet2DConditionModel` (Stable Diffusion and its kin) or that U-Net alone, or
-            a diffusion of denoising_diffusion_pytorch.
+            diffusers, a pipeline around a `UNet2DConditionModel` (Stable Diffusion and its kin) or that U-Net alone, a
+            diffusion of denoising_diffusion_pytorch, or a diffusion policy of lerobot or diffusion_policy.
         inplace: change `obj` itself and return it. Else a new object is returned, which shares the weights.
         allow_general: where one part, the network or the sampler, is not supported, accelerate the other alone, with
             a warning in the log. None: the library's default, True.
-        **options: of the library: see `fastddpm.interop.diffusers.accelerate`,
-            `fastddpm.interop.conditional.accelerate` and `fastddpm.interop.lucidrains.accelerate`.
+        **options: of the library: see `accelerate` in `fastddpm.interop.diffusers`, `fastddpm.interop.conditional`,
+            `fastddpm.interop.lucidrains` and `fastddpm.interop.robots`.
 
     Raises:
         TypeError: `obj` is none of these, or an option is not known.
@@ -44,6 +44,10 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
         from fastddpm.interop import lucidrains
 
         return lucidrains.accelerate(obj, inplace=inplace, **options)
+    if library in ("lerobot", "diffusion_policy"):
+        from fastddpm.interop import robots
+
+        return robots.accelerate(obj, inplace=inplace, **options)
     raise not_supported(obj)
 
 
@@ -80,8 +84,11 @@ def accelerated(obj: Any, **options: Any) -> Iterator[Any]:
         unaccelerate(result)
 
 
+_LIBRARIES = ("lerobot", "diffusion_policy", "diffusers", "denoising_diffusion_pytorch")  # the first wins in a tuple
+
+
 def _library(obj: Any) -> str | None:
     """Return the library that the class of the object, or of a part of a tuple, is derived from."""
     parts = obj if isinstance(obj, (tuple, list)) else (obj,)
     roots = {cls.__module__.partition(".")[0] for part in parts for cls in type(part).__mro__}
-    return next((name for name in ("diffusers", "denoising_diffusion_pytorch") if name in roots), None)
+    return next((name for name in _LIBRARIES if name in roots), None)

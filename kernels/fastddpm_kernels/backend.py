@@ -28,12 +28,17 @@ import torch
 from fastddpm_kernels import native, proving
 
 BACKENDS = ("triton", "native", "eager", "reference")
-OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv", "attention")
+OPS = (
+    "q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv", "attention",
+    "conv1d", "group_norm_mish",
+)  # fmt: skip
 # On a GPU the vendor's convolutions and attention are hard to beat.
 TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention"))
-NATIVE_OPS = ("group_norm_silu", "conv", "conv3x3", "attention", "reverse_step_", "philox")
+NATIVE_OPS = (
+    "group_norm_silu", "conv", "conv3x3", "attention", "reverse_step_", "philox", "conv1d", "group_norm_mish",
+)  # fmt: skip
 # The ops that "auto" runs natively on a CPU. In bfloat16 they need a CPU with bfloat16 products.
-_AUTO_NATIVE = ("group_norm_silu_", "conv", "conv3x3", "attention")
+_AUTO_NATIVE = ("group_norm_silu_", "conv", "conv3x3", "attention", "conv1d", "group_norm_mish_")
 
 
 class BackendError(RuntimeError):

@@ -26,6 +26,8 @@ _ARGUMENTS = {
     "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 7 + [_I] * 3,
     "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I] * 2,
     "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 3,
+    "fastddpm_conv1d": [_P] * 5 + [_L] * 9 + [_I] * 3,
+    "fastddpm_group_norm_mish": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 2,
     "fastddpm_attention": [_P] * 4 + [_L] * 9 + [_F] + [_I] * 2 + [_P],
     "fastddpm_attention_gradient": [_P] * 8 + [_L] * 5 + [_F] + [_I] * 2,
     "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F] + [_I] * 3 + [_P] * 2,
