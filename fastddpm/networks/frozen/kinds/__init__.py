@@ -23,6 +23,7 @@ from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     RepaintBlueprint,
     SequenceBlueprint,
 )
+from fastddpm.networks.frozen.kinds.policies.blueprint import LeRobotBlueprint, PolicyBlueprint
 from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
 
 KINDS: tuple[type[Blueprint], ...] = (
@@ -32,6 +33,8 @@ KINDS: tuple[type[Blueprint], ...] = (
     RepaintBlueprint,
     SequenceBlueprint,
     EDMBlueprint,
+    PolicyBlueprint,
+    LeRobotBlueprint,
 )
 
 
