@@ -13,8 +13,9 @@ SUPPORTED = (
     "pipeline of diffusers around a UNet2DConditionModel or that module, a DiffusionPolicy or DiffusionModel of "
     "lerobot, a policy of diffusion_policy with a ConditionalUnet1D, a tuple of the network of either and a scheduler, "
     "a network of EDM or PhysicsNeMo (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EDMPrecondSuperResolution, "
-    "CorrDiffRegressionUNet), or a diffusion of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, "
-    "LearnedGaussianDiffusion, WeightedObjectiveGaussianDiffusion, ContinuousTimeGaussianDiffusion, "
+    "CorrDiffRegressionUNet), an inferer of MONAI, a tuple (DiffusionModelUNet, scheduler), or a diffusion "
+    "of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, LearnedGaussianDiffusion, "
+    "WeightedObjectiveGaussianDiffusion, ContinuousTimeGaussianDiffusion, "
     "VParamContinuousTimeGaussianDiffusion, ElucidatedDiffusion)"
 )
 

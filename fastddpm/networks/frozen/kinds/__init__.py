@@ -23,6 +23,7 @@ from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     RepaintBlueprint,
     SequenceBlueprint,
 )
+from fastddpm.networks.frozen.kinds.monai.blueprint import MonaiBlueprint
 from fastddpm.networks.frozen.kinds.policies.blueprint import LeRobotBlueprint, PolicyBlueprint
 from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
 
@@ -33,6 +34,7 @@ KINDS: tuple[type[Blueprint], ...] = (
     RepaintBlueprint,
     SequenceBlueprint,
     EDMBlueprint,
+    MonaiBlueprint,
     PolicyBlueprint,
     LeRobotBlueprint,
 )
