@@ -331,7 +331,8 @@ class DiffusionPolicy(nn.Module):
         seen, acted = self._queues.values()
         seen.extend([batch["observation.state"]] * (1 if seen else self.config.n_obs_steps))
         if not acted:
-            acted.extend(self.diffusion.generate_actions({"observation.state": torch.stack(list(seen), 1)}, noise).unbind(1))
+            batch = {"observation.state": torch.stack(list(seen), 1)}
+            acted.extend(self.diffusion.generate_actions(batch, noise).unbind(1))
         return acted.popleft()
 
 
@@ -360,7 +361,7 @@ def _lerobots_module(folder: str) -> Any:
     """Return lerobot's module, with empty modules for what it imports of the rest of the package and torchvision."""
 
     class Anything(types.ModuleType):
-        __path__: list[str] = []
+        __path__ = ()
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):

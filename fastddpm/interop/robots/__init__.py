@@ -80,7 +80,6 @@ def accelerate(
 
 def _with_loop(obj: Any, engine: Engine, inplace: bool) -> Any:
     """Return an object with its loop replaced; the object itself if `inplace`."""
-    loop: type
     if isinstance(obj, _Loop):
         cls: type = type(obj)
     elif (base := _base(obj, "lerobot", ("DiffusionModel",))) is not None:

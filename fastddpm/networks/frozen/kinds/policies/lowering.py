@@ -61,9 +61,8 @@ class Lowering(Builder):
     def _local_cond(self) -> int:
         slot = self.condition("local_cond").slot
         if self.shapes[slot][2] != self.shapes[self.INPUT][2] and not self.constants.refilling:
-            raise ValueError(
-                f"local_cond has {self.shapes[slot][2]} positions, must have {self.shapes[self.INPUT][2]}, as the samples"
-            )
+            length, own = self.shapes[self.INPUT][2], self.shapes[slot][2]
+            raise ValueError(f"local_cond has {own} positions, must have {length}, as the samples")
         return slot
 
     def _block(self, block: Any, x: int, skip: int | None = None) -> int:
