@@ -21,9 +21,7 @@ class Constants:
         self.refilling = False
         self.tensors: dict[str, Tensor] = {}
 
-    def put(
-        self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def put(self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Store and return `values`, or what they return, in the compute dtype (or `dtype`).
 
         [.., .., kh, kw] is stored channels-last.
