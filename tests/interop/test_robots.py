@@ -63,7 +63,7 @@ NETWORKS = {
     "one_level": Network("no position is halved", {"down_dims": (16,), "global_cond_dim": 2}, length=5),
     "same_widths": Network("residuals without a convolution", {"down_dims": (16, 16), "global_cond_dim": 2}),
     "lerobot": Network("lerobot's layers", lerobot=True),
-    "lerobot_shift": Network("as shift", {"use_film_scale_modulation": False, "kernel_size": 3}, lerobot=True, length=16),
+    "lerobot_shift": Network("as shift", {"use_film_scale_modulation": False, "kernel_size": 3}, True, 16),
 }
 T = torch.tensor([99, 40, 0])
 
@@ -121,7 +121,8 @@ def test_native_in_bfloat16_it_loses_no_more_than_torch(name: str, native_bfloat
     unet = network.make()
     half = FrozenUNet(unet, torch.bfloat16, backend="native")
     assert half.backend == "native", "odd widths are no reason against it"
-    ours, eager = (evaluate(network, each, unet, torch.float32) for each in (half, FrozenUNet(unet, torch.bfloat16, backend="eager")))
+    plain = FrozenUNet(unet, torch.bfloat16, backend="eager")
+    ours, eager = (evaluate(network, each, unet, torch.float32) for each in (half, plain))
     assert ours <= 2 * eager + 1e-3
 
 
@@ -325,14 +326,19 @@ def test_bad_input() -> None:
     policy, sampler = accelerate(policy_of("global", ddpm())), accelerate((NETWORKS["local"].make(), ddpm()))
     both = accelerate((NETWORKS["both"].make(), ddpm()))
     one = (1, 8, 3)
+    zeros = torch.zeros
     for message, call, arguments in (
-        (r"global_cond has shape \(1, 10\), must have \(1, 8\)", policy.predict_action, {"obs_dict": {"obs": torch.zeros(1, 2, 5)}}),
-        (r"global_cond is missing", both.sample, {"shape": one}),
-        ("global_cond is given, but this U-Net does not take it", sampler.sample, {"shape": one, "global_cond": torch.zeros(1, 3)}),
-        (r"local_cond has shape \(1, 8, 6\)", sampler.sample, {"shape": one, "local_cond": torch.zeros(1, 8, 6)}),
-        ("local_cond has 4 positions, must have 8", sampler.sample, {"shape": one, "local_cond": torch.zeros(1, 4, 5)}),
-        ("horizon is 10, must be a positive multiple of 4: the network halves it 2 times", sampler.sample, {"shape": (1, 10, 3)}),
+        (r"global_cond has shape \(1, 10\), must have \(1, 8\)", policy.predict_action,
+         {"obs_dict": {"obs": zeros(1, 2, 5)}}),
+        ("global_cond is missing", both.sample, {"shape": one}),
+        ("global_cond is given, but this U-Net does not take it", sampler.sample,
+         {"shape": one, "global_cond": zeros(1, 3)}),
+        (r"local_cond has shape \(1, 8, 6\)", sampler.sample, {"shape": one, "local_cond": zeros(1, 8, 6)}),
+        ("local_cond has 4 positions, must have 8", sampler.sample, {"shape": one, "local_cond": zeros(1, 4, 5)}),
+        ("horizon is 10, must be a positive multiple of 4: the network halves it 2 times", sampler.sample,
+         {"shape": (1, 10, 3)}),
         ("4 values at a position, must have 3, the network's input_dim", sampler.sample, {"shape": (1, 8, 4)}),
+        (r"shape is \(1, 0, 3\)", sampler.sample, {"shape": (1, 0, 3)}),
     ):  # fmt: skip
         check_refuses(call, ValueError, message, **arguments)
     data = torch.zeros(1, 12, 3)

@@ -372,14 +372,16 @@ def _lerobots_module(folder: str) -> Any:
     parents = ("lerobot", "lerobot.policies", package, "lerobot.utils")
     others = ("lerobot.utils.constants", "lerobot.utils.import_utils", "lerobot.policies.pretrained",
               "lerobot.policies.utils", f"{package}.configuration_diffusion", "torchvision")  # fmt: skip
-    for name in (*parents, *others):
-        sys.modules.setdefault(name, Anything(name))
+    absent = [name for name in (*parents, *others) if name not in sys.modules]
+    sys.modules.update({name: Anything(name) for name in absent})
     place = os.path.join(folder, *OF_LEROBOT.split(".")) + ".py"
     spec = importlib.util.spec_from_file_location(OF_LEROBOT, place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    for name in absent:
+        del sys.modules[name]
     return module
 
 

@@ -110,7 +110,7 @@ class Engine:
             recognised = self._recognise(scheduler)
             _, network, blueprint, sampler = self._prepare(unet, recognised, given.keys())
             _check_shapes(blueprint, draw, given)
-            start, known = draw.start, {}
+            start, known = draw.start, dict[str, Any]()
             if start is None:
                 start = torch.randn(draw.shape, dtype=draw.dtype, device=draw.device, generator=draw.generator)
             scheduler.set_timesteps(draw.steps)
@@ -123,7 +123,7 @@ class Engine:
                 known = {"known": draw.known.transpose(1, 2), "known_mask": draw.mask.transpose(1, 2)}
             network.give(given, start if sampler.network.frozen is None else start.float())
             count, length, channels = draw.shape
-            samples = sampler.sample(
+            samples: Tensor = sampler.sample(
                 count, shape=(channels, length), x_T=start.transpose(1, 2), noise=noise, table=table, **known
             )
             return samples.transpose(1, 2).to(draw.dtype).contiguous()
