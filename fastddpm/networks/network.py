@@ -97,9 +97,7 @@ class UNetWrapper(nn.Module, ABC):
         """Return the U-Net, or None to call it as it is."""
 
     @abstractmethod
-    def bind_frozen(
-        self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None
-    ) -> BoundNetwork:
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
         """Bind the wrapper to buffers as `Network.bind` does, with the U-Net frozen."""
 
 
