@@ -355,21 +355,57 @@ COMMANDS = {
 }  # fmt: skip
 _parsers: Any = next(action.choices for action in _parser()._actions if isinstance(action.choices, dict))
 OPTIONS = {
-    name: sorted({option for action in _parsers[name]._actions for option in action.option_strings} - {"--model"})
+    name: sorted(
+        {option for action in _parsers[name]._actions for option in action.option_strings} - {"--model", "--clear"}
+    )
     for name in COMMANDS
 }
 
 
-def arguments(folder: Path, given: tuple[str, list[tuple[str, str]]]) -> object:
-    name, options = given
-    words = (word for option, value in options if option != "--clear" for word in (option, value))
-    return command(name, *COMMANDS[name], *words)
+def arguments(folder: Path, given: tuple[str, list[tuple[int, str]]]) -> object:
+    name, places = given
+    options = ((OPTIONS[name][place % len(OPTIONS[name])], value) for place, value in places)
+    return command(name, *COMMANDS[name], *(word for pair in options for word in pair))
 
 
-_given = st.text(st.characters(blacklist_characters="\0"), max_size=6) | st.integers().map(str) | st.floats().map(str)
-_arguments = st.sampled_from(sorted(COMMANDS)).flatmap(
-    lambda name: st.tuples(st.just(name), st.lists(st.tuples(st.sampled_from(OPTIONS[name]), _given), max_size=3))
+_values = (
+    "",
+    " ",
+    "-",
+    "--",
+    "-1",
+    "0",
+    "1",
+    "2",
+    "0.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    str(2**64),
+    "9" * 30,
+    "1,2",
+    ",",
+    "1,,2",
+    "none",
+    "auto",
+    "cpu",
+    "cuda:99",
+    "a\nb",
+    "\udcff",
+    "'",
+    '"',
+    "\u0663",
+    ".png",
+    "x.png",
+    "a.npz",
+    "/",
+    "..",
+    "a=b",
+    "[1]",
 )
+_given = st.sampled_from(_values) | st.text("09-.,eainf =[]'\n\u00e9", max_size=6)
+_arguments = st.tuples(st.sampled_from(sorted(COMMANDS)), st.lists(st.tuples(st.integers(0, 99), _given), max_size=3))
 
 
 _state = st.dictionaries(_names, _tensor | st.integers() | st.text(max_size=3), max_size=6)
