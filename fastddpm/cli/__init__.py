@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fastddpm.cli import edit, evaluate, info, profile, sample, shards, train, tune
+from fastddpm.cli import edit, evaluate, info, profile, sample, shards, train, tune, verify
 from fastddpm.cli.options import Parser, one_line
 from fastddpm.cli.outputs import Unfinished, tolerant_streams
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fastddpm", description="Fast sampling from denoising diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (sample, shards, edit, train, evaluate, profile, tune, info):
+    for module in (sample, shards, edit, train, evaluate, profile, tune, verify, info):
         module.add_commands(commands)
     tolerant_streams()
     options = parser.parse_args(arguments)
@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
     from fastddpm_kernels.backend import BackendError
+    from fastddpm_kernels.native.quota import threads
 
+    if threads() < torch.get_num_threads():  # the quota of a control group is for torch's own operations, too
+        torch.set_num_threads(threads())
     try:
         with _terminable(), warnings.catch_warnings():
             warnings.showwarning = warn  # type: ignore[assignment]

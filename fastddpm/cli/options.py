@@ -134,6 +134,8 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
     add("--dtype", choices=DTYPES,
         help="of the network (default: auto, float16 on cuda, or bfloat16 where float16 overflows; else float32)",
         )  # fmt: skip
+    add("--weight-dtype", choices=("float16",),
+        help="how a network in float32 on the CPU stores its weights (default: float32)")  # fmt: skip
     add("--cuda-graph", choices=GRAPHS, default="auto",
         help="how the loop is captured on cuda: as one launch, several steps or one step (default: auto, measured)",
         )  # fmt: skip
@@ -155,6 +157,7 @@ def make_sampler(options: argparse.Namespace, model: Pretrained, **overrides: An
         "eta": options.eta,
         "guidance_scale": options.guidance_scale,
         "thresholding": options.thresholding or None,
+        "weight_dtype": options.weight_dtype,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     graph = False if options.cuda_graph == "off" else options.cuda_graph

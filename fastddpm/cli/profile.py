@@ -60,8 +60,9 @@ def add_commands(commands: Any) -> None:
     add("--cuda-graph", choices=GRAPHS, default="auto", help="as for sample (default: auto)")
     # `make_sampler` reads these settings; this command has no options for them.
     parser.set_defaults(
-        default_steps=None, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False
-    )
+        default_steps=None, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False,
+        weight_dtype=None,
+    )  # fmt: skip
     add_model_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="PATH.json",

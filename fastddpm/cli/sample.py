@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import options as shared
-from fastddpm.cli import outputs, shards
+from fastddpm.cli import outputs, prompts, shards
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
 from fastddpm.cli.options import check_labels, integer, integers
 
@@ -36,6 +36,7 @@ def add_commands(commands: Any) -> None:
     add_model_options(sample)
     shared.add_sampler_options(sample, steps=None, method=None, seed=0)
     outputs.add_output_options(sample, "samples.png", "a grid")
+    prompts.add_prompt_options(sample)
     shards.add_shard_options(sample)
     sample.set_defaults(run=_sample)
 
@@ -43,6 +44,8 @@ def add_commands(commands: Any) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from fastddpm.common.images import check_drawable, check_memory, grid
 
+    if prompts.wants_prompts(options):
+        return prompts.sample_prompts(options)
     if shards.wants_shards(options):
         return shards.sample_shards(options)
     kind = outputs.check_outputs(options)

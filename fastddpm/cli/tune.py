@@ -68,7 +68,7 @@ def add_commands(commands: Any) -> None:
     # `make_sampler` reads these settings; this command has no options for them.
     parser.set_defaults(
         steps=None, default_steps=STEPS, timesteps=None, spacing=None, eta=None, thresholding=False, cuda_graph="off",
-        backend="auto",
+        backend="auto", weight_dtype=None,
     )  # fmt: skip
     add_model_options(parser)
     parser.set_defaults(run=_tune)

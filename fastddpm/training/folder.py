@@ -101,6 +101,11 @@ class PictureFolder:
         """Return whether the pictures are in memory, so that reading is free."""
         return self._pixels is not None
 
+    @property
+    def good(self) -> Sequence[int]:
+        """Return the places in the listing of the pictures that can be read, by their numbers."""
+        return self._good
+
     def verdict(self) -> dict[str, Any]:
         """Return the findings as plain values: for `known`, and for people to read."""
         return {
@@ -114,12 +119,16 @@ class PictureFolder:
 
     def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
         """Return pixels uint8 [N, C, H, W] and labels int64 [N], None without classes."""
-        places = torch.tensor([self._good[pick.image] for pick in picks])
+        pixels, places = self.read_places(picks)
+        return pixels, None if self._labels is None else self._labels[places]
+
+    def read_places(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor]:
+        """Return pixels uint8 [N, C, H, W] and the places of these pictures in the listing, int64 [N]."""
         if self._pixels is not None:
-            return self._pixels[places], None if self._labels is None else self._labels[places]
+            places = torch.tensor([self._good[pick.image] for pick in picks])
+            return self._pixels[places], places
         pairs = [self._read_or_next(pick.image) for pick in picks]
-        labels = None if self._labels is None else self._labels[torch.tensor([place for place, _ in pairs])]
-        return torch.stack([pixels for _, pixels in pairs]), labels
+        return torch.stack([pixels for _, pixels in pairs]), torch.tensor([place for place, _ in pairs])
 
     def _read_or_next(self, index: int) -> tuple[int, Tensor]:
         for further in range(len(self)):

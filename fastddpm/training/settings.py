@@ -13,6 +13,7 @@ from typing import Any
 PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
+
 def _integer(least: int) -> Callable[[Any], bool]:
     return lambda value: (
         isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least  # type: ignore[operator]

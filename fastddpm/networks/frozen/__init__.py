@@ -37,6 +37,7 @@ def freeze(
     *,
     backend: str = "auto",
     allow_tf32: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> FrozenUNet:
     """Prepare a U-Net for sampling at given timesteps. The U-Net itself does not change.
 
@@ -48,12 +49,14 @@ def freeze(
         device: None for the U-Net's.
         backend: of the fused kernels: "auto", "triton", "eager" or "reference".
         allow_tf32: let tensor cores round float32 factors to TF32.
+        weight_dtype: torch.float16 stores the weights of convolutions in it, for native kernels in float32.
 
     Raises:
-        ValueError: the U-Net is of no known kind, has other layers or hooks, or a device has no float64.
+        ValueError: the U-Net is of no known kind, has other layers or hooks, a device has no float64, or weights
+            cannot be stored so.
         BackendError: the named backend cannot run on the device.
     """
-    frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
+    frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype)
     frozen.timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device=frozen.device)
     return frozen
 

@@ -73,7 +73,7 @@ class Builder(ABC):
         self.unet, self.constants, self.columns = frozen.unet, frozen.constants, frozen.columns
         self.m, self.row, self.batch = machine, row, batch
         self.names = {module: name for name, module in self.unet.named_modules()}
-        self.device, self.dtype = frozen.device, frozen.dtype
+        self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
         self.conditions = conditions
         self.instructions: list[Instruction] = []
         self.call_instructions: list[Instruction] = []
@@ -155,6 +155,18 @@ class Builder(ABC):
         numel = outputs * inputs * size**2
         self.emit(name, "conv", [x.slot], [target], run, flops=2 * self.pixels(target) * numel, weights=numel)
         return Activation(target, pending)
+
+    def conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
+        """Emit a convolution to the channels of an image, complete; the channels may be padded."""
+        name, out_channels = self.names[layer], layer.out_channels
+        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
+        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
+        x = self.conv(layer, x, out_channels=padded)
+        if x.bias is not None:
+            bias = self.put(f"{name}.pending", x.bias)
+            self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
+            x.bias = None
+        return x
 
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
         """Emit a 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
@@ -354,14 +366,16 @@ class Builder(ABC):
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
             self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
-            dtype=self.dtype,
+            dtype=self.dtype, stored=self.weight_dtype,
         )  # fmt: skip
         kinds = [algorithm]
         if self.constants.refilling:  # nothing will run, so sizes do not matter
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
         for kind in kinds:
             values = self.put(
-                f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample, self.dtype, channels2)
+                f"{name}.{kind}",
+                functools.partial(_packed, weight, kind, upsample, self.dtype, channels2, self.weight_dtype),
+                self.weight_dtype,
             )
         return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
 
@@ -404,8 +418,11 @@ class Builder(ABC):
         )
 
 
-def _packed(weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int) -> Tensor:
-    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2)
+def _packed(
+    weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int,
+    stored: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.conv.packing import why_not_stored
 from torch import Tensor, nn
 
 from fastddpm.networks import weights
@@ -17,6 +18,9 @@ from fastddpm.networks.frozen.instructions import Machine
 from fastddpm.networks.frozen.kinds import KINDS, blueprint_of
 from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
+
+# What a frozen U-Net runs on one backend besides norms.
+_OPS = ("conv", "attention", "pointwise_conv", "residual_add")
 
 
 def why_not(model: object, device: torch.device | str | None = None) -> str | None:
@@ -48,6 +52,7 @@ class FrozenUNet:
             in float32 (and in bfloat16 if the CPU multiplies it), and if `backend` names them.
         static: whether activations have fixed addresses (CUDA, and native kernels).
         backend: of the fused kernels.
+        weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
@@ -63,6 +68,7 @@ class FrozenUNet:
         *,
         backend: str = "auto",
         allow_tf32: bool = False,
+        weight_dtype: torch.dtype | None = None,
         fused: bool | None = None,
     ) -> None:
         """See `freeze`. `fused` overrides the choice that `backend` implies: a test runs fused plans in float64."""
@@ -81,13 +87,18 @@ class FrozenUNet:
         self.backend = (
             "triton"
             if self.device.type == "meta"
-            else resolve("group_norm_silu_", backend, self.device.type, self.dtype)
+            else resolve("group_norm_silu_", backend, self.device.type, self.dtype, others=_OPS)
         )
         if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
             self.backend = "eager"  # native products take channels in pairs
         self.fused = self.backend in ("triton", "native") if fused is None else fused
         if self.backend == "native" and not self.fused:
             self.backend = "eager"
+        native = self.dtype if self.backend == "native" else None
+        if weight_dtype is not None and (native is None or (reason := why_not_stored(weight_dtype, native))):
+            reason = reason if native else f"the backend is {self.backend}, which reads weights in {self.dtype}"
+            raise ValueError(f"weight_dtype is {weight_dtype}, must be None here: {reason}")
+        self.weight_dtype = weight_dtype
         self.static = self.fused and (self.backend == "native" or (gpu and torch.version.hip is None))
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None
@@ -214,7 +225,7 @@ class FrozenUNet:
             own = {"x_self_cond": x[:, :optional]} if optional else {}
             own |= {k: v.to(first if v.is_floating_point() else first.device) for k, v in conditions.items()}
             theirs = blueprint.call(x[:, optional:], t.to(first.device), labels, **own)
-            found = difference(theirs, program(torch.zeros_like(t)), self.dtype)
+            found = difference(theirs, program(torch.zeros_like(t)), self.weight_dtype or self.dtype)
         return None if found is None else f"frozen it {found} of what it computes itself"
 
     @torch.inference_mode(False)

@@ -16,7 +16,8 @@ struct Conv {
     using Element = typename A::Element;
     Element* y;
     const Element *x, *x2;
-    const float *weight, *bias;
+    const typename A::Weight* weight;
+    const float* bias;
     const Element* residual;
     long n, height, width, channels, channels2;  // of x
     long out_height, out_width, out_channels;    // of y
@@ -27,9 +28,10 @@ struct Conv {
 
 // Nearest-neighbour upsampling by two and a 3x3 convolution are four 2x2 convolutions, one for the output pixels of
 // each parity: with padding 1 for even rows and 0 for odd ones. Else there is one phase, which is the convolution.
+template <class A>
 struct Phase {
     long kernel, pad_top, pad_left, step, top, left, height, width;  // its pixel (i, j) is y[step * i + top][..]
-    const float* weight;
+    const typename A::Weight* weight;
 };
 
 template <class A>
@@ -95,8 +97,8 @@ class Direct {
         return !c.upsample && c.out_channels <= kFewChannels && words % kLanes == 0 && words2 % kLanes == 0;
     }
 
-    Phase phase(long index) const {
-        const float* weight = c.weight + index * taps * panels * depth * kPanel;
+    Phase<A> phase(long index) const {
+        const typename A::Weight* weight = c.weight + index * taps * panels * depth * kPanel;
         if (!c.upsample) return {c.kernel, c.padding, c.padding, 1, 0, 0, c.out_height, c.out_width, weight};
         const long top = index / 2, left = index % 2;
         return {2, 1 - top, 1 - left, 2, top, left, c.height, c.width, weight};
@@ -107,7 +109,7 @@ class Direct {
         const Element** starts;
         long* targets;
     };
-    Gathered gather(const Phase& p, const Element* zeros, long first, long count) const {
+    Gathered gather(const Phase<A>& p, const Element* zeros, long first, long count) const {
         const long sources = c.channels2 ? 2 : 1;
         const Element** starts = scratch<const Element*>(Slot::kPointers, taps * sources * count);
         long* targets = scratch<long>(Slot::kOutput, count);
@@ -136,7 +138,7 @@ class Direct {
         return {starts, targets};
     }
 
-    void multiply(const Phase& p, const Element* zeros, long first, long count, long begin, long end) const {
+    void multiply(const Phase<A>& p, const Element* zeros, long first, long count, long begin, long end) const {
         const Gathered rows = gather(p, zeros, first, count);
         const Element* const* starts = rows.starts;
         long segments = taps * (c.channels2 ? 2 : 1), words[2] = {c.channels / A::kDeep, c.channels2 / A::kDeep};
@@ -215,7 +217,7 @@ class Direct {
     template <int R, int C>
     void tile(
         const Element* const* starts, const long* targets, long count, long segments, const long* words,
-        const float* weights, long panel) const {
+        const typename A::Weight* weights, long panel) const {
         Vec sums[R][C] = {};
         const bool two = segments > taps;
         for (long segment = 0; segment < segments; ++segment) {
@@ -246,19 +248,19 @@ class Direct {
 // y [N, H', W', O] = conv(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] + residual [N, H', W', O], square
 // kernels. Beyond the image x is zero, so the padding below and to the right is what H' and W' imply. With `upsample`
 // (kernel 3, stride 1, padding 1) the image is upsampled by two before. bias, residual and x2 (C2 = 0) may be null.
-// weight is packed, [phases, ceil(O / panel), taps, words of C and C2, panel]. All are floats; with `bfloat16`, y, x, x2 and
-// residual are bfloat16, C and C2 even.
+// weight is packed, [phases, ceil(O / panel), taps, words of C and C2, panel]. `kind`: 0 all are
+// floats; 1 y, x, x2 and residual are bfloat16, C and C2 even; 2 weight is float16.
 extern "C" void fastddpm_conv_direct(
-    void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
+    void* y, const void* x, const void* x2, const void* weight, const float* bias, const void* residual, long n,
     long height, long width, long channels, long channels2, long out_height, long out_width, long out_channels,
-    long kernel, long stride, long padding, int upsample, int bfloat16, int threads) {
+    long kernel, long stride, long padding, int upsample, int kind, int threads) {
     using namespace fastddpm;
-    with_arithmetic(bfloat16, [&](auto arithmetic) {
+    with_weights(kind, [&](auto arithmetic) {
         using A = decltype(arithmetic);
         using Element = typename A::Element;
         const Conv<A> conv{
-            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias,
-            static_cast<const Element*>(residual), n, height, width, channels, channels2, out_height, out_width,
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
+            static_cast<const typename A::Weight*>(weight), bias, static_cast<const Element*>(residual), n, height, width, channels, channels2, out_height, out_width,
             out_channels, kernel, stride, padding, upsample != 0, threads};
         Direct<A>(conv).run();
     });

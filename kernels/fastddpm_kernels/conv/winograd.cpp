@@ -26,7 +26,8 @@ struct Conv {
     using Element = typename A::Element;
     Element* y;
     const Element *x, *x2;
-    const float *weight, *bias;
+    const typename A::Weight* weight;
+    const float* bias;
     const Element* residual;
     long n, height, width, channels, channels2, out_channels;  // of y, in space
     int threads;
@@ -171,7 +172,7 @@ class Winograd {
             const float* a = input + (point * input_rows + row) * stride;
             float* out = products + point * count * width;
             for (long panel = begin; panel < end; ++panel) {
-                const float* weights = c.weight + (point * panels + panel) * depth * kPanel;
+                const typename A::Weight* weights = c.weight + (point * panels + panel) * depth * kPanel;
                 with_columns(c.out_channels - panel * kPanel, [&](auto columns) {
                     for_row_tiles(count, [&](long r, auto rows) {
                         multiply_tile<A, rows, columns>(
@@ -222,23 +223,25 @@ class Winograd {
 
 // y [N, H, W, O] = conv3x3(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] + residual [N, H, W, O]; H and W are
 // those of y, twice those of x where `upsample`. bias, residual and x2 (C2 = 0) may be null. weight is packed,
-// [points, ceil(O / panel), words of C and C2, panel], for tiles of m x m. All are floats; with `bfloat16` (m = 2), y, x,
-// x2 and residual are bfloat16.
+// [points, ceil(O / panel), words of C and C2, panel], for tiles of m x m. `kind`: 0 all are floats;
+// 1 y, x, x2 and residual are bfloat16 (m = 2); 2 weight is float16.
 extern "C" void fastddpm_conv3x3_winograd(
-    void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
-    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int bfloat16,
+    void* y, const void* x, const void* x2, const void* weight, const float* bias, const void* residual, long n,
+    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int kind,
     int threads) {
     using namespace fastddpm;
-    with_tile(bfloat16, m, [&](auto arithmetic, auto tile) {
+    const auto convolve = [&](auto arithmetic, auto tile) {
         using A = decltype(arithmetic);
         using Element = typename A::Element;
         const Conv<A> conv{
-            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias,
-            static_cast<const Element*>(residual), n, height, width, channels, channels2, out_channels, threads};
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
+            static_cast<const typename A::Weight*>(weight), bias, static_cast<const Element*>(residual), n, height,
+            width, channels, channels2, out_channels, threads};
         if (upsample)
             Winograd<A, tile, true>(conv).run();
         else
             Winograd<A, tile, false>(conv).run();
-    });
+    };
+    with_weights(kind, [&](auto arithmetic) { with_tile_of(arithmetic, m, convolve); });
 }
 FASTDDPM_INSTRUCTION(fastddpm_conv3x3_winograd)

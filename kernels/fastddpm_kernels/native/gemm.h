@@ -15,7 +15,7 @@ constexpr long kDepth = 128;
 // sums[r][j] += sum_k rows(r)[k] * panel[k][j], for the first C of a panel's vectors. `Rows` says where row r begins.
 template <class A, int R, int C, class Rows>
 inline __attribute__((always_inline)) void multiply_add(
-    Vec (&sums)[R][C], const Rows& rows, long depth, const float* panel) {
+    Vec (&sums)[R][C], const Rows& rows, long depth, const typename A::Weight* panel) {
     for (long k = 0; k < depth; ++k, panel += kPanel) {
         Vec weights[C];
 #pragma GCC unroll 8
@@ -32,7 +32,7 @@ inline __attribute__((always_inline)) void multiply_add(
 // total[r][j] += the same, in blocks. Between them the total is in memory: the registers are for the sums.
 template <class A, int R, int C, class Rows>
 inline __attribute__((always_inline)) void multiply_add_blocks(
-    Vec (&total)[R][C], const Rows& rows, long depth, const float* panel) {
+    Vec (&total)[R][C], const Rows& rows, long depth, const typename A::Weight* panel) {
     for (long start = 0; start < depth; start += kDepth) {
         Vec sums[R][C] = {};
         multiply_add<A>(
@@ -47,7 +47,8 @@ inline __attribute__((always_inline)) void multiply_add_blocks(
 
 // c[R][kPanel] = a[R][depth] x panel[depth][kPanel], the blocks added in c; of a row the first C vectors.
 template <class A, int R, int C = kColumns>
-void multiply_tile(const float* a, long a_stride, const float* panel, long depth, float* c, long c_stride) {
+void multiply_tile(
+    const float* a, long a_stride, const typename A::Weight* panel, long depth, float* c, long c_stride) {
     for (long start = 0; start < depth; start += kDepth) {
         Vec sums[R][C] = {};
         multiply_add<A>(

@@ -81,7 +81,7 @@ class Lowering(ResidualBuilder):
                 for layer in up.upsamplers:
                     x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._upsample(layer, x)
         x = self.norm(unet.conv_norm_out, x)
-        x = self._conv_to_image(unet.conv_out, x)
+        x = self.conv_to_image(unet.conv_out, x)
         if image is not None:
             x = self.other("conv_out.image", [x.slot, image.slot], torch.add)
         if unet.config.time_embedding_type == "fourier":
@@ -90,18 +90,6 @@ class Lowering(ResidualBuilder):
                 "conv_out.level", [x.slot], lambda v: v / m.timesteps.index_select(0, m.step), self.shapes[x.slot]
             )
         return x.slot
-
-    def _conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
-        """Emit a convolution to the channels of an image, complete; the channels may be padded."""
-        name, out_channels = self.names[layer], layer.out_channels
-        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
-        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
-        x = self.conv(layer, x, out_channels=padded)
-        if x.bias is not None:
-            bias = self.put(f"{name}.pending", x.bias)
-            self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
-            x.bias = None
-        return x
 
     def _skip_down(
         self, block: layers.SkipDownBlock, x: Activation, image: Activation
@@ -133,7 +121,7 @@ class Lowering(ResidualBuilder):
         if block.resnet_up is not None:
             assert block.skip_norm is not None
             assert block.skip_conv is not None
-            more = self._conv_to_image(block.skip_conv, self.norm(block.skip_norm, x))
+            more = self.conv_to_image(block.skip_conv, self.norm(block.skip_norm, x))
             image = more if image is None else self.other(f"{name}.sum", [image.slot, more.slot], torch.add)
             x = self._resnet(block.resnet_up, x)
         return x, image
