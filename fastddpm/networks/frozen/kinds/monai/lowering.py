@@ -49,13 +49,11 @@ class Lowering(TransformerBuilder):
         if block.up or block.down:
             resample = partial(self.resampled, double if block.up else halve)
         shortcut = getattr(block.skip_connection, "conv", None)  # or an identity
-        return self.residual_block(
-            ResidualBlock(
-                self.names[block], block.norm1, block.conv1.conv, block.norm2, block.conv2.conv, shortcut, "silu", False,
-                resample, block.up,
-            ),
-            x, skip,
+        layers = ResidualBlock(
+            self.names[block], block.norm1, block.conv1.conv, block.norm2, block.conv2.conv, shortcut, "silu", False,
+            resample, block.up,
         )  # fmt: skip
+        return self.residual_block(layers, x, skip)
 
     def _downsample(self, layer: Any, x: Activation) -> Activation:
         if hasattr(layer, "norm1"):
@@ -87,10 +85,7 @@ class Lowering(TransformerBuilder):
     def _transformer_block(self, block: Any, h: Activation, *, last: bool) -> Activation:
         name = self.names[block]
         out = self._attended(block.attn1, self.layer_norm(block.norm1, h))
-        if block.attn1.include_fc:
-            h = self._projected(block.attn1, out, h)
-        else:
-            h = Activation(out, None, h.slot)
+        h = self._projected(block.attn1, out, h) if block.attn1.include_fc else Activation(out, None, h.slot)
         h = self._projected(block.attn2, self._attended(block.attn2, self.layer_norm(block.norm2, h)), h)
         first, second = block.ff.linear1, block.ff.linear2
         gated = self.linear(f"{name}.ff.linear1", self.layer_norm(block.norm3, h), first.weight, first.bias)
