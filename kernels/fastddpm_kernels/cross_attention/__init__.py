@@ -40,7 +40,7 @@ def cross_attention_(
         y: `[N, C, H, W]`, overwritten; not the memory of another argument.
         q: `[N, C, H, W]`, the queries of all heads side by side; may be some channels of a wider tensor. float32 or
             bfloat16 (also float16 and float64 on `eager` and `reference`).
-        kv: `[N, 2C, 1, L]` or any other two spatial sizes: the keys of all heads, then their values. L may be any number.
+        kv: `[N, 2C, 1, L]`, of any length (or any two spatial sizes): the keys of all heads, then their values.
         heads: number of heads; divides C.
         own: `[N, 2C, H', W']`, further keys and values, attended to after those of `kv`.
         mask: `[N, L + H' * W']`, any floating dtype, is added to the scores of every query.

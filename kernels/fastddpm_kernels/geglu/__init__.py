@@ -18,7 +18,7 @@ from fastddpm_kernels.checks import check_operands, not_float64
 from fastddpm_kernels.geglu.formula import eager, reference
 from fastddpm_kernels.geglu.native import bind_geglu
 from fastddpm_kernels.inplace import InPlace
-from fastddpm_kernels.layout import not_channels_last, rows
+from fastddpm_kernels.layout import not_channels_last
 
 
 @InPlace
@@ -47,8 +47,8 @@ def geglu_(y: Tensor, x: Tensor, *, backend: str = "auto") -> Callable[[], objec
     backend = resolve("geglu_", backend, x.device.type, x.dtype, lambda: not_channels_last(x=x, y=y))
     if backend == "triton":
         not_float64(x)
-        if rows(x) is None or rows(y) is None:
-            raise ValueError(f"x has strides {x.stride()}, must be channels-last on the triton backend, and so must y")
+        if reason := not_channels_last(x=x, y=y):
+            raise ValueError(reason.replace("native", "triton"))
     if y.numel() == 0:
         return lambda: None
     if backend == "native":

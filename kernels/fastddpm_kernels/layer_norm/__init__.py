@@ -19,7 +19,7 @@ from fastddpm_kernels.checks import check_operands, not_float64, same_memory
 from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.layer_norm.formula import eager, reference
 from fastddpm_kernels.layer_norm.native import bind_layer_norm
-from fastddpm_kernels.layout import not_channels_last, rows
+from fastddpm_kernels.layout import not_channels_last
 from fastddpm_kernels.native.binding import bind_with_floats
 
 
@@ -41,8 +41,8 @@ def layer_norm_(
 
     Args:
         y: `[N, C, ...]`, overwritten; may be `x` without a residual.
-        x: `[N, C, ...]`, float32, float16 or bfloat16 (float64 on `eager` and `reference`). On `triton` and `native` all
-            images must be channels-last.
+        x: `[N, C, ...]`, float32, float16 or bfloat16 (float64 on `eager` and `reference`). On `triton` and `native`
+            all images must be channels-last.
         weight, bias: `[C]`, any floating dtype.
         eps: added to the variance.
         residual: `[N, C, ...]`, x's dtype; only with `total`.
@@ -59,8 +59,8 @@ def layer_norm_(
     backend = resolve("layer_norm_", backend, x.device.type, x.dtype, lambda: not_channels_last(**images))
     if backend == "triton":
         not_float64(x)
-        if any(image is not None and rows(image) is None for image in images.values()):
-            raise ValueError(f"x has strides {x.stride()}, must be channels-last on the triton backend, as all images")
+        if reason := not_channels_last(**images):
+            raise ValueError(reason.replace("native", "triton"))
     if x.numel() == 0:
         return lambda: None
     if backend == "native":
