@@ -99,7 +99,14 @@ class UNetWrapper(nn.Module, ABC):
         """Return the U-Net, or None to call it as it is."""
 
     @abstractmethod
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
+    def bind_frozen(
+        self,
+        frozen: FrozenUNet,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> BoundNetwork:
         """Bind the wrapper to buffers as `Network.bind` does, with the U-Net frozen."""
 
 
@@ -184,7 +191,7 @@ class Network:
             conditions: the model's further arguments [N, ...] by name, if it takes any.
         """
         if self.frozen is not None and isinstance(self.model, UNetWrapper):
-            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels)
+            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels, conditions)
         if self.frozen is not None:
             return self.frozen.bind(inputs, timesteps, labels, conditions)
         return ModelOnBuffers(self, inputs, timesteps, labels, self_condition, conditions)
