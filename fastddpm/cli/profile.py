@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.model import MODEL_HELP, add_model_options, check_count, open_model
 from fastddpm.cli.options import (
     BACKENDS,
     DEVICE_HELP,
@@ -60,8 +60,9 @@ def add_commands(commands: Any) -> None:
     add("--cuda-graph", choices=GRAPHS, default="auto", help="as for sample (default: auto)")
     # `make_sampler` reads these settings; this command has no options for them.
     parser.set_defaults(
-        default_steps=None, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False
-    )
+        default_steps=None, timesteps=None, spacing=None, eta=None, guidance_scale=None, thresholding=False,
+        weight_dtype=None,
+    )  # fmt: skip
     add_model_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="PATH.json",
@@ -114,6 +115,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     from fastddpm.perf.profiling.model import Plan, profile
 
     model = open_model(options, latents=True)
+    check_count(model, max(options.batch or [1]), "--batch")
     options.device = str(chosen_device(options))
     first = make_sampler(options, model)
     if options.dtype != "tf32":  # choose once, because "auto" tries the network

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.model import MODEL_HELP, add_model_options, check_count, open_model
 from fastddpm.cli.options import (
     DTYPES,
     METHOD_HELP,
@@ -68,7 +68,7 @@ def add_commands(commands: Any) -> None:
     # `make_sampler` reads these settings; this command has no options for them.
     parser.set_defaults(
         steps=None, default_steps=STEPS, timesteps=None, spacing=None, eta=None, thresholding=False, cuda_graph="off",
-        backend="auto",
+        backend="auto", weight_dtype=None,
     )  # fmt: skip
     add_model_options(parser)
     parser.set_defaults(run=_tune)
@@ -123,6 +123,7 @@ def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...
     from fastddpm.perf.tuning.shapes import sampler_keys
 
     model = open_model(options, latents=True)
+    check_count(model, max(options.batch or [1]), "--batch")
     if options.training:
         return _training_keys(options, model, device, ops)
     options.device = str(device)

@@ -72,6 +72,7 @@ def sampler_identity(sampler: Sampler) -> dict[str, Any]:
             digest.update(_bytes(tensor.cpu().numpy()))
     digest.update(repr((table.start, table.learned, table.shifts)).encode())
     frozen = sampler.network.frozen
+    stored = None if frozen is None else frozen.weight_dtype
     classifier = settings.classifier
     return {
         "method": sampler.method,
@@ -93,6 +94,7 @@ def sampler_identity(sampler: Sampler) -> dict[str, Any]:
         "device": sampler.device.type,
         "backend": sampler.backend,
         "network_backend": None if frozen is None else frozen.backend,
+        **({} if stored is None else {"weight_dtype": str(stored).removeprefix("torch.")}),
     }
 
 

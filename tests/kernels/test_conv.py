@@ -7,7 +7,7 @@ A result may be as far from float64 as torch's own convolution in the same dtype
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastddpm_kernels import native as _native
 from fastddpm_kernels.backend import BackendError
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, conv_, error_factor, pack, packed_values
+from fastddpm_kernels.conv.packing import why_not_stored
 from fastddpm_kernels.conv.training import conv3x3, resolve_conv3x3
 from fastddpm_kernels.group_norm_silu import group_norm_silu
 from fastddpm_kernels.testing import (
@@ -178,6 +179,27 @@ def test_results_do_not_depend_on_threads_or_batch(dtype: torch.dtype, algorithm
     same_on_any_threads(run, (1, 2, 5))
 
 
+@pytest.mark.parametrize(("backend", "dtype", "algorithm", "upsample"), KINDS[:5], indirect=["backend"])
+@pytest.mark.usefixtures("backend")
+def test_weights_stored_in_float16(dtype: torch.dtype, algorithm: str, upsample: bool) -> None:
+    """They are the float32 ones, rounded once; the products are those of the rounded ones, bit for bit."""
+    if reason := why_not_stored(torch.float16, dtype):
+        pytest.skip(reason)
+    # A vector and a rest of output channels; few of them; two panels.
+    for c, c2, o in ((20, 12, 19), (48, 16, 2), (130, 0, 70)):
+        weight, bias = torch.randn(o, c + c2, 3, 3) / math.sqrt(9 * (c + c2)), torch.randn(o)
+        half = pack(weight, algorithm, upsample, stored=torch.float16)
+        whole = replace(half, values=half.values.float())
+        exact = packed_values(weight, algorithm, upsample)
+        assert half.values.dtype == torch.float16
+        assert bool(((whole.values - exact).abs() <= exact.abs() * 2**-11 + 2**-25).all())
+        x, x2 = last(torch.randn(3, c, 7, 6)), last(torch.randn(3, c2, 7, 6)) if c2 else None
+        y, expected = (last(torch.empty(3, o, 7 * (1 + upsample), 6 * (1 + upsample))) for _ in range(2))
+        conv_(y, x, half, x2=x2, bias=bias, upsample=upsample)
+        conv_(expected, x, whole, x2=x2, bias=bias, upsample=upsample)
+        assert torch.equal(y, expected)
+
+
 @pytest.mark.usefixtures("native_bfloat16")
 def test_small_integers_are_exact_in_bfloat16() -> None:
     """Whatever is not exact then is in the wrong place."""
@@ -249,6 +271,10 @@ def test_bad_input_of_native() -> None:
     check_refuses(conv_, ValueError, "strides", **good | {"x": x.contiguous(), "weight": weight}, backend="native")
     fp16 = {name: value.half() for name, value in {**good, "weight": weight}.items()}
     check_refuses(conv_, BackendError, "float16", **fp16, backend="native")
+    check_refuses(packed_values, BackendError, "float16 for float32", weight=weight, algorithm="direct", stored=BFLOAT)
+    if why_not_stored(torch.float16, SINGLE) is None:
+        large = {"weight": 1e5 * weight, "algorithm": "direct", "stored": torch.float16}
+        check_refuses(packed_values, ValueError, "stored .*1e.05", **large)
     check_refuses(packed_values, ValueError, "algorithm .*fft", weight=weight, algorithm="fft")
     check_refuses(packed_values, ValueError, "weight .*5x5", weight=torch.ones(1, 1, 5, 5), algorithm="winograd2")
     check_refuses(packed_values, ValueError, "algorithm", weight=weight, algorithm="winograd2", upsample=True)

@@ -1,6 +1,7 @@
 """Prepare a U-Net for sampling: compute everything that does not depend on the state before the first step.
 
 - The time embedding and the projections of all blocks become one table, a row per step (`time_table`).
+- What depends on a call's conditions alone is computed once per call (`Builder.once`, `Embeddings.of_conditions`).
 - Weights are folded, exactly, and stored once in the compute dtype, channels-last (`folding`).
 - The forward becomes a list of instructions over numbered slots of one block of memory (`lowering`, `instructions`,
   `program`). Norms and 1x1 convolutions add the residuals and biases that they read, and skip connections are read in
@@ -36,6 +37,7 @@ def freeze(
     *,
     backend: str = "auto",
     allow_tf32: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> FrozenUNet:
     """Prepare a U-Net for sampling at given timesteps. The U-Net itself does not change.
 
@@ -47,12 +49,14 @@ def freeze(
         device: None for the U-Net's.
         backend: of the fused kernels: "auto", "triton", "eager" or "reference".
         allow_tf32: let tensor cores round float32 factors to TF32.
+        weight_dtype: torch.float16 stores the weights of convolutions in it, for native kernels in float32.
 
     Raises:
-        ValueError: the U-Net is of no known kind, has other layers or hooks, or a device has no float64.
+        ValueError: the U-Net is of no known kind, has other layers or hooks, a device has no float64, or weights
+            cannot be stored so.
         BackendError: the named backend cannot run on the device.
     """
-    frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32)
+    frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype)
     frozen.timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device=frozen.device)
     return frozen
 
@@ -75,4 +79,5 @@ def cuda_instructions(
     blueprint = frozen.blueprint
     inputs = frozen.new_input((batch, blueprint.in_channels, *(size or blueprint.sample_size)))
     timesteps = torch.empty(1000, dtype=torch.int64, device="meta")
-    return frozen.bind(inputs, timesteps, blueprint.some_labels(batch, "meta")).instructions
+    conditions = blueprint.some_conditions(batch, "meta")
+    return frozen.bind(inputs, timesteps, blueprint.some_labels(batch, "meta"), conditions).instructions

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +44,9 @@ class Builder(ABC):
     """The instructions of a U-Net for one batch size and image size, emitted layer by layer.
 
     Attributes:
-        instructions: in order.
+        instructions: of a step, in order.
+        call_instructions: of a call, in order, emitted inside `once`.
+        conditions: the tensors that the call gives, [N, ...] by name, on their places.
         shapes: (C, H, W) of every slot.
         bordered: slots whose last row and column must stay zero.
         loose: slots that get new memory at every run, since their operations cannot write to given memory.
@@ -52,8 +56,9 @@ class Builder(ABC):
     INPUT = 0
 
     def __init__(
-        self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
-    ) -> None:
+        self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int,
+        conditions: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         """Prepare to emit instructions; `lower` emits them.
 
         Args:
@@ -63,12 +68,15 @@ class Builder(ABC):
             batch: N.
             size: (height, width).
             in_channels: of the input; those beyond the U-Net's are zero.
+            conditions: that the call gives; their memory stays, their values change between calls.
         """
         self.unet, self.constants, self.columns = frozen.unet, frozen.constants, frozen.columns
         self.m, self.row, self.batch = machine, row, batch
         self.names = {module: name for name, module in self.unet.named_modules()}
-        self.device, self.dtype = frozen.device, frozen.dtype
+        self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
+        self.conditions = conditions
         self.instructions: list[Instruction] = []
+        self.call_instructions: list[Instruction] = []
         self.shapes: list[tuple[int, int, int]] = [(in_channels, *size)]
         self.bordered: list[int] = []
         self.loose: set[int] = set()
@@ -78,6 +86,33 @@ class Builder(ABC):
     @abstractmethod
     def lower(self) -> int:
         """Emit the instructions of the whole U-Net. Return the slot of its output, whose first channels count."""
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Emit instructions that run once per call, in `Program.load`, and not at every step.
+
+        They read conditions and each other's slots. Every slot that they write has memory of its own for as long as
+        the program lives, so the instructions of steps may read it and must not write it.
+        """
+        of_step, self.instructions = self.instructions, self.call_instructions
+        try:
+            yield
+        finally:
+            self.instructions = of_step
+
+    def condition(self, name: str) -> Activation:
+        """Emit, once per call, the copy of a condition into a slot, and return it.
+
+        [N, C] becomes (C, 1, 1), a sequence [N, L, C] becomes (C, 1, L), and [N, C, H, W] stays.
+        """
+        given = self.conditions[name]
+        while given.ndim < 4:
+            given = given.unsqueeze(1)
+        image = given if self.conditions[name].ndim == 4 else given.permute(0, 3, 1, 2)
+        with self.once():
+            target = self.new(*image.shape[1:])
+            self.emit(name, "other", [], [target], ops.copy_from(self.m, image, target))
+        return Activation(target)
 
     def conv(
         self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own", stride: int = 1, padding: int = 1,
@@ -120,6 +155,18 @@ class Builder(ABC):
         numel = outputs * inputs * size**2
         self.emit(name, "conv", [x.slot], [target], run, flops=2 * self.pixels(target) * numel, weights=numel)
         return Activation(target, pending)
+
+    def conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
+        """Emit a convolution to the channels of an image, complete; the channels may be padded."""
+        name, out_channels = self.names[layer], layer.out_channels
+        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
+        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
+        x = self.conv(layer, x, out_channels=padded)
+        if x.bias is not None:
+            bias = self.put(f"{name}.pending", x.bias)
+            self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
+            x.bias = None
+        return x
 
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
         """Emit a 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
@@ -319,14 +366,16 @@ class Builder(ABC):
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
             self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
-            dtype=self.dtype,
+            dtype=self.dtype, stored=self.weight_dtype,
         )  # fmt: skip
         kinds = [algorithm]
         if self.constants.refilling:  # nothing will run, so sizes do not matter
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
         for kind in kinds:
             values = self.put(
-                f"{name}.{kind}", functools.partial(_packed, weight, kind, upsample, self.dtype, channels2)
+                f"{name}.{kind}",
+                functools.partial(_packed, weight, kind, upsample, self.dtype, channels2, self.weight_dtype),
+                self.weight_dtype,
             )
         return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
 
@@ -369,8 +418,11 @@ class Builder(ABC):
         )
 
 
-def _packed(weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int) -> Tensor:
-    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2)
+def _packed(
+    weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int,
+    stored: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from fastddpm_kernels.native.memory import empty
 from torch import Tensor
 
 
@@ -20,9 +21,7 @@ class Constants:
         self.refilling = False
         self.tensors: dict[str, Tensor] = {}
 
-    def put(
-        self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def put(self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Store and return `values`, or what they return, in the compute dtype (or `dtype`).
 
         [.., .., kh, kw] is stored channels-last.
@@ -32,8 +31,12 @@ class Constants:
             return tensor
         values = (values if isinstance(values, Tensor) else values()).detach()
         if tensor is None:
-            order = torch.channels_last if values.ndim == 4 else torch.contiguous_format
-            tensor = values.to(self.device, dtype or self.dtype, copy=True).contiguous(memory_format=order)
+            dtype = dtype or self.dtype
+            if values.ndim == 1 and self.device.type == "cpu":  # such as packed weights
+                tensor = empty(values.shape, dtype).copy_(values)
+            else:
+                order = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+                tensor = values.to(self.device, dtype, copy=True).contiguous(memory_format=order)
             self.tensors[name] = tensor
         else:
             tensor.copy_(values)

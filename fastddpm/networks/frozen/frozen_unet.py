@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.conv.packing import why_not_stored
 from torch import Tensor, nn
 
 from fastddpm.networks import weights
@@ -17,6 +18,9 @@ from fastddpm.networks.frozen.instructions import Machine
 from fastddpm.networks.frozen.kinds import KINDS, blueprint_of
 from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
+
+# What a frozen U-Net runs on one backend besides norms.
+_OPS = ("conv", "attention", "pointwise_conv", "residual_add")
 
 
 def why_not(model: object, device: torch.device | str | None = None) -> str | None:
@@ -48,8 +52,10 @@ class FrozenUNet:
             in float32 (and in bfloat16 if the CPU multiplies it), and if `backend` names them.
         static: whether activations have fixed addresses (CUDA, and native kernels).
         backend: of the fused kernels.
+        weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
+        sums_weights: whether `refresh` reads all weights, and so notices also changes that torch does not count.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
 
@@ -63,6 +69,7 @@ class FrozenUNet:
         *,
         backend: str = "auto",
         allow_tf32: bool = False,
+        weight_dtype: torch.dtype | None = None,
         fused: bool | None = None,
     ) -> None:
         """See `freeze`. `fused` overrides the choice that `backend` implies: a test runs fused plans in float64."""
@@ -81,13 +88,19 @@ class FrozenUNet:
         self.backend = (
             "triton"
             if self.device.type == "meta"
-            else resolve("group_norm_silu_", backend, self.device.type, self.dtype)
+            else resolve("group_norm_silu_", backend, self.device.type, self.dtype, others=_OPS)
         )
-        if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
+        odd = self.blueprint.pairs and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths()
+        if self.backend == "native" and odd:
             self.backend = "eager"  # native products take channels in pairs
         self.fused = self.backend in ("triton", "native") if fused is None else fused
         if self.backend == "native" and not self.fused:
             self.backend = "eager"
+        native = self.dtype if self.backend == "native" else None
+        if weight_dtype is not None and (native is None or (reason := why_not_stored(weight_dtype, native))):
+            reason = reason if native else f"the backend is {self.backend}, which reads weights in {self.dtype}"
+            raise ValueError(f"weight_dtype is {weight_dtype}, must be None here: {reason}")
+        self.weight_dtype = weight_dtype
         self.static = self.fused and (self.backend == "native" or (gpu and torch.version.hip is None))
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None
@@ -99,6 +112,7 @@ class FrozenUNet:
         self.constants = Constants(self.dtype, self.device)
         self._lock = threading.RLock()
         self._version = 0
+        self.sums_weights = True
         self._fingerprint = weights.fingerprint(unet)
         self.embeddings = self.blueprint.embeddings().to(self.device)
         weight, bias, self.columns = self.blueprint.time_projections()
@@ -128,7 +142,13 @@ class FrozenUNet:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def bind(self, inputs: Tensor, timesteps: Tensor | None = None, labels: Tensor | None = None) -> Program:
+    def bind(
+        self,
+        inputs: Tensor,
+        timesteps: Tensor | None = None,
+        labels: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Program:
         """Return a program on buffers that keep their memory while their values change; its `load` reads new values.
 
         Args:
@@ -136,9 +156,11 @@ class FrozenUNet:
             timesteps: int64 [S] on the device; None for those of `freeze`.
             labels: int64 [N] (or as the U-Net's `class_embed_type` needs), if the U-Net has classes. Their range is
                 not checked.
+            conditions: what else the U-Net takes, [N, ...] by the names of `Blueprint.conditions`, on the device. All
+                that depends on them alone is computed once per `load`.
 
         Raises:
-            ValueError: a shape or dtype is wrong, labels are missing, or labels are given but not taken.
+            ValueError: a shape or dtype is wrong, labels or conditions are missing, or are given but not taken.
         """
         blueprint, factor = self.blueprint, self.blueprint.factor
         left_out = blueprint.in_channels - inputs.shape[1] if inputs.ndim == 2 + blueprint.dims else None
@@ -163,8 +185,13 @@ class FrozenUNet:
             )
         if labels is not None:
             blueprint.check_labels(labels, len(inputs))
+        conditions = conditions or {}
+        blueprint.check_conditions(conditions, len(inputs))
+        for name, given in conditions.items():
+            if given.device != self.device:
+                raise ValueError(f"{name} is on {given.device}, must be on {self.device}")
         with self._lock:
-            return Program(self, inputs, timesteps, labels)
+            return Program(self, inputs, timesteps, labels, conditions)
 
     @property
     def _shape(self) -> str:
@@ -178,11 +205,14 @@ class FrozenUNet:
             return inputs
         return inputs.as_strided((n, whole, height, width), inputs.stride(), inputs.storage_offset() - first)
 
-    def time_table(self, machine: Machine, timesteps: Tensor, labels: Tensor | None, batch: int) -> TimeTable:
+    def time_table(
+        self, machine: Machine, timesteps: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor], batch: int
+    ) -> TimeTable:
         """Return the time table of a program."""
         return TimeTable(
-            machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype
-        )
+            machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype,
+            conditions=conditions,
+        )  # fmt: skip
 
     @torch.inference_mode(False)
     def differs(self) -> str | None:
@@ -193,11 +223,12 @@ class FrozenUNet:
         with evaluating(self.unet):
             inputs, t = self.new_input(x.shape), torch.tensor([500], device=self.device)
             inputs.copy_(x)
-            program = self.bind(inputs, t, blueprint.some_labels(1, self.device))
+            labels, conditions = blueprint.some_labels(1, first.device), blueprint.some_conditions(1, self.device)
+            program = self.bind(inputs, t, blueprint.some_labels(1, self.device), conditions)
             own = {"x_self_cond": x[:, :optional]} if optional else {}
-            labels = blueprint.some_labels(1, first.device)
+            own |= {k: v.to(first if v.is_floating_point() else first.device) for k, v in conditions.items()}
             theirs = blueprint.call(x[:, optional:], t.to(first.device), labels, **own)
-            found = difference(theirs, program(torch.zeros_like(t)), self.dtype)
+            found = difference(theirs, program(torch.zeros_like(t)), self.weight_dtype or self.dtype)
         return None if found is None else f"frozen it {found} of what it computes itself"
 
     @torch.inference_mode(False)
@@ -213,10 +244,11 @@ class FrozenUNet:
             if reason := self.blueprint.why_not(self.unet) or changed(self._settings or now, now):
                 raise ValueError(f"unet has changed since it was frozen (make a new Sampler): {reason}")
             self._settings = now
-            seen = weights.fingerprint(self.unet)
-            if seen != self._fingerprint:
+            seen, sums = weights.fingerprint(self.unet, sums=self.sums_weights)
+            known, known_sums = self._fingerprint
+            if seen != known or sums not in (None, known_sums):
                 self._refill()
-                self._fingerprint = seen  # only now, so that a failed refresh is tried again
+                self._fingerprint = seen, sums  # only now, so that a failed refresh is tried again
                 self._version += 1
             return self._version
 
@@ -228,9 +260,10 @@ class FrozenUNet:
         machine = Machine(self.fused, self.static, self.backend)
         row = torch.zeros(1, len(self.time_bias), dtype=self.row_dtype, device=self.device)
         size = self.blueprint.smallest_size or self.blueprint.factor
+        conditions = self.blueprint.some_conditions(1, self.device, optional=True)
         self.constants.refilling = True
         try:
-            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels).lower()
+            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels, conditions).lower()
         finally:
             self.constants.refilling = False
 

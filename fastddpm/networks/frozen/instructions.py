@@ -83,7 +83,7 @@ class Machine:
 
     def place(self, slot: int, like: Tensor, channels: int) -> Tensor:
         """Return the memory for the result of a fused kernel: the slot's own, or new memory."""
-        if not self.static:
+        if not self.static and slot not in self.fixed:
             n, _, h, w = like.shape
             self.slots[slot] = like.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
         return self.slots[slot]
@@ -283,6 +283,11 @@ def other(m: Machine, sources: Sequence[int], target: int, function: Callable[..
         m.slots[target] = channels_last(function(*(m.slots[slot] for slot in sources)))
 
     return run
+
+
+def copy_from(m: Machine, values: Tensor, target: int) -> Callable[[], object]:
+    """Copy values [N, C, H, W], which stay where they are, in whatever dtype and order they have."""
+    return lambda: m.slots[target].copy_(values)
 
 
 _ACTIVATE: dict[str, Callable[[Tensor], object]] = {

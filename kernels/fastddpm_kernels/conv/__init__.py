@@ -128,7 +128,7 @@ def conv_(
 
 
 def _check_packed(weight: PackedWeight, x: Tensor, channels2: int) -> None:
-    if weight.values.dtype != x.dtype:
+    if (weight.values.dtype, x.dtype) != (torch.float16, torch.float32) and weight.values.dtype != x.dtype:
         raise TypeError(f"weight is packed for {weight.values.dtype}, must be for x's dtype, {x.dtype}")
     if x.dtype == torch.bfloat16 and weight.channels2 != channels2:
         raise ValueError(f"weight is packed for {weight.channels2} channels of x2, must be for {channels2}")

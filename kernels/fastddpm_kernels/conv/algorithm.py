@@ -6,6 +6,7 @@ import torch
 
 from fastddpm_kernels import tuned
 from fastddpm_kernels.conv.packing import ALGORITHMS, TILE
+from fastddpm_kernels.native.quota import threads as native_threads
 
 # Costs of a transformed value and of a byte of weights, in multiply-adds of the float32 products, measured on Zen 4 and
 # Zen 5 cores (all cores share the memory). In float32 14 and 6 would fit a little better, but would choose winograd4,
@@ -17,23 +18,25 @@ _CPU = torch.device("cpu")
 def choose_algorithm(
     n: int, height: int, width: int, in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1,
     padding: int = 1, upsample: bool = False, threads: int | None = None, dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
 ) -> str:  # fmt: skip
     """Return the fastest algorithm from a tuned table, else the one predicted by `likely_algorithm`.
 
     Args:
         n, height, width, in_channels: of the input, `height` and `width` before upsampling.
         out_channels, kernel, stride, padding, upsample: of the convolution.
-        threads: None for torch's.
+        threads: None for those of `native.threads()`.
         dtype: float32 or bfloat16.
+        stored: of the packed weights, None for `dtype`; tuned tables are for that.
     """
     if (kernel, stride, padding) != (3, 1, 1):
         return "direct"
-    threads = torch.get_num_threads() if threads is None else threads
+    threads = native_threads() if threads is None else threads
     shape = (n, height, width, in_channels, out_channels, int(upsample), threads)
-    found = tuned.choice("conv", _CPU, dtype, shape)
+    found = tuned.choice("conv", _CPU, dtype, shape) if stored in (None, dtype) else None
     if found is not None and found["algorithm"] in possible_algorithms(upsample, dtype):
         return str(found["algorithm"])
-    return likely_algorithm(*shape, dtype=dtype)
+    return likely_algorithm(*shape, dtype=dtype, stored=stored)
 
 
 def possible_algorithms(upsample: int, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
@@ -45,7 +48,7 @@ def possible_algorithms(upsample: int, dtype: torch.dtype = torch.float32) -> tu
 
 def likely_algorithm(
     n: int, height: int, width: int, in_channels: int, out_channels: int, upsample: int, threads: int, *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, stored: torch.dtype | None = None,
 ) -> str:  # fmt: skip
     """Return the cheapest algorithm for a 3x3 convolution of stride 1 that pads by 1.
 
@@ -57,7 +60,7 @@ def likely_algorithm(
     padded = (-(-in_channels // 32) * 32 if half else in_channels) * out_channels
 
     def cost(algorithm: str) -> float:
-        per_byte = _BYTE_COST * threads * dtype.itemsize * pairs
+        per_byte = _BYTE_COST * threads * (stored or dtype).itemsize * pairs
         if algorithm == "direct":
             taps = 4 if upsample else 9
             return product * n * height * width * taps * pairs + per_byte * (16 if upsample else 9)

@@ -16,7 +16,8 @@ struct Conv {
     using Element = typename A::Element;
     Element* y;
     const Element *x, *x2;
-    const float *weight, *bias;
+    const typename A::Weight* weight;
+    const float* bias;
     const Element* residual;
     long n, height, width, channels, channels2;  // of x
     long out_height, out_width, out_channels;    // of y
@@ -27,9 +28,10 @@ struct Conv {
 
 // Nearest-neighbour upsampling by two and a 3x3 convolution are four 2x2 convolutions, one for the output pixels of
 // each parity: with padding 1 for even rows and 0 for odd ones. Else there is one phase, which is the convolution.
+template <class A>
 struct Phase {
     long kernel, pad_top, pad_left, step, top, left, height, width;  // its pixel (i, j) is y[step * i + top][..]
-    const float* weight;
+    const typename A::Weight* weight;
 };
 
 template <class A>
@@ -39,22 +41,26 @@ class Direct {
 
     static constexpr long kFewWords = 8;  // of a pixel: rows are then gathered before they are multiplied
     static constexpr int kFewChannels = 4, kPixels = 4;
+    static constexpr long kAhead = 64;  // rows of a panel that are asked for before they are multiplied
 
     const Conv<A>& c;
-    const long depth, panels, taps;  // depth in words: whole ones, as of channels that are next to each other
+    const long depth, panels, columns, taps;  // depth in words: whole ones, as of channels next to each other; columns
+                                              // are vectors of output channels
 
   public:
     explicit Direct(const Conv<A>& conv)
         : c(conv),
           depth((c.channels + c.channels2) / A::kDeep),
           panels(ceil_div(c.out_channels, kPanel)),
+          columns(ceil_div(c.out_channels, kLanes)),
           taps(c.upsample ? 4 : c.kernel * c.kernel) {}
 
     void run() const {
         const long phases = c.upsample ? 4 : 1;
         const long blocks = ceil_div(rows(), kBlock);
         // Few blocks: every thread reads its own part of the weights. Else its own part of the pixels.
-        const long parts = blocks >= 4 * c.threads || c.threads == 1 ? 1 : panels;
+        long parts = blocks >= 4 * c.threads || c.threads == 1 ? 1 : panels;
+        if (parts > 1 && phases * blocks * panels < 4 * c.threads && kHalves > 1) parts = columns;
         // What lies outside of the image is read from here. Behind it, for few output channels, their weights.
         const long outside = ceil_div(std::max(c.channels, c.channels2) * sizeof(Element), sizeof(float));
         float* words = scratch<float>(Slot::kShared, outside + (few_channels() ? c.out_channels * taps * depth : 0));
@@ -72,10 +78,15 @@ class Direct {
             });
             return;
         }
+        const Call call;
+        const long width = parts == columns ? 1 : kColumns;  // of a part's unit, in vectors
+        const long units = ceil_div(columns, width);
         for_each(phases * blocks * parts, c.threads, [&](long i) {
             const long block = i % blocks, part = i / blocks % parts, phase = i / blocks / parts;
             const long first = rows_of(blocks, block), last = rows_of(blocks, block + 1);
-            multiply(this->phase(phase), zeros, first, last - first, panels * part / parts, panels * (part + 1) / parts);
+            multiply(
+                this->phase(phase), zeros, first, last - first, width * (units * part / parts),
+                std::min(columns, width * (units * (part + 1) / parts)), call.done(phase * blocks + block));
         });
     }
 
@@ -95,8 +106,8 @@ class Direct {
         return !c.upsample && c.out_channels <= kFewChannels && words % kLanes == 0 && words2 % kLanes == 0;
     }
 
-    Phase phase(long index) const {
-        const float* weight = c.weight + index * taps * panels * depth * kPanel;
+    Phase<A> phase(long index) const {
+        const typename A::Weight* weight = c.weight + index * taps * panels * depth * kPanel;
         if (!c.upsample) return {c.kernel, c.padding, c.padding, 1, 0, 0, c.out_height, c.out_width, weight};
         const long top = index / 2, left = index % 2;
         return {2, 1 - top, 1 - left, 2, top, left, c.height, c.width, weight};
@@ -107,10 +118,11 @@ class Direct {
         const Element** starts;
         long* targets;
     };
-    Gathered gather(const Phase& p, const Element* zeros, long first, long count) const {
+    Gathered gather(const Phase<A>& p, const Element* zeros, long first, long count, bool again = false) const {
         const long sources = c.channels2 ? 2 : 1;
         const Element** starts = scratch<const Element*>(Slot::kPointers, taps * sources * count);
         long* targets = scratch<long>(Slot::kOutput, count);
+        if (again) return {starts, targets};
         long j = first % p.width, i = first / p.width % p.height, n = first / (p.width * p.height);
         for (long r = 0; r < count; ++r) {
             const Element** place = starts + r;
@@ -136,30 +148,46 @@ class Direct {
         return {starts, targets};
     }
 
-    void multiply(const Phase& p, const Element* zeros, long first, long count, long begin, long end) const {
-        const Gathered rows = gather(p, zeros, first, count);
+    // Vectors [begin, end) of output channels of `count` rows. `again`: this thread has just done others of these rows.
+    void multiply(
+        const Phase<A>& p, const Element* zeros, long first, long count, long begin, long end, bool again) const {
+        const Gathered rows = gather(p, zeros, first, count, again);
         const Element* const* starts = rows.starts;
         long segments = taps * (c.channels2 ? 2 : 1), words[2] = {c.channels / A::kDeep, c.channels2 / A::kDeep};
         if (depth < kFewWords && segments > 1) {
-            starts = put_together(starts, segments, count);
+            starts = put_together(starts, segments, count, again);
             segments = 1;
             words[0] = taps * depth;
         }
-        for (long panel = begin; panel < end; ++panel)
-            with_columns(c.out_channels - panel * kPanel, [&](auto columns) {
-                for_row_tiles(count, [&](long r, auto height) {
-                    tile<height, columns>(
-                        starts + r, rows.targets + r, count, segments, words, p.weight + panel * taps * depth * kPanel,
-                        panel);
+        // Rows that one high tile holds: then it reads the weights once.
+        const bool high = kHalves > 1 && count > kRows && count <= 2 * kRows;
+        for (long column = begin; column < end;) {
+            const long within = column % kColumns, panel = column / kColumns;
+            const auto* weights = p.weight + panel * taps * depth * kPanel + within * kLanes;
+            const auto multiply_tile = [&](auto height, auto width, long r) {
+                tile<height, width>(
+                    starts + r, rows.targets + r, count, count - r, segments, words, weights, column * kLanes);
+            };
+            if (kHalves > 1 && (high || within > 0 || end - column < kColumns)) {
+                for_high_tiles(count, [&](long r, auto height) {
+                    multiply_tile(height, std::integral_constant<int, kColumns / kHalves>{}, r);
                 });
+                ++column;
+                continue;
+            }
+            for_row_tiles(count, [&](long r, auto height) {
+                multiply_tile(height, std::integral_constant<int, kColumns>{}, r);
             });
+            column += kColumns;
+        }
     }
 
     // The words of all segments of a row, next to each other. Returns where the rows begin.
-    const Element* const* put_together(const Element* const* starts, long segments, long count) const {
+    const Element* const* put_together(const Element* const* starts, long segments, long count, bool again) const {
         const long sources = c.channels2 ? 2 : 1;
         float* together = scratch<float>(Slot::kInput, count * taps * depth);
         const Element** begins = scratch<const Element*>(Slot::kPacked, count);
+        if (again) return begins;
         for (long r = 0; r < count; ++r) {
             begins[r] = reinterpret_cast<const Element*>(together);
             for (long segment = 0; segment < segments; ++segment) {
@@ -211,27 +239,31 @@ class Direct {
         return lanes[0];
     }
 
-    // `words` of the two sources, whose segments take turns.
+    // Output channels from `first` on of R rows, of which `left` are there; `words` of the two sources, whose segments take
+    // turns.
     template <int R, int C>
     void tile(
-        const Element* const* starts, const long* targets, long count, long segments, const long* words,
-        const float* weights, long panel) const {
+        const Element* const* starts, const long* targets, long count, long left, long segments, const long* words,
+        const typename A::Weight* weights, long first) const {
         Vec sums[R][C] = {};
         const bool two = segments > taps;
         for (long segment = 0; segment < segments; ++segment) {
             const float* rows[R];  // of words
-            for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const float*>(starts[segment * count + r]);
+            for (int r = 0; r < R; ++r)
+                rows[r] = reinterpret_cast<const float*>(
+                    starts[segment * count + (R > kRows ? std::min<long>(r, left - 1) : r)]);
             const long length = words[two ? segment % 2 : 0];
-            multiply_add_blocks<A>(sums, [&](int r) { return rows[r]; }, length, weights);
+            multiply_add_blocks<A>(sums, [&](int r) { return rows[r]; }, length, weights, kAhead * kPanel);
             weights += length * kPanel;
         }
 #pragma GCC unroll 8
         for (int j = 0; j < C; ++j) {
-            const long channel = panel * kPanel + j * kLanes, lanes = std::min<long>(kLanes, c.out_channels - channel);
+            const long channel = first + j * kLanes, lanes = std::min<long>(kLanes, c.out_channels - channel);
             if (lanes <= 0) break;
             const Vec bias = c.bias ? load_some(c.bias + channel, lanes) : zero();
-#pragma GCC unroll 16
+#pragma GCC unroll 28
             for (int r = 0; r < R; ++r) {
+                if (R > kRows && r >= left) break;
                 Vec value = sums[r][j] + bias;
                 if (c.residual) value += load_some(c.residual + targets[r] + channel, lanes);
                 store_some(c.y + targets[r] + channel, value, lanes);
@@ -246,19 +278,19 @@ class Direct {
 // y [N, H', W', O] = conv(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] + residual [N, H', W', O], square
 // kernels. Beyond the image x is zero, so the padding below and to the right is what H' and W' imply. With `upsample`
 // (kernel 3, stride 1, padding 1) the image is upsampled by two before. bias, residual and x2 (C2 = 0) may be null.
-// weight is packed, [phases, ceil(O / panel), taps, words of C and C2, panel]. All are floats; with `bfloat16`, y, x, x2 and
-// residual are bfloat16, C and C2 even.
+// weight is packed, [phases, ceil(O / panel), taps, words of C and C2, panel]. `kind`: 0 all are
+// floats; 1 y, x, x2 and residual are bfloat16, C and C2 even; 2 weight is float16.
 extern "C" void fastddpm_conv_direct(
-    void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
+    void* y, const void* x, const void* x2, const void* weight, const float* bias, const void* residual, long n,
     long height, long width, long channels, long channels2, long out_height, long out_width, long out_channels,
-    long kernel, long stride, long padding, int upsample, int bfloat16, int threads) {
+    long kernel, long stride, long padding, int upsample, int kind, int threads) {
     using namespace fastddpm;
-    with_arithmetic(bfloat16, [&](auto arithmetic) {
+    with_weights(kind, [&](auto arithmetic) {
         using A = decltype(arithmetic);
         using Element = typename A::Element;
         const Conv<A> conv{
-            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2), weight, bias,
-            static_cast<const Element*>(residual), n, height, width, channels, channels2, out_height, out_width,
+            static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
+            static_cast<const typename A::Weight*>(weight), bias, static_cast<const Element*>(residual), n, height, width, channels, channels2, out_height, out_width,
             out_channels, kernel, stride, padding, upsample != 0, threads};
         Direct<A>(conv).run();
     });

@@ -19,17 +19,18 @@ def bind_conv(
 
     In bfloat16 "direct" takes even numbers of channels, and there is no "winograd4".
     """
-    (n, channels, height, width), half = x.shape, x.dtype == torch.bfloat16
+    n, channels, height, width = x.shape
+    kind = 1 if x.dtype == torch.bfloat16 else 2 if weight.values.dtype == torch.float16 else 0
     tensors = (y, x, x2, weight.values, bias, residual)
     channels2, outputs = _channels(x2), y.shape[1]
     if weight.algorithm == "direct":
         return bind(
             "fastddpm_conv_direct", *tensors, n, height, width, channels, channels2, *y.shape[2:], outputs,
-            weight.kernel, stride, padding, weight.upsample, half, THREADS,
+            weight.kernel, stride, padding, weight.upsample, kind, THREADS,
         )  # fmt: skip
     return bind(
         "fastddpm_conv3x3_winograd", *tensors, n, *y.shape[2:], channels, channels2, outputs, TILE[weight.algorithm],
-        weight.upsample, half, THREADS,
+        weight.upsample, kind, THREADS,
     )  # fmt: skip
 
 

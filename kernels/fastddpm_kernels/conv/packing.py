@@ -25,7 +25,8 @@ class PackedWeight:
     """A weight as a native algorithm reads it.
 
     Attributes:
-        values: of `packed_values`, in the dtype of the convolution; may be overwritten.
+        values: of `packed_values`, in the dtype of the convolution or stored in float16 for one in float32; may be
+            overwritten.
         algorithm: one of `ALGORITHMS`.
         in_channels, out_channels, kernel: of the weight [out_channels, in_channels, kernel, kernel].
         upsample: whether it is to be applied to an image upsampled by two.
@@ -42,11 +43,12 @@ class PackedWeight:
 
 
 def pack(
-    weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0
-) -> PackedWeight:
+    weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0,
+    stored: torch.dtype | None = None,
+) -> PackedWeight:  # fmt: skip
     """Return a weight [O, C + C2, k, k] packed for an algorithm. See `packed_values`."""
     out_channels, in_channels, kernel, _ = weight.shape
-    values = packed_values(weight, algorithm, upsample, dtype=dtype, channels2=channels2)
+    values = packed_values(weight, algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored)
     return PackedWeight(values, algorithm, in_channels, out_channels, kernel, upsample, channels2)
 
 
@@ -59,10 +61,20 @@ def why_not_packed(algorithm: str, channels: int, channels2: int, dtype: torch.d
     return None
 
 
+def why_not_stored(stored: torch.dtype | None, dtype: torch.dtype) -> str | None:
+    """Return why weights for a native convolution in `dtype` cannot be stored as `stored`, or None."""
+    if stored is None or stored == dtype:
+        return None
+    if (stored, dtype) != (torch.float16, torch.float32):
+        return f"weights are stored as {stored} for {dtype}, must be float16 for float32"
+    return native.why_not() or (None if native.get().half else "this CPU, or its compiler, has no F16C")
+
+
 @torch.no_grad()
 def packed_values(
-    weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0
-) -> Tensor:
+    weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0,
+    stored: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """Return the values of a `PackedWeight`, one-dimensional, on the CPU.
 
     Panels of neighbouring output channels, as many as the kernel's registers hold: [points or phases, panels, taps,
@@ -70,11 +82,17 @@ def packed_values(
     those with even numbers come first, and x and x2 (the last `channels2`) are each filled up with zeros to as many.
     Computed in float64 and rounded once.
 
+    Args:
+        weight: [O, C, k, k].
+        algorithm, upsample, channels2: see `PackedWeight`.
+        dtype: of the convolution.
+        stored: the dtype of the values: None for `dtype`, or float16 where `dtype` is float32: half the bytes to read.
+
     Raises:
-        ValueError: the algorithm does not compute such a convolution.
-        BackendError: there is no native backend here, or none in `dtype`.
+        ValueError: the algorithm does not compute such a convolution, or a value is beyond float16's range.
+        BackendError: there is no native backend here, or none in `dtype`, or none that reads float16.
     """
-    if reason := backend.why_not("native", "cpu", "conv", dtype):
+    if reason := backend.why_not("native", "cpu", "conv", dtype) or why_not_stored(stored, dtype):
         raise backend.BackendError(f"conv: backend 'native' cannot run here: {reason}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is {algorithm!r}, must be one of {', '.join(ALGORITHMS)}")
@@ -104,7 +122,12 @@ def packed_values(
     products = F.pad(products, (0, 0, 0, panels * panel - out_channels))
     if dtype == torch.float32:
         products = products.unflatten(2, (panels, panel)).permute(0, 2, 1, 4, 3)
-        return products.to(dtype).contiguous().flatten()
+        values = products.to(stored or dtype).contiguous().flatten()
+        if stored is not None and not bool(values.isfinite().all()) and bool(w.isfinite().all()):
+            raise ValueError(
+                f"stored is {stored}, must be float32: packed weights reach {float(products.abs().max()):.3g}"
+            )
+        return values
     if algorithm != "direct":
         products = F.pad(products, (0, 1))[..., _order(weight.shape[1] - channels2, channels2)]
     products = products.unflatten(2, (panels, panel)).unflatten(4, (-1, 2)).permute(0, 2, 1, 4, 3, 5)

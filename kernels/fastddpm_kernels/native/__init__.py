@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels.native.build import BuildError, library
+from fastddpm_kernels.native.quota import threads
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -25,10 +26,15 @@ _ARGUMENTS = {
     "fastddpm_conv3x3_pack": [_P] * 2 + [_L] * 7 + [_I] * 3,
     "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I] * 2,
     "fastddpm_conv_direct": [_P] * 6 + [_L] * 11 + [_I] * 3,
+    "fastddpm_conv1d": [_P] * 5 + [_L] * 9 + [_I] * 3,
+    "fastddpm_group_norm_mish": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 2,
     "fastddpm_attention": [_P] * 4 + [_L] * 9 + [_F] + [_I] * 2 + [_P],
+    "fastddpm_cross_attention": [_P] * 5 + [_L] * 10 + [_F] + [_I] * 2,
     "fastddpm_attention_gradient": [_P] * 8 + [_L] * 5 + [_F] + [_I] * 2,
     "fastddpm_group_norm": [_P] * 10 + [_L] * 8 + [_F] + [_I] * 3 + [_P] * 2,
     "fastddpm_group_norm_gradient": [_P] * 13 + [_L] * 8 + [_I] * 3,
+    "fastddpm_layer_norm": [_P] * 6 + [_L] * 2 + [_F] + [_I] * 2,
+    "fastddpm_geglu": [_P] * 2 + [_L] * 2 + [_I] * 2,
     "fastddpm_checksums": [_P] * 3 + [_L, _I],
     "fastddpm_rms_norm": [_P] * 7 + [_L] * 6 + [_F] + [_I] * 3,
     "fastddpm_normal": [_P] * 3 + [_L] * 3 + [_I],
@@ -51,6 +57,7 @@ class _Library:
     Attributes:
         panel: output channels of a panel of packed weights.
         bfloat16: support for bfloat16 products: 0 none, 1 yes, 2 yes, but oneDNN is faster (AMX).
+        half: whether convolutions in float32 read weights that are stored in float16.
     """
 
     def __init__(self) -> None:
@@ -69,6 +76,7 @@ class _Library:
         functions.fastddpm_start.argtypes = [_P]
         self.panel: int = functions.fastddpm_start(None if parallel is None else ctypes.cast(parallel, _P))
         self.bfloat16: int = functions.fastddpm_bfloat16()
+        self.half = bool(functions.fastddpm_half())
         self.functions = functions
 
     @staticmethod
@@ -147,5 +155,5 @@ def checksums(tensors: list[Tensor]) -> list[int]:
     places = (_P * len(tensors))(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_int64 * len(tensors))(*(t.numel() * t.element_size() for t in tensors))
     sums = (ctypes.c_uint64 * len(tensors))()
-    get().functions.fastddpm_checksums(sums, places, sizes, len(tensors), torch.get_num_threads())
+    get().functions.fastddpm_checksums(sums, places, sizes, len(tensors), threads())
     return list(sums)

@@ -14,6 +14,7 @@ namespace fastddpm {
 
 struct Float32 {
     using Element = float;           // of the tensors in memory
+    using Weight = float;            // of packed weights: a word
     using Precise = double;          // in which weights are transformed
     static constexpr int kDeep = 1;  // values of a word: of neighbouring channels, or of neighbouring tiles
     static constexpr int kGradientTile = 4;
@@ -34,9 +35,17 @@ struct Float32 {
     static Vec multiply_add(Vec sum, Vec words, Vec others) { return sum + words * others; }
 };
 
+#if defined(FASTDDPM_HALF)
+// The same products of weights that take half the memory.
+struct Float32OfHalf : Float32 {
+    using Weight = Half;
+};
+#endif
+
 #if defined(__AVX512BF16__)
 struct Bfloat16 {
     using Element = Bf16;
+    using Weight = float;
     using Precise = float;
     static constexpr int kDeep = 2;
     static constexpr int kGradientTile = 2;
@@ -90,14 +99,28 @@ inline void with_arithmetic(int bfloat16, const F& f) {
 #endif
 }
 
+// f(arithmetic) for convolutions, whose weights may be stored in another type: 0 float32, 1 bfloat16, 2 float32 with weights
+// in float16.
+template <class F>
+inline void with_weights(int kind, const F& f) {
+    if (kind != 2) return with_arithmetic(kind, f);
+#if defined(FASTDDPM_HALF)
+    f(Float32OfHalf{});
+#else
+    std::abort();  // `fastddpm_half` has said that it is not there
+#endif
+}
+
 // f(arithmetic, tile's side) for Winograd's algorithm, both known to the compiler. bfloat16 has tiles of 2 x 2 only.
+template <class A, class F>
+inline void with_tile_of(A arithmetic, int m, const F& f) {
+    if constexpr (A::kDeep == 1)
+        if (m == 4) return f(arithmetic, std::integral_constant<int, 4>{});
+    f(arithmetic, std::integral_constant<int, 2>{});
+}
 template <class F>
 inline void with_tile(int bfloat16, int m, const F& f) {
-    with_arithmetic(bfloat16, [&](auto arithmetic) {
-        if constexpr (decltype(arithmetic)::kDeep == 1)
-            if (m == 4) return f(arithmetic, std::integral_constant<int, 4>{});
-        f(arithmetic, std::integral_constant<int, 2>{});
-    });
+    with_arithmetic(bfloat16, [&](auto arithmetic) { with_tile_of(arithmetic, m, f); });
 }
 
 }  // namespace fastddpm

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels import native
+from fastddpm_kernels.native.quota import threads
 
 if TYPE_CHECKING:
     from fastddpm_kernels.native.program import Program
 
-THREADS = object()  # stands for torch's number of threads at the launch
+THREADS = object()  # stands for the number of threads at the launch
 
 
 class Recording(threading.local):
@@ -41,7 +42,7 @@ def bind(name: str, *arguments: Any) -> Callable[[], None]:
         for kind, value in zip(function.argtypes, arguments, strict=True)
     ]
     before, after = converted[:at], converted[at + 1 :]
-    threads, kept = torch.get_num_threads, [value for value in arguments if isinstance(value, Tensor)]
+    kept = [value for value in arguments if isinstance(value, Tensor)]
 
     def run() -> None:
         if recording.program is not None:

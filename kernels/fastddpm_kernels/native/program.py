@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm_kernels import native
 from fastddpm_kernels.native.binding import THREADS, bind, recording
+from fastddpm_kernels.native.quota import threads
 
 _DTYPES = {torch.float32: 4, torch.bfloat16: 2, torch.int64: 8}  # what is copied, and its bytes
 _DIMENSIONS = 5  # of a copy
@@ -89,7 +90,7 @@ class Program:
         self._parts.append(call)
 
     def advance(self, times: int) -> None:
-        """Run the program `times` times, on as many threads as torch uses."""
+        """Run the program `times` times, on as many threads as `threads` says."""
         if self.is_native:
             self._run(0, self._count, times)
             return
@@ -120,8 +121,7 @@ class Program:
 
     def _run(self, begin: int, end: int, times: int, taken: Any = None) -> None:
         # If torch runs in between, its threads spin while they wait and would compete with others.
-        threads, alone = torch.get_num_threads(), self.is_native
-        self._functions.fastddpm_program_advance(self._handle, begin, end, times, threads, alone, taken)
+        self._functions.fastddpm_program_advance(self._handle, begin, end, times, threads(), self.is_native, taken)
 
 
 def record(body: Callable[[], object]) -> Program:

@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastddpm {
@@ -30,6 +32,30 @@ typedef float UnalignedVec __attribute__((vector_size(kLanes * sizeof(float)), a
 typedef uint16_t Bf16;
 typedef Bf16 HalfVec __attribute__((vector_size(kLanes * sizeof(Bf16))));
 typedef Bf16 UnalignedHalfVec __attribute__((vector_size(kLanes * sizeof(Bf16)), aligned(2), may_alias));
+
+// A float16, in which weights may be stored; nothing is computed in it.
+enum class Half : uint16_t {};
+#if defined(__F16C__) || defined(__aarch64__)
+#define FASTDDPM_HALF 1
+inline Vec load(const Half* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+#endif
+}
+inline float load_word(const Half* p) {
+#if defined(__F16C__)
+    return _cvtsh_ss(static_cast<uint16_t>(*p));
+#else
+    __fp16 value;
+    std::memcpy(&value, p, sizeof(value));
+    return value;
+#endif
+}
+#endif
 
 // Bits, be they a float or two bfloat16.
 typedef float AliasedFloat __attribute__((may_alias));
