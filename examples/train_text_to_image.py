@@ -30,7 +30,7 @@ parser.add_argument("--output", type=Path, default=Path("emoji-run"), help="fold
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
 parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="report on the model in DIR instead")
 parser.add_argument("--pictures", type=Path, default=Path("emoji"), help="of emoji.py (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=20_000, help="training steps (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=5000, help="training steps (default: %(default)s)")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="of weights, order and samples (default: %(default)s)")
 
@@ -56,8 +56,8 @@ def train(args: argparse.Namespace) -> Path:
     )
     Trainer(
         diffusion, args.pictures / "train", text_encoder=ENCODER, resume=args.resume, results_folder=args.output,
-        device=args.device, train_num_steps=args.steps, train_batch_size=32, train_lr=1e-3, lr_warmup_steps=200,
-        ema_decay=0.998, num_samples=24, guidance_scale=3.0, sample_every=500, save_every=250, seed=args.seed,
+        device=args.device, train_num_steps=args.steps, train_batch_size=16, train_lr=1e-3, lr_warmup_steps=200,
+        ema_decay=0.999, num_samples=24, guidance_scale=3.0, sample_every=500, save_every=250, seed=args.seed,
     ).train()  # fmt: skip
     return export(args.output)
 

@@ -202,8 +202,8 @@ class Network:
             return ()
         return tuple(tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers()))
 
-    def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
-        """Return (C, H, W) of a sample from the model's config.
+    def sample_shape(self, learned_variance: bool) -> tuple[int, ...]:
+        """Return (C, H, W) of a sample from the model's config, or (C, L) where its `sample_size` is (L,).
 
         Raises:
             ValueError: there is no config, or it does not state them.
@@ -215,8 +215,7 @@ class Network:
             channels //= 2
         if size is None or channels is None:
             raise ValueError("shape is None, must be given: the model has no config with sample_size and in_channels")
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return (channels, height, width)
+        return (channels, *((size, size) if isinstance(size, int) else size))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
