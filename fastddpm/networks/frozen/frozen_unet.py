@@ -55,7 +55,7 @@ class FrozenUNet:
         weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
-        sums_weights: whether `refresh` reads all weights, and so notices also changes that torch does not count.
+        watch: of the U-Net, if `refresh` is to look only for the changes that a `Watch` notices; else None.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
 
@@ -112,7 +112,7 @@ class FrozenUNet:
         self.constants = Constants(self.dtype, self.device)
         self._lock = threading.RLock()
         self._version = 0
-        self.sums_weights = True
+        self.watch: weights.Watch | None = None
         self._fingerprint = weights.fingerprint(unet)
         self.embeddings = self.blueprint.embeddings().to(self.device)
         weight, bias, self.columns = self.blueprint.time_projections()
@@ -241,16 +241,19 @@ class FrozenUNet:
             ValueError: the U-Net's layers have changed.
         """
         with self._lock:
+            if self.watch is not None and not self.watch.changed():
+                return self._version
             now = settings_of(self.unet)
             if reason := self.blueprint.why_not(self.unet) or changed(self._settings or now, now):
                 raise ValueError(f"unet has changed since it was frozen (make a new Sampler): {reason}")
             self._settings = now
-            seen, sums = weights.fingerprint(self.unet, sums=self.sums_weights)
-            known, known_sums = self._fingerprint
-            if seen != known or sums not in (None, known_sums):
+            seen = weights.fingerprint(self.unet)
+            if seen != self._fingerprint:
                 self._refill()
-                self._fingerprint = seen, sums  # only now, so that a failed refresh is tried again
+                self._fingerprint = seen  # only now, so that a failed refresh is tried again
                 self._version += 1
+            if self.watch is not None:
+                self.watch.accept()
             return self._version
 
     def _refill(self) -> None:
