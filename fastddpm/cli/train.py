@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.options import integer
+from fastddpm.cli.options import a_seed, integer
 
 if TYPE_CHECKING:
     from fastddpm.training.config import RunConfig, Tables
@@ -29,8 +29,8 @@ def add_commands(commands: Any) -> None:
         help="train a model on a folder of pictures",
         description="Train a model on pictures of any size and format, or on an .npz. Settings that are not given are "
         "chosen from the data: the size, grey or colour, the U-Net. Everything is written to one folder: the model, "
-        "samples on the way, the loss, and checkpoints, from which --resume goes on. SIGTERM and Ctrl-C write a "
-        "checkpoint first.",
+        "samples on the way, the loss, and checkpoints, from which --resume goes on. SIGTERM, SIGHUP and "
+        "Ctrl-C write a checkpoint first.",
     )
     add = train.add_argument
     add("folder", nargs="?", metavar="FOLDER",
@@ -65,7 +65,7 @@ def add_commands(commands: Any) -> None:
         help="measured with every grid of samples; the best model is kept: the Frechet distance to the data in their "
              "principal components (default: none, or that of the run that is resumed)")  # fmt: skip
     add("--device", help="cuda, mps, cpu (default: the first of these that this machine has)")
-    add("--seed", type=integer(0), help="of weights, order, flips and noise")
+    add("--seed", type=a_seed, help="of weights, order, flips and noise")
     train.set_defaults(run=_train)
 
 
@@ -195,6 +195,7 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
 
 def _describe(trainer: Any) -> None:
     from fastddpm.cli.options import device_name
+    from fastddpm.common.images import few
 
     source, settings = trainer.source, trainer.settings
     names = trainer.label_names
@@ -207,7 +208,7 @@ def _describe(trainer: Any) -> None:
     print(f"{len(source)} images of {size}{classes}; a network of {parameters:.1f} million parameters")
     if names:
         shown = [f"{label} {name}" if name != str(label) else name for label, name in names.items()]
-        print(f"labels: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}")
+        print(f"labels: {few(shown, 20)}")
     processes = trainer.accelerator.num_processes
     print(
         f"{settings.train_num_steps} steps of {settings.images_per_step} images, from step {trainer.step}, on "

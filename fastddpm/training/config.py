@@ -29,7 +29,8 @@ import tomli_w
 import torch
 from torch import nn
 
-from fastddpm.common.files import write_text
+from fastddpm.common.files import read_text, write_text
+from fastddpm.common.images import check_memory
 from fastddpm.common.version import __version__
 from fastddpm.interop.pretrained import is_condition_model
 from fastddpm.interop.text_encoder import TextEncoder
@@ -132,6 +133,9 @@ class RunConfig:
         Raises:
             ValueError, TypeError: a setting is wrong, or two settings contradict each other.
         """
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in UNet(self.model).parameters())
+        check_memory(20 * count, f"training a U-Net of {count / 1e6:.1f} million parameters")  # five values for each
         schedule = _schedule(self.diffusion)
         objective = {name: value for name, value in self.diffusion.items() if name not in _SCHEDULE}
         with torch.random.fork_rng(devices=[]):
@@ -217,10 +221,8 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
         FileNotFoundError: there is no such file.
         ValueError: it is not TOML, or has an unknown section or key.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing")
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path).replace("\r\n", "\n"))
     except RecursionError:
         raise ValueError(f"{path} is not valid TOML: it is nested too deeply") from None
     except ValueError as error:  # also text that is not UTF-8

@@ -16,6 +16,7 @@ networks and one that evaluates them: every test there then runs for it.
 from __future__ import annotations
 
 from fastddpm.networks.frozen.blueprint import Blueprint
+from fastddpm.networks.frozen.kinds.condition.blueprint import ConditionBlueprint
 from fastddpm.networks.frozen.kinds.edm.blueprint import EDMBlueprint
 from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     ClassConditionalBlueprint,
@@ -23,6 +24,7 @@ from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     RepaintBlueprint,
     SequenceBlueprint,
 )
+from fastddpm.networks.frozen.kinds.monai.blueprint import MonaiBlueprint
 from fastddpm.networks.frozen.kinds.policies.blueprint import LeRobotBlueprint, PolicyBlueprint
 from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
 
@@ -32,7 +34,9 @@ KINDS: tuple[type[Blueprint], ...] = (
     ClassConditionalBlueprint,
     RepaintBlueprint,
     SequenceBlueprint,
+    ConditionBlueprint,
     EDMBlueprint,
+    MonaiBlueprint,
     PolicyBlueprint,
     LeRobotBlueprint,
 )
