@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
     from fastddpm_kernels.backend import BackendError
-    from fastddpm_kernels.native.quota import threads
+    from fastddpm_kernels.native.machine import threads
 
     if threads() < torch.get_num_threads():  # the quota of a control group is for torch's own operations, too
         torch.set_num_threads(threads())

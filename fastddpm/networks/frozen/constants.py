@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from fastddpm_kernels.native.pages import HugePages
 from torch import Tensor
+
+_MANY = 4096  # values of a vector that is no bias: packed weights
 
 
 class Constants:
@@ -19,6 +23,7 @@ class Constants:
         self.dtype, self.device = dtype, device
         self.refilling = False
         self.tensors: dict[str, Tensor] = {}
+        self._pages = HugePages() if device.type == "cpu" else None
 
     def put(
         self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None
@@ -33,8 +38,17 @@ class Constants:
         values = (values if isinstance(values, Tensor) else values()).detach()
         if tensor is None:
             order = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+            if self._pages is not None and values.ndim == 1 and values.numel() >= _MANY:
+                tensor = self._pages.empty((values.numel(),), dtype or self.dtype).copy_(values)
+                self.tensors[name] = tensor
+                return tensor
             tensor = values.to(self.device, dtype or self.dtype, copy=True).contiguous(memory_format=order)
             self.tensors[name] = tensor
         else:
             tensor.copy_(values)
         return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What lies in a block with others would be copied with all of it.
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return vars(self) | {"tensors": tensors, "_pages": None}

@@ -1,4 +1,4 @@
-"""Choose how many threads native code uses: torch's number, held to the CPU time that the control group allows."""
+"""What this machine gives native code: threads, held to the CPU time that the control group allows, and a cache."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def _most() -> int:
     chosen = os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS")
     quota = None if chosen else cpu_quota()
     return _DEFAULT if quota is None else max(1, math.ceil(quota))
+
+
+@functools.lru_cache(maxsize=1)
+def last_cache() -> int:
+    """Return the bytes of the last cache, which cores share; 0 if the system does not say."""
+    try:
+        return max(0, os.sysconf("SC_LEVEL3_CACHE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def cpu_quota(process: Path = Path("/proc/self")) -> float | None:
