@@ -7,7 +7,7 @@ images = load_pretrained("path/to/pipeline").sampler().sample(16, seed=0)
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.common.version import __version__
-from fastddpm.interop import accelerate
+from fastddpm.interop import accelerate, accelerated, unaccelerate
 from fastddpm.interop.fusing import Fused, fuse
 from fastddpm.interop.pretrained import Pretrained, load_pretrained, save_pretrained
 from fastddpm.networks.frozen import FrozenUNet, freeze
@@ -33,10 +33,12 @@ __all__ = [
     "UNetConfig",
     "__version__",
     "accelerate",
+    "accelerated",
     "freeze",
     "fuse",
     "load_pretrained",
     "save_pretrained",
+    "unaccelerate",
 ]
 
 

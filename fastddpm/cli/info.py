@@ -66,6 +66,8 @@ def _info(options: argparse.Namespace) -> None:
     for device in devices:
         for line in describe(device) or ["none: heuristics choose"]:
             console.print(f"Tuned choices on {device}: {line}", soft_wrap=True, markup=False, highlight=False)
+    for device in devices:
+        console.print(_verdicts(device), soft_wrap=True, markup=False, highlight=False)
     console.print(_graphs(devices[0]))
     console.print(f"TRITON_INTERPRET: {os.environ.get('TRITON_INTERPRET', 'unset')}")
     if kernels is not None:
@@ -108,6 +110,23 @@ def _backends(device_type: str) -> Table:
         reasons = [f"{name}: {why_not(name, device_type, op) or 'slower, on request'}" for name in others]
         rows.append((op, chosen, "\n".join(reasons)))
     return _table(f"Backends on {device_type}, float32", ("op", "uses", "not"), rows)
+
+
+def _verdicts(device: Any) -> str:
+    """Return one line on what `fastddpm verify` found on a device."""
+    from fastddpm_kernels.proving import enabled, failed, read
+
+    from fastddpm.common.proofs import PROOFS
+
+    if device.type == "mps":
+        return f"Checks on {device}: none, it has no kernels"
+    if not enabled():
+        return f"Checks on {device}: FASTDDPM_VERIFY is 0, all kernels are trusted"
+    verdicts = [*(read(device) or []), *(read(device, PROOFS) or [])]
+    if not verdicts:
+        return f"Checks on {device}: none yet, the first use runs them (or fastddpm verify)"
+    bad = "".join(f"; {op} is not used: {why}" for op, why in failed(verdicts).items())
+    return f"Checks on {device}: {sum(v.verdict == 'passed' for v in verdicts)} of {len(verdicts)} passed{bad}"
 
 
 def _graphs(device: Any) -> Table:

@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.networks.unet.files import index_files, shards, weights_files
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.methods import find_method, own_settings
@@ -33,6 +35,9 @@ BUNDLED = Path(__file__).parents[1] / "assets" / "digits"
 
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 _LABELS = "_labels"  # in model_index.json: names of the labels that occur in the training data; diffusers ignores it
+# In model_index.json of a text-conditional model: which encoder it was trained with; diffusers ignores it.
+_TEXT = "_text_encoder"
+_CONDITION = "UNet2DConditionModel"
 _DECODERS = ("VQModel", "AutoencoderKL")
 _RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # files of a training run and of its checkpoints
 
@@ -42,11 +47,14 @@ class Pretrained:
     """A model and the settings to sample it with.
 
     Attributes:
-        unet: the network: a `fastddpm.UNet`, or a `Unet` of denoising_diffusion_pytorch with a `config`.
+        unet: the network: a `fastddpm.UNet`, a `Unet` of denoising_diffusion_pytorch with a `config`, or diffusers'
+            `UNet2DConditionModel`.
         schedule: the forward process that it was trained on.
         settings: keyword arguments of `Sampler` (prediction_type, clip_sample, ...).
         decoder: diffusers' autoencoder that turns samples into images, where samples are latents; else None.
         label_names: the labels that occur in the training data, with their names; empty if the model has none.
+        text_encoder: of a text-conditional model that a `Trainer` wrote: "name", "tokens" and "fingerprint" of the
+            `TextEncoder` that it was trained with; empty for others, and where only embeddings were known.
     """
 
     unet: Any
@@ -54,6 +62,12 @@ class Pretrained:
     settings: dict[str, Any] = field(default_factory=dict)
     decoder: nn.Module | None = None
     label_names: dict[int, str] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes_text(self) -> bool:
+        """Return whether the model draws what a prompt says."""
+        return is_condition_model(self.unet)
 
     def labels(self) -> list[int]:
         """Return the labels to draw in turn: the trained ones, or all but the null class; [] without classes."""
@@ -61,6 +75,47 @@ class Pretrained:
         count = getattr(config, "num_class_embeds", None)
         known = sorted(self.label_names) or range(count or 0)
         return [label for label in known if label < (count or 0) and label != getattr(config, "null_class", None)]
+
+    def encoder(self, name: str | None = None) -> TextEncoder:
+        """Load the text encoder that a text-conditional model was trained with; `name`: where it is, if elsewhere.
+
+        Raises:
+            ValueError: the model says none and `name` is None, or the encoder is another one.
+        """
+        known = self.text_encoder
+        if name is None and "name" not in known:
+            raise ValueError("text_encoder is None, must be given: the model does not say what it was trained with")
+        encoder = TextEncoder(known["name"] if name is None else name, tokens=known.get("tokens"))
+        if known.get("fingerprint") not in (None, encoder.fingerprint):
+            raise ValueError(
+                f"text_encoder is {encoder.name}, whose weights or words are not those of {known['name']}, with which "
+                "the model was trained"
+            )
+        return encoder
+
+    def prompted(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
+        *,
+        text_encoder: TextEncoder | str | None = None,
+    ) -> dict[str, Any]:
+        """Return the arguments of `Sampler.sample` that tell a text-conditional model what to draw.
+
+            model.sampler().sample(2, guidance_scale=3.0, **model.prompted(["a red car", "a blue car"]))
+
+        Args:
+            prompts: of every sample.
+            negative_prompt: what the unconditional half of guidance is told.
+            text_encoder: of the prompts, or where it is; None for the one that the model names.
+
+        Raises:
+            ValueError: the model takes no prompts; see also `encoder`.
+        """
+        if not self.takes_text:
+            raise ValueError(f"prompts is given, but the model is a {type(self.unet).__name__}, which takes none")
+        encoder = text_encoder if isinstance(text_encoder, TextEncoder) else self.encoder(text_encoder)
+        return told(encoder(list(prompts)), encoder([negative_prompt]))
 
     def sampler(self, **overrides: Any) -> Sampler:
         """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
@@ -141,6 +196,8 @@ def load_pretrained(
         path = _fetch(model, ema, variant)
     parts = _Parts.of(path, ema)
     schedule, settings = load_scheduler(parts.scheduler)
+    if parts.text is not None:
+        return Pretrained(_load_condition(parts.unet, dtype, device, variant), schedule, settings, None, {}, parts.text)
     unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
     decoder = None if parts.decoder is None else _load_decoder(*parts.decoder, dtype, device)
     return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX))
@@ -159,6 +216,13 @@ def _label_names(path: Path) -> dict[int, str]:
     ):
         raise ValueError(f"{path}: {_LABELS} is {str(names)[:60]}, must be names by label, such as {{'0': 'cat'}}")
     return {int(label): name for label, name in names.items()}
+
+
+def is_text_model(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is that of a text-conditional model, or its run, that `save_pretrained` wrote."""
+    run = run_of(path)
+    index = (Path(path) if run is None else run / "model") / _INDEX
+    return index.is_file() and read_json(index).get(_TEXT) is not None
 
 
 def run_of(path: str | os.PathLike[str]) -> Path | None:
@@ -185,7 +249,13 @@ def _load_run(
     file = average if ema and average.is_file() else path / _RUN_WEIGHTS
     weights = read_weights(file).items()
     state = {name.removeprefix(prefix): v for name, v in weights if file == average or name.startswith(prefix)}
-    model.unet.load_weights(state, str(file))
+    if not model.takes_text:
+        model.unet.load_weights(state, str(file))
+        return model
+    try:
+        model.unet.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{file} is not of this network: {' '.join(str(error).split())[:400]}") from None
     return model
 
 
@@ -197,11 +267,13 @@ class _Parts:
         unet: the folder of the U-Net.
         scheduler: the scheduler's file.
         decoder: (folder, class) of the autoencoder that decodes latents, or None.
+        text: `Pretrained.text_encoder` of a text-conditional model that `save_pretrained` wrote; None for others.
     """
 
     unet: Path
     scheduler: Path
     decoder: tuple[Path, str] | None = None
+    text: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, folder: Path, ema: bool) -> _Parts:
@@ -212,7 +284,11 @@ class _Parts:
             ValueError: the pipeline is not supported.
         """
         index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
-        unet = _component(index, "unet")
+        unet, text = _component(index, "unet"), index.get(_TEXT)
+        if text is not None:
+            if unet != _CONDITION or not isinstance(text, dict):
+                raise ValueError(f"{folder / _INDEX}: {_TEXT} is {str(text)[:60]}, must be a table, of a {_CONDITION}")
+            return cls(folder / "unet", folder / "scheduler" / _SCHEDULER, None, text)
         if unet not in (None, "UNet2DModel"):
             raise ValueError(
                 f"{folder / _INDEX}: {index.get('_class_name')} has a unet of class {unet}, must be UNet2DModel; any "
@@ -270,6 +346,29 @@ def _fetch_weights(name: str, part: str, variant: str | None) -> None:
             return
 
 
+def is_condition_model(unet: Any) -> bool:
+    """Return whether a network is diffusers' `UNet2DConditionModel`."""
+    return any(kind.__module__.startswith("diffusers.") and kind.__name__ == _CONDITION for kind in type(unet).__mro__)
+
+
+def _load_condition(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, variant: str | None
+) -> nn.Module:
+    try:
+        import diffusers
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"{folder} is a {_CONDITION}, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
+        ) from None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing")
+    try:
+        unet: Any = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype or "auto", variant=variant)
+    except Exception as error:  # diffusers raises errors of many types
+        raise ValueError(f"{folder} cannot be loaded as a {_CONDITION}: {str(error).partition(chr(10))[0]}") from None
+    return unet.to(device).eval()
+
+
 def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
     try:
         import diffusers
@@ -315,7 +414,7 @@ def _load_file(
 
 def save_pretrained(
     folder: str | os.PathLike[str],
-    unet: UNet,
+    unet: UNet | nn.Module,
     schedule: NoiseSchedule,
     *,
     prediction_type: str = "epsilon",
@@ -326,19 +425,26 @@ def save_pretrained(
     self_condition: bool = False,
     null_class: int | None = None,
     label_names: Mapping[int, str] | None = None,
+    text_encoder: TextEncoder | Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pipeline folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read.
 
+    For a `UNet2DConditionModel` it is one of diffusers' `IFPipeline` (DeepFloyd's, of pixels) without a text encoder:
+    that takes `prompt_embeds`, and guides models with a learned variance.
+
     Args:
         folder: created if it does not exist; files of the same names are replaced.
-        unet, schedule: the model; weights are stored in the network's dtype.
+        unet, schedule: the model, a `fastddpm.UNet` or diffusers' `UNet2DConditionModel`; weights are stored in the
+            network's dtype.
         prediction_type, variance_type, clip_sample, clip_sample_range, self_condition: settings of `Sampler`.
         timestep_spacing: a setting of `Sampler`. None is "trailing" for a schedule with zero terminal SNR, because
             other spacings leave out its last timestep; else "leading".
         null_class: the label that means "no class"; None for that of the U-Net's config.
         label_names: the labels that occur in the training data, with their names.
+        text_encoder: the encoder of a text-conditional model, or `Pretrained.text_encoder`; None if it is not known.
 
     Raises:
+        TypeError: the network is of another class.
         ValueError: a setting is not known.
         OSError: a file cannot be written.
     """
@@ -351,10 +457,17 @@ def save_pretrained(
         "clip_sample_range": clip_sample_range,
         "timestep_spacing": timestep_spacing,
     }
-    Sampler(unet, schedule, self_condition=self_condition, **settings)  # checks the settings
+    texts = is_condition_model(unet)
+    if not texts and not isinstance(unet, UNet):
+        raise TypeError(f"unet is a {type(unet).__name__}, must be a fastddpm.UNet or diffusers' {_CONDITION}")
+    stand_in: Any = unet
+    if texts:  # without its weights, which need not be prepared for a check
+        stand_in = lambda x, t: x  # noqa: E731
+        stand_in.config = SimpleNamespace(out_channels=unet.config.out_channels)  # type: ignore[union-attr]
+    Sampler(stand_in, schedule, self_condition=self_condition, **settings)  # checks the settings
     folder = Path(folder)
-    unet.save_pretrained(folder / "unet")
-    if null_class is not None and null_class != unet.config.null_class:
+    unet.save_pretrained(folder / "unet")  # type: ignore[operator]
+    if isinstance(unet, UNet) and null_class is not None and null_class != unet.config.null_class:
         write_json(folder / "unet" / _CONFIG, unet.config.replace(null_class=null_class).to_dict())
     config: dict[str, Any] = {
         "_class_name": "DDPMScheduler",
@@ -375,6 +488,25 @@ def save_pretrained(
     if schedule.beta_start is not None:
         config |= {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
     write_json(folder / "scheduler" / _SCHEDULER, config)
+    if texts:
+        if isinstance(text_encoder, TextEncoder):
+            text_encoder = {
+                "name": text_encoder.name,
+                "tokens": text_encoder.tokens,
+                "fingerprint": text_encoder.fingerprint,
+            }
+        without = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "watermarker")
+        index: dict[str, Any] = {
+            "_class_name": "IFPipeline",
+            "_diffusers_version": "0.30.0",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", _CONDITION],
+            "requires_safety_checker": False,
+            **{name: [None, None] for name in without},
+            _TEXT: dict(text_encoder or {}),
+        }
+        write_json(folder / _INDEX, index)
+        return
     write_json(
         folder / _INDEX,
         {

@@ -29,6 +29,10 @@ _METHODS: dict[type, frozenset[str]] = {}
 Settings = dict[tuple[str, str], Any]
 
 
+class Replacement:
+    """A method of a layer that computes what the one in its place does: the layer is still what its class says."""
+
+
 class _Object(NamedTuple):
     """An attribute that is compared by identity."""
 
@@ -74,7 +78,8 @@ def why_not_layers(model: nn.Module, known: Callable[[type], bool]) -> str | Non
             return f"its layer {name} is a {type(layer).__name__} of {type(layer).__module__.partition('.')[0]}"
         if any(vars(layer)[hooks] for hooks in _HOOKS):
             return f"its layer {name or 'forward'} has hooks"
-        if replaced := vars(layer).keys() & _methods(type(layer)):
+        own = vars(layer)
+        if replaced := [n for n in own.keys() & _methods(type(layer)) if not isinstance(own[n], Replacement)]:
             return f"its {_path(name, min(replaced))} has been replaced"
     return None
 

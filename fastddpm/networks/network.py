@@ -9,13 +9,15 @@ import logging
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from fastddpm_kernels import proving
 from torch import Tensor, nn
 
+from fastddpm.common.proofs import PROOFS
 from fastddpm.networks.frozen import FrozenUNet, blueprint_of, why_not
 from fastddpm.networks.unet.model import UNet
 
@@ -32,18 +34,22 @@ class CallingConvention:
 
     Attributes:
         takes_self_condition: whether it has a parameter `x_self_cond`.
+        takes_text: whether it has a parameter `encoder_hidden_states`.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         names = _parameters(model)
         self.takes_self_condition = "x_self_cond" in names
         self._labels_name = next((name for name in ("class_labels", "classes", "y") if name in names), None)
+        self.takes_text = "encoder_hidden_states" in names
 
     def arguments(self, labels: Tensor | None, self_condition: Tensor | None) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return the model's arguments after x and t: by position and by name."""
         named = {} if self_condition is None else {"x_self_cond": self_condition}
         if labels is None:
             return [], named
+        if self.takes_text and is_text(labels):
+            return [], {"encoder_hidden_states": labels, **named}
         if self._labels_name is None:
             return [labels], named
         return [], {self._labels_name: labels, **named}
@@ -53,11 +59,18 @@ class CallingConvention:
     ) -> Tensor:
         """Call `model` with x [N, ...], t int64 [N], labels int64 [N] and x_self_cond, and return its prediction.
 
+        Labels [N, L, D] are the embeddings of texts, for a model with a parameter `encoder_hidden_states`.
+
         Raises:
             TypeError: it returns no tensor.
         """
         more, named = self.arguments(labels, self_condition)
         return prediction_of(model(x, t, *more, **named))
+
+
+def is_text(labels: Tensor) -> bool:
+    """Return whether labels are the embeddings of texts, floating-point [N, L, D]."""
+    return labels.ndim == 3 and labels.is_floating_point()
 
 
 def prediction_of(out: Any) -> Tensor:
@@ -86,7 +99,14 @@ class UNetWrapper(nn.Module, ABC):
         """Return the U-Net, or None to call it as it is."""
 
     @abstractmethod
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
+    def bind_frozen(
+        self,
+        frozen: FrozenUNet,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> BoundNetwork:
         """Bind the wrapper to buffers as `Network.bind` does, with the U-Net frozen."""
 
 
@@ -112,11 +132,12 @@ class Network:
         allow_tf32: bool = False,
         weight_dtype: torch.dtype | None = None,
         freeze: bool = False,
+        frozen: FrozenUNet | None = None,
     ) -> None:
         """See `Sampler` for the arguments.
 
         `freeze`: prepare the model for sampling if it is a U-Net that can be frozen, or a `UNetWrapper` of one. It then
-        runs through `bind` alone.
+        runs through `bind` alone. `frozen`: the model prepared already, whose device and dtype hold.
 
         Raises:
             TypeError: the model cannot be called.
@@ -125,9 +146,12 @@ class Network:
         if not callable(model):
             raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or a callable model(x, t)")
         self.convention = CallingConvention(model)
-        self.device, self.dtype = _place(model, device, dtype)
-        self.frozen: FrozenUNet | None = None
-        if freeze and backend != "reference":
+        self.frozen = frozen
+        if frozen is not None:
+            self.device, self.dtype = frozen.device, frozen.dtype
+        else:
+            self.device, self.dtype = _place(model, device, dtype)
+        if freeze and frozen is None and backend != "reference":
             self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32, weight_dtype)
         if self.frozen is None and weight_dtype is not None:
             raise ValueError(
@@ -150,7 +174,12 @@ class Network:
         return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
 
     def bind(
-        self, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None = None
+        self,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        self_condition: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> BoundNetwork:
         """Bind the network to buffers that stay where they are while their values change.
 
@@ -159,12 +188,13 @@ class Network:
             timesteps: int64 [S], of every row of the loop's table.
             labels: int64 [N], or None.
             self_condition: like `inputs`, or None.
+            conditions: the model's further arguments [N, ...] by name, if it takes any.
         """
         if self.frozen is not None and isinstance(self.model, UNetWrapper):
-            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels)
+            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels, conditions)
         if self.frozen is not None:
-            return self.frozen.bind(inputs, timesteps, labels)
-        return ModelOnBuffers(self, inputs, timesteps, labels, self_condition)
+            return self.frozen.bind(inputs, timesteps, labels, conditions)
+        return ModelOnBuffers(self, inputs, timesteps, labels, self_condition, conditions)
 
     def addresses(self) -> tuple[int, ...]:
         """Return the addresses of the weights that a captured graph reads."""
@@ -172,8 +202,8 @@ class Network:
             return ()
         return tuple(tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers()))
 
-    def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
-        """Return (C, H, W) of a sample from the model's config.
+    def sample_shape(self, learned_variance: bool) -> tuple[int, ...]:
+        """Return (C, H, W) of a sample from the model's config, or (C, L) where its `sample_size` is (L,).
 
         Raises:
             ValueError: there is no config, or it does not state them.
@@ -185,8 +215,7 @@ class Network:
             channels //= 2
         if size is None or channels is None:
             raise ValueError("shape is None, must be given: the model has no config with sample_size and in_channels")
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return (channels, height, width)
+        return (channels, *((size, size) if isinstance(size, int) else size))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -217,7 +246,7 @@ class BoundNetwork(Protocol):
     """A network on its buffers: a function of the step alone."""
 
     def load(self) -> None:
-        """Take over the present `timesteps`, `labels` and weights of the model."""
+        """Take over the present `timesteps`, `labels`, conditions and weights of the model."""
 
     def __call__(self, step: Tensor) -> Tensor:
         """Return the prediction for `inputs` at row `step` (int64 [1]). The next call may overwrite it."""
@@ -228,10 +257,12 @@ class ModelOnBuffers:
     """A model on its buffers, called as it is."""
 
     def __init__(
-        self, network: Network, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None
-    ) -> None:
+        self, network: Network, inputs: Tensor, timesteps: Tensor, labels: Tensor | None, self_condition: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self._network, self._inputs, self._timesteps = network, inputs, timesteps
-        self._more, self._named = network.convention.arguments(labels, self_condition)
+        self._more, named = network.convention.arguments(labels, self_condition)
+        self._named = {**named, **(conditions or {})}
 
     def load(self) -> None:
         """Do nothing: the model reads the buffers themselves."""
@@ -254,6 +285,8 @@ def _frozen(
     if reason is None and isinstance(unet, nn.Module):
         frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype)
         reason = frozen.differs() if frozen.blueprint.foreign else None
+        if reason is None and frozen.device.type == "cuda" and frozen.backend == "triton" and backend == "auto":
+            reason = proving.why_not("network", frozen.device, PROOFS)
         if reason is None:
             return frozen
     _log.info("the network is not prepared for sampling: %s", reason)

@@ -125,15 +125,20 @@ class Trace:
         """Return noise, N(0, I); between two evaluations it is always the same draw."""
         return Symbol({f"z{len(self._rows) - 1}": 1.0})
 
-    def evaluate(self, x: Symbol, *, timestep: float, signal: float, noise: float) -> tuple[Symbol, Symbol]:
+    def evaluate(
+        self, x: Symbol, *, timestep: float, signal: float, noise: float,
+        to_stored: tuple[float, float] | None = None,
+    ) -> tuple[Symbol, Symbol]:  # fmt: skip
         """Evaluate the network on x, and return the symbol of that state and of the stored prediction.
 
         Args:
             x: the state as the network reads it, signal * x_0 + noise * epsilon.
             timestep: the timestep that the network reads.
             signal, noise: the level of `x`.
+            to_stored: (A, B) of the stored prediction A x + B out; None for those of the prediction type.
         """
-        to_stored = at_level(signal, noise, self._prediction_type, self._stores)
+        if to_stored is None:
+            to_stored = at_level(signal, noise, self._prediction_type, self._stores)
         k = self._begin(_Row(timestep, to_stored, (signal, noise)), x)
         return Symbol({f"s{k}": 1.0}), Symbol({f"m{k}": 1.0})
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from dataclasses import field as field_of
+from typing import Any
 
 from fastddpm_kernels import philox
 from torch import Tensor
@@ -27,6 +29,9 @@ class Batch:
         guidance_scale: float32 [1] or [N].
         condition: [N, C', ...], channels that the network reads beside the state.
         known, known_mask: float32, broadcastable to the state and of its rank.
+        conditions: what else the network reads, [N, ...] by name.
+        unconditional: the same for the unconditional half; what is not there is that of the conditional half. It may
+            have "class_labels".
     """
 
     keys: Tensor
@@ -35,12 +40,20 @@ class Batch:
     condition: Tensor | None = None
     known: Tensor | None = None
     known_mask: Tensor | None = None
+    conditions: dict[str, Tensor] = field_of(default_factory=dict)
+    unconditional: dict[str, Tensor] = field_of(default_factory=dict)
 
     def samples(self, rows: slice) -> Batch:
         """Return the batch of some of the samples."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         count = len(self.keys)
-        return replace(self, **{name: v[rows] for name, v in values.items() if v is not None and len(v) == count})
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                chosen[field.name] = {name: each[rows] for name, each in value.items()}
+            elif value is not None and len(value) == count:
+                chosen[field.name] = value[rows]
+        return replace(self, **chosen)
 
 
 def make_batch(
@@ -56,6 +69,8 @@ def make_batch(
     condition: Tensor | None = None,
     known: Tensor | None = None,
     known_mask: Tensor | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
+    unconditional: Mapping[str, Tensor] | None = None,
 ) -> Batch:
     """Check the arguments of `Sampler.sample` for samples of `shape` [N, ...] and move them to the network's device.
 
@@ -64,7 +79,8 @@ def make_batch(
     """
     count = shape[0]
     labels = _labels(class_labels, count, network, settings)
-    scales = _scales(guidance_scale, class_labels is not None, count, settings)
+    own, others = _conditions(conditions, unconditional, count, network, labels)
+    scales = _scales(guidance_scale, class_labels is not None, unconditional is not None, count, settings)
     _check_condition(condition, shape, network, settings)
     if (known is None) != (known_mask is None):
         given, missing = ("known", "known_mask") if known_mask is None else ("known_mask", "known")
@@ -81,7 +97,44 @@ def make_batch(
         condition=None if condition is None else condition.to(device, network.dtype),
         known=None if known is None else checks.broadcastable(known, shape, "known", device),
         known_mask=known_mask,
+        conditions=_placed(own, network),
+        unconditional={} if scales is None else _placed(others, network),
     )
+
+
+def _conditions(
+    conditions: Mapping[str, Tensor] | None, unconditional: Mapping[str, Tensor] | None, count: int, network: Network,
+    labels: Tensor | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """Return both, checked, with an entry for every sample."""
+    own = _per_sample(conditions or {}, count, "conditions")
+    others = _per_sample(unconditional or {}, count, "unconditional")
+    if network.frozen is not None:
+        network.frozen.blueprint.check_conditions(own, count)
+    for name, value in others.items():
+        like = labels if name == "class_labels" else own.get(name)
+        if like is None:
+            raise ValueError(f"unconditional has {name}, which the conditional half lacks")
+        if value.shape != like.shape:
+            raise ValueError(f"unconditional has {name} {list(value.shape)}, must have {list(like.shape)}, as there")
+    return own, others
+
+
+def _per_sample(given: Mapping[str, Tensor], count: int, name: str) -> dict[str, Tensor]:
+    for key, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{key!r}] is a {type(value).__name__}, must be a tensor")
+        if value.ndim == 0 or len(value) not in (1, count):
+            raise ValueError(f"{name}[{key!r}] has shape {list(value.shape)}, must have one entry, or {count}")
+    return {key: value.expand(count, *value.shape[1:]) for key, value in given.items()}
+
+
+def _placed(given: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
+    """Return conditions on the network's device, numbers in its dtype."""
+    return {
+        name: value.to(network.device, network.dtype if value.is_floating_point() else value.dtype)
+        for name, value in given.items()
+    }
 
 
 def _keys(count: int, seed: int, seeds: Sequence[int] | None, first: int) -> Tensor:
@@ -126,7 +179,7 @@ def _labels(
 
 
 def _scales(
-    given: float | Sequence[float] | Tensor | None, labelled: bool, count: int, settings: LoopSettings
+    given: float | Sequence[float] | Tensor | None, labelled: bool, told: bool, count: int, settings: LoopSettings
 ) -> Tensor | None:
     """Return guidance scales float32 [1] or [count]; None if no unconditional half is needed."""
     if given is None:
@@ -134,12 +187,12 @@ def _scales(
             if value := getattr(settings, name):
                 raise ValueError(f"{name} is {value} but guidance_scale is None, must be given with it")
         return None
-    if not labelled:
-        raise ValueError("guidance_scale needs class_labels, and none were given")
+    if not labelled and not told:
+        raise ValueError("guidance_scale needs class_labels or unconditional, and none were given")
     scales = checks.scales(given, count)
     if bool((scales == 1).all()):
         return None
-    if settings.null_class is None:
+    if settings.null_class is None and not told:
         raise ValueError("guidance_scale needs a null_class, and the model's config names none")
     return scales
 

@@ -32,6 +32,7 @@ from fastddpm.sampling.settings import LoopSettings
 
 ROWS = 64  # tables get room for a multiple of this, so that similar lengths share a loop and graphs can be tried out
 AHEAD_STEPS, AHEAD_NUMBERS = 32, 2**16  # the most noise made at once on the CPU
+_CONDITION = "condition "  # begins the names of the buffers for a network's further arguments
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -88,6 +89,8 @@ def buffer_shapes(
     }
     if labels is not None:
         integers["labels"] = ((halves * n, *labels.shape[1:]), labels.dtype)
+    for name, value in batch.conditions.items():
+        integers[f"{_CONDITION}{name}"] = ((halves * n, *value.shape[1:]), value.dtype)
     history = table.rows.shape[1] - 7
     floats: dict[str, tuple[int, ...] | None] = {
         "x": shape,
@@ -145,6 +148,7 @@ class Loop:
             own = None if concatenates else network.new_input(shapes["self_condition"][0])
             b["self_condition"] = b["inputs"][:, :channels] if own is None else own
         self._labels = b.get("labels")
+        self._conditions = {k.removeprefix(_CONDITION): v for k, v in b.items() if k.startswith(_CONDITION)}
         self._ahead = _NoiseAhead(self) if network.device.type == "cpu" and settings.backend == "eager" else None
 
         # A classifier may guide a U-Net without classes: then the labels are the classifier's alone.
@@ -161,6 +165,7 @@ class Loop:
                     b["timesteps"],
                     None if labels is None else self._half(labels, guided),
                     self._half(b["self_condition"], guided) if conditions and not without else None,
+                    {name: self._half(value, guided) for name, value in self._conditions.items()},
                 )
 
     def load(self, table: StepTable, x: Tensor, batch: Batch, start: int = 0) -> None:
@@ -186,8 +191,15 @@ class Loop:
             if value is not None and name in b:
                 b[name].copy_(value)
         if self._labels is not None and batch.class_labels is not None:
-            self._labels[:-n].fill_(self.settings.null_class or 0)
+            if (others := batch.unconditional.get("class_labels")) is not None:
+                self._labels[:-n].copy_(others)
+            else:
+                self._labels[:-n].fill_(self.settings.null_class or 0)
             self._labels[-n:].copy_(batch.class_labels)
+        for name, buffer in self._conditions.items():
+            buffer[-n:].copy_(batch.conditions[name])
+            if len(buffer) > n:
+                buffer[:-n].copy_(batch.unconditional.get(name, batch.conditions[name]))
         for half in self._net_in.split(n):
             half.copy_(self.x)
         if batch.condition is not None:

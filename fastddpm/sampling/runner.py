@@ -58,7 +58,7 @@ class GraphRecord:
         if cuda_graph not in ("auto", *MODES):
             raise ValueError(f"cuda_graph is {cuda_graph!r}, must be 'auto', {', '.join(map(repr, MODES))} or False")
         wanted = str(cuda_graph)
-        reason = why_not("step" if wanted == "auto" else wanted, device)
+        reason = why_not("step", device, trusted=True) if wanted == "auto" else why_not(wanted, device)
         if wanted != "auto" and reason is not None:
             raise ValueError(f"cuda_graph is {cuda_graph!r}, which cannot be used here: {reason}")
         return cls(wanted, reason, native=device.type == "cpu")
@@ -159,9 +159,7 @@ class GraphRunner(Runner):
             step = self.loop.step
             try:
                 with _no_autocast_cache():
-                    captured = CapturedBody(
-                        partial(self.loop.body, kind), step, mode=self._mode, reset=_rewinds(step)
-                    )
+                    captured = CapturedBody(partial(self.loop.body, kind), step, mode=self._mode, reset=_rewinds(step))
             except CaptureError as error:
                 if error.__cause__ is not None and is_out_of_memory(error.__cause__):
                     raise error.__cause__ from None

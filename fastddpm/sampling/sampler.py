@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
-from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.backend import resolve, unproved
 from torch import Tensor
 
 from fastddpm.common import checks
@@ -51,6 +51,7 @@ class Sampler:
             conditional. x is [N, ...] in the network's dtype, t is int64 [N], or float32 where a method
             visits levels between timesteps. It returns a tensor of x's shape (twice
             the channels for a learned variance), an object with such a `.sample`, or a tuple that begins with one.
+            Or a `Network` that is there already, which says its dtype and device itself.
         schedule: the forward process the model was trained on; or a `StepTable`, such as
             `ddim_table(schedule, timesteps, eta=0.5)`, in place of a schedule, a method and its settings.
         method: the name of a function that makes the table: "ddpm" (ancestral sampling), "ddim", "dpmsolver++"
@@ -193,27 +194,31 @@ class Sampler:
         self.variance_type = variance_type
         if self.schedule is None and dtype == "auto":
             raise ValueError("dtype is 'auto' but schedule is a StepTable, which cannot test float16; name a dtype")
-        chosen, self._tf32 = choose_dtype(
-            model,
-            self.schedule,
-            dtype,
-            device,
-            prediction_type=prediction_type,
-            clip_range=clip_sample_range if clip_sample else None,
-            learned_variance=variance_type in ("learned", "learned_range"),
-        )
         if weight_dtype not in (None, "float16", torch.float16):
             raise ValueError(f"weight_dtype is {weight_dtype!r}, must be 'float16' or None")
-        stored = None if weight_dtype is None else torch.float16
-        self.network = Network(
-            model, device, chosen, backend, allow_tf32=self._tf32 is True, weight_dtype=stored, freeze=True
-        )
+        if isinstance(model, Network):
+            self.network, self._tf32 = model, None
+        else:
+            chosen, self._tf32 = choose_dtype(
+                model,
+                self.schedule,
+                dtype,
+                device,
+                prediction_type=prediction_type,
+                clip_range=clip_sample_range if clip_sample else None,
+                learned_variance=variance_type in ("learned", "learned_range"),
+            )
+            stored = None if weight_dtype is None else torch.float16
+            self.network = Network(
+                model, device, chosen, backend, allow_tf32=self._tf32 is True, weight_dtype=stored, freeze=True
+            )
         if self._tf32 is None and self.network.frozen is not None and self.network.dtype == torch.float32:
             self._tf32 = False  # its convolutions ignore torch's switches, so its products must too
         self.model, self.config = self.network.model, self.network.config
         self.device, self.dtype = self.network.device, self.network.dtype
         # Do not build the native library for the step alone: a network must run on it too.
         native = self.network.frozen is not None and self.network.frozen.backend == "native"
+        native = native and (backend == "native" or unproved(("reverse_step",), "cpu") is None)
         step = backend if backend not in ("auto", "native") else "native" if native else "auto"
         self.backend = resolve("reverse_step_", step, self.device.type)
         self.clip_range, threshold = clipping(
@@ -221,7 +226,8 @@ class Sampler:
         )
         self.null_class = null_class if null_class is not None else getattr(self.config, "null_class", None)
         self.guidance_scale = None if guidance_scale is None else checks.finite(guidance_scale, "guidance_scale")
-        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None), self.guidance_scale)
+        of_labels = None if self.network.convention.takes_text else self.guidance_scale  # else texts may be guided
+        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None), of_labels)
         self.settings = LoopSettings(
             backend=self.backend,
             clip_range=self.clip_range,
@@ -266,6 +272,8 @@ class Sampler:
         class_labels: int | Sequence[int] | Tensor | None = ...,
         guidance_scale: float | Sequence[float] | Tensor | None = ...,
         condition: Tensor | None = ...,
+        conditions: Mapping[str, Tensor] | None = ...,
+        unconditional: Mapping[str, Tensor] | None = ...,
         known: Tensor | None = ...,
         known_mask: Tensor | None = ...,
         known_noise: NoiseSource | None = ...,
@@ -296,6 +304,8 @@ class Sampler:
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float | Sequence[float] | Tensor | None = None,
         condition: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
+        unconditional: Mapping[str, Tensor] | None = None,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         known_noise: NoiseSource | None = None,
@@ -327,6 +337,10 @@ class Sampler:
             guidance_scale: one for all or one per sample, in place of the sampler's.
             condition: float [N, C', ...] that the model reads as further channels after those of x, such as the
                 low-resolution image of super-resolution.
+            conditions: what else the model takes, [N, ...] or [1, ...] by the names of its arguments, such as
+                {"encoder_hidden_states": text} of a UNet2DConditionModel.
+            unconditional: the same for the unconditional half of guidance, which then needs no labels: the embedding of
+                a negative prompt. What it lacks is that of `conditions`; it may have "class_labels".
             known: float, broadcastable to [N, ...]: after every step it replaces the samples where `known_mask` is 1,
                 noised to the level of that step (Lugmayr et al. 2022, eq. 8). The mask goes from 0 to 1, or is boolean.
             known_noise: as `noise`, in place of the noise drawn for `known`.
@@ -366,6 +380,8 @@ class Sampler:
             class_labels=class_labels,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             condition=condition,
+            conditions=conditions,
+            unconditional=unconditional,
             known=known,
             known_mask=known_mask,
         )

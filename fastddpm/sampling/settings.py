@@ -192,9 +192,7 @@ def check_out_channels(settings: LoopSettings, channels: int | None) -> None:
         )
 
 
-def choose_classifier(
-    classifier_fn: ClassifierFn | None, classifier_scale: float, shifts: Shifts
-) -> Classifier | None:
+def choose_classifier(classifier_fn: ClassifierFn | None, classifier_scale: float, shifts: Shifts) -> Classifier | None:
     """Return the guidance by a classifier, which shifts the quantity that the table names (`shifts`).
 
     Raises:

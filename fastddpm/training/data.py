@@ -28,6 +28,9 @@ from fastddpm.common.images import (
     read_npz,
 )
 from fastddpm.common.progress import progress_bar
+from fastddpm.common.text import printable
+from fastddpm.interop.text_encoder import TextEncoder
+from fastddpm.training.captions import CaptionedFolder, list_captioned
 from fastddpm.training.folder import PictureFolder, list_pictures
 from fastddpm.training.order import Batches, Pick
 from fastddpm.training.randomness import randomness_kept
@@ -36,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "x")
 LABEL_KEYS = ("label", "labels", "class_label", "class_labels", "y")
+TEXT_KEYS = ("encoder_hidden_states", "prompt_embeds", "embedding", "embeddings")
 
 
 class Source(Protocol):
@@ -59,7 +63,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
-        """Return images [N, C, ...], uint8 or float32 in [-1, 1], and labels int64 [N] or None."""
+        """Return images [N, C, ...], uint8 or float32 in [-1, 1], and what the network is told of them.
+
+        That is labels int64 [N], or embeddings of text float [N, L, D], or None.
+        """
         ...
 
 
@@ -97,6 +104,8 @@ class ArraySource:
 class DatasetSource:
     """Serve any map-style Dataset whose items are an image, (image, label), or a mapping with keys `image`, `label`.
 
+    In place of a label there may be the embedding of a text, floating-point [L, D], with the key `prompt_embeds`.
+
     An image is a tensor [C, ...], uint8 or floating-point in [-1, 1]; an array uint8 [H, W, C] or [H, W]; or a PIL
     image, which is cropped and resized to `shape`. The random generators of Python, numpy and torch are seeded before
     each item, so a Dataset's random numbers depend only on the position of the item in the run.
@@ -124,7 +133,7 @@ class DatasetSource:
 
     def read(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor | None]:
         images: list[Tensor] = []
-        labels: list[int] = []
+        labels: list[int | Tensor] = []
         with randomness_kept():
             for pick in picks:
                 random.seed(pick.seed)
@@ -136,19 +145,25 @@ class DatasetSource:
                     labels.append(label)
         if labels and len(labels) != len(images):
             raise ValueError("data has items with a label and items without, must have one kind")
+        texts = [label for label in labels if isinstance(label, Tensor)]
+        if texts and (len(texts) != len(labels) or len({text.shape for text in texts}) > 1):
+            kinds = sorted({str(list(label.shape)) if isinstance(label, Tensor) else "a label" for label in labels})
+            raise ValueError(f"data has embeddings of {' and of '.join(kinds)}, must have one shape [L, D]")
         if len({(image.shape, image.dtype) for image in images}) > 1:
             kinds = sorted({f"{image.dtype} {list(image.shape)}" for image in images})
             raise ValueError(f"data has items of {' and of '.join(kinds)}, must have one kind")
+        if texts:
+            return torch.stack(images), torch.stack(texts)
         return torch.stack(images), torch.tensor(labels) if labels else None
 
-    def _unpack(self, item: Any, name: str) -> tuple[Tensor, int | None]:
+    def _unpack(self, item: Any, name: str) -> tuple[Tensor, int | Tensor | None]:
         label: Any = None
         if isinstance(item, Mapping):
             names = [name for name in IMAGE_KEYS if name in item]
             if not names:
                 raise TypeError(f"data has items with keys {sorted(item)}, must have one of {', '.join(IMAGE_KEYS)}")
             image = item[names[0]]
-            label = next((item[name] for name in LABEL_KEYS if name in item), None)
+            label = next((item[name] for name in (*TEXT_KEYS, *LABEL_KEYS) if name in item), None)
         elif isinstance(item, tuple | list) and item:
             image, label = item[0], item[1] if len(item) > 1 else None
         else:
@@ -184,6 +199,7 @@ def open_data(
     record: Path | None = None,
     main: bool = True,
     progress: bool = False,
+    text_encoder: TextEncoder | str | None = None,
 ) -> Source:
     """Return the source that `data` names.
 
@@ -194,18 +210,26 @@ def open_data(
         record: a JSON file that lists the content of a folder, including broken pictures; read if it exists.
         main: whether this process writes `record` and reports broken pictures.
         progress: draw a bar while pictures are read.
+        text_encoder: for a folder with captions, see `fastddpm.training.captions`: of these, or its name.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: the data cannot be used; the message says why.
     """
-    if isinstance(data, (ArraySource, PictureFolder, DatasetSource)):
+    if text_encoder is not None and (not isinstance(data, (str, os.PathLike)) or is_archive(Path(data))):
+        what = str(data) if isinstance(data, (str, os.PathLike)) else f"a {type(data).__name__}"
+        raise ValueError(f"text_encoder is given, but data is {what}, must be a folder of pictures with captions")
+    if isinstance(data, (ArraySource, PictureFolder, DatasetSource, CaptionedFolder)):
         return data
     if not isinstance(data, (str, os.PathLike)):
         return DatasetSource(data, shape)
     path = Path(data)
     if is_archive(path):
         return ArraySource(path)
-    listing = list_pictures(path)
+    captions = None
+    if text_encoder is None:
+        listing = list_pictures(path)
+    else:
+        listing, captions = list_captioned(path)
     if shape is None or len(shape) != 3:
         raise ValueError(
             f"data is {str(path)!r}, a folder, but the network does not say what size pictures must be resized to: it "
@@ -224,19 +248,27 @@ def open_data(
     if main and source.broken:
         _log.warning("%d of the pictures cannot be read, %d can; left out are", len(source.broken), len(source))
         for entry in source.broken:
-            _log.warning("  %s: %s", entry.path, entry.reason)
+            _log.warning("  %s: %s", printable(entry.path), entry.reason)
     if main and record is not None and source.verdict() != known:
         write_json(record, source.verdict())
+    if captions is not None and text_encoder is not None:
+        return CaptionedFolder(source, captions, text_encoder, progress=progress)
     return source
 
 
-def _label(label: Any) -> int:
+def _label(label: Any) -> int | Tensor:
+    if isinstance(label, np.ndarray) and label.ndim == 2:
+        label = torch.from_numpy(label)
+    if isinstance(label, Tensor) and label.ndim == 2 and label.is_floating_point():
+        return label.float()
     try:
         value = operator.index(label)
     except (TypeError, ValueError):
         shown = repr(label)
         shown = shown if len(shown) < 60 and "\n" not in shown else f"a {type(label).__name__}"
-        raise TypeError(f"data has the label {shown}, must be an integer") from None
+        raise TypeError(
+            f"data has the label {shown}, must be an integer, or the embedding of a text, floating-point [L, D]"
+        ) from None
     if not 0 <= value < MOST_LABELS:
         raise ValueError(f"data has the label {value}, every label must be from 0 to {MOST_LABELS - 1}")
     return value
@@ -258,8 +290,9 @@ def _as_it_is(batch: Any) -> Any:
 
 def _outlive_signals(_worker: int) -> None:
     """Let a worker ignore signals that stop a whole run: the main process ends it after the current step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def _cores() -> int:

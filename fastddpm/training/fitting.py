@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.common.images import check_range
+from fastddpm.interop.text_encoder import TEXT_ARGUMENT, text_width
+from fastddpm.networks.network import is_text
 from fastddpm.networks.unet.model import UNet
 from fastddpm.training.data import Source
 from fastddpm.training.objective import GaussianDiffusion
@@ -45,6 +47,11 @@ def takes_labels(unet: nn.Module) -> bool:
     return not {"class_labels", "classes", "y"}.isdisjoint(inspect.signature(unet.forward).parameters)
 
 
+def takes_text(unet: nn.Module) -> bool:
+    """Return whether a network takes embeddings of texts, as `encoder_hidden_states`."""
+    return TEXT_ARGUMENT in inspect.signature(unet.forward).parameters
+
+
 def check_network(diffusion: GaussianDiffusion) -> None:
     """Raise ValueError if a U-Net cannot run at the size that its config states."""
     unet, shape = diffusion.unet, data_shape(diffusion)
@@ -77,8 +84,8 @@ def check_processes(train_batch_size: int, processes: int) -> None:
 
 
 def check_guidance(diffusion: GaussianDiffusion, guidance_scale: float | None) -> None:
-    """Raise ValueError if guidance is asked of a network without a null class."""
-    if guidance_scale is not None and diffusion.null_class is None:
+    """Raise ValueError if guidance is asked of a network without a null class, and without texts."""
+    if guidance_scale is not None and diffusion.null_class is None and not takes_text(diffusion.unet):
         raise ValueError(f"guidance_scale is {guidance_scale}, must be None: the network has no null_class")
 
 
@@ -98,7 +105,11 @@ def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...
         raise ValueError(f"data has images of {list(images.shape[1:])}, but the network is for {list(shape)}")
     if images.is_floating_point():
         check_range(images, "data")
-    if takes_labels(diffusion.unet):
+    if takes_text(diffusion.unet):
+        check_texts(labels, diffusion.unet)
+    elif labels is not None and is_text(labels):
+        raise ValueError(f"data has embeddings of texts, but the network is a {type(diffusion.unet).__name__}")
+    elif takes_labels(diffusion.unet):
         check_labels(labels, diffusion.unet)
         check_labels(torch.tensor(source.labels, dtype=torch.int64), diffusion.unet)
     return tuple(images.shape[1:])
@@ -119,7 +130,7 @@ class BatchCheck:
         """Raise ValueError for another shape or range of values; the training step handles NaN."""
         if tuple(images.shape[1:]) != self._shape:
             raise ValueError(f"data has images of {list(self._shape)} and of {list(images.shape[1:])}, must have one")
-        if labels is not None:
+        if labels is not None and not is_text(labels):
             self.labels.update(labels.tolist())
         if not images.is_floating_point():
             return
@@ -130,6 +141,17 @@ class BatchCheck:
             self._left, self._low = self._left - len(images), min(self._low, low)
             if self._left <= 0 and self._low >= 0:
                 _log.warning("data has images with no value below 0; they should cover [-1, 1], not [0, 1]")
+
+
+def check_texts(texts: Tensor | None, unet: nn.Module) -> None:
+    """Raise ValueError unless there are embeddings float [N, L, D] of the width that the network reads."""
+    if texts is None or not is_text(texts):
+        raise ValueError(
+            f"data has {'no' if texts is None else 'labels, not'} embeddings of texts, which the network takes: name a "
+            "text_encoder for a folder with captions, or use a Dataset of (image, embedding [L, D])"
+        )
+    if (width := text_width(unet)) not in (None, texts.shape[2]):
+        raise ValueError(f"data has embeddings of width {texts.shape[2]}, but the network reads {width}")
 
 
 def check_labels(labels: Tensor | None, unet: nn.Module) -> None:

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from fastddpm.common.images import grid
-from fastddpm.interop.pretrained import save_pretrained
+from fastddpm.common.images import grid, strip
+from fastddpm.interop.pretrained import is_condition_model, save_pretrained
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.networks.unet.model import UNet
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import checkpoint
+from fastddpm.training.captions import CaptionedFolder
+from fastddpm.training.data import Source
 from fastddpm.training.ema import ExponentialAverage
 from fastddpm.training.fitting import takes_labels
 from fastddpm.training.objective import GaussianDiffusion
+from fastddpm.training.order import Pick
 from fastddpm.training.settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -61,15 +65,23 @@ def make_sampler(diffusion: GaussianDiffusion, unet: nn.Module, **overrides: Any
     return Sampler(unet, diffusion.schedule, **{**settings, **overrides})
 
 
-def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module, label_names: Mapping[int, str]) -> None:
-    """Write a model: a diffusers pipeline folder for a `fastddpm.UNet`, only the weights for other networks.
+def export(
+    folder: Path,
+    diffusion: GaussianDiffusion,
+    unet: nn.Module,
+    label_names: Mapping[int, str],
+    text_encoder: TextEncoder | None = None,
+) -> None:
+    """Write a model: a diffusers pipeline folder for a `fastddpm.UNet` or diffusers' `UNet2DConditionModel`.
+
+    Of other networks write the weights alone.
 
     Raises:
         OSError: it cannot be written; the old content is unchanged.
     """
 
     def write(path: Path) -> None:
-        if isinstance(unet, UNet):
+        if isinstance(unet, UNet) or is_condition_model(unet):
             save_pretrained(
                 path,
                 unet,
@@ -80,6 +92,7 @@ def export(folder: Path, diffusion: GaussianDiffusion, unet: nn.Module, label_na
                 self_condition=diffusion.self_condition,
                 null_class=diffusion.null_class if takes_labels(unet) else None,
                 label_names=label_names,
+                text_encoder=text_encoder,
             )
         else:
             state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in unet.state_dict().items()}
@@ -101,6 +114,7 @@ def export_averages(
     diffusion: GaussianDiffusion,
     averages: Sequence[ExponentialAverage],
     label_names: Mapping[int, str],
+    text_encoder: TextEncoder | None = None,
 ) -> None:
     """Write the first average to `folder`/model, and others to `folder`/model-ema-D with their decay D.
 
@@ -109,7 +123,7 @@ def export_averages(
     """
     for place, average in enumerate(averages):
         name = "model" if place == 0 else f"model-ema-{average.decay}"
-        export(folder / name, diffusion, average.module, label_names)
+        export(folder / name, diffusion, average.module, label_names, text_encoder)
 
 
 def draw_grid(
@@ -119,6 +133,22 @@ def draw_grid(
     chosen = sample_labels(diffusion, labels, count)
     images = sampler.sample(count, shape=shape, seed=0, class_labels=chosen).cpu()
     return grid(images, chosen, columns=max(1, round(count**0.5)))
+
+
+def sample_texts(source: Source, count: int) -> tuple[Tensor, list[str] | None]:
+    """Return the embeddings [count, L, D] and, if they are known, the captions of images that are evenly spaced."""
+    numbers = [place * len(source) // count for place in range(count)]
+    texts = source.read([Pick(number, 0) for number in numbers])[1]
+    assert texts is not None
+    return texts, [source.captions_of(each)[0] for each in numbers] if isinstance(source, CaptionedFolder) else None
+
+
+def draw_texts(sampler: Sampler, texts: Tensor, captions: Sequence[str] | None, shape: tuple[int, ...]) -> Image.Image:
+    """Draw a picture of a sample of each text, from seed 0, with their captions if these are known."""
+    images = sampler.sample(len(texts), shape=shape, seed=0, **told(texts)).cpu()
+    if captions is None:
+        return grid(images, columns=max(1, round(len(texts) ** 0.5)))
+    return strip([[image] for image in images], row_captions=captions)
 
 
 def metric_values(result: float | Mapping[str, float]) -> dict[str, float]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastddpm.interop.pretrained import is_condition_model
+from fastddpm.interop.text_encoder import TextEncoder
 from fastddpm.networks.unet.model import UNet
 from fastddpm.training.checkpoint import Checkpoint
 from fastddpm.training.ema import ExponentialAverage
@@ -26,7 +28,7 @@ OBJECTIVE = {
     if parameter.kind == parameter.KEYWORD_ONLY
 }
 # The settings that give the weights their meaning: a run cannot continue with other values.
-MEANING = ("prediction_type", "variance_type", "self_condition", "null_class", "schedule", "network")
+MEANING = ("prediction_type", "variance_type", "self_condition", "null_class", "schedule", "network", "text_encoder")
 # Settings of a Trainer that change neither the weights nor the samples, and those of the order of the data, which are
 # compared separately.
 WITHOUT_EFFECT = (
@@ -42,7 +44,17 @@ def settings_of(diffusion: GaussianDiffusion) -> dict[str, Any]:
     return {name: sampling[name] if name in sampling else getattr(diffusion, name) for name in OBJECTIVE}
 
 
-def describe(diffusion: GaussianDiffusion, settings: TrainerSettings, mixed_precision: str) -> dict[str, Any]:
+def condition_fields(unet: Any) -> dict[str, Any]:
+    """Return the fields that a `UNet2DConditionModel` was made with."""
+    return {name: value for name, value in unet.config.items() if not name.startswith("_")}
+
+
+def describe(
+    diffusion: GaussianDiffusion,
+    settings: TrainerSettings,
+    mixed_precision: str,
+    text_encoder: TextEncoder | None = None,
+) -> dict[str, Any]:
     """Return all settings that change the weights or samples, as JSON values."""
     objective = {name: value for name, value in settings_of(diffusion).items() if name != "backend"}
     betas = diffusion.schedule.betas.numpy().tobytes()
@@ -50,6 +62,11 @@ def describe(diffusion: GaussianDiffusion, settings: TrainerSettings, mixed_prec
     if isinstance(diffusion.unet, UNet):  # its null class is that of the diffusion
         network = {name: value for name, value in vars(diffusion.unet.config).items() if name != "null_class"}
         objective["dropout"] = network.pop("dropout")
+    elif is_condition_model(diffusion.unet):
+        network = condition_fields(diffusion.unet)
+        objective["dropout"] = network.pop("dropout")
+    if text_encoder is not None:  # its name may change, as where it is installed
+        objective |= {"text_encoder": text_encoder.fingerprint, "text_tokens": text_encoder.tokens}
     told = {name: value for name, value in vars(settings).items() if name not in (*WITHOUT_EFFECT, *OF_THE_ORDER)}
     told |= {"mixed_precision": mixed_precision, "ema_decay": settings.ema_decays}
     schedule = f"{len(diffusion.schedule.betas)} betas {hashlib.sha256(betas).hexdigest()[:12]}"

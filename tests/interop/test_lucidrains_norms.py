@@ -59,9 +59,11 @@ def test_channels_last() -> None:
     ours = fast(theirs, freeze=False, channels_last=True, fuse_norms=True)
     formats = []
     hook = nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, out: formats.append(out.is_contiguous(memory_format=torch.channels_last))
-        if isinstance(module, FusedBlock)
-        else None
+        lambda module, inputs, out: (
+            formats.append(out.is_contiguous(memory_format=torch.channels_last))
+            if isinstance(module, FusedBlock)
+            else None
+        )
     )
     try:
         same(both(theirs, ours, "sample", 2))

@@ -63,9 +63,7 @@ def test_tables_are_those_of_the_package(objective: str, schedule: str) -> None:
     betas = getattr(sys.modules[GaussianDiffusion.__module__], make)(200)
     ours = NoiseSchedule.from_betas(betas)
     predicts = OBJECTIVES[objective]
-    expected = ddpm_table(
-        ours, ours.timesteps(), prediction_type=predicts, convention="denoising_diffusion_pytorch"
-    )
+    expected = ddpm_table(ours, ours.timesteps(), prediction_type=predicts, convention="denoising_diffusion_pytorch")
     table = p_sample_table(theirs)
     assert torch.equal(table.timesteps, expected.timesteps)
     torch.testing.assert_close(table.rows, expected.rows, rtol=1e-5, atol=1e-7)
@@ -73,9 +71,7 @@ def test_tables_are_those_of_the_package(objective: str, schedule: str) -> None:
     timesteps = ours.timesteps(30, "denoising_diffusion_pytorch")
     for rederive in (True, False):
         clipped = rederive or objective != "pred_noise"
-        expected = ddim_table(
-            ours, timesteps, prediction_type=predicts, eta=0.7, use_clipped_model_output=clipped
-        )
+        expected = ddim_table(ours, timesteps, prediction_type=predicts, eta=0.7, use_clipped_model_output=clipped)
         table = ddim_sample_table(theirs, rederive=rederive)
         assert torch.equal(table.timesteps, expected.timesteps)
         # 1 - alphas_cumprod of float32 near 1 has four digits.

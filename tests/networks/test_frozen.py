@@ -69,7 +69,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     # What changes the resolution by residual blocks, pooling or plain upsampling, and heads by block.
     "resnets": RESNETS | {},
-    "guided_diffusion": RESNETS | {
+    "guided_diffusion": RESNETS
+    | {
         "resnet_time_scale_shift": "scale_shift",
         "attn_norm_num_groups": 8,
         "num_class_embeds": 5,
@@ -78,7 +79,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "layers_per_block": 2,
         "out_channels": 6,
     },
-    "pool_and_nearest": RESNETS | {
+    "pool_and_nearest": RESNETS
+    | {
         "downsample_type": "pool",
         "upsample_type": "nearest",
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
@@ -308,9 +310,7 @@ def test_attention_projections(channels: int, head_dim: int | None) -> None:
     x = torch.randn(2, channels, 3, 3, dtype=torch.float64)
     weight, bias = folding.attention_projections(layer)
     inner = layer.heads * layer.head_dim
-    q, k, v = F.linear(x.flatten(2).transpose(1, 2), weight, bias).split(
-        [inner, inner, len(bias) - 2 * inner], dim=2
-    )
+    q, k, v = F.linear(x.flatten(2).transpose(1, 2), weight, bias).split([inner, inner, len(bias) - 2 * inner], dim=2)
     q, k, v = (part.unflatten(2, (layer.heads, -1)).transpose(1, 2) for part in (q, k, v))
     h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     if not folding.folds_output(layer):
@@ -324,7 +324,7 @@ def test_labels_without_a_table_of_all_classes() -> None:
     unet = make_unet("classes")
     x, labels = make_inputs(unet)
     frozen = freeze(unet, TIMESTEPS)
-    frozen.time_table = lambda m, t, labels, n: TimeTable(  # type: ignore[method-assign]
+    frozen.time_table = lambda m, t, labels, _, n: TimeTable(  # type: ignore[method-assign]
         m, frozen.embeddings, frozen.time_weight, frozen.time_bias, t, labels, n, torch.float64, max_bytes=1
     )
     assert_within(run(frozen, x, 1, labels), unet(x, TIMESTEPS[1], labels), 1e-10)

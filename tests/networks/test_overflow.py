@@ -166,9 +166,7 @@ def test_near_the_end_is_not_safe() -> None:
 def test_chooses_float16_where_it_fits() -> None:
     dtype, reason = choose_half(Loud(10_000), SCHEDULE, shape=(1, 8, 8))
     assert dtype == torch.float16
-    assert reason == (
-        "float16: loud reaches 1.999e+04 at timestep 999, 3.28 times below float16's end of 65504"
-    )
+    assert reason == ("float16: loud reaches 1.999e+04 at timestep 999, 3.28 times below float16's end of 65504")
 
 
 def test_chooses_bfloat16_where_it_does_not() -> None:

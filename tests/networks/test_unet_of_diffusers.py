@@ -399,5 +399,3 @@ def test_a_downsampler_that_diffusers_does_not_look_at() -> None:
     attends = UNet2DModel(**SMALL | {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "downsample_type": "pool"})
     with pytest.raises(ValueError, match="^downsample_type is 'pool', must be 'conv' or 'resnet'"):
         UNet.from_diffusers(attends)
-
-

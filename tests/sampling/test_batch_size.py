@@ -52,8 +52,6 @@ class Device:
         return self.launch + n * self.each * (1 if n <= self.cache else 2)
 
 
-
-
 UP = [4, 16, 32, 64, 128]
 # device, samples, options, chunk, what is tried, a part of the reason
 CHOICES: dict[str, tuple[Device, int, dict[str, Any], int, list[int], str]] = {
@@ -196,9 +194,7 @@ def test_sizes_are_timed_only_where_that_pays(count: int, steps: int, sizes: lis
 
 
 @pytest.mark.parametrize(("count", "steps"), [(3, 40), (30, 3), (30, 20)], ids=["few", "not timed", "timed"])
-def test_memory_limits_what_is_tried(
-    count: int, steps: int, timed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_limits_what_is_tried(count: int, steps: int, timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample holds at least its state, its input and its prediction: 240 kB here. One size tells what fits."""
     monkeypatch.setattr(batch_size, "free_memory", lambda device: 240_000 * 60)
     model = Limited()

@@ -112,9 +112,7 @@ def test_no_graph_on_the_cpu(mode: str) -> None:
     assert not ran
 
 
-def test_auto_leaves_out_what_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto_leaves_out_what_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     install(monkeypatch, fake_bindings(driver=12040))
     with caplog.at_level(logging.INFO, "fastddpm"):
         assert captured._usable("auto", CUDA, 8, 24) == ["unrolled", "step"]

@@ -68,9 +68,7 @@ class Pretended:
                 gpu.log.append(f"reset {self.bodies}")
 
         @contextlib.contextmanager
-        def graph(
-            target: Graph, *, pool: object = None, stream: Stream, capture_error_mode: str
-        ) -> Iterator[None]:
+        def graph(target: Graph, *, pool: object = None, stream: Stream, capture_error_mode: str) -> Iterator[None]:
             assert capture_error_mode == "thread_local"
             assert not gc.isenabled()
             assert torch.backends.cudnn.benchmark

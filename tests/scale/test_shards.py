@@ -357,5 +357,3 @@ def test_progress_is_a_line_a_minute_with_rate_time_and_ranges() -> None:
         "3 of 10 ranges, 0.3279 samples/s, 3.6 minutes left, 0 failed, 7 ranges remain",
         "5 of 10 ranges, 0.32 samples/s, 2.6 minutes left, 1 failed, 5 ranges remain",
     ]
-
-

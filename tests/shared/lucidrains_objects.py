@@ -39,9 +39,7 @@ def fast(theirs: Any, **options: Any) -> Any:
     return accelerate(theirs, **{"noise": "torch", "progress": False, **options})
 
 
-def both(
-    theirs: Any, ours: Any, method: str, *arguments: Any, after: bool = True, **named: Any
-) -> tuple[Any, Any]:
+def both(theirs: Any, ours: Any, method: str, *arguments: Any, after: bool = True, **named: Any) -> tuple[Any, Any]:
     """What a method of both gives from the same seed; torch's generator must then be where it is after theirs."""
     results, following = [], []
     for obj in (theirs, ours):

@@ -50,9 +50,7 @@ class FusedModule:
 
     fastddpm_kernel = staticmethod(group_norm_silu)
 
-    def fastddpm_pair(
-        self, norm: Any, silu: Any, x: Any, add: tuple[Any, ...] = (), film: tuple[Any, ...] = ()
-    ) -> Any:
+    def fastddpm_pair(self, norm: Any, silu: Any, x: Any, add: tuple[Any, ...] = (), film: tuple[Any, ...] = ()) -> Any:
         """Compute `silu(norm(x + add[0]) * (1 + film[0]) + film[1])` without the parts not given, as `unfused` does.
 
         Args:

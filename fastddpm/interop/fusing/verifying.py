@@ -122,9 +122,7 @@ def _recorder(
         launched.update(options)
         return kernel(*args, **options)
 
-    def record(
-        self: Any, norm: Any, silu: Any, x: Any, add: tuple[Any, ...] = (), film: tuple[Any, ...] = ()
-    ) -> Any:
+    def record(self: Any, norm: Any, silu: Any, x: Any, add: tuple[Any, ...] = (), film: tuple[Any, ...] = ()) -> Any:
         launched.clear()
         actual = FusedModule.fastddpm_pair(self, norm, silu, x, add, film)
         if not launched:

@@ -38,9 +38,7 @@ def continuous_table(diffusion: Any) -> StepTable:
     zero = torch.zeros_like(std)
     a, b = (alpha, -sigma) if _predicts_v(diffusion) else (1 / alpha, -sigma / alpha)
     columns = (a, b, alpha_next * c, alpha_next * ((1 - c) / alpha), zero, zero, std)
-    table = make_table(
-        log_snr, [column.double() for column in columns], before=bar.double(), after=bar_next.double()
-    )
+    table = make_table(log_snr, [column.double() for column in columns], before=bar.double(), after=bar_next.double())
     if wrong := (~table.rows.isfinite().all(dim=1)).nonzero().flatten().tolist():
         step = wrong[0]
         raise ValueError(

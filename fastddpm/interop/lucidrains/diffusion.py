@@ -53,9 +53,7 @@ class AcceleratedDiffusion(Accelerated):
         """Draw images of `shape` [N, C, H, W] by DDIM with `sampling_timesteps` steps; otherwise like `sample`."""
         return self._images(self._implicit(shape, drawing, all_states=return_all_timesteps)[0])
 
-    def interpolate(
-        self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, **drawing: Any
-    ) -> Tensor:
+    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, **drawing: Any) -> Tensor:
         """Noise x1 and x2, [N, C, H, W] in [-1, 1], to timestep t, mix and denoise by DDPM; same shape and range."""
         return self._interpolate(x1, x2, t, lam, drawing)
 

@@ -80,9 +80,7 @@ def heun(diffusion: Any, steps: int) -> Heun:
         # The trapezoid corrects x by half the difference of the two slopes; both use the same x.
         told.append(then.told)
         half, scale = 0.5 * (following - at.sigma) / following, _Level.of(diffusion, hats[step + 1]).c_in
-        rows.append(
-            [then.a, then.b, -half * scale, scale / then.c_in, 0.0, half * scale, scale * added[step + 1]]
-        )
+        rows.append([then.a, then.b, -half * scale, scale / then.c_in, 0.0, half * scale, scale * added[step + 1]])
         after.append((scale, scale * hats[step + 1]))
     start = _Level.of(diffusion, hats[0]).c_in
     table = _table(told, rows, after, (start, start * hats[0]))
@@ -107,9 +105,7 @@ def dpmpp_table(diffusion: Any, steps: int) -> StepTable:
         scale = 1.0 if following == 0 else _Level.of(diffusion, float(following)).c_in
         ratio, of_x0 = float((-t[step + 1]).exp() / (-t[step]).exp()), -scale * float((-h).expm1())
         told.append(at.told)
-        rows.append(
-            [at.a, at.b, of_x0 * (1 - extrapolated), scale * ratio / at.c_in, 0.0, of_x0 * extrapolated, 0.0]
-        )
+        rows.append([at.a, at.b, of_x0 * (1 - extrapolated), scale * ratio / at.c_in, 0.0, of_x0 * extrapolated, 0.0])
         after.append((scale, scale * float(following)))
     start = _Level.of(diffusion, float(sigmas[0])).c_in
     return _table(told, rows, after, (start, start * float(sigmas[0])))

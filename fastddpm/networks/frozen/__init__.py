@@ -1,6 +1,7 @@
 """Prepare a U-Net for sampling: compute everything that does not depend on the state before the first step.
 
 - The time embedding and the projections of all blocks become one table, a row per step (`time_table`).
+- What depends on a call's conditions alone is computed once per call (`Builder.once`, `Embeddings.of_conditions`).
 - Weights are folded, exactly, and stored once in the compute dtype, channels-last (`folding`).
 - The forward becomes a list of instructions over numbered slots of one block of memory (`lowering`, `instructions`,
   `program`). Norms and 1x1 convolutions add the residuals and biases that they read, and skip connections are read in
@@ -78,4 +79,5 @@ def cuda_instructions(
     blueprint = frozen.blueprint
     inputs = frozen.new_input((batch, blueprint.in_channels, *(size or blueprint.sample_size)))
     timesteps = torch.empty(1000, dtype=torch.int64, device="meta")
-    return frozen.bind(inputs, timesteps, blueprint.some_labels(batch, "meta")).instructions
+    conditions = blueprint.some_conditions(batch, "meta")
+    return frozen.bind(inputs, timesteps, blueprint.some_labels(batch, "meta"), conditions).instructions

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +44,9 @@ class Builder(ABC):
     """The instructions of a U-Net for one batch size and image size, emitted layer by layer.
 
     Attributes:
-        instructions: in order.
+        instructions: of a step, in order.
+        call_instructions: of a call, in order, emitted inside `once`.
+        conditions: the tensors that the call gives, [N, ...] by name, on their places.
         shapes: (C, H, W) of every slot.
         bordered: slots whose last row and column must stay zero.
         loose: slots that get new memory at every run, since their operations cannot write to given memory.
@@ -52,8 +56,9 @@ class Builder(ABC):
     INPUT = 0
 
     def __init__(
-        self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int
-    ) -> None:
+        self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int,
+        conditions: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         """Prepare to emit instructions; `lower` emits them.
 
         Args:
@@ -63,13 +68,16 @@ class Builder(ABC):
             batch: N.
             size: (height, width).
             in_channels: of the input; those beyond the U-Net's are zero.
+            conditions: that the call gives; their memory stays, their values change between calls.
         """
         self.unet, self.constants, self.columns = frozen.unet, frozen.constants, frozen.columns
         self.m, self.row, self.batch = machine, row, batch
         self.names = {module: name for name, module in self.unet.named_modules()}
         self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
         self.cached = frozen.cached
+        self.conditions = conditions
         self.instructions: list[Instruction] = []
+        self.call_instructions: list[Instruction] = []
         self.shapes: list[tuple[int, int, int]] = [(in_channels, *size)]
         self.bordered: list[int] = []
         self.loose: set[int] = set()
@@ -80,9 +88,37 @@ class Builder(ABC):
     def lower(self) -> int:
         """Emit the instructions of the whole U-Net. Return the slot of its output, whose first channels count."""
 
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Emit instructions that run once per call, in `Program.load`, and not at every step.
+
+        They read conditions and each other's slots. Every slot that they write has memory of its own for as long as
+        the program lives, so the instructions of steps may read it and must not write it.
+        """
+        of_step, self.instructions = self.instructions, self.call_instructions
+        try:
+            yield
+        finally:
+            self.instructions = of_step
+
+    def condition(self, name: str) -> Activation:
+        """Emit, once per call, the copy of a condition into a slot, and return it.
+
+        [N, C] becomes (C, 1, 1), a sequence [N, L, C] becomes (C, 1, L), and [N, C, H, W] stays.
+        """
+        given = self.conditions[name]
+        while given.ndim < 4:
+            given = given.unsqueeze(1)
+        image = given if self.conditions[name].ndim == 4 else given.permute(0, 3, 1, 2)
+        with self.once():
+            target = self.new(*image.shape[1:])
+            self.emit(name, "other", [], [target], ops.copy_from(self.m, image, target))
+        return Activation(target)
+
     def conv(
         self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own", stride: int = 1, padding: int = 1,
         in_channels: int | None = None, out_channels: int | None = None, below: int | None = None,
+        key: str = "weight",
     ) -> Activation:  # fmt: skip
         """Emit a convolution.
 
@@ -90,6 +126,7 @@ class Builder(ABC):
             layer: the layer with the weights; further channels get zero weights.
             x: the input, complete.
             bias: "own" for the layer's, or the bias to use instead.
+            key: of the weight among the constants, after the layer's name.
             below: rows and columns of zeros below and to the right, if not `padding`; native convolutions only.
         """
         assert x.residual is None
@@ -113,14 +150,26 @@ class Builder(ABC):
         else:  # a row of the time table, read at every run
             own, pending = values, None
         if self.m.native:
-            packed = self.packed(f"{name}.weight", padded, (outputs, inputs, size), (height, width), stride, padding)
+            packed = self.packed(f"{name}.{key}", padded, (outputs, inputs, size), (height, width), stride, padding)
             run = ops.native_conv(self.m, x.slot, target, packed, own, stride, padding)
         else:
             assert below is None
-            run = ops.conv(self.m, x.slot, target, self.put(f"{name}.weight", padded), own, stride, padding)
+            run = ops.conv(self.m, x.slot, target, self.put(f"{name}.{key}", padded), own, stride, padding)
         numel = outputs * inputs * size**2
         self.emit(name, "conv", [x.slot], [target], run, flops=2 * self.pixels(target) * numel, weights=numel)
         return Activation(target, pending)
+
+    def conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
+        """Emit a convolution to the channels of an image, complete; the channels may be padded."""
+        name, out_channels = self.names[layer], layer.out_channels
+        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
+        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
+        x = self.conv(layer, x, out_channels=padded, padding=layer.kernel_size[0] // 2)
+        if x.bias is not None:
+            bias = self.put(f"{name}.pending", x.bias)
+            self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
+            x.bias = None
+        return x
 
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
         """Emit a 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
@@ -245,12 +294,12 @@ class Builder(ABC):
         )  # fmt: skip
         return Activation(target)
 
-    def linear(self, name: str, source: int, weight: Tensor, bias: Tensor) -> int:
+    def linear(self, name: str, source: int, weight: Tensor, bias: Tensor | None) -> int:
         """Emit a 1x1 convolution with bias, by the vendor's matrix product or the native one. Return its slot."""
         if self.m.native:
             return self.pointwise(name, source, weight, bias, None).slot
         target = self.new(len(weight), *self.shapes[source][1:])
-        own = self.put(f"{name}.bias", bias)
+        own = None if bias is None else self.put(f"{name}.bias", bias)
         self.emit(
             name, "pointwise", [source], [target],
             ops.linear(self.m, source, target, self.put(f"{name}.weight", weight.T), own),
@@ -364,7 +413,7 @@ class Builder(ABC):
         kernels: int = 1, flops: int = 0, weights: int = 0,
     ) -> None:  # fmt: skip
         elements = sum(self.pixels(slot) * self.shapes[slot][0] for slot in [*reads, *writes]) + weights
-        size = self.shapes[writes[0]][1:]
+        size = self.shapes[writes[0]][1:] if writes else None
         self.instructions.append(
             Instruction(
                 name, kind, tuple(reads), tuple(writes), kernels, flops, elements * self.dtype.itemsize, run, size

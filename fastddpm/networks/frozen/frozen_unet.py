@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from fastddpm.networks.frozen.instructions import Machine
 from fastddpm.networks.frozen.kinds import KINDS, blueprint_of
 from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
+
+# What a frozen U-Net runs on one backend besides norms.
+_OPS = ("conv", "attention", "pointwise_conv", "residual_add")
 
 
 def why_not(model: object, device: torch.device | str | None = None) -> str | None:
@@ -54,6 +57,7 @@ class FrozenUNet:
         cached: whether a CPU's last cache keeps all weights from step to step.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
+        sums_weights: whether `refresh` reads all weights, and so notices also changes that torch does not count.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
 
@@ -86,9 +90,10 @@ class FrozenUNet:
         self.backend = (
             "triton"
             if self.device.type == "meta"
-            else resolve("group_norm_silu_", backend, self.device.type, self.dtype)
+            else resolve("group_norm_silu_", backend, self.device.type, self.dtype, others=_OPS)
         )
-        if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
+        odd = self.blueprint.pairs and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths()
+        if self.backend == "native" and odd:
             self.backend = "eager"  # native products take channels in pairs
         self.fused = self.backend in ("triton", "native") if fused is None else fused
         if self.backend == "native" and not self.fused:
@@ -111,6 +116,7 @@ class FrozenUNet:
         self.constants = Constants(self.dtype, self.device)
         self._lock = threading.RLock()
         self._version = 0
+        self.sums_weights = True
         self._fingerprint = weights.fingerprint(unet)
         self.embeddings = self.blueprint.embeddings().to(self.device)
         weight, bias, self.columns = self.blueprint.time_projections()
@@ -140,7 +146,13 @@ class FrozenUNet:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def bind(self, inputs: Tensor, timesteps: Tensor | None = None, labels: Tensor | None = None) -> Program:
+    def bind(
+        self,
+        inputs: Tensor,
+        timesteps: Tensor | None = None,
+        labels: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Program:
         """Return a program on buffers that keep their memory while their values change; its `load` reads new values.
 
         Args:
@@ -148,14 +160,17 @@ class FrozenUNet:
             timesteps: int64 [S] on the device; None for those of `freeze`.
             labels: int64 [N] (or as the U-Net's `class_embed_type` needs), if the U-Net has classes. Their range is
                 not checked.
+            conditions: what else the U-Net takes, [N, ...] by the names of `Blueprint.conditions`, on the device. All
+                that depends on them alone is computed once per `load`.
 
         Raises:
-            ValueError: a shape or dtype is wrong, labels are missing, or labels are given but not taken.
+            ValueError: a shape or dtype is wrong, labels or conditions are missing, or are given but not taken.
         """
         blueprint, factor = self.blueprint, self.blueprint.factor
         left_out = blueprint.in_channels - inputs.shape[1] if inputs.ndim == 2 + blueprint.dims else None
         if left_out not in (0, blueprint.optional_channels):
             raise ValueError(f"inputs have shape {tuple(inputs.shape)}, must have shape {self._shape}")
+        factor = 1 if blueprint.any_size else factor
         least = blueprint.smallest_size or factor
         if any(size % factor or size < least for size in inputs.shape[2:]):
             sizes = "x".join(map(str, inputs.shape[2:]))
@@ -175,8 +190,13 @@ class FrozenUNet:
             )
         if labels is not None:
             blueprint.check_labels(labels, len(inputs))
+        conditions = conditions or {}
+        blueprint.check_conditions(conditions, len(inputs))
+        for name, given in conditions.items():
+            if given.device != self.device:
+                raise ValueError(f"{name} is on {given.device}, must be on {self.device}")
         with self._lock:
-            return Program(self, inputs, timesteps, labels)
+            return Program(self, inputs, timesteps, labels, conditions)
 
     @property
     def _shape(self) -> str:
@@ -190,11 +210,14 @@ class FrozenUNet:
             return inputs
         return inputs.as_strided((n, whole, height, width), inputs.stride(), inputs.storage_offset() - first)
 
-    def time_table(self, machine: Machine, timesteps: Tensor, labels: Tensor | None, batch: int) -> TimeTable:
+    def time_table(
+        self, machine: Machine, timesteps: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor], batch: int
+    ) -> TimeTable:
         """Return the time table of a program."""
         return TimeTable(
-            machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype
-        )
+            machine, self.embeddings, self.time_weight, self.time_bias, timesteps, labels, batch, self.row_dtype,
+            conditions=conditions,
+        )  # fmt: skip
 
     @torch.inference_mode(False)
     def differs(self) -> str | None:
@@ -205,9 +228,10 @@ class FrozenUNet:
         with evaluating(self.unet):
             inputs, t = self.new_input(x.shape), torch.tensor([500], device=self.device)
             inputs.copy_(x)
-            program = self.bind(inputs, t, blueprint.some_labels(1, self.device))
+            labels, conditions = blueprint.some_labels(1, first.device), blueprint.some_conditions(1, self.device)
+            program = self.bind(inputs, t, blueprint.some_labels(1, self.device), conditions)
             own = {"x_self_cond": x[:, :optional]} if optional else {}
-            labels = blueprint.some_labels(1, first.device)
+            own |= {k: v.to(first if v.is_floating_point() else first.device) for k, v in conditions.items()}
             theirs = blueprint.call(x[:, optional:], t.to(first.device), labels, **own)
             found = difference(theirs, program(torch.zeros_like(t)), self.weight_dtype or self.dtype)
         return None if found is None else f"frozen it {found} of what it computes itself"
@@ -225,10 +249,11 @@ class FrozenUNet:
             if reason := self.blueprint.why_not(self.unet) or changed(self._settings or now, now):
                 raise ValueError(f"unet has changed since it was frozen (make a new Sampler): {reason}")
             self._settings = now
-            seen = weights.fingerprint(self.unet)
-            if seen != self._fingerprint:
+            seen, sums = weights.fingerprint(self.unet, sums=self.sums_weights)
+            known, known_sums = self._fingerprint
+            if seen != known or sums not in (None, known_sums):
                 self._refill()
-                self._fingerprint = seen  # only now, so that a failed refresh is tried again
+                self._fingerprint = seen, sums  # only now, so that a failed refresh is tried again
                 self._version += 1
             return self._version
 
@@ -240,9 +265,10 @@ class FrozenUNet:
         machine = Machine(self.fused, self.static, self.backend)
         row = torch.zeros(1, len(self.time_bias), dtype=self.row_dtype, device=self.device)
         size = self.blueprint.smallest_size or self.blueprint.factor
+        conditions = self.blueprint.some_conditions(1, self.device, optional=True)
         self.constants.refilling = True
         try:
-            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels).lower()
+            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels, conditions).lower()
         finally:
             self.constants.refilling = False
 

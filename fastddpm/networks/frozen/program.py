@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,16 @@ class Program:
     """The instructions for one batch size, image size and number of steps. Call it with the step counter.
 
     Attributes:
-        instructions: in order; the first ones look up the step's row of the time table.
+        instructions: of a step, in order; the first ones look up the step's row of the time table.
+        call_instructions: those that `load` runs where conditions may have changed.
         arena: the block of memory that the activations share, uint8 (empty where they have no fixed places).
         loads: how often the time table was filled.
     """
 
-    def __init__(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> None:
+    def __init__(
+        self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None,
+        conditions: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         """See `FrozenUNet.bind`."""
         self._frozen, self._timesteps = frozen, timesteps
         self._out_channels = frozen.blueprint.out_channels
@@ -39,18 +44,21 @@ class Program:
         else:
             inputs = frozen.whole_input(inputs)
         batch, channels, *size = inputs.shape
-        self._times = frozen.time_table(m, timesteps, labels, batch)
-        builder = frozen.blueprint.builder(frozen, m, self._times.row, batch, (size[0], size[1]), channels)
+        self._times = frozen.time_table(m, timesteps, labels, conditions, batch)
+        builder = frozen.blueprint.builder(frozen, m, self._times.row, batch, (size[0], size[1]), channels, conditions)
         self._result = builder.lower()
         self.instructions: list[Instruction] = self._times.instructions + builder.instructions
+        self.call_instructions: list[Instruction] = builder.call_instructions
         m.slots = [None] * len(builder.shapes)
         m.slots[builder.INPUT] = inputs
         if builder.workspace_numel:
             m.workspace = torch.empty(builder.workspace_numel, dtype=torch.float32, device=frozen.device)
         self._clear: list[list[int]] = [[] for _ in self.instructions]
         self._place(builder, batch)
-        self._seen_timesteps: Tensor | None = None
-        self._seen_version = -1
+        known = frozen.blueprint.conditions
+        self._of_samples = [given for name, given in conditions.items() if not known[name].each_step]
+        self._of_samples += [] if labels is None else [labels]
+        self._seen: tuple[int, list[Tensor], list[Tensor]] = (-1, [], [])
         self.loads = 0
 
     @torch.no_grad()
@@ -89,14 +97,30 @@ class Program:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self) -> None:
-        """Take over the present timesteps and labels, and the U-Net's weights if they have changed."""
+        """Take over the present timesteps, labels and conditions, and the U-Net's weights if they have changed."""
         version = self._frozen.refresh()
-        seen = self._seen_timesteps
-        if version != self._seen_version or seen is None or not torch.equal(seen, self._timesteps):
+        seen_version, seen_timesteps, seen_samples = self._seen
+        new_steps = version != seen_version or not _same(seen_timesteps, [self._timesteps])
+        new_samples = version != seen_version or not _same(seen_samples, self._of_samples)
+        if new_steps:
             self._times.load_timesteps()
-            self._seen_timesteps, self._seen_version = self._timesteps.clone(), version
             self.loads += 1
-        self._times.load_labels()
+        if new_steps or new_samples:
+            self._times.load_samples()
+        if new_samples:
+            self._run_once()
+        self._seen = version, [self._timesteps.clone()], [given.clone() for given in self._of_samples]
+
+    def _run_once(self) -> None:
+        """Run the instructions of a call, and put what has no place of its own into the slot's."""
+        slots = self._machine.slots
+        with self._own_dtype():
+            for instruction in self.call_instructions:
+                instruction.run()
+                for slot in instruction.writes:
+                    if slots[slot] is not self._kept[slot]:
+                        self._kept[slot].copy_(slots[slot])
+                        slots[slot] = self._kept[slot]
 
     def _place(self, builder: Builder, batch: int) -> None:
         """Place slots in the arena (if static), and note after which instruction the other slots are dead."""
@@ -110,11 +134,19 @@ class Program:
                 last[slot] = index
         last[self._result] = len(self.instructions)
 
-        # A border is zeroed only once, so a slot with a border shares its memory with no other.
-        bordered = set(builder.bordered) if m.fused else set()
-        for slot in bordered:
+        def own_memory(slot: int) -> Tensor:
             channels, height, width = builder.shapes[slot]
-            m.slots[slot] = torch.zeros(batch, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
+            return torch.zeros(batch, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
+
+        # A border is zeroed only once, so a slot with a border shares its memory with no other. What is computed once
+        # per call must outlast every step.
+        bordered = set(builder.bordered) if m.fused else set()
+        self._kept = {slot: own_memory(slot) for one in builder.call_instructions for slot in one.writes}
+        assert not self._kept.keys() & first.keys(), "a step writes what is computed once per call"
+        for slot in bordered - self._kept.keys():
+            m.slots[slot] = own_memory(slot)
+        for slot, place in self._kept.items():
+            m.slots[slot] = place
         placed = set(first) - bordered - builder.loose if m.static else set()
         sizes = {slot: batch * math.prod(builder.shapes[slot]) * dtype.itemsize for slot in placed}
         offsets, total = plan_memory(sizes, first, last)
@@ -126,6 +158,10 @@ class Program:
         m.fixed = {slot for slot, place in enumerate(m.slots) if place is not None}
         for slot in set(first) - bordered - placed - {self._result}:
             self._clear[last[slot]].append(slot)
+
+
+def _same(seen: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    return len(seen) == len(now) and all(map(torch.equal, seen, now))
 
 
 def plan_memory(sizes: dict[int, int], first: dict[int, int], last: dict[int, int]) -> tuple[dict[int, int], int]:

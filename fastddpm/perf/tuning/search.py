@@ -120,9 +120,7 @@ def tune(
     return outcomes
 
 
-def _search(
-    task: Task, outcome: Outcome, begin: float, seconds: float, compiling: Compiling, clock: Stopwatch
-) -> None:
+def _search(task: Task, outcome: Outcome, begin: float, seconds: float, compiling: Compiling, clock: Stopwatch) -> None:
     device = task.device
     candidates = task.candidates()
     outcome.heuristic = candidates[0]
@@ -236,4 +234,3 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     after = before - sum(outcome.calls * (outcome.heuristic_us - outcome.winner_us) for outcome in better)
     text = f"{len(done)} of {len(outcomes)} shapes measured, {len(better)} faster than the heuristics' choice"
     return text + (f"; of these ops' time in a step, {before:.0f} us are now {after:.0f}" if better else "")
-

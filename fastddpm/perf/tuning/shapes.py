@@ -40,9 +40,7 @@ def network_keys(
     return recorded(lambda: evaluation(network, shape, torch.tensor([0]), labels, precision), run, ops)
 
 
-def sampler_keys(
-    sampler: Any, batch: int, ops: Collection[str], precision: str | None = None
-) -> dict[Key, int]:
+def sampler_keys(sampler: Any, batch: int, ops: Collection[str], precision: str | None = None) -> dict[Key, int]:
     """Count how often one step of a sampler runs each shape of `ops`, in its network and in the step itself.
 
     Args:

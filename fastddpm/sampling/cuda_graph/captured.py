@@ -24,8 +24,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from fastddpm_kernels import proving
 from torch import Tensor
 
+from fastddpm.common.proofs import PROOFS
 from fastddpm.sampling.cuda_graph import while_graph
 from fastddpm.sampling.cuda_graph.capture_check import CaptureError, explain
 
@@ -43,15 +45,21 @@ _tuning = threading.Lock()
 _tuned = {"depth": 0, "before": False}
 
 
-def why_not(mode: str, device: torch.device) -> str | None:
-    """Return why `mode`, one of `MODES`, cannot be used on `device`, or None if it can. Never raises."""
+def why_not(mode: str, device: torch.device, *, trusted: bool = False) -> str | None:
+    """Return why `mode`, one of `MODES`, cannot be used on `device`, or None if it can. Never raises.
+
+    Args:
+        mode, device: as above.
+        trusted: whether its check on this device (`sampling.verify`) must have passed, too.
+    """
     if mode not in MODES:
         return f"it is none of {', '.join(MODES)}"
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, not {device.type}"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return while_graph.why_not(device) if mode == "while" else None
+    reason = while_graph.why_not(device) if mode == "while" else None
+    return proving.why_not(f"graph {mode}", device, PROOFS) if reason is None and trusted else reason
 
 
 @contextlib.contextmanager
@@ -350,7 +358,7 @@ def _usable(mode: str, device: torch.device, unroll: int, max_steps: int) -> lis
         if reason is not None:
             raise CaptureError(f"mode {mode!r} cannot be used: {reason}")
         return [mode]
-    reasons = {mode: why_not(mode, device) for mode in MODES}
+    reasons = {mode: why_not(mode, device, trusted=True) for mode in MODES}
     if max_steps < unroll:
         reasons["unrolled"] = reasons["unrolled"] or f"a graph of {unroll} steps is longer than {max_steps}"
     for name, reason in reasons.items():

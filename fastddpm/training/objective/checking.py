@@ -63,10 +63,12 @@ def check_arguments(
         raise ModuleNotFoundError("immiscible is True, which needs scipy: pip install scipy")
 
 
-def check_settings(diffusion: GaussianDiffusion, *, concatenated: bool) -> None:
+def check_settings(diffusion: GaussianDiffusion, *, concatenated: bool, takes_text: bool) -> None:
     """Raise ValueError if two settings contradict each other or the network's channels do not fit them.
 
-    `concatenated`: whether the network receives its own prediction before the channels of its input.
+    Args:
+        concatenated: whether the network receives its own prediction before the channels of its input.
+        takes_text: whether it takes embeddings of texts.
     """
     learned = diffusion.variance_type == "learned_range"
     if learned and diffusion.loss in POINTWISE:
@@ -81,7 +83,7 @@ def check_settings(diffusion: GaussianDiffusion, *, concatenated: bool) -> None:
         )
     if diffusion.weighting != "uniform" and diffusion.loss in ("kl", "rescaled_kl"):
         raise ValueError(f"weighting is {diffusion.weighting!r}, must be 'uniform' with loss {diffusion.loss!r}")
-    if diffusion.label_dropout and diffusion.null_class is None:
+    if diffusion.label_dropout and diffusion.null_class is None and not takes_text:
         raise ValueError(
             f"label_dropout is {diffusion.label_dropout} but there is no null_class: give it, or a U-Net with one"
         )

@@ -9,7 +9,7 @@ from fastddpm_kernels.q_sample import q_sample
 from torch import Tensor, nn
 
 from fastddpm.common import checks
-from fastddpm.networks.network import CallingConvention
+from fastddpm.networks.network import CallingConvention, is_text
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.training.objective.checking import (
@@ -76,7 +76,8 @@ class GaussianDiffusion(nn.Module):
     ) -> None:
         """
         Args:
-            unet: any network of (x_t, t), or of (x_t, t, labels), that `Sampler` accepts.
+            unet: any network of (x_t, t), or of (x_t, t, labels), that `Sampler` accepts; or one that also takes
+                `encoder_hidden_states`, such as diffusers' `UNet2DConditionModel`.
             schedule: the forward process.
             prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction".
             variance_type: "fixed_small", "fixed_small_log" (the same), "fixed_large" or "learned_range"; with the last,
@@ -96,7 +97,8 @@ class GaussianDiffusion(nn.Module):
                 such as 0.1.
             immiscible: pair images and noise of a (local) batch by least distance (Li et al. 2024). Needs scipy, and
                 the step cannot be compiled.
-            label_dropout: the share of labels that are replaced by `null_class`, for classifier-free guidance.
+            label_dropout: the share of labels that are replaced by `null_class`, or of embeddings of texts that are
+                replaced by zeros, for classifier-free guidance.
             null_class: the label that means "no class"; None for that of the network's config.
             timestep_sampling: "uniform"; "stratified", spread evenly over the global batch; "importance", by the size
                 of past losses (Nichol & Dhariwal 2021).
@@ -149,7 +151,11 @@ class GaussianDiffusion(nn.Module):
             p2_k=p2_k,
         )
         self.timestep_sampler = TimestepSampler(timestep_sampling, schedule.num_train_timesteps)
-        check_settings(self, concatenated=self.self_condition and not self._call.takes_self_condition)
+        check_settings(
+            self,
+            concatenated=self.self_condition and not self._call.takes_self_condition,
+            takes_text=self._call.takes_text,
+        )
         if isinstance(unet, UNet) and backend != "auto":
             unet.backend = backend
 
@@ -239,7 +245,7 @@ class GaussianDiffusion(nn.Module):
 
         Args:
             x0: [N, C, ...], values in [-1, 1]; for the losses with terms of the bound, 8-bit ones.
-            labels: int64 [N], if the network takes them.
+            labels: int64 [N], or the embeddings of texts float [N, L, D], if the network takes them.
             step: the training iteration, an int or an int64 tensor [] or [1] on the device. Both draw the same numbers,
                 but with `self_condition` only an int (or a tensor on the CPU) skips the first of the two predictions
                 in the half of the batches that do not need it.
@@ -252,8 +258,12 @@ class GaussianDiffusion(nn.Module):
         check_batch(x0, labels)
         draws = self._draws(len(x0), first_sample, step)
         t, importance = self._timesteps(draws, global_batch)
-        if labels is not None and self.null_class is not None and self.label_dropout:
-            labels = torch.where(draws.dropped(self.label_dropout), self.null_class, labels)
+        if labels is not None and self.label_dropout:
+            dropped = draws.dropped(self.label_dropout)
+            if is_text(labels):
+                labels = labels.masked_fill(dropped.view(-1, 1, 1), 0)
+            elif self.null_class is not None:
+                labels = torch.where(dropped, self.null_class, labels)
         losses = self._losses(x0, t, labels, None, None, draws)
         if self.training and torch.is_grad_enabled():
             self.timestep_sampler.update(t, losses.detach())
@@ -359,6 +369,8 @@ class GaussianDiffusion(nn.Module):
             net_in, given = torch.cat([given, x_t], dim=1), None
         dtype = next((p.dtype for p in self.unet.parameters()), x_t.dtype)  # autocast, if any, goes on from there
         net_in, given = net_in.to(dtype), None if given is None else given.to(dtype)
+        if labels is not None and is_text(labels):
+            labels = labels.to(dtype)
         out = self._call(self.unet, net_in, t, labels, given)
         check_channels(self.variance_type, out.shape[1], x_t.shape[1])
         out = out.to(torch.promote_types(x_t.dtype, torch.float32))

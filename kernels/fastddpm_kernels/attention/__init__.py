@@ -56,9 +56,7 @@ def attention_(y: Tensor, qkv: Tensor, heads: int, head_dim: int, *, backend: st
         q, k, v = parts(qkv, heads, head_dim)
         return bind_native(y.permute(0, 2, 3, 1).view(len(y), q.shape[1], -1), q, k, v, heads, head_dim**-0.5)
     wide = backend == "reference"
-    return torch.no_grad()(
-        lambda: y.copy_(attention_by_torch(qkv.double() if wide else qkv, heads, head_dim, backend))
-    )
+    return torch.no_grad()(lambda: y.copy_(attention_by_torch(qkv.double() if wide else qkv, heads, head_dim, backend)))
 
 
 def _check(y: Tensor, qkv: Tensor, heads: int, head_dim: int) -> None:

@@ -91,9 +91,7 @@ def run_launches(launches: Sequence[Launch], x: Tensor) -> None:
         launch.run()
 
 
-def packaged_variants(
-    ops: Sequence[str], make: Callable[[tuned.Key, tuned.Choice], list[Variant]]
-) -> list[Variant]:
+def packaged_variants(ops: Sequence[str], make: Callable[[tuned.Key, tuned.Choice], list[Variant]]) -> list[Variant]:
     """Return the variants of the package's tuned tables, each for the GPU it was found on."""
     return [
         replace(variant, target=target)

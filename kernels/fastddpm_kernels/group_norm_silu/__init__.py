@@ -276,9 +276,7 @@ def rms_norm_silu(
         check_no_gradients(x, weight, x2, scale, shift)
         x, x2 = in_format_of(x, x), None if x2 is None else in_format_of(x, x2)
         y = empty_like(x, channels)
-        rms_norm_silu_(
-            y, x, weight, eps=eps, x2=x2, scale=scale, shift=shift, activation=activation, backend="native"
-        )
+        rms_norm_silu_(y, x, weight, eps=eps, x2=x2, scale=scale, shift=shift, activation=activation, backend="native")
         return y
     if backend == "triton":
         check_for_triton(x, channels)

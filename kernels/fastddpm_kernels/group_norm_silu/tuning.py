@@ -77,9 +77,7 @@ class GroupNormTask(_NormTask):
         return found
 
     def _plan(self, choice: Choice) -> Plan | None:
-        return derived_plan(
-            self.named["batch"], self.named["pixels"], self.channels, self.named["groups"], **choice
-        )
+        return derived_plan(self.named["batch"], self.named["pixels"], self.channels, self.named["groups"], **choice)
 
     def _choices(self, processors: int) -> Iterator[Choice]:
         batch, pixels, groups = self.named["batch"], self.named["pixels"], self.named["groups"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -34,10 +35,11 @@ def _most() -> int:
 @functools.lru_cache(maxsize=1)
 def last_cache() -> int:
     """Return the bytes of the last cache, which cores share; 0 if the system does not say."""
-    try:
-        return max(0, os.sysconf("SC_LEVEL3_CACHE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return 0
+    found = [0]
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):  # such as 32768K
+            found.append(1024 * int(size.read_text(encoding="ascii").strip().removesuffix("K")))
+    return max(found)
 
 
 def cpu_quota(process: Path = Path("/proc/self")) -> float | None:

@@ -123,8 +123,9 @@ def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
         shape = (n, 1, pixels, channels) if last else (n, channels, 1, pixels)
         return torch.empty(shape, dtype=key.dtype, device="meta").movedim(-1 if last else 1, 1)
 
-    table, t, keys, step = torch.empty(1000, 2, device="meta"), *(
-        torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((n,), (n, 2), (1,))
+    table, t, keys, step = (
+        torch.empty(1000, 2, device="meta"),
+        *(torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((n,), (n, 2), (1,))),
     )
     made = make_launch(
         image(), table, t, image() if given else None, None if given else keys, None if given else step,

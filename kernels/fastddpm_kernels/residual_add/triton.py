@@ -184,9 +184,7 @@ def tuned_variants(key: tuned.Key, choice: tuned.Choice) -> list[Variant]:
     return [replace(made.variant(f"tuned, {key.dtype}, {key.shape}"), **aot(made.num_warps))]
 
 
-def _image(
-    n: int, size: int | tuple[int, int], dtype: torch.dtype, channels_last: bool, channels: int = 128
-) -> Tensor:
+def _image(n: int, size: int | tuple[int, int], dtype: torch.dtype, channels_last: bool, channels: int = 128) -> Tensor:
     size = (size, size) if isinstance(size, int) else size
     shape = (n, *size, channels) if channels_last else (n, channels, *size)
     return torch.empty(shape, dtype=dtype, device="meta").movedim(-1 if channels_last else 1, 1)

@@ -16,12 +16,16 @@ networks and one that evaluates them: every test there then runs for it.
 from __future__ import annotations
 
 from fastddpm.networks.frozen.blueprint import Blueprint
+from fastddpm.networks.frozen.kinds.condition.blueprint import ConditionBlueprint
+from fastddpm.networks.frozen.kinds.edm.blueprint import EDMBlueprint
 from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     ClassConditionalBlueprint,
     LucidrainsBlueprint,
     RepaintBlueprint,
     SequenceBlueprint,
 )
+from fastddpm.networks.frozen.kinds.monai.blueprint import MonaiBlueprint
+from fastddpm.networks.frozen.kinds.policies.blueprint import LeRobotBlueprint, PolicyBlueprint
 from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
 
 KINDS: tuple[type[Blueprint], ...] = (
@@ -30,6 +34,11 @@ KINDS: tuple[type[Blueprint], ...] = (
     ClassConditionalBlueprint,
     RepaintBlueprint,
     SequenceBlueprint,
+    ConditionBlueprint,
+    EDMBlueprint,
+    MonaiBlueprint,
+    PolicyBlueprint,
+    LeRobotBlueprint,
 )
 
 

@@ -65,9 +65,7 @@ class Lowering(Builder):
             return self.conv(layer, Activation(both))
         shape = (layer.out_channels, layer.in_channels, 3)
         channels2 = self.shapes[skip.slot][0]
-        packed = self.packed(
-            f"{name}.weight", lambda: layer.weight, shape, (height, width), 1, 1, channels2=channels2
-        )
+        packed = self.packed(f"{name}.weight", lambda: layer.weight, shape, (height, width), 1, 1, channels2=channels2)
         bias, pending = self.bias_of(layer, layer.bias)
         target = self.new(layer.out_channels, height, width)
         numel = layer.weight.numel()
@@ -116,9 +114,7 @@ class Lowering(Builder):
             *(self.put(f"{name}.{part}", rows) for part, rows in memory),
         )
         # Attention scales its queries; scaling the output projection instead is equivalent.
-        weight = self.put(
-            f"{name}.to_out", lambda: projection.weight.double().flatten(1).T * (inner // heads) ** -0.5
-        )
+        weight = self.put(f"{name}.to_out", lambda: projection.weight.double().flatten(1).T * (inner // heads) ** -0.5)
         mask = None
         if self.m.fused and not self.m.native:
             block = torch.ones(inner // heads, inner // heads)

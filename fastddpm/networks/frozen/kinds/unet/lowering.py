@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm.networks.frozen import instructions as ops
-from fastddpm.networks.frozen.builder import Activation, Builder, add
+from fastddpm.networks.frozen.builder import Activation, add
 from fastddpm.networks.frozen.kinds.unet import folding
+from fastddpm.networks.frozen.residual import ResidualBlock, ResidualBuilder
 from fastddpm.networks.unet import layers
 from fastddpm.networks.unet.layers import AdaResnetBlock, Block, ResnetBlock, double, halve
 from fastddpm.networks.unet.model import UNet
@@ -25,7 +26,7 @@ _FILTERS: dict[Callable[..., Tensor], int] = {
 }  # and the divisor of their taps
 
 
-class Lowering(Builder):
+class Lowering(ResidualBuilder):
     """A `fastddpm.UNet` as instructions."""
 
     unet: UNet
@@ -52,7 +53,7 @@ class Lowering(Builder):
                 x, image = self._skip_down(down, x, image)
                 skips.append(x)
             elif isinstance(down, layers.KDownBlock) and down.downsample:
-                x = self._filtered(x, layers.mirrored_halve, self.names[down])
+                x = self._filtered(layers.mirrored_halve, x, self.names[down])
             elif isinstance(down, layers.DownBlock):
                 for layer in down.downsamplers:
                     x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._downsample(layer, x)
@@ -75,12 +76,12 @@ class Lowering(Builder):
             if isinstance(up, layers.SkipUpBlock):
                 x, image = self._skip_up(up, x, image)
             elif isinstance(up, layers.KUpBlock) and up.upsample:
-                x = self._filtered(x, layers.mirrored_double, self.names[up])
+                x = self._filtered(layers.mirrored_double, x, self.names[up])
             elif isinstance(up, layers.UpBlock):
                 for layer in up.upsamplers:
                     x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._upsample(layer, x)
         x = self.norm(unet.conv_norm_out, x)
-        x = self._conv_to_image(unet.conv_out, x)
+        x = self.conv_to_image(unet.conv_out, x)
         if image is not None:
             x = self.other("conv_out.image", [x.slot, image.slot], torch.add)
         if unet.config.time_embedding_type == "fourier":
@@ -90,25 +91,13 @@ class Lowering(Builder):
             )
         return x.slot
 
-    def _conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
-        """Emit a convolution to the channels of an image, complete; the channels may be padded."""
-        name, out_channels = self.names[layer], layer.out_channels
-        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
-        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
-        x = self.conv(layer, x, out_channels=padded)
-        if x.bias is not None:
-            bias = self.put(f"{name}.pending", x.bias)
-            self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
-            x.bias = None
-        return x
-
     def _skip_down(
         self, block: layers.SkipDownBlock, x: Activation, image: Activation
     ) -> tuple[Activation, Activation]:
         """Emit the end of a block of NCSN++: the state and the image, halved."""
         name, conv = self.names[block], block.skip_conv
         assert conv is not None
-        image = self._filtered(image, layers.fir_halve, f"{name}.image")
+        image = self._filtered(layers.fir_halve, image, f"{name}.image")
         x = self._resnet(block.resnet_down, x)
         self.complete(x, f"{name}.sum")
         channels = conv.in_channels
@@ -128,16 +117,16 @@ class Lowering(Builder):
         for attention in block.attentions:
             x = self._attention(attention, x)
         if image is not None:
-            image = self._filtered(image, layers.fir_double, f"{name}.image")
+            image = self._filtered(layers.fir_double, image, f"{name}.image")
         if block.resnet_up is not None:
             assert block.skip_norm is not None
             assert block.skip_conv is not None
-            more = self._conv_to_image(block.skip_conv, self.norm(block.skip_norm, x))
+            more = self.conv_to_image(block.skip_conv, self.norm(block.skip_norm, x))
             image = more if image is None else self.other(f"{name}.sum", [image.slot, more.slot], torch.add)
             x = self._resnet(block.resnet_up, x)
         return x, image
 
-    def _filtered(self, x: Activation, resample: Callable[..., Tensor], name: str) -> Activation:
+    def _filtered(self, resample: Callable[..., Tensor], x: Activation, name: str) -> Activation:
         """Emit a filter of `x`, which must be complete."""
         self.complete(x, name)
         (channels, height, width), divisor = self.shapes[x.slot], _FILTERS[resample]
@@ -150,38 +139,22 @@ class Lowering(Builder):
         return self.other(f"{name}.{resample.__name__}", [x.slot], lambda v: resample(v, kernel), to)
 
     def _resnet(self, block: Any, x: Activation, skip: Activation | None = None) -> Activation:
-        name = self.names[block]
-        if skip is not None and skip.residual is not None:
-            self.complete(skip, f"{name}.skip")
         if isinstance(block, AdaResnetBlock):
+            if skip is not None and skip.residual is not None:
+                self.complete(skip, f"{self.names[block]}.skip")
             return self._ada_resnet(block, x, skip)
-        time, act = self.row[:, self.columns[name]], block.activation
-        h = self.norm(block.norm1, x, skip, activation=act)  # from here on x has no pending residual
-        conv1: Callable[..., Activation] = self.conv
-        if block.resample == "down":
-            h, x = self._resampled(h, halve, f"{name}.norm1"), self._resampled(x, halve, name)
-        elif block.resample == "up":
-            x, conv1 = self._resampled(x, double, name), self.conv_of_double
+        resample: Callable[[Activation, str], Activation] | None = None
+        if block.resample in ("up", "down"):
+            resample = partial(self.resampled, double if block.resample == "up" else halve)
         elif block.resample is not None:
-            resample = layers.RESAMPLE[block.resample]
-            h, x = self._filtered(h, resample, f"{name}.norm1"), self._filtered(x, resample, name)
-        if block.scale_shift:
-            h = conv1(block.conv1, h)
-            scale, shift = time.expand(self.batch, -1).chunk(2, dim=1)
-            h = self.norm(block.norm2, h, scale=scale, shift=shift, activation=act)
-        elif self.m.fused or len(time) > 1:  # the bias of conv1 is in the row
-            h = conv1(block.conv1, h, bias=None)
-            h = self.norm(block.norm2, h, time_bias=time.expand(self.batch, -1), activation=act)
-        else:
-            h = self.norm(block.norm2, conv1(block.conv1, h, bias=time[0]), activation=act)
-        h = self.conv(block.conv2, h)
-
-        if block.conv_shortcut is not None:
-            y = self.shortcut(block.conv_shortcut, x, skip, h)
-        else:
-            assert skip is None  # a skip would make the block's input wider than its output
-            y = Activation(h.slot, add(h.bias, x.bias), x.slot)
-        return self.divided(y, block.output_scale, name)
+            resample = partial(self._filtered, layers.RESAMPLE[block.resample])
+        return self.residual_block(
+            ResidualBlock(
+                self.names[block], block.norm1, block.conv1, block.norm2, block.conv2, block.conv_shortcut,
+                block.activation, block.scale_shift, resample, block.resample == "up", block.output_scale,
+            ),
+            x, skip,
+        )  # fmt: skip
 
     def _ada_resnet(self, block: AdaResnetBlock, x: Activation, skip: Activation | None) -> Activation:
         if skip is not None and block.conv_shortcut is None:  # the residual path is the concatenation itself
@@ -235,27 +208,11 @@ class Lowering(Builder):
     def _downsample(self, layer: Any, x: Activation) -> Activation:
         name = self.names[layer]
         if layer.conv is None:
-            return self._resampled(x, halve, name)
-        if layer.padding != 0:
-            self.complete(x, name)
-            return self.conv(layer.conv, x, stride=2, padding=layer.padding)
-        if self.m.native:
-            self.complete(x, name)
-            return self.conv(layer.conv, x, stride=2, padding=0, below=1)
-        channels, height, width = self.shapes[x.slot]
-        padded = self.new(channels, height + 1, width + 1)
-        self.bordered.append(padded)
-        self.complete(x, f"{name}.pad", padded)
-        return self.conv(layer.conv, Activation(padded), stride=2, padding=0)
+            return self.resampled(halve, x, name)
+        return self.halved_by_conv(layer.conv, x, layer.padding, name)
 
     def _upsample(self, layer: Any, x: Activation) -> Activation:
         if layer.conv is None:
-            return self._resampled(x, double, self.names[layer])
+            return self.resampled(double, x, self.names[layer])
         self.complete(x, self.names[layer])
         return self.conv_of_double(layer.conv, x)
-
-    def _resampled(self, x: Activation, resample: Callable[[Tensor], Tensor], name: str) -> Activation:
-        """Emit `halve` or `double` of `x`. Its bias stays pending, since it is the same in every pixel."""
-        if x.residual is not None:
-            self.complete(x, name)
-        return replace(self.other(f"{name}.{resample.__name__}", [x.slot], resample), bias=x.bias)

@@ -1,0 +1,1 @@
+"""The U-Nets of EDM and PhysicsNeMo, frozen: DDPM++ and NCSN++ (`SongUNet`) and ADM (`DhariwalUNet`)."""
