@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Condition:
-    """One of the tensors that a call gives besides x, timesteps and labels, the same at every step.
+    """One of the tensors that a call gives besides x, timesteps and labels, as a rule the same at every step.
 
     Attributes:
         shape: after the number of samples; None for a size that the call chooses.
         optional: whether a call may leave it out.
         integers: whether its values are integers or truth values; else floating-point numbers. None: they may be both.
+        each_step: whether only steps read it, so that its values may change without a `load`.
     """
 
     shape: tuple[int | None, ...]
     optional: bool = False
     integers: bool | None = False
+    each_step: bool = False
 
 
 class Embeddings(nn.Module, ABC):
@@ -41,6 +43,7 @@ class Embeddings(nn.Module, ABC):
         num_labels: labels are integers below this; None if they are not integers, or if there are no labels.
         reads_raw: whether projections read the embedding itself, appended to its activation.
         conditions: the names of the conditions that are embedded; of those that a call gives, `of_conditions` gets all.
+        width: E, where it is not what the projections read.
         separates: whether time fills other columns than labels and conditions, so that activations of the two add up.
             Then only a sum is left for a step; else all that is inside the activation is computed per step and sample.
     """
@@ -48,6 +51,7 @@ class Embeddings(nn.Module, ABC):
     num_labels: int | None = None
     reads_raw: bool = False
     conditions: tuple[str, ...] = ()
+    width: int | None = None
     separates: bool = False
 
     @abstractmethod
@@ -77,7 +81,8 @@ class Blueprint(ABC):
         in_channels, out_channels: of its input and of its output.
         optional_channels: how many of the first input channels may be left out, and are then zero.
         dims: 2, or 1 for sequences [N, C, L], which are computed as images of height 1.
-        factor: heights and widths must be multiples of it.
+        factor: heights and widths must be multiples of it, unless `any_size`.
+        any_size: whether the U-Net takes sizes that the factor does not divide.
         smallest_size: their minimum; None for `factor`.
         has_labels: whether it takes labels.
         conditions: what a call takes besides x, timesteps and labels, by the names of the U-Net's own arguments.
@@ -94,6 +99,7 @@ class Blueprint(ABC):
     optional_channels: int = 0
     dims: int = 2
     factor: int
+    any_size: bool = False
     smallest_size: int | None = None
     has_labels: bool
     conditions: Mapping[str, Condition] = MappingProxyType({})

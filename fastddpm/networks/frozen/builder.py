@@ -117,6 +117,7 @@ class Builder(ABC):
     def conv(
         self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own", stride: int = 1, padding: int = 1,
         in_channels: int | None = None, out_channels: int | None = None, below: int | None = None,
+        key: str = "weight",
     ) -> Activation:  # fmt: skip
         """Emit a convolution.
 
@@ -124,6 +125,7 @@ class Builder(ABC):
             layer: the layer with the weights; further channels get zero weights.
             x: the input, complete.
             bias: "own" for the layer's, or the bias to use instead.
+            key: of the weight among the constants, after the layer's name.
             below: rows and columns of zeros below and to the right, if not `padding`; native convolutions only.
         """
         assert x.residual is None
@@ -147,11 +149,11 @@ class Builder(ABC):
         else:  # a row of the time table, read at every run
             own, pending = values, None
         if self.m.native:
-            packed = self.packed(f"{name}.weight", padded, (outputs, inputs, size), (height, width), stride, padding)
+            packed = self.packed(f"{name}.{key}", padded, (outputs, inputs, size), (height, width), stride, padding)
             run = ops.native_conv(self.m, x.slot, target, packed, own, stride, padding)
         else:
             assert below is None
-            run = ops.conv(self.m, x.slot, target, self.put(f"{name}.weight", padded), own, stride, padding)
+            run = ops.conv(self.m, x.slot, target, self.put(f"{name}.{key}", padded), own, stride, padding)
         numel = outputs * inputs * size**2
         self.emit(name, "conv", [x.slot], [target], run, flops=2 * self.pixels(target) * numel, weights=numel)
         return Activation(target, pending)
@@ -161,7 +163,7 @@ class Builder(ABC):
         name, out_channels = self.names[layer], layer.out_channels
         # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
         padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
-        x = self.conv(layer, x, out_channels=padded)
+        x = self.conv(layer, x, out_channels=padded, padding=layer.kernel_size[0] // 2)
         if x.bias is not None:
             bias = self.put(f"{name}.pending", x.bias)
             self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
@@ -291,12 +293,12 @@ class Builder(ABC):
         )  # fmt: skip
         return Activation(target)
 
-    def linear(self, name: str, source: int, weight: Tensor, bias: Tensor) -> int:
+    def linear(self, name: str, source: int, weight: Tensor, bias: Tensor | None) -> int:
         """Emit a 1x1 convolution with bias, by the vendor's matrix product or the native one. Return its slot."""
         if self.m.native:
             return self.pointwise(name, source, weight, bias, None).slot
         target = self.new(len(weight), *self.shapes[source][1:])
-        own = self.put(f"{name}.bias", bias)
+        own = None if bias is None else self.put(f"{name}.bias", bias)
         self.emit(
             name, "pointwise", [source], [target],
             ops.linear(self.m, source, target, self.put(f"{name}.weight", weight.T), own),
@@ -410,7 +412,7 @@ class Builder(ABC):
         kernels: int = 1, flops: int = 0, weights: int = 0,
     ) -> None:  # fmt: skip
         elements = sum(self.pixels(slot) * self.shapes[slot][0] for slot in [*reads, *writes]) + weights
-        size = self.shapes[writes[0]][1:]
+        size = self.shapes[writes[0]][1:] if writes else None
         self.instructions.append(
             Instruction(
                 name, kind, tuple(reads), tuple(writes), kernels, flops, elements * self.dtype.itemsize, run, size

@@ -163,6 +163,7 @@ class FrozenUNet:
         left_out = blueprint.in_channels - inputs.shape[1] if inputs.ndim == 2 + blueprint.dims else None
         if left_out not in (0, blueprint.optional_channels):
             raise ValueError(f"inputs have shape {tuple(inputs.shape)}, must have shape {self._shape}")
+        factor = 1 if blueprint.any_size else factor
         least = blueprint.smallest_size or factor
         if any(size % factor or size < least for size in inputs.shape[2:]):
             sizes = "x".join(map(str, inputs.shape[2:]))

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from fastddpm_kernels.attention import attention_, attention_by_torch
 from fastddpm_kernels.conv import PackedWeight, conv_
 from fastddpm_kernels.conv.upsampling import cudnn_conv, cudnn_conv_transpose, double_
+from fastddpm_kernels.cross_attention import cross_attention_
+from fastddpm_kernels.geglu import geglu_
 from fastddpm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_
+from fastddpm_kernels.layer_norm import layer_norm_
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
 from fastddpm_kernels.residual_add import residual_add_
 from torch import Tensor
@@ -229,12 +232,14 @@ def pointwise(
     return bound_once(m, (source, target, second, residual), bind)
 
 
-def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor) -> Callable[[], object]:
+def linear(m: Machine, source: int, target: int, weight: Tensor, bias: Tensor | None) -> Callable[[], object]:
     """Convolve by 1x1, with bias, by the vendor's matrix product. `weight` is [I, O]."""
 
     def bind() -> Callable[[], object]:
         x = m.slots[source]
         rows, out = rows_of(x), rows_of(m.place(target, x, weight.shape[1]))
+        if bias is None:
+            return lambda: torch.mm(rows, weight, out=out)
         return lambda: torch.addmm(bias, rows, weight, out=out)
 
     return bound_once(m, (source, target), bind)
@@ -250,6 +255,65 @@ def attention(m: Machine, source: int, target: int, heads: int, head_dim: int) -
         m.slots[target] = attention_by_torch(m.slots[source], heads, head_dim)
 
     return bound_once(m, (source, target), bind) if m.native else run
+
+
+def layer_norm(
+    m: Machine, source: int, target: int, residual: int | None, weight: Tensor, bias: Tensor, eps: float
+) -> Callable[[], object]:
+    """Normalise the channels of source + residual; the sum replaces `source`."""
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        return layer_norm_.bind(
+            m.place(target, x, x.shape[1]), x, weight, bias, eps=eps,
+            residual=None if residual is None else m.slots[residual], total=None if residual is None else x,
+            backend=m.backend if m.fused else "eager",
+        )  # fmt: skip
+
+    return bound_once(m, (source, target, residual), bind)
+
+
+def geglu(m: Machine, source: int, target: int) -> Callable[[], object]:
+    """Multiply the first half of the channels by the GELU of the second."""
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        return geglu_.bind(m.place(target, x, x.shape[1] // 2), x, backend=m.backend if m.fused else "eager")
+
+    return bound_once(m, (source, target), bind)
+
+
+def cross_attention(
+    m: Machine, source: int, target: int, heads: int, channels: int, pair: int | None, mask: Tensor | None
+) -> Callable[[], object]:
+    """Attend from the first channels of `source` to the keys and values of `pair` and those that follow in `source`.
+
+    Args:
+        channels: of the queries. If `source` has no more, it attends to `pair` alone.
+        pair: slot of [N, 2 channels, ..], or None.
+        mask: [N, keys], added to the scores, or None.
+    """
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        own = x[:, channels:] if x.shape[1] > channels else None
+        first, second = (own, None) if pair is None else (m.slots[pair], own)
+        return cross_attention_.bind(
+            m.place(target, x, channels), x[:, :channels], first, heads, own=second, mask=mask,
+            backend=m.backend if m.backend in ("native", "reference") else "eager",
+        )  # fmt: skip
+
+    return bound_once(m, (source, target, pair), bind)
+
+
+def add_given(m: Machine, source: int, values: Tensor, target: int) -> Callable[[], object]:
+    """Add values [N, C, H, W], which stay where they are and may change at every step."""
+
+    def run() -> None:
+        x = m.slots[source]
+        torch.add(x, values, out=m.place(target, x, x.shape[1]))
+
+    return run
 
 
 def residual_add(

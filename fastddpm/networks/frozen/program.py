@@ -55,7 +55,9 @@ class Program:
             m.workspace = torch.empty(builder.workspace_numel, dtype=torch.float32, device=frozen.device)
         self._clear: list[list[int]] = [[] for _ in self.instructions]
         self._place(builder, batch)
-        self._of_samples = [given for given in (labels, *conditions.values()) if given is not None]
+        known = frozen.blueprint.conditions
+        self._of_samples = [given for name, given in conditions.items() if not known[name].each_step]
+        self._of_samples += [] if labels is None else [labels]
         self._seen: tuple[int, list[Tensor], list[Tensor]] = (-1, [], [])
         self.loads = 0
 

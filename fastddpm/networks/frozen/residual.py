@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,9 +71,9 @@ class ResidualBuilder(Builder):
             y = Activation(h.slot, add(h.bias, x.bias), x.slot)
         return self.divided(y, block.output_scale, name)
 
-    def conv_same(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
-        """Emit a convolution that keeps the resolution."""
-        return self.conv(layer, x, bias=bias, padding=layer.kernel_size[0] // 2)
+    def conv_same(self, layer: nn.Conv2d, x: Activation, **options: Any) -> Activation:
+        """Emit a convolution that keeps the resolution; `options` as for `conv`."""
+        return self.conv(layer, x, padding=layer.kernel_size[0] // 2, **options)
 
     def halved_by_conv(self, layer: nn.Conv2d, x: Activation, padding: int, name: str) -> Activation:
         """Emit a convolution of stride 2; with `padding` 0 the image gets a row below and a column to the right."""

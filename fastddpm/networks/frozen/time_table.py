@@ -14,6 +14,7 @@ from fastddpm.networks.frozen.instructions import Instruction, Machine
 
 MAX_BYTES = 256 * 2**20
 _ROWS_AT_ONCE = 4096
+_WEIGHTS_AT_ONCE = 2**20
 
 
 class TimeTable:
@@ -36,7 +37,7 @@ class TimeTable:
         self._conditions = {name: conditions[name] for name in embeddings.conditions if name in conditions}
         self._of_time = torch.empty(0)
         device, (width, reads), steps = weight.device, weight.shape, len(timesteps)
-        channels = reads // 2 if embeddings.reads_raw else reads
+        channels = embeddings.width or (reads // 2 if embeddings.reads_raw else reads)
 
         def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=of, device=device)
@@ -111,7 +112,7 @@ class TimeTable:
         if self._kind == "samples":
             self._fill(self._of_time, of_samples)
         elif self._kind == "separate":
-            self._of_samples.copy_(self._embeddings.activate(of_samples) @ self._weight.T)
+            self._of_samples.copy_(self._project(self._embeddings.activate(of_samples)))
         else:
             self._of_samples.copy_(of_samples)
 
@@ -121,9 +122,14 @@ class TimeTable:
         for start in range(0, len(of_time), steps_at_once):
             part = of_time[start : start + steps_at_once]
             emb = self._embeddings.activate(part if others is None else part[:, None] + others)
-            rows = torch.addmm(self._bias, emb.flatten(0, -2), self._weight.T)
+            rows = self._project(emb.flatten(0, -2)) + self._bias
             first = start * self._count
             self._table[first : first + len(rows)] = rows.to(self._table.dtype)
+
+    def _project(self, emb: Tensor) -> Tensor:
+        """Return emb [.., E] times the weight, in float64. The weight may be stored in fewer bits: a part at a time."""
+        parts = self._weight.split(max(_WEIGHTS_AT_ONCE // self._weight.shape[1], 1))
+        return torch.cat([emb @ part.to(emb.dtype).T for part in parts], dim=-1)
 
     def _activate(self) -> None:
         self._active = self._embeddings.activate(self._sum)

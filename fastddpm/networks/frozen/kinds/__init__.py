@@ -16,6 +16,7 @@ networks and one that evaluates them: every test there then runs for it.
 from __future__ import annotations
 
 from fastddpm.networks.frozen.blueprint import Blueprint
+from fastddpm.networks.frozen.kinds.condition.blueprint import ConditionBlueprint
 from fastddpm.networks.frozen.kinds.edm.blueprint import EDMBlueprint
 from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     ClassConditionalBlueprint,
@@ -32,6 +33,7 @@ KINDS: tuple[type[Blueprint], ...] = (
     ClassConditionalBlueprint,
     RepaintBlueprint,
     SequenceBlueprint,
+    ConditionBlueprint,
     EDMBlueprint,
     PolicyBlueprint,
     LeRobotBlueprint,

@@ -1,0 +1,1 @@
+"""diffusers' `UNet2DConditionModel`, frozen: Stable Diffusion, SDXL, DeepFloyd IF, unCLIP and their like."""

@@ -1,0 +1,76 @@
+"""Emit the layers of transformers inside U-Nets: layer norm, attention to a text and to the image, GEGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.networks.frozen import instructions as ops
+from fastddpm.networks.frozen.builder import Activation
+from fastddpm.networks.frozen.residual import ResidualBuilder
+
+
+class TransformerBuilder(ResidualBuilder):
+    """A `Builder` that knows the layers of transformers. Pixels, and tokens of a text, are positions of an image."""
+
+    def layer_norm(self, layer: nn.LayerNorm, x: Activation) -> int:
+        """Emit a layer norm of `x`, whose slot holds the sum with its residual afterwards. Return the norm's slot."""
+        assert x.bias is None
+        name, channels = self.names[layer], self.shapes[x.slot][0]
+        target, residual = self.new(*self.shapes[x.slot]), x.residual
+        weight = layer.weight if layer.weight is not None else torch.ones(channels)
+        bias = layer.bias if layer.bias is not None else torch.zeros(channels)
+        weight, bias = (
+            self.put(f"{name}.{key}", vector, self.vector_dtype) for key, vector in (("weight", weight), ("bias", bias))
+        )
+        self.emit(
+            name, "norm", [x.slot] + ([] if residual is None else [residual]),
+            [target] + ([] if residual is None else [x.slot]),
+            ops.layer_norm(self.m, x.slot, target, residual, weight, bias, layer.eps),
+        )  # fmt: skip
+        x.residual = None
+        return target
+
+    def attend(
+        self, name: str, source: int, channels: int, heads: int, pair: int | None = None, mask: Tensor | None = None
+    ) -> int:
+        """Emit the attention of `source`'s first channels to `pair` and to its others, as `ops.cross_attention`."""
+        _, height, width = self.shapes[source]
+        target = self.new(channels, height, width)
+        keys = 0 if pair is None else self.shapes[pair][1] * self.shapes[pair][2]
+        keys += height * width if self.shapes[source][0] > channels else 0
+        self.emit(
+            name, "attention", [source] + ([] if pair is None else [pair]), [target],
+            ops.cross_attention(self.m, source, target, heads, channels, pair, mask),
+            flops=4 * self.pixels(source) * keys * channels,
+        )  # fmt: skip
+        return target
+
+    def geglu(self, name: str, source: int) -> int:
+        """Emit GEGLU of the channels."""
+        channels, height, width = self.shapes[source]
+        target = self.new(channels // 2, height, width)
+        self.emit(name, "other", [source], [target], ops.geglu(self.m, source, target))
+        return target
+
+    def joined(self, name: str, source: int, layers: Sequence[nn.Linear]) -> int:
+        """Emit linear layers of one input as one product; their results lie side by side."""
+        weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers]
+        bias = None if biases[0] is None else torch.cat(biases)
+        return self.linear(name, source, weight, bias)
+
+    def linear_add(
+        self, name: str, source: int, weight: Tensor, bias: Tensor | None, h: Activation, *, complete: bool = False
+    ) -> Activation:
+        """Emit a product that is added to `h`, which must be complete and which nothing else reads afterwards.
+
+        Where the vendor's product does not add, the sum waits for the next norm, unless it has to be `complete`.
+        """
+        assert h.residual is None
+        assert h.bias is None
+        if self.m.native or complete:
+            return self.pointwise(name, source, weight, bias, h.slot, target=h.slot)
+        return Activation(self.linear(name, source, weight, bias), None, h.slot)
