@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import options as shared
 from fastddpm.cli import outputs, prompts, shards
-from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.model import MODEL_HELP, add_model_options, check_count, open_model
 from fastddpm.cli.options import check_labels, integer, integers
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fastddpm.common.images import check_drawable, check_memory, grid
+    from fastddpm.common.images import check_canvas, check_drawable, grid, grid_size
 
     if prompts.wants_prompts(options):
         return prompts.sample_prompts(options)
@@ -53,13 +52,15 @@ def _sample(options: argparse.Namespace) -> None:
     if model.decoder is not None and outputs.recording(options, kind, 1):
         name = "output" if kind == ".gif" else "trajectory"
         raise ValueError(f"--{name} is {getattr(options, name)}, which shows states, but those of MODEL are latents")
+    check_count(model, options.num_samples or 1, "--num-samples")
     sampler = shared.make_sampler(options, model)
     shape = sampler.network.sample_shape(sampler.settings.learned_variance)
-    check_memory(4 * (options.num_samples or 1) * math.prod(shape), f"{options.num_samples} samples")
     if model.decoder is None and (kind != ".npz" or options.trajectory is not None):
         check_drawable(shape[0])
     labels = _choose_labels(options, model)
     count = options.num_samples or (len(labels) if labels else 16)
+    if kind in (".png", ".gif"):
+        check_canvas(*grid_size(count, shape[1:], labels), kind)
     steps = len(sampler.timesteps)
     start = time.perf_counter()
     result = sampler.sample(

@@ -20,17 +20,20 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
     Args:
         obj: a `DDPMPipeline`, `DDIMPipeline` or `LDMPipeline` of diffusers, a tuple `(UNet2DModel, scheduler)` of
             diffusers, a pipeline around a `UNet2DConditionModel` (Stable Diffusion and its kin) or that U-Net alone, a
-            diffusion of denoising_diffusion_pytorch, or a diffusion policy of lerobot or diffusion_policy.
+            diffusion of denoising_diffusion_pytorch, a diffusion policy of lerobot or diffusion_policy, or a network of
+            EDM or PhysicsNeMo.
         inplace: change `obj` itself and return it. Else a new object is returned, which shares the weights.
         allow_general: where one part, the network or the sampler, is not supported, accelerate the other alone, with
             a warning in the log. None: the library's default, True.
-        **options: of the library: see `accelerate` in `fastddpm.interop.diffusers`, `fastddpm.interop.conditional`,
-            `fastddpm.interop.lucidrains` and `fastddpm.interop.robots`.
+        **options: of the library: see `accelerate` in `fastddpm.interop.diffusers`, `.conditional`, `.lucidrains`,
+            `.robots` and `.edm`.
 
     Raises:
         TypeError: `obj` is none of these, or an option is not known.
         ValueError: a setting of it is not supported; the message names it, its value and what would be.
     """
+    from fastddpm.interop import edm
+
     library = _library(obj)
     if allow_general is not None:
         options["allow_general"] = allow_general
@@ -48,6 +51,8 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
         from fastddpm.interop import robots
 
         return robots.accelerate(obj, inplace=inplace, **options)
+    if edm.takes(obj):
+        return edm.accelerate(obj, inplace=inplace, **options)
     raise not_supported(obj)
 
 

@@ -85,12 +85,12 @@ class Pretrained:
         """
         known = self.text_encoder
         if name is None and "name" not in known:
-            raise ValueError("text_encoder is None, must be given: the model does not say which one it was trained with")
+            raise ValueError("text_encoder is None, must be given: the model does not say what it was trained with")
         encoder = TextEncoder(known["name"] if name is None else name, tokens=known.get("tokens"))
         if known.get("fingerprint") not in (None, encoder.fingerprint):
             raise ValueError(
-                f"text_encoder is {encoder.name}, whose weights or words are others than those of {known['name']}, with "
-                "which the model was trained"
+                f"text_encoder is {encoder.name}, whose weights or words are not those of {known['name']}, with which "
+                "the model was trained"
             )
         return encoder
 

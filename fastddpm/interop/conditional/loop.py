@@ -219,7 +219,8 @@ class Loop:
 
     @property
     def _out_channels(self) -> int:
-        return int(self.unet.config.out_channels)  # type: ignore[union-attr]
+        config: Any = self.unet.config
+        return int(config.out_channels)
 
     def _check(self, call: Call) -> None:
         frozen = self._forward.prepared()
@@ -392,7 +393,7 @@ class Loop:
     def _progress(self) -> Any:
         """Return the function that moves the pipeline's bar; the pipeline moves it no more."""
         bar = self._bar
-        if bar is None or getattr(bar, "disable", False) or not bar.total:
+        if bar is None or getattr(bar, "disable", False) or not bar.total or bar.iterable is not None:
             return False
         update, bar.update = bar.update, lambda n=1: None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -57,11 +58,11 @@ class Draw(NamedTuple):
     start: Tensor | None = None
     known: Tensor | None = None
     mask: Tensor | None = None
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Prepared(NamedTuple):
-    """A sampler, and what it was made for."""
+    """A sampler, and what it was made for. Its loops read the conditions that its first call gave."""
 
     key: tuple[Any, ...]
     network: PolicyNetwork
@@ -89,7 +90,7 @@ class Engine:
             ValueError: one of them is not supported.
         """
         with self._lock:
-            self._prepare(unet, self._recognise(scheduler))
+            self._prepare(unet, self._recognise(scheduler), None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -107,9 +108,9 @@ class Engine:
         given = {name: value for name, value in conditions.items() if value is not None}
         with self._lock:
             recognised = self._recognise(scheduler)
-            _, network, blueprint, sampler = self._prepare(unet, recognised)
+            _, network, blueprint, sampler = self._prepare(unet, recognised, given.keys())
             _check_shapes(blueprint, draw, given)
-            start, known = draw.start, {}
+            start, known = draw.start, dict[str, Any]()
             if start is None:
                 start = torch.randn(draw.shape, dtype=draw.dtype, device=draw.device, generator=draw.generator)
             scheduler.set_timesteps(draw.steps)
@@ -122,7 +123,7 @@ class Engine:
                 known = {"known": draw.known.transpose(1, 2), "known_mask": draw.mask.transpose(1, 2)}
             network.give(given, start if sampler.network.frozen is None else start.float())
             count, length, channels = draw.shape
-            samples = sampler.sample(
+            samples: Tensor = sampler.sample(
                 count, shape=(channels, length), x_T=start.transpose(1, 2), noise=noise, table=table, **known
             )
             return samples.transpose(1, 2).to(draw.dtype).contiguous()
@@ -146,14 +147,16 @@ class Engine:
         if unknown := options.keys() - set(_STEP_OPTIONS):
             raise TypeError(f"{min(unknown)} is no option of a step here, must be one of {', '.join(_STEP_OPTIONS)}")
         if options and recognised.method != "ddim":
-            raise TypeError(f"{min(options)} is given but the scheduler is a {recognised.name}, must be a DDIMScheduler")
+            raise TypeError(f"{min(options)} is given but the scheduler is a {recognised.name}, must be DDIMScheduler")
         key = (recognised, tuple(scheduler.timesteps.tolist()), tuple(sorted(options.items())))
         if self._table is None or self._table[0] != key:
             self._table = (key, recognised.table(scheduler, **options))
         return self._table[1]
 
-    def _prepare(self, wrapped: Any, recognised: Recognised) -> _Prepared:
-        """Return the sampler of a network; it is made anew where the network or the scheduler is another one.
+    def _prepare(self, wrapped: Any, recognised: Recognised, names: Collection[str] | None) -> _Prepared:
+        """Return the sampler of a network; it is made anew where the network, scheduler or conditions are others.
+
+        `names`: of the conditions; None if they are not known yet.
 
         Raises:
             ValueError: the network is not known; or, if not `allow_general`, cannot be prepared for sampling.
@@ -161,8 +164,11 @@ class Engine:
         unet: nn.Module = getattr(wrapped, "_orig_mod", wrapped)  # as torch.compile wraps it
         options, first = self.options, next(unet.parameters())
         key = (unet, recognised, first.device, first.dtype)
-        if self._prepared is not None and self._prepared.key == key:
-            return self._prepared
+        known = self._prepared
+        if known is not None and known.key == key:
+            own = known.network.conditions.keys()
+            if names is None or not own or own == set(names):
+                return known
         self._prepared = None  # its memory is free before the next one takes its own
         kind = blueprint_of(unet)
         if kind is None or kind.dims != 1:
@@ -218,7 +224,7 @@ def _check_shapes(blueprint: Blueprint, draw: Draw, conditions: Mapping[str, Ten
     count, length, channels = draw.shape
     if channels != blueprint.in_channels:
         raise ValueError(
-            f"a sample has {channels} values at each position, must have {blueprint.in_channels}, the network's input_dim"
+            f"a sample has {channels} values at a position, must have {blueprint.in_channels}, the network's input_dim"
         )
     if length < 1 or length % blueprint.factor:
         halvings = blueprint.factor.bit_length() - 1

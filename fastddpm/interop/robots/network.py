@@ -39,9 +39,7 @@ class PolicyNetwork(UNetWrapper):
     def to_freeze(self) -> nn.Module:
         return self.unet
 
-    def bind_frozen(
-        self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None
-    ) -> BoundNetwork:
+    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
         return frozen.bind(inputs, timesteps, labels, self.conditions)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class Blueprint(ABC):
         conditions: what a call takes besides x, timesteps and labels, by the names of the U-Net's own arguments.
         sample_size: (height, width) of the images it is for.
         alone: whether a call of the U-Net with x, timesteps and labels computes what the frozen one does.
+        pairs: whether native kernels in bfloat16 take only even numbers of channels.
         foreign: whether its forward is from another package: the frozen one is then compared with it before use.
     """
 
@@ -99,6 +100,7 @@ class Blueprint(ABC):
     conditions: Mapping[str, Condition] = MappingProxyType({})
     sample_size: tuple[int, int] = (32, 32)
     alone: bool = True
+    pairs: bool = True
     foreign: bool = False
 
     @abstractmethod

@@ -55,6 +55,7 @@ class FrozenUNet:
         weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
+        sums_weights: whether `refresh` reads all weights, and so notices also changes that torch does not count.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
 
@@ -89,7 +90,8 @@ class FrozenUNet:
             if self.device.type == "meta"
             else resolve("group_norm_silu_", backend, self.device.type, self.dtype, others=_OPS)
         )
-        if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
+        odd = self.blueprint.pairs and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths()
+        if self.backend == "native" and odd:
             self.backend = "eager"  # native products take channels in pairs
         self.fused = self.backend in ("triton", "native") if fused is None else fused
         if self.backend == "native" and not self.fused:
@@ -110,6 +112,7 @@ class FrozenUNet:
         self.constants = Constants(self.dtype, self.device)
         self._lock = threading.RLock()
         self._version = 0
+        self.sums_weights = True
         self._fingerprint = weights.fingerprint(unet)
         self.embeddings = self.blueprint.embeddings().to(self.device)
         weight, bias, self.columns = self.blueprint.time_projections()
@@ -241,10 +244,11 @@ class FrozenUNet:
             if reason := self.blueprint.why_not(self.unet) or changed(self._settings or now, now):
                 raise ValueError(f"unet has changed since it was frozen (make a new Sampler): {reason}")
             self._settings = now
-            seen = weights.fingerprint(self.unet)
-            if seen != self._fingerprint:
+            seen, sums = weights.fingerprint(self.unet, sums=self.sums_weights)
+            known, known_sums = self._fingerprint
+            if seen != known or sums not in (None, known_sums):
                 self._refill()
-                self._fingerprint = seen  # only now, so that a failed refresh is tried again
+                self._fingerprint = seen, sums  # only now, so that a failed refresh is tried again
                 self._version += 1
             return self._version
 

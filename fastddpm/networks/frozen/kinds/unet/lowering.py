@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm.networks.frozen import instructions as ops
 from fastddpm.networks.frozen.builder import Activation, add
