@@ -1,15 +1,15 @@
 """A CUDA device that is not there, for a process of its own (`fake_cuda_runs`): `install` changes torch for good.
 
-Its tensors say `cuda:0` and hold the CPU's memory. Triton's kernels run through the interpreter, cuDNN's convolutions as
-torch's. As on a GPU
+Its tensors say `cuda:0` and hold the CPU's memory. Triton's kernels run through the interpreter, cuDNN's convolutions
+as torch's. As on a GPU
 
 - an operation on tensors of two devices, or a kernel given a tensor of the CPU, raises;
 - cuDNN is given channels-last tensors at addresses that 16 divides;
 - while a graph is captured, whatever brings a value to the host or data from it raises; a graph replays its operations.
 
-What would make the host wait for the device is noted in `waits`, and every launch of a Triton kernel in `launches`. With
-`computes` False kernels are launched but not run, and new memory is zero: the interpreter takes seconds where the host's
-work takes none.
+What would make the host wait for the device is noted in `waits`, and every launch of a Triton kernel in `launches`.
+With `computes` False kernels are launched but not run, and new memory is zero: the interpreter takes seconds where the
+host's work takes none.
 """
 
 from __future__ import annotations
@@ -95,6 +95,10 @@ class OnDevice(Tensor):
 
     def __invert__(self) -> Any:
         return torch.ops.aten.bitwise_not.default(self)
+
+    def nonzero(self, **_: Any) -> Any:
+        _wait("Tensor.nonzero")
+        return OnDevice(self.inner.nonzero())
 
     def cpu(self, *_: Any, **__: Any) -> Tensor:
         _wait("Tensor.cpu")
@@ -189,7 +193,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if _is_cuda(device):
         inner_kwargs["device"] = torch.device("cpu")
     call = _REPLACED.get(func, func)
-    if not computes and "::empty" in name or "::new_empty" in name:
+    if not computes and name.partition("::")[2].startswith(("empty", "new_empty")):
         call = functools.partial(_zeros, func)
     out = call(*inner_args, **inner_kwargs)
     results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -224,16 +228,16 @@ def _check_cudnn(*tensors: Tensor) -> None:
         assert x.dtype == tensors[0].dtype
 
 
-def _convolve(
-    x: Tensor, w: Tensor, pad: Any, stride: Any, dilation: Any, groups: int, *_: Any, out: Tensor
-) -> Tensor:
+def _convolve(x: Tensor, w: Tensor, pad: Any, stride: Any, dilation: Any, groups: int, *_: Any, out: Tensor) -> Tensor:
     _check_cudnn(x, w, out)
     y = F.conv2d(x.float(), w.float(), None, stride, pad, dilation, groups)
     assert y.shape == out.shape, (y.shape, out.shape)
     return out.copy_(y)
 
 
-def _transpose(x: Tensor, w: Tensor, pad: Any, out_pad: Any, stride: Any, dilation: Any, groups: int, *_: Any) -> Tensor:
+def _transpose(
+    x: Tensor, w: Tensor, pad: Any, out_pad: Any, stride: Any, dilation: Any, groups: int, *_: Any
+) -> Tensor:
     _check_cudnn(x, w)
     y = F.conv_transpose2d(x.float(), w.float(), None, stride, pad, out_pad, groups, dilation)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)

@@ -141,7 +141,9 @@ def test_follows_a_call(separates: bool, plan: str, monkeypatch: pytest.MonkeyPa
         program.load()
         assert len(ran) == (0 if change == "none" else 3)
         for row in (2, 0):
-            expected = unet(x.double(), TIMESTEPS[row].expand(3), labels, **{k: v.double() for k, v in conditions.items()})
+            expected = unet(
+                x.double(), TIMESTEPS[row].expand(3), labels, **{k: v.double() for k, v in conditions.items()}
+            )
             torch.testing.assert_close(program(torch.tensor([row])), expected, rtol=0, atol=1e-12)
 
 
