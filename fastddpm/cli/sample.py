@@ -54,7 +54,7 @@ def _sample(options: argparse.Namespace) -> None:
     kind = outputs.check_outputs(options)
     model = open_model(options, latents=True)
     kind_of = blueprint_of(model.unet)
-    if kind_of is not None and kind_of(model.unet).conditions:
+    if texts is None and kind_of is not None and kind_of(model.unet).conditions:
         raise ValueError(f"--prompt is not given, must be: MODEL is {options.model}, which draws what a text says")
     if model.decoder is not None and outputs.recording(options, kind, 1):
         name = "output" if kind == ".gif" else "trajectory"
