@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.conv.packing import why_not_stored
+from fastddpm_kernels.native.machine import last_cache
 from torch import Tensor, nn
 
 from fastddpm.networks import weights
@@ -53,6 +54,7 @@ class FrozenUNet:
         static: whether activations have fixed addresses (CUDA, and native kernels).
         backend: of the fused kernels.
         weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
+        cached: whether a CPU's last cache keeps all weights from step to step.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
         watch: of the U-Net, if `refresh` is to look only for the changes that a `Watch` notices; else None.
@@ -101,6 +103,8 @@ class FrozenUNet:
             reason = reason if native else f"the backend is {self.backend}, which reads weights in {self.dtype}"
             raise ValueError(f"weight_dtype is {weight_dtype}, must be None here: {reason}")
         self.weight_dtype = weight_dtype
+        size = sum(p.numel() for p in unet.parameters()) * (weight_dtype or self.dtype).itemsize
+        self.cached = 4 * size <= last_cache()  # packed weights may be larger, and others use the cache too
         self.static = self.fused and (self.backend == "native" or (gpu and torch.version.hip is None))
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None
