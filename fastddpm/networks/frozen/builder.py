@@ -74,6 +74,7 @@ class Builder(ABC):
         self.m, self.row, self.batch = machine, row, batch
         self.names = {module: name for name, module in self.unet.named_modules()}
         self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
+        self.cached = frozen.cached
         self.conditions = conditions
         self.instructions: list[Instruction] = []
         self.call_instructions: list[Instruction] = []
@@ -368,7 +369,7 @@ class Builder(ABC):
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
             self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
-            dtype=self.dtype, stored=self.weight_dtype,
+            dtype=self.dtype, stored=self.weight_dtype, cached=self.cached,
         )  # fmt: skip
         kinds = [algorithm]
         if self.constants.refilling:  # nothing will run, so sizes do not matter

@@ -212,7 +212,9 @@ def _conditions(unet: Any) -> dict[str, Condition]:
     if unet.time_embedding.cond_proj is not None:
         found["timestep_cond"] = Condition((unet.time_embedding.cond_proj.in_features,), optional=True)
     for index, channels in enumerate(_skip_channels(unet)):
-        found[f"down_block_additional_residuals.{index}"] = Condition((channels, None, None), optional=True, each_step=True)
+        found[f"down_block_additional_residuals.{index}"] = Condition(
+            (channels, None, None), optional=True, each_step=True
+        )
     last = config.block_out_channels[-1]
     found["mid_block_additional_residual"] = Condition((last, None, None), optional=True, each_step=True)
     return found
@@ -281,5 +283,3 @@ def _unusual_attention(layer: Any) -> str | None:
     if not added and (layer.rescale_output_factor != 1 or layer.residual_connection or layer.group_norm is not None):
         return "has its own residual, norm or scale"
     return None
-
-
