@@ -176,16 +176,17 @@ def _data(folder: str | None, text_encoder: str | None, text_tokens: int | None)
 
 def _condition_model(fields: Mapping[str, Any]) -> nn.Module:
     try:
-        from diffusers import UNet2DConditionModel
+        import diffusers
     except ImportError:
         raise ModuleNotFoundError(
             "captions are trained with a UNet2DConditionModel, for which diffusers is needed: "
             "pip install 'fastddpm[diffusers,text]'"
         ) from None
-    if unknown := fields.keys() - inspect.signature(UNet2DConditionModel.__init__).parameters.keys():
+    kind: Any = diffusers.UNet2DConditionModel
+    if unknown := fields.keys() - inspect.signature(kind.__init__).parameters.keys():
         raise ValueError(f"[model] has {', '.join(sorted(unknown))}, which a UNet2DConditionModel does not have")
     try:
-        return UNet2DConditionModel(**fields)
+        return kind(**fields)
     except Exception as error:  # diffusers raises errors of many types
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"[model] cannot be made a UNet2DConditionModel: {reason}") from None
