@@ -51,7 +51,10 @@ def cross_attention() -> UNet2DModel:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(other_activation, "act_fn is 'tanh', must be one of 'silu'"), (cross_attention, "up_block_types is .'KCrossAttn")],
+    [
+        (other_activation, "act_fn is 'tanh', must be one of 'silu'"),
+        (cross_attention, "up_block_types is .'KCrossAttn"),
+    ],
 )
 def test_general_unet(make: Callable[[], UNet2DModel], message: str, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = quiet(DDPMPipeline(make(), DDPMScheduler()))
