@@ -104,6 +104,7 @@ def sample_prompts(options: argparse.Namespace) -> None:
         from fastddpm.interop.conditional.prompts import draw, load_pipeline, set_method
     except ImportError:
         raise ModuleNotFoundError("--prompt needs diffusers: pip install 'fastddpm[diffusers]' transformers") from None
+    _quiet()
     pipe = load_pipeline(
         options.model, precision=wanted, device=device, variant=options.variant, backend=options.backend,
         cuda_graph=False if options.cuda_graph == "off" else options.cuda_graph,
@@ -127,6 +128,20 @@ def sample_prompts(options: argparse.Namespace) -> None:
     print(f"device {device_name(device)}, networks {wanted}")
     finite = outputs.finite_rows(images)
     outputs.write_outputs(options, kind, images, None, picture=lambda: grid(images[finite], columns=count), frames=list)
+
+
+def _quiet() -> None:
+    """Turn off the progress bars and advice of the libraries that load a pipeline."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        from transformers.utils import logging as of_transformers
+    except ImportError:
+        return
+    of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:

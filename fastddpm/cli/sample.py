@@ -42,6 +42,7 @@ def add_commands(commands: Any) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from fastddpm.common.images import check_canvas, check_drawable, grid, grid_size
+    from fastddpm.networks.frozen import blueprint_of
 
     texts = prompts.prompts_of(options) if prompts.wants_prompts(options) else None
     if texts is not None and not prompts.is_trained(options):
@@ -52,6 +53,9 @@ def _sample(options: argparse.Namespace) -> None:
         return shards.sample_shards(options)
     kind = outputs.check_outputs(options)
     model = open_model(options, latents=True)
+    kind_of = blueprint_of(model.unet)
+    if texts is None and kind_of is not None and kind_of(model.unet).conditions:
+        raise ValueError(f"--prompt is not given, must be: MODEL is {options.model}, which draws what a text says")
     if model.decoder is not None and outputs.recording(options, kind, 1):
         name = "output" if kind == ".gif" else "trajectory"
         raise ValueError(f"--{name} is {getattr(options, name)}, which shows states, but those of MODEL are latents")

@@ -96,13 +96,8 @@ def accelerated(obj: Any, **options: Any) -> Iterator[Any]:
         unaccelerate(result)
 
 
-_LIBRARIES = (
-    "lerobot",
-    "diffusion_policy",
-    "diffusers",
-    "denoising_diffusion_pytorch",
-    "monai",
-)  # the first wins in a tuple
+# The first wins in a tuple.
+_LIBRARIES = ("lerobot", "diffusion_policy", "diffusers", "denoising_diffusion_pytorch", "monai")
 
 
 def _library(obj: Any) -> str | None:

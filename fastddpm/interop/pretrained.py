@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ _LABELS = "_labels"  # in model_index.json: names of the labels that occur in th
 _TEXT = "_text_encoder"
 _CONDITION = "UNet2DConditionModel"
 _DECODERS = ("VQModel", "AutoencoderKL")
+_CONDITIONAL = "UNet2DConditionModel"
 _RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # files of a training run and of its checkpoints
 
 
@@ -154,7 +156,8 @@ def load_pretrained(
         model: one of
 
             - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all files in one place.
-              A pipeline of latents (LDMPipeline) needs diffusers for its `vqvae/`. A `checkpoint-N` of diffusers'
+              A pipeline of latents (LDMPipeline) needs diffusers for its `vqvae/`, one that reads text (Stable
+              Diffusion) for its U-Net too, whose samples take `conditions`. A `checkpoint-N` of diffusers'
               training example takes the scheduler of the folder above.
             - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, unless a local folder has
               that name. It is kept in the hub's local cache, which also works without a connection.
@@ -198,8 +201,11 @@ def load_pretrained(
     schedule, settings = load_scheduler(parts.scheduler)
     if parts.text is not None:
         return Pretrained(_load_condition(parts.unet, dtype, device, variant), schedule, settings, None, {}, parts.text)
-    unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
-    decoder = None if parts.decoder is None else _load_decoder(*parts.decoder, dtype, device)
+    if parts.conditional:
+        unet: Any = _of_diffusers(_CONDITIONAL, parts.unet, dtype, device, variant=variant)
+    else:
+        unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
+    decoder = None if parts.decoder is None else _of_diffusers(parts.decoder[1], parts.decoder[0], dtype, device)
     return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX))
 
 
@@ -289,19 +295,20 @@ class _Parts:
             if unet != _CONDITION or not isinstance(text, dict):
                 raise ValueError(f"{folder / _INDEX}: {_TEXT} is {str(text)[:60]}, must be a table, of a {_CONDITION}")
             return cls(folder / "unet", folder / "scheduler" / _SCHEDULER, None, text)
-        if unet not in (None, "UNet2DModel"):
+        if unet not in (None, "UNet2DModel", _CONDITIONAL):
             raise ValueError(
-                f"{folder / _INDEX}: {index.get('_class_name')} has a unet of class {unet}, must be UNet2DModel; any "
-                "other network runs in Sampler(model, schedule)"
+                f"{folder / _INDEX}: {index.get('_class_name')} has a unet of class {unet}, must be UNet2DModel or "
+                f"{_CONDITIONAL}; any other network runs in Sampler(model, schedule)"
             )
         decoder = None
-        if (kind := _component(index, "vqvae")) is not None:
-            if kind not in _DECODERS:
-                raise ValueError(f"{folder / _INDEX}: vqvae is of class {kind}, must be {' or '.join(_DECODERS)}")
-            decoder = (folder / "vqvae", kind)
+        for name in ("vqvae", "vae"):
+            if (kind := _component(index, name)) is not None:
+                if kind not in _DECODERS:
+                    raise ValueError(f"{folder / _INDEX}: {name} is of class {kind}, must be {' or '.join(_DECODERS)}")
+                decoder = (folder / name, kind)
         # Models published before pipelines had subfolders, such as google/ddpm-cat-256, keep all files in one folder.
         if not (folder / "scheduler").is_dir() and (folder / _SCHEDULER).is_file():
-            return cls(folder, folder / _SCHEDULER, decoder)
+            return cls(folder, folder / _SCHEDULER, decoder, unet == _CONDITIONAL)
         averaged = folder / "unet_ema"
         part = averaged if ema and averaged.is_dir() else folder / "unet"
         scheduler = folder / "scheduler" / _SCHEDULER
@@ -313,7 +320,7 @@ class _Parts:
                 f"{folder} holds one part of a pipeline, must be the folder that holds unet/ and scheduler/; "
                 "UNet.from_pretrained loads a U-Net alone"
             )
-        return cls(part, scheduler, decoder)
+        return cls(part, scheduler, decoder, unet == _CONDITIONAL)
 
 
 def _component(index: Mapping[str, Any], name: str) -> str | None:
@@ -330,8 +337,9 @@ def _fetch(name: str, ema: bool, variant: str | None) -> Path:
     parts = _Parts.of(folder, ema)
     _fetch_weights(name, parts.unet.relative_to(folder).as_posix(), variant)
     if parts.decoder is not None:
-        hub.snapshot(name, [f"vqvae/{_CONFIG}"])
-        _fetch_weights(name, "vqvae", None)
+        part = parts.decoder[0].name
+        hub.snapshot(name, [f"{part}/{_CONFIG}"])
+        _fetch_weights(name, part, None)
     return folder
 
 
@@ -369,20 +377,26 @@ def _load_condition(
     return unet.to(device).eval()
 
 
-def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+def _of_diffusers(
+    kind: str, folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any
+) -> nn.Module:
+    """Load one of diffusers' own models: an autoencoder, or a U-Net that reads text."""
     try:
         import diffusers
     except ImportError:
         raise ModuleNotFoundError(
-            f"{folder} decodes latents, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
+            f"{folder} is a {kind}, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
         ) from None
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing, which decodes the latents of this pipeline")
+        what = "decodes the latents" if kind in _DECODERS else "is the network"
+        raise FileNotFoundError(f"{folder} is missing, which {what} of this pipeline")
     try:
-        decoder: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # later versions call it dtype
+            model: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto", **options)
     except Exception as error:  # diffusers raises errors of many types
         raise ValueError(f"{folder} cannot be loaded as a {kind}: {str(error).partition(chr(10))[0]}") from None
-    return decoder.to(device).eval()
+    return model.to(device).eval()
 
 
 def _load_file(

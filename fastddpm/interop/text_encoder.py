@@ -197,7 +197,7 @@ def _load(name: str, tokenizer_folder: str | Path, model_folder: str | Path) -> 
     transformers, config = _transformers(name), _config(name, model_folder)
     with _errors_of(name, model_folder):
         kind = getattr(transformers, _CLASSES.get(config.model_type, "AutoModel"))
-        model = kind.from_pretrained(model_folder, dtype=torch.float32)
+        model = kind.from_pretrained(model_folder).float()
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

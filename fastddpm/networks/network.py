@@ -196,6 +196,12 @@ class Network:
             return self.frozen.bind(inputs, timesteps, labels, conditions)
         return ModelOnBuffers(self, inputs, timesteps, labels, self_condition, conditions)
 
+    def some_conditions(self, batch: int) -> dict[str, Tensor]:
+        """Return further arguments that a prepared U-Net takes, with text of `TOKENS` tokens: to measure it."""
+        if self.frozen is None:
+            return {}
+        return self.frozen.blueprint.some_conditions(batch, self.device, self.dtype)
+
     def addresses(self) -> tuple[int, ...]:
         """Return the addresses of the weights that a captured graph reads."""
         if self.frozen is not None or not isinstance(self.model, nn.Module):

@@ -136,7 +136,7 @@ class _Accelerated(DiffusionInferer):
         try:
             if reason is not None:
                 self._tell(reason)
-                forward = Forward(model, network, scheduler.timesteps)
+                forward: Any = Forward(model, network, scheduler.timesteps)
                 return super().sample(input_noise, forward, scheduler, **arguments)
             return self._draw(made, input_noise, scheduler, arguments)
         except RuntimeError as error:
@@ -204,7 +204,7 @@ class _Diffusion(_Accelerated):
     """MONAI's DiffusionInferer, accelerated."""
 
 
-class _LatentDiffusion(LatentDiffusionInferer, _Accelerated):
+class _LatentDiffusion(LatentDiffusionInferer, _Accelerated):  # type: ignore[misc]  # as in MONAI
     """MONAI's LatentDiffusionInferer, accelerated: it calls `_Accelerated.sample`, and decodes with its autoencoder."""
 
 
@@ -216,7 +216,7 @@ class _ControlNet(ControlNetDiffusionInferer):
     _scheduler: Any
     _made: dict[int, Prepared]
     _told: set[str]
-    _prepared = _Accelerated._prepared
+    _prepared: Any = _Accelerated._prepared
 
     @torch.no_grad()
     def sample(  # type: ignore[override]

@@ -206,9 +206,9 @@ class Forward(nn.Module):
             return out
         if frozen is None:
             network: Any = self._network
-            given = [None if value is None else value.to(network.device, network.dtype) for value in (x, context)]
+            own = [None if value is None else value.to(network.device, network.dtype) for value in (x, context)]
             with network.evaluating():
-                return network.model(given[0], timesteps.to(network.device), given[1], class_labels).to(x)
+                return network.model(own[0], timesteps.to(network.device), own[1], class_labels).to(x)
         inputs, given, program = self._program(frozen, x, context)
         inputs.copy_(x)
         if given is not None and context is not None and not torch.equal(given, context.to(given)):

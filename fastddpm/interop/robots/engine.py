@@ -18,6 +18,7 @@ from fastddpm.interop.robots.network import PolicyNetwork
 from fastddpm.networks.frozen import blueprint_of, why_not
 from fastddpm.networks.frozen.blueprint import Blueprint
 from fastddpm.networks.network import DTYPES
+from fastddpm.networks.weights import Watch
 from fastddpm.process.tables import StepTable, ddim_table
 from fastddpm.sampling.sampler import Sampler
 
@@ -178,7 +179,7 @@ class Engine:
             )  # fmt: skip
             frozen = sampler.network.frozen
             if frozen is not None:
-                frozen.sums_weights = options.check_weights
+                frozen.watch = None if options.check_weights else Watch(unet)
             else:
                 reason = "it does not compute what its class says"
         if reason is not None:

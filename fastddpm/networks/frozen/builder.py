@@ -76,6 +76,7 @@ class Builder(ABC):
         self.names = {module: name for name, module in self.unet.named_modules()}
         self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
         self.releasing = frozen.releasing
+        self.cached = frozen.cached
         self.conditions = conditions
         self.instructions: list[Instruction] = []
         self.call_instructions: list[Instruction] = []
@@ -370,7 +371,7 @@ class Builder(ABC):
         outputs, inputs, kernel = shape
         algorithm = choose_algorithm(
             self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
-            dtype=self.dtype, stored=self.weight_dtype,
+            dtype=self.dtype, stored=self.weight_dtype, cached=self.cached,
         )  # fmt: skip
         algorithm = self.affordable(algorithm, (2 * size[0], 2 * size[1]) if upsample else size)
         if algorithm not in possible_algorithms(upsample, self.dtype):

@@ -283,5 +283,3 @@ def _unusual_attention(layer: Any) -> str | None:
     if not added and (layer.rescale_output_factor != 1 or layer.residual_connection or layer.group_norm is not None):
         return "has its own residual, norm or scale"
     return None
-
-

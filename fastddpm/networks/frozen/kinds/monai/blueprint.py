@@ -15,14 +15,8 @@ from fastddpm.networks.frozen.blueprint import Blueprint, Condition, Embeddings
 from fastddpm.networks.frozen.folding import side_by_side
 from fastddpm.networks.frozen.kinds.monai.lowering import Lowering
 
-_LAYERS = {
-    "DiffusionModelUNet",
-    "DownBlock",
-    "AttnDownBlock",
-    "CrossAttnDownBlock",
-    "AttnMidBlock",
-    "CrossAttnMidBlock",
-}
+_LAYERS = {"DiffusionModelUNet", "DownBlock", "AttnDownBlock", "CrossAttnDownBlock", "AttnMidBlock"}
+_LAYERS |= {"CrossAttnMidBlock"}
 _LAYERS |= {"UpBlock", "AttnUpBlock", "CrossAttnUpBlock", "DiffusionUNetResnetBlock", "DiffusionUnetDownsample"}
 _LAYERS |= {"WrappedUpsample", "Convolution", "SpatialAttentionBlock", "SpatialTransformer", "SABlock", "MLPBlock"}
 _LAYERS |= {"DiffusionUNetTransformerBlock", "CrossAttentionBlock", "GEGLU"}
@@ -127,6 +121,7 @@ def _is_of_monai(kind: type) -> bool:
 def _unusual(layer: Any) -> str | None:
     """Return which setting of a layer cannot be frozen, or None."""
     name = type(layer).__name__
+    own: tuple[Any, ...]
     if isinstance(layer, nn.Conv2d):
         own = (layer.groups, layer.dilation, layer.padding_mode)
         return None if own == (1, (1, 1), "zeros") else f"has groups, dilation and padding_mode {own}"
