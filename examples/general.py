@@ -27,6 +27,12 @@ def sinusoids(t: Tensor, channels: int = 32) -> Tensor:
     return timestep_embedding(t, channels, flip_sin_to_cos=True, freq_shift=0)
 
 
+def some_of(sets: list[Tensor], count: int) -> Tensor:
+    """Return `count` entries of one of the sets, [count, ...]."""
+    chosen = sets[torch.randint(len(sets), ())]
+    return chosen[torch.randint(len(chosen), (count,))]
+
+
 def train(model: nn.Module, batch: Callable[[], Tensor], steps: int, lr: float = 2e-3) -> nn.Module:
     """Return the moving average of `model` after training it to predict the noise in batches."""
     diffusion = GaussianDiffusion(model, NoiseSchedule.cosine(1000))
@@ -79,6 +85,11 @@ def plot(path: Path, panels: dict[str, dict[str, Tensor]]) -> None:
         axis.set(xlabel=label, yticks=[])
         axis.legend()
     fig.savefig(path, bbox_inches="tight", dpi=120)
+
+
+def show(path: Path, pictures: list[Tensor]) -> None:
+    """Write gray pictures [height, width] of equal widths below each other; -1 is black and 1 white."""
+    plt.imsave(path, torch.cat(pictures), cmap="gray", vmin=-1, vmax=1)
 
 
 def compare_loops(before: nn.Module, after: nn.Module, count: int, shape: tuple[int, ...], steps: int = 50) -> None:

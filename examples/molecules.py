@@ -1,14 +1,9 @@
-"""Draw molecules, sets of [position, kind], with an E(3)-equivariant network (Hoogeboom et al. 2022); needs ase.
-
-The data are ASE's molecules of H, C, N and O with 5 to 10 atoms; it reports atoms with a possible number of neighbours.
-"""
-
-from random import choice
+"""Draw molecules like ASE's, points [position, kind], with an E(3)-equivariant network (Hoogeboom et al. 2022)."""
 
 import torch
 from ase.collections import g2
 from ase.data import covalent_radii
-from general import arguments, compare_loops, draw, plot, sinusoids, train
+from general import arguments, compare_loops, draw, plot, sinusoids, some_of, train
 from torch import Tensor, nn
 
 KINDS, NEIGHBOURS, WIDTH, UNIT = (1, 6, 7, 8), ((1,), (2, 3, 4), (1, 2, 3), (1, 2)), 64, 4.0  # UNIT in angstrom
@@ -37,11 +32,11 @@ class Network(nn.Module):  # rotating the points rotates its prediction, and shi
 
 def molecules() -> list[Tensor]:  # of each size
     found: dict[int, list[Tensor]] = {}
-    for atoms in map(g2.__getitem__, g2.names):
-        if set(atoms.numbers) <= set(KINDS) and 5 <= len(atoms) <= 10 and not atoms.get_initial_magnetic_moments().any():
-            kinds = torch.tensor([[float(kind == one) for kind in KINDS] for one in atoms.numbers]) - 0.5
-            place = torch.tensor(atoms.positions - atoms.positions.mean(0)) / UNIT
-            found.setdefault(len(atoms), []).append(torch.cat([place, kinds], 1).float())
+    for one in map(g2.__getitem__, g2.names):
+        if set(one.numbers) <= set(KINDS) and 5 <= len(one) <= 10 and not one.get_initial_magnetic_moments().any():
+            kinds = torch.tensor([[float(kind == number) for kind in KINDS] for number in one.numbers]) - 0.5
+            place = torch.tensor(one.positions - one.positions.mean(0)) / UNIT
+            found.setdefault(len(one), []).append(torch.cat([place, kinds], 1).float())
     return [torch.stack(some) for some in found.values()]
 
 
@@ -55,14 +50,11 @@ def measured(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # lengths of C-H and 
 
 if __name__ == "__main__":
     options, sizes = arguments(__doc__, 3000, "molecules.png"), molecules()
-    model = train(Network(), lambda: (x := choice(sizes))[torch.randint(len(x), (64,))], options.steps)
+    model = train(Network(), lambda: some_of(sizes, 64), options.steps)
     drawn = [x for own in sizes for x in draw(model, 4 * len(own), own.shape[1:], steps=100)]
-    found = {"data": [measured(x) for own in sizes for x in own], "drawn": [measured(x) for x in drawn]}
-    bonds: dict[str, dict[str, Tensor]] = {"C-H in angstrom": {}, "C-C in angstrom": {}}
-    for name, each in found.items():
-        *lengths, right = (torch.cat(part) for part in zip(*each, strict=True))
-        print(f"{name}: {right.float().mean():.1%} of atoms right, mean C-H and C-C", *map(torch.mean, lengths))
-        for curves, of in zip(bonds.values(), lengths, strict=True):
-            curves[name] = of
-    plot(options.plot, bonds)
+    sets = {"data": [x for own in sizes for x in own], "drawn": drawn}
+    found = {name: [torch.cat(part) for part in zip(*map(measured, x), strict=True)] for name, x in sets.items()}
+    for name, (ch, cc, right) in found.items():
+        print(f"{name}: {right.float().mean():.1%} of atoms right, C-H {ch.mean():.3f}, C-C {cc.mean():.3f} angstrom")
+    plot(options.plot, {f"{bond} length": {n: found[n][i] for n in found} for i, bond in enumerate(("C-H", "C-C"))})
     compare_loops(model, model, 64, (8, 7))

@@ -1,10 +1,7 @@
-"""Draw short videos of digits that move in straight lines with a 3-D U-Net (Ho et al. 2022); needs scikit-learn.
-
-The report says how fast the digits move, how much that changes between frames, and how much of their ink comes and goes.
-"""
+"""Draw short videos of digits that move in straight lines with a 3-D U-Net (Ho et al. 2022); needs scikit-learn."""
 
 import torch
-from general import arguments, compare_loops, draw, plt, sinusoids, train
+from general import arguments, compare_loops, draw, show, sinusoids, some_of, train
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -30,29 +27,26 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.into, self.out = nn.Conv3d(1, WIDTH, 3, padding=1), nn.Conv3d(WIDTH, 1, 3, padding=1)
-        self.down, self.low = Block(WIDTH, WIDTH), Block(WIDTH, 2 * WIDTH)
-        self.mid, self.up = Block(2 * WIDTH, 2 * WIDTH), Block(3 * WIDTH, WIDTH)
+        self.down, self.low, self.mid, self.up = (Block(a * WIDTH, b * WIDTH) for a, b in ((1, 1), (1, 2), (2, 2), (3, 1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         high = self.down(self.into(x), time := sinusoids(t))
         low = self.mid(self.low(nn.functional.avg_pool3d(high, (1, 2, 2)), time), time)
-        low = nn.functional.interpolate(low, scale_factor=(1.0, 2.0, 2.0))
-        return self.out(self.up(torch.cat([high, low], 1), time))
+        return self.out(self.up(torch.cat([high, low.repeat_interleave(2, 3).repeat_interleave(2, 4)], 1), time))
 
 
 def videos(count: int) -> Tensor:
-    digits = nn.functional.pad(DIGITS[torch.randint(len(DIGITS), (count,))], (4, 4, 4, 4), value=-1)
+    digits = nn.functional.pad(some_of([DIGITS], count), (4, 4, 4, 4), value=-1)
     moves = torch.randint(-1, 2, (count, 1, 2)) * torch.arange(-2, FRAMES - 2)[:, None]
     shown = [digit.roll(by, (0, 1)) for digit, move in zip(digits, moves.tolist(), strict=True) for by in move]
     return torch.stack(shown).view(count, 1, FRAMES, SIZE, SIZE)
 
 
-def measured(x: Tensor) -> tuple[float, ...]:  # pixels per frame, their change, and the change of the ink
+def measured(x: Tensor) -> tuple[Tensor, ...]:  # pixels per frame, their change, and the change of the ink
     ink, place = (x[:, 0] + 1).clamp(0.2, 2) - 0.2, torch.arange(SIZE).float()
     total = ink.sum((2, 3))
     speed = torch.stack([(ink.sum(3) @ place) / total, (ink.sum(2) @ place) / total], -1).diff(dim=1)
-    found = speed.mean(1).norm(dim=-1), speed.diff(dim=1).norm(dim=-1), total.std(1) / total.mean(1)
-    return tuple(float(each.mean()) for each in found)
+    return *(v.norm(dim=-1).mean() for v in (speed.mean(1), speed.diff(dim=1))), (total.std(1) / total.mean(1)).mean()
 
 
 if __name__ == "__main__":
@@ -62,6 +56,5 @@ if __name__ == "__main__":
     sets = {"data": videos(32), "drawn": draw(fused.model, 32, (1, FRAMES, SIZE, SIZE))}
     for name, x in sets.items():
         print("{}: {:.2f} pixels per frame, changing by {:.2f}, ink by {:.1%}".format(name, *measured(x)))
-    rows = torch.cat([x[:4, 0].transpose(1, 2).flatten(2) for x in sets.values()])
-    plt.imsave(options.plot, rows.flatten(0, 1), cmap="gray")
+    show(options.plot, [x[:4, 0].transpose(1, 2).reshape(-1, FRAMES * SIZE) for x in sets.values()])
     compare_loops(model, fused.model, 4, (1, FRAMES, SIZE, SIZE))
