@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastddpm import fuse
 
-FRAMES, SIZE, WIDTH = 6, 16, 16
+FRAMES, SIZE, WIDTH, SIZES = 6, 16, 16, ((1, 1), (1, 2), (2, 2), (3, 1))
 DIGITS = torch.tensor(load_digits().images, dtype=torch.float32) / 8 - 1
 
 
@@ -27,7 +27,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.into, self.out = nn.Conv3d(1, WIDTH, 3, padding=1), nn.Conv3d(WIDTH, 1, 3, padding=1)
-        self.down, self.low, self.mid, self.up = (Block(a * WIDTH, b * WIDTH) for a, b in ((1, 1), (1, 2), (2, 2), (3, 1)))
+        self.down, self.low, self.mid, self.up = (Block(WIDTH * a, WIDTH * b) for a, b in SIZES)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         high = self.down(self.into(x), time := sinusoids(t))
