@@ -24,7 +24,7 @@ if args.model:
 else:
     tiny = {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": 2, "sample_size": 16, "layers_per_block": 1}
     unet = UNet2DConditionModel(cross_attention_dim=768, **({"sample_size": 64} if args.full else tiny)).eval()
-    scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, steps_offset=1)
     parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     original = StableDiffusionPipeline(
         vae=AutoencoderKL(), unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts

@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
     def warn(message: Warning | str, *_: object) -> None:
         print(f"{name}: warning: {str(message).splitlines()[0]}", file=sys.stderr)
 
-    from fastddpm_kernels.native.quota import threads
+    from fastddpm_kernels.native.machine import threads
 
     if threads() < torch.get_num_threads():  # the quota of a control group is for torch's own operations, too
         torch.set_num_threads(threads())

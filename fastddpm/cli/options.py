@@ -250,7 +250,11 @@ def wide_console() -> Console:
     """Return a console for tables, as wide as the terminal, or 140 columns in a file or pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich calls this where it has caught the error, and would exit with code 1
+
+    return Piped(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
 
 
 def plain(console: Console, text: str) -> None:

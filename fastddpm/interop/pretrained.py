@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,7 @@ from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
-from fastddpm.interop.text_encoder import TextEncoder
-from fastddpm.networks.prompted import PromptedUNet
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.networks.unet.files import index_files, shards, weights_files
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.methods import find_method, own_settings
@@ -38,8 +38,8 @@ _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_conf
 _LABELS = "_labels"  # in model_index.json: names of the labels that occur in the training data; diffusers ignores it
 # In model_index.json of a text-conditional model: which encoder it was trained with; diffusers ignores it.
 _TEXT = "_text_encoder"
-_CONDITION = "UNet2DConditionModel"
 _DECODERS = ("VQModel", "AutoencoderKL")
+_CONDITIONAL = "UNet2DConditionModel"
 _RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # files of a training run and of its checkpoints
 
 
@@ -94,41 +94,39 @@ class Pretrained:
             )
         return encoder
 
-    def sampler(
+    def prompted(
         self,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
         *,
-        prompts: Sequence[str] | None = None,
-        negative_prompt: str | None = None,
         text_encoder: TextEncoder | str | None = None,
-        **overrides: Any,
-    ) -> Sampler:
-        """Make a `Sampler` with the model's settings and those in `overrides`, which win.
+    ) -> dict[str, Any]:
+        """Return the arguments of `Sampler.sample` that tell a text-conditional model what to draw.
+
+            model.sampler().sample(2, guidance_scale=3.0, **model.prompted(["a red car", "a blue car"]))
 
         Args:
-            prompts: for a text-conditional model. The sampler's class label p stands for the p-th of them.
-            negative_prompt: what the unconditional half of guidance is told; None for no text.
+            prompts: of every sample.
+            negative_prompt: what the unconditional half of guidance is told.
             text_encoder: of the prompts, or where it is; None for the one that the model names.
-            **overrides: settings of `Sampler`.
 
         Raises:
-            ValueError: prompts are missing, or given to a model that takes none; see also `encoder`, `Sampler`.
+            ValueError: the model takes no prompts; see also `encoder`.
         """
-        unet = self.unet
-        if prompts is not None and not self.takes_text:
-            raise ValueError(f"prompts is given, but the model is a {type(unet).__name__}, which takes none")
-        if self.takes_text:
-            if not prompts:
-                raise ValueError("prompts is missing, must be given: the model draws what a prompt says")
-            encoder = text_encoder if isinstance(text_encoder, TextEncoder) else self.encoder(text_encoder)
-            negative = None if negative_prompt is None else encoder([negative_prompt])[0]
-            unet = PromptedUNet(unet, encoder(list(prompts)), negative)
+        if not self.takes_text:
+            raise ValueError(f"prompts is given, but the model is a {type(self.unet).__name__}, which takes none")
+        encoder = text_encoder if isinstance(text_encoder, TextEncoder) else self.encoder(text_encoder)
+        return told(encoder(list(prompts)), encoder([negative_prompt]))
+
+    def sampler(self, **overrides: Any) -> Sampler:
+        """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
         own = own_settings(method, self.settings)
         if not find_method(method).stores_x0:  # the model's scheduler may clip x0; this method has none to clip
             own = {name: value for name, value in own.items() if name not in ("clip_sample", "thresholding")}
         if overrides.get("timesteps") is not None:
             own.pop("num_inference_steps", None)
-        return Sampler(unet, self.schedule, **{**own, **overrides})
+        return Sampler(self.unet, self.schedule, **{**own, **overrides})
 
     @torch.no_grad()
     def decode(self, samples: Tensor, batch_size: int = 8) -> Tensor:
@@ -157,7 +155,8 @@ def load_pretrained(
         model: one of
 
             - a pipeline folder of diffusers with `unet/` and `scheduler/`, or an old one with all files in one place.
-              A pipeline of latents (LDMPipeline) needs diffusers for its `vqvae/`. A `checkpoint-N` of diffusers'
+              A pipeline of latents (LDMPipeline) needs diffusers for its `vqvae/`, one that reads text (Stable
+              Diffusion) for its U-Net too, whose samples take `conditions`. A `checkpoint-N` of diffusers'
               training example takes the scheduler of the folder above.
             - `owner/name` or `owner/name@revision`, such a folder on the Hugging Face hub, unless a local folder has
               that name. It is kept in the hub's local cache, which also works without a connection.
@@ -199,11 +198,12 @@ def load_pretrained(
         path = _fetch(model, ema, variant)
     parts = _Parts.of(path, ema)
     schedule, settings = load_scheduler(parts.scheduler)
-    if parts.text is not None:
-        return Pretrained(_load_condition(parts.unet, dtype, device, variant), schedule, settings, None, {}, parts.text)
-    unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
-    decoder = None if parts.decoder is None else _load_decoder(*parts.decoder, dtype, device)
-    return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX))
+    if parts.conditional:
+        unet: Any = _of_diffusers(_CONDITIONAL, parts.unet, dtype, device, variant=variant)
+    else:
+        unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
+    decoder = None if parts.decoder is None else _of_diffusers(parts.decoder[1], parts.decoder[0], dtype, device)
+    return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX), parts.text)
 
 
 def _label_names(path: Path) -> dict[int, str]:
@@ -219,6 +219,13 @@ def _label_names(path: Path) -> dict[int, str]:
     ):
         raise ValueError(f"{path}: {_LABELS} is {str(names)[:60]}, must be names by label, such as {{'0': 'cat'}}")
     return {int(label): name for label, name in names.items()}
+
+
+def is_text_model(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is that of a text-conditional model, or its run, that `save_pretrained` wrote."""
+    run = run_of(path)
+    index = (Path(path) if run is None else run / "model") / _INDEX
+    return index.is_file() and read_json(index).get(_TEXT) is not None
 
 
 def run_of(path: str | os.PathLike[str]) -> Path | None:
@@ -263,13 +270,15 @@ class _Parts:
         unet: the folder of the U-Net.
         scheduler: the scheduler's file.
         decoder: (folder, class) of the autoencoder that decodes latents, or None.
-        text: `Pretrained.text_encoder` of a text-conditional model that `save_pretrained` wrote; None for others.
+        conditional: whether the U-Net reads text.
+        text: `Pretrained.text_encoder`.
     """
 
     unet: Path
     scheduler: Path
     decoder: tuple[Path, str] | None = None
-    text: dict[str, Any] | None = None
+    conditional: bool = False
+    text: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, ema: bool) -> _Parts:
@@ -280,24 +289,23 @@ class _Parts:
             ValueError: the pipeline is not supported.
         """
         index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
-        unet, text = _component(index, "unet"), index.get(_TEXT)
-        if text is not None:
-            if unet != _CONDITION or not isinstance(text, dict):
-                raise ValueError(f"{folder / _INDEX}: {_TEXT} is {str(text)[:60]}, must be a table, of a {_CONDITION}")
-            return cls(folder / "unet", folder / "scheduler" / _SCHEDULER, None, text)
-        if unet not in (None, "UNet2DModel"):
+        unet, text = _component(index, "unet"), index.get(_TEXT, {})
+        if not isinstance(text, dict):
+            raise ValueError(f"{folder / _INDEX}: {_TEXT} is {str(text)[:60]}, must be a table")
+        if unet not in (None, "UNet2DModel", _CONDITIONAL):
             raise ValueError(
-                f"{folder / _INDEX}: {index.get('_class_name')} has a unet of class {unet}, must be UNet2DModel; any "
-                "other network runs in Sampler(model, schedule)"
+                f"{folder / _INDEX}: {index.get('_class_name')} has a unet of class {unet}, must be UNet2DModel or "
+                f"{_CONDITIONAL}; any other network runs in Sampler(model, schedule)"
             )
         decoder = None
-        if (kind := _component(index, "vqvae")) is not None:
-            if kind not in _DECODERS:
-                raise ValueError(f"{folder / _INDEX}: vqvae is of class {kind}, must be {' or '.join(_DECODERS)}")
-            decoder = (folder / "vqvae", kind)
+        for name in ("vqvae", "vae"):
+            if (kind := _component(index, name)) is not None:
+                if kind not in _DECODERS:
+                    raise ValueError(f"{folder / _INDEX}: {name} is of class {kind}, must be {' or '.join(_DECODERS)}")
+                decoder = (folder / name, kind)
         # Models published before pipelines had subfolders, such as google/ddpm-cat-256, keep all files in one folder.
         if not (folder / "scheduler").is_dir() and (folder / _SCHEDULER).is_file():
-            return cls(folder, folder / _SCHEDULER, decoder)
+            return cls(folder, folder / _SCHEDULER, decoder, unet == _CONDITIONAL, text)
         averaged = folder / "unet_ema"
         part = averaged if ema and averaged.is_dir() else folder / "unet"
         scheduler = folder / "scheduler" / _SCHEDULER
@@ -309,7 +317,7 @@ class _Parts:
                 f"{folder} holds one part of a pipeline, must be the folder that holds unet/ and scheduler/; "
                 "UNet.from_pretrained loads a U-Net alone"
             )
-        return cls(part, scheduler, decoder)
+        return cls(part, scheduler, decoder, unet == _CONDITIONAL, text)
 
 
 def _component(index: Mapping[str, Any], name: str) -> str | None:
@@ -326,8 +334,9 @@ def _fetch(name: str, ema: bool, variant: str | None) -> Path:
     parts = _Parts.of(folder, ema)
     _fetch_weights(name, parts.unet.relative_to(folder).as_posix(), variant)
     if parts.decoder is not None:
-        hub.snapshot(name, [f"vqvae/{_CONFIG}"])
-        _fetch_weights(name, "vqvae", None)
+        part = parts.decoder[0].name
+        hub.snapshot(name, [f"{part}/{_CONFIG}"])
+        _fetch_weights(name, part, None)
     return folder
 
 
@@ -344,41 +353,31 @@ def _fetch_weights(name: str, part: str, variant: str | None) -> None:
 
 def is_condition_model(unet: Any) -> bool:
     """Return whether a network is diffusers' `UNet2DConditionModel`."""
-    return any(kind.__module__.startswith("diffusers.") and kind.__name__ == _CONDITION for kind in type(unet).__mro__)
+    return any(
+        kind.__module__.startswith("diffusers.") and kind.__name__ == _CONDITIONAL for kind in type(unet).__mro__
+    )
 
 
-def _load_condition(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str, variant: str | None
+def _of_diffusers(
+    kind: str, folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any
 ) -> nn.Module:
+    """Load one of diffusers' own models: an autoencoder, or a U-Net that reads text."""
     try:
         import diffusers
     except ImportError:
         raise ModuleNotFoundError(
-            f"{folder} is a {_CONDITION}, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
+            f"{folder} is a {kind}, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
         ) from None
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing")
+        what = "decodes the latents" if kind in _DECODERS else "is the network"
+        raise FileNotFoundError(f"{folder} is missing, which {what} of this pipeline")
     try:
-        unet: Any = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype or "auto", variant=variant)
-    except Exception as error:  # diffusers raises errors of many types
-        raise ValueError(f"{folder} cannot be loaded as a {_CONDITION}: {str(error).partition(chr(10))[0]}") from None
-    return unet.to(device).eval()
-
-
-def _load_decoder(folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-    try:
-        import diffusers
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"{folder} decodes latents, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
-        ) from None
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing, which decodes the latents of this pipeline")
-    try:
-        decoder: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # later versions call it dtype
+            model: Any = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype or "auto", **options)
     except Exception as error:  # diffusers raises errors of many types
         raise ValueError(f"{folder} cannot be loaded as a {kind}: {str(error).partition(chr(10))[0]}") from None
-    return decoder.to(device).eval()
+    return model.to(device).eval()
 
 
 def _load_file(
@@ -455,7 +454,7 @@ def save_pretrained(
     }
     texts = is_condition_model(unet)
     if not texts and not isinstance(unet, UNet):
-        raise TypeError(f"unet is a {type(unet).__name__}, must be a fastddpm.UNet or diffusers' {_CONDITION}")
+        raise TypeError(f"unet is a {type(unet).__name__}, must be a fastddpm.UNet or diffusers' {_CONDITIONAL}")
     stand_in: Any = unet
     if texts:  # without its weights, which need not be prepared for a check
         stand_in = lambda x, t: x  # noqa: E731
@@ -496,7 +495,7 @@ def save_pretrained(
             "_class_name": "IFPipeline",
             "_diffusers_version": "0.30.0",
             "scheduler": ["diffusers", "DDPMScheduler"],
-            "unet": ["diffusers", _CONDITION],
+            "unet": ["diffusers", _CONDITIONAL],
             "requires_safety_checker": False,
             **{name: [None, None] for name in without},
             _TEXT: dict(text_encoder or {}),

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import torch
 from fastddpm_kernels import native
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize
 
 
-def fingerprint(module: nn.Module, *, sums: bool = True) -> tuple[object, list[float] | None]:
-    """Return values that differ if a parameter or buffer does: addresses, autograd's version counters, and `sums`.
+def fingerprint(module: nn.Module) -> object:
+    """Return values that differ if a parameter or buffer does: addresses, autograd's version counters, and sums.
 
     Autograd misses writes through `.data` and changes of inference tensors. The sums miss permutations (and, on CUDA,
     signs). On CUDA the sums of floating-point weights are norms in float64, a few kernels for all weights. On the CPU
@@ -21,18 +22,16 @@ def fingerprint(module: nn.Module, *, sums: bool = True) -> tuple[object, list[f
     """
     weights = list(_tensors(module))
     seen = tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)
-    if not sums and not any(w.is_inference() for w in weights):  # these have no counters
-        return seen, None
     by_device: dict[torch.device, list[Tensor]] = {}
     for weight in weights:
         by_device.setdefault(weight.device, []).append(weight)
-    found: list[float] = []
+    sums: list[float] = []
     for device, group in by_device.items():
         if device.type == "meta":
             continue
         if device.type == "cpu" and native.is_loaded():
             dense = [w for w in group if _is_dense(w)]
-            found += native.checksums(dense)
+            sums += native.checksums(dense)
             group = [w for w in group if not _is_dense(w)]
             if not group:
                 continue
@@ -40,8 +39,45 @@ def fingerprint(module: nn.Module, *, sums: bool = True) -> tuple[object, list[f
         summed = [w for w in group if not (device.type == "cuda" and w.is_floating_point())]
         values = [*torch._foreach_norm(normed, 2, dtype=torch.float64)] if normed else []
         values += [_sum_of_bits(w) for w in summed]
-        found += torch.stack([value.double() for value in values]).tolist() if normed else torch.stack(values).tolist()
-    return seen, found
+        sums += torch.stack([value.double() for value in values]).tolist() if normed else torch.stack(values).tolist()
+    return seen, sums
+
+
+class Watch:
+    """Notices in a fraction of a millisecond what torch itself tells of a module's changes.
+
+    These are other layers, parameters or buffers, hooks, and changes in place that autograd counts; not writes through
+    `.data`, changes of inference tensors, and other attributes of layers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.accept()
+
+    def accept(self) -> None:
+        """Take the module as it is now for unchanged."""
+        self._layers = list(self._module.modules())
+        self._seen = self._state()
+
+    def changed(self) -> bool:
+        """Return whether the module has changed since it was accepted."""
+        return self._state() != self._seen
+
+    def _state(self) -> list[object]:
+        state: list[object] = [_module._has_any_global_hook()]  # type: ignore[no-untyped-call]
+        for layer in self._layers:
+            state += layer._modules.values()
+            state.append(len(layer._forward_hooks) + len(layer._forward_pre_hooks))
+            for tensor in itertools.chain(layer._parameters.values(), layer._buffers.values()):
+                if tensor is not None:
+                    state += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        return state
+
+
+def release(module: nn.Module) -> None:
+    """Free the memory of a module's parameters, which keep shape, dtype and device and read as NaN."""
+    for parameter in module.parameters():
+        parameter.data = parameter.new_full((1,) * parameter.ndim, torch.nan).expand(parameter.shape)
 
 
 class Follower:

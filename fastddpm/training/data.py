@@ -21,6 +21,7 @@ from fastddpm.common.files import read_json, write_json
 from fastddpm.common.images import (
     MOST_LABELS,
     check_ids,
+    check_shape,
     check_size,
     fit_pixels,
     is_archive,
@@ -235,6 +236,7 @@ def open_data(
             f"data is {str(path)!r}, a folder, but the network does not say what size pictures must be resized to: it "
             "has no config with sample_size and out_channels"
         )
+    check_shape(shape, "the model's data have")  # type: ignore[arg-type]
     known = None
     if record is not None and record.is_file():
         try:

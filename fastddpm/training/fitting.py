@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.common.images import check_range
+from fastddpm.interop.text_encoder import TEXT_ARGUMENT, text_width
 from fastddpm.networks.network import is_text
-from fastddpm.networks.prompted import text_width
 from fastddpm.networks.unet.model import UNet
 from fastddpm.training.data import Source
 from fastddpm.training.objective import GaussianDiffusion
@@ -49,7 +49,7 @@ def takes_labels(unet: nn.Module) -> bool:
 
 def takes_text(unet: nn.Module) -> bool:
     """Return whether a network takes embeddings of texts, as `encoder_hidden_states`."""
-    return "encoder_hidden_states" in inspect.signature(unet.forward).parameters
+    return TEXT_ARGUMENT in inspect.signature(unet.forward).parameters
 
 
 def check_network(diffusion: GaussianDiffusion) -> None:

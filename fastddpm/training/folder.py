@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.common.images import Listing, check_shape, list_pictures, read_pixels
+from fastddpm.common.images import Listing, list_pictures, read_pixels
 from fastddpm.training.order import Pick
 
 __all__ = ["Broken", "Listing", "PictureFolder", "list_pictures"]
@@ -50,7 +50,7 @@ class PictureFolder:
         advance: called after every file.
 
     Raises:
-        ValueError: no picture can be read, or pictures of `shape` do not exist.
+        ValueError: no picture can be read.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class PictureFolder:
         known: Mapping[str, Any] | None = None,
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        check_shape(shape, "the model's data have")
         self.listing, self.shape = listing, shape
         self._pixels: Tensor | None = None
         if len(listing.paths) * int(np.prod(shape)) <= cache_bytes:

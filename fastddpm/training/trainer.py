@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastddpm.common.images import CHANNELS, check_memory, save_picture
 from fastddpm.common.progress import Bar, progress_bar
-from fastddpm.interop.text_encoder import TextEncoder
-from fastddpm.networks.prompted import PromptedUNet
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
 from fastddpm.training.captions import CaptionedFolder
@@ -179,6 +177,11 @@ class Trainer:
         return self.source.encoder if isinstance(self.source, CaptionedFolder) else None
 
     @property
+    def captions(self) -> tuple[str, ...]:
+        """Return the different captions of the data; empty if there are none."""
+        return self.source.captions if isinstance(self.source, CaptionedFolder) else ()
+
+    @property
     def label_names(self) -> dict[int, str]:
         """Return the names of the labels that occur, for a class-conditional network."""
         names = self.source.classes
@@ -330,32 +333,27 @@ class Trainer:
 
     # -- what is written ------------------------------------------------------------------------------------------
 
-    def sampler(self, *, texts: Sequence[str] | Tensor | None = None, **overrides: Any) -> Sampler:
+    def sampler(self, **overrides: Any) -> Sampler:
         """Return a `Sampler` of the averaged weights: `num_inference_steps` of DPM-Solver++, or as `overrides` say.
-
-        Args:
-            texts: of a text-conditional network: prompts, or embeddings float [P, L, D]. The sampler's class label p
-                stands for the p-th. None for those of `num_samples` training images, evenly spaced.
-            **overrides: settings of the `Sampler`.
 
         Raises:
             RuntimeError: this is not the main process.
-            ValueError: prompts are given, but the data have no text encoder.
         """
         if not self.averages:
             raise RuntimeError("the averaged weights are in the main process only")
         chosen = preview.sampler_settings(self.settings, self.diffusion.schedule.num_train_timesteps, overrides)
         chosen = {"device": self.accelerator.device, "cuda_graph": False, **chosen, **overrides}
-        unet = self.averages[0].module
-        if self._texts:
-            if texts is None:
-                texts = preview.sample_texts(self.source, self.settings.num_samples)[0]
-            elif not isinstance(texts, Tensor):
-                if self.text_encoder is None:
-                    raise ValueError("texts is given as prompts, must be embeddings: the data have no text encoder")
-                texts = self.text_encoder(texts)
-            unet = PromptedUNet(unet, texts)
-        return preview.make_sampler(self.diffusion, unet, **chosen)
+        return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
+
+    def prompted(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments of `Sampler.sample` that tell a text-conditional network what to draw, a sample each.
+
+        Raises:
+            ValueError: the data have no text encoder.
+        """
+        if self.text_encoder is None:
+            raise ValueError("prompts is given, but the data have no text encoder: give `conditions` to the sampler")
+        return told(self.text_encoder(prompts))
 
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
         """Call `act` in the main process, keep random states, and only warn of a failure unless `needed`."""
@@ -373,13 +371,11 @@ class Trainer:
     def _draw_samples(self, log: RunLog | None) -> None:
         if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
+        count, shape = self.settings.num_samples, self.shape
         if self._texts:
-            texts, captions = preview.sample_texts(self.source, self.settings.num_samples)
-            picture = preview.draw_texts(self.sampler(texts=texts), captions, self.settings.num_samples, self.shape)
+            picture = preview.draw_texts(self.sampler(), *preview.sample_texts(self.source, count), shape)
         else:
-            picture = preview.draw_grid(
-                self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
-            )
+            picture = preview.draw_grid(self.sampler(), self.diffusion, count, shape, self.labels)
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
             log.picture(self.step, picture)

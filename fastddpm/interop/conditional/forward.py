@@ -189,9 +189,9 @@ class Forward(Replacement):
 
     def keeps_loop(self, reason: str) -> None:
         """Note that a pipeline keeps its own loop around the prepared U-Net for a reason, and log it once."""
-        if reason not in self._logged:
-            self._logged.add(reason)
-            _log.info("%s: the pipeline keeps its own loop", reason)
+        if (text := f"{reason}: the pipeline keeps its own loop") not in self._logged:
+            self._logged.add(text)
+            _log.info("%s", text)
 
     def _call(self, sample: Any, timestep: Any, labels: Any, named: Mapping[str, Any], attention: Any) -> Call:
         """Return the arguments of a call.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def load_pipeline(
         raise FileNotFoundError(f"{model} is not a folder, must be one of a pipeline, or owner/name of the hub")
     name, revision = (str(model), None) if parsed is None else parsed
     try:
-        pipe: Any = DiffusionPipeline.from_pretrained(name, revision=revision, torch_dtype=dtype, variant=variant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # later versions call it dtype
+            pipe: Any = DiffusionPipeline.from_pretrained(name, revision=revision, torch_dtype=dtype, variant=variant)
     except ImportError as error:
         raise ModuleNotFoundError(f"{model}: {_first_line(error)}") from None
     except Exception as error:  # diffusers and its hub client raise errors of many types

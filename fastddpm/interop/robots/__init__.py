@@ -53,9 +53,10 @@ def accelerate(
             raise ValueError instead.
         dtype, backend, cuda_graph: as for `Sampler`; the dtype of None is the network's. bfloat16 halves what has to be
             read for a step, and so nearly the time.
-        check_weights: read all weights before every call, and so notice also changes that torch does not count:
-            writes through `.data` and to inference tensors. That takes as long as a step or two. Training steps,
-            `load_state_dict` and other operations in place are noticed without it.
+        check_weights: look at all weights and settings of layers before every call, which takes as long as a step or
+            two. Without it the changes that torch itself tells are noticed and taken over: training steps,
+            `load_state_dict` and other operations in place, other layers and hooks. Writes through `.data`, to
+            inference tensors and to attributes of layers are not.
 
     Raises:
         TypeError: `obj` is none of these.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from fastddpm.interop.robots.network import PolicyNetwork
 from fastddpm.networks.frozen import blueprint_of, why_not
 from fastddpm.networks.frozen.blueprint import Blueprint
 from fastddpm.networks.network import DTYPES
+from fastddpm.networks.weights import Watch
 from fastddpm.process.tables import StepTable, ddim_table
 from fastddpm.sampling.sampler import Sampler
 
@@ -62,10 +63,9 @@ class Draw(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A sampler, and what it was made for. Its loops read the conditions that its first call gave."""
+    """A sampler, and what it was made for."""
 
     key: tuple[Any, ...]
-    network: PolicyNetwork
     blueprint: Blueprint
     sampler: Sampler
 
@@ -90,7 +90,7 @@ class Engine:
             ValueError: one of them is not supported.
         """
         with self._lock:
-            self._prepare(unet, self._recognise(scheduler), None)
+            self._prepare(unet, self._recognise(scheduler))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Engine:
         given = {name: value for name, value in conditions.items() if value is not None}
         with self._lock:
             recognised = self._recognise(scheduler)
-            _, network, blueprint, sampler = self._prepare(unet, recognised, given.keys())
+            _, blueprint, sampler = self._prepare(unet, recognised)
             _check_shapes(blueprint, draw, given)
             start, known = draw.start, dict[str, Any]()
             if start is None:
@@ -121,11 +121,11 @@ class Engine:
                 clean = torch.tensor([[1.0, 0.0]], dtype=table.levels.dtype)
                 table = replace(table, levels=clean.expand(len(table), 2))  # known values keep out of the noise
                 known = {"known": draw.known.transpose(1, 2), "known_mask": draw.mask.transpose(1, 2)}
-            network.give(given, start if sampler.network.frozen is None else start.float())
             count, length, channels = draw.shape
             samples: Tensor = sampler.sample(
-                count, shape=(channels, length), x_T=start.transpose(1, 2), noise=noise, table=table, **known
-            )
+                count, shape=(channels, length), x_T=start.transpose(1, 2), noise=noise, table=table, conditions=given,
+                **known,
+            )  # fmt: skip
             return samples.transpose(1, 2).to(draw.dtype).contiguous()
 
     def _recognise(self, scheduler: Any) -> Recognised:
@@ -153,10 +153,8 @@ class Engine:
             self._table = (key, recognised.table(scheduler, **options))
         return self._table[1]
 
-    def _prepare(self, wrapped: Any, recognised: Recognised, names: Collection[str] | None) -> _Prepared:
-        """Return the sampler of a network; it is made anew where the network, scheduler or conditions are others.
-
-        `names`: of the conditions; None if they are not known yet.
+    def _prepare(self, wrapped: Any, recognised: Recognised) -> _Prepared:
+        """Return the sampler of a network; it is made anew where the network or the scheduler is another one.
 
         Raises:
             ValueError: the network is not known; or, if not `allow_general`, cannot be prepared for sampling.
@@ -164,11 +162,8 @@ class Engine:
         unet: nn.Module = getattr(wrapped, "_orig_mod", wrapped)  # as torch.compile wraps it
         options, first = self.options, next(unet.parameters())
         key = (unet, recognised, first.device, first.dtype)
-        known = self._prepared
-        if known is not None and known.key == key:
-            own = known.network.conditions.keys()
-            if names is None or not own or own == set(names):
-                return known
+        if self._prepared is not None and self._prepared.key == key:
+            return self._prepared
         self._prepared = None  # its memory is free before the next one takes its own
         kind = blueprint_of(unet)
         if kind is None or kind.dims != 1:
@@ -184,7 +179,7 @@ class Engine:
             )  # fmt: skip
             frozen = sampler.network.frozen
             if frozen is not None:
-                frozen.sums_weights = options.check_weights
+                frozen.watch = None if options.check_weights else Watch(unet)
             else:
                 reason = "it does not compute what its class says"
         if reason is not None:
@@ -195,7 +190,7 @@ class Engine:
                 network, ddim_table(recognised.schedule, [0]), device=first.device, backend=options.backend,
                 cuda_graph=options.cuda_graph, **recognised.of_sampler,
             )  # fmt: skip
-        self._prepared = _Prepared(key, network, kind(unet), sampler)
+        self._prepared = _Prepared(key, kind(unet), sampler)
         return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def evaluation(
     inputs.copy_(torch.randn(tuple(inputs.shape), generator=generator).to(network.device))
     more = (torch.zeros_like(inputs),) if self_condition and not concatenates else ()
     with torch.no_grad():
-        bound = network.bind(inputs, timesteps.to(network.device), labels, *more)
+        bound = network.bind(
+            inputs, timesteps.to(network.device), labels, *(more or (None,)), network.some_conditions(batch)
+        )
         bound.load()
     step = torch.zeros(1, dtype=torch.int64, device=network.device)
     return Evaluation(network, inputs, bound, step, precision)

@@ -202,7 +202,8 @@ def last_steps(plan: Plan, sampler: Sampler, batch: int) -> Callable[[int], obje
     """Return a function that runs a number of the sampler's last steps on a batch of random states."""
     x = torch.randn((batch, *plan.shape), generator=torch.Generator().manual_seed(0)).to(sampler.device)
     labels, rows = plan.labels(batch), len(sampler.table)
-    return lambda steps: sampler.sample(batch, x_T=x, start=rows - steps, class_labels=labels)
+    given = sampler.network.some_conditions(batch)
+    return lambda steps: sampler.sample(batch, x_T=x, start=rows - steps, class_labels=labels, conditions=given)
 
 
 def ready_for(plan: Plan, sampler: Sampler, batch: int) -> Evaluation:

@@ -56,7 +56,7 @@ def sampler_keys(sampler: Any, batch: int, ops: Collection[str], precision: str 
     if "reverse_step" in ops and samples and not more:
         labels = None if network.frozen is None else network.frozen.blueprint.some_labels(samples, network.device)
         with tuned.recording() as seen:
-            sampler.sample(samples, class_labels=labels)
+            sampler.sample(samples, class_labels=labels, conditions=network.some_conditions(samples))
         keys |= {key: 1 for key in seen if key.op == "reverse_step"}
     return keys
 

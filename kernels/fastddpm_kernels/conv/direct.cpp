@@ -41,7 +41,7 @@ class Direct {
 
     static constexpr long kFewWords = 8;  // of a pixel: rows are then gathered before they are multiplied
     static constexpr int kFewChannels = 4, kPixels = 4;
-    static constexpr long kAhead = 64;  // rows of a panel that are asked for before they are multiplied
+    static constexpr long kAhead = 128;  // rows of a panel that are asked for before they are multiplied
 
     const Conv<A>& c;
     const long depth, panels, columns, taps;  // depth in words: whole ones, as of channels next to each other; columns

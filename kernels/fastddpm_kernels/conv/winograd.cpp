@@ -64,8 +64,9 @@ class Winograd {
         const long bytes = kPoints * panels * kPanel * depth * static_cast<long>(sizeof(*c.weight));
         const bool kept = bytes <= kCache;
         long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
-        // Few weights are read by every thread rather than that all wait for the one that has them.
-        if (bytes <= kFewBytes && tiles >= 2 * c.threads) blocks = std::max<long>(blocks, c.threads);
+        // Few weights, or those of too few output channels for all threads, are read by every thread.
+        if (tiles >= 2 * c.threads && (bytes <= kFewBytes || columns * blocks < c.threads))
+            blocks = std::max<long>(blocks, c.threads);
         // Each thread takes its own tiles with all channels, so that no core reads what another wrote.
         const bool apart = kept ? blocks >= c.threads : tiles >= 2 * kRows * c.threads;
         if (apart) blocks = ceil_div(blocks, c.threads) * c.threads;

@@ -37,7 +37,7 @@ def proofs(backend: str, dtype: torch.dtype, device: torch.device) -> Iterator[P
             options: dict[str, Any] = options,
             out_length: int = out_length,
         ) -> dict[str, Tensor]:
-            values = {name: value.to(dtype) for name, value in wide.items()}
+            values: dict[str, Any] = {name: value.to(dtype) for name, value in wide.items()}
             values = {n: v.transpose(1, 2) if n in ("x", "x2") else v for n, v in values.items()}
             y = torch.empty(2, out_length, 80, dtype=dtype, device=device).transpose(1, 2)
             conv1d_(y, **values, **options, backend=backend)

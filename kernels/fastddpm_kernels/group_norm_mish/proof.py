@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ def proofs(backend: str, dtype: torch.dtype, device: torch.device) -> Iterator[P
 
         def run(backend: str, dtype: torch.dtype, wide: dict[str, Tensor] = wide) -> dict[str, Tensor]:
             rows = torch.float64 if dtype == torch.float64 else torch.float32
-            values = {n: v.to(dtype).transpose(1, 2) if v.ndim == 3 else v.to(rows) for n, v in wide.items()}
+            values: dict[str, Any] = {
+                n: v.to(dtype).transpose(1, 2) if v.ndim == 3 else v.to(rows) for n, v in wide.items()
+            }
             y = torch.empty_like(values["x"])
             group_norm_mish_(y, **values, num_groups=8, backend=backend)
             return {"y": y}
