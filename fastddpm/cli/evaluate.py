@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fastddpm.cli.fidelity import DIGIT_SAMPLES, SAMPLES, check_fidelity, measure_fidelity
-from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.model import MODEL_HELP, add_model_options, check_count, open_model
 from fastddpm.cli.options import (
     add_sampler_options,
     chosen_device,
@@ -149,6 +149,7 @@ def _precision(options: argparse.Namespace, model: Pretrained) -> tuple[dict[str
     precisions = check_precisions([name.strip() for name in options.precision.split(",")], device, "--precision")
     judge, missing = _digit_judge(options)
     count = options.num_samples or PRECISION_SAMPLES
+    check_count(model, count, "--num-samples")
 
     def make(network: Callable[..., Any], *, dtype: str, cuda_graph: str | bool) -> Sampler:
         of = argparse.Namespace(**{**vars(options), "dtype": dtype, "default_steps": PRECISION_STEPS})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import add_model_options, open_model
-from fastddpm.cli.options import device_name, integer
+from fastddpm.cli.options import device_name, integer, wide_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +47,6 @@ def add_commands(commands: Any) -> None:
 def _info(options: argparse.Namespace) -> None:
     import torch
     from fastddpm_kernels.tuned import describe
-    from rich.console import Console
 
     kernels = None  # counted first, because the model may be invalid
     if options.model is not None:
@@ -58,7 +56,7 @@ def _info(options: argparse.Namespace) -> None:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     devices += [torch.device("mps")] * torch.backends.mps.is_available() + [torch.device("cpu")]
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = wide_console()
     console.print(_versions())
     console.print(_table("Devices", ("device", "what it is"), [(str(d), device_name(d)) for d in devices]))
     for device_type in dict.fromkeys(device.type for device in devices):

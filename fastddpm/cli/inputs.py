@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
-from fastddpm.cli.options import check_labels, classes_of, integer, make_sampler
+from fastddpm.cli.options import a_seed, check_labels, classes_of, integer, make_sampler
 from fastddpm.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add_input_options(parser: argparse.ArgumentParser, *, variants: int | None, 
     add("--model", help=f"{MODEL_HELP} (default: a bundled one)")
     add_model_options(parser)
     add("--invert", action="store_true", help="exchange black and white in picture files")
-    add("--input-seed", type=integer(0), default=0, metavar="SEED",
+    add("--input-seed", type=a_seed, default=0, metavar="SEED",
         help="of inputs drawn for class labels (default: 0)")  # fmt: skip
     if variants is None:
         parser.set_defaults(num_samples=1)

@@ -55,6 +55,17 @@ def open_model(options: argparse.Namespace, bundled: Path | None = None, *, late
     return model
 
 
+def check_count(model: Pretrained, count: int, name: str) -> None:
+    """Raise ValueError if `count` samples of a model are more than memory holds; `name` is the option's."""
+    from fastddpm.common.images import check_memory
+
+    config = model.unet.config
+    size = config.sample_size or 1
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(config, "out_channels", None) or getattr(config, "in_channels", None) or 1
+    check_memory(4 * count * channels * height * width, f"{name}: {count} images of {height} x {width}")
+
+
 def _flags(text: str) -> dict[str, str]:
     """Parse options of another library's command line into a dictionary."""
     wrong = argparse.ArgumentTypeError(f"{text!r} must be names and values, such as '--image_size 64 --use_fp16 True'")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastddpm.common.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +35,7 @@ _RENAMED = {
     "mask": "--fill",
     "low": "INPUT",
     "images": "INPUT",
+    "text_encoder": "--captions",
 }
 
 
@@ -39,14 +43,19 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def one_line(error: BaseException, options: argparse.Namespace) -> str:
     """Return an error's message in one line, in the words of the command line."""
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    for value in vars(options).values():  # names that were given may have line breaks
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str | os.PathLike) and str(name):
+                message = message.replace(str(name), printable(str(name)))
+    message = printable(message.splitlines()[0])
     # The library's message names an argument, but the user typed an option.
     match = re.match(r"(\w+)(?= (?:is(?! no flag)|are|has|needs|reaches) )", message)
     if match and match[1] in vars(options):
@@ -80,6 +89,7 @@ def integer(least: int) -> Callable[[str], int]:
     return parsed(int, f"an integer of at least {least}", lambda value: value >= least)
 
 
+a_seed = parsed(int, "an integer from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
 integers = parsed(lambda text: [int(part) for part in text.split(",")], "integers separated by commas, such as 3,1,4")
 seconds = parsed(float, "a positive number of seconds", lambda value: 0 < value < float("inf"))
 share = parsed(float, "a number in (0, 1]", lambda value: 0 < value <= 1)
@@ -127,7 +137,7 @@ def add_sampler_options(parser: argparse.ArgumentParser, *, steps: int | None, m
     add("--guidance-scale", type=float, metavar="W", help="scale of classifier-free guidance (default: none)")
     add("--thresholding", action="store_true",
         help="clip each predicted image at a quantile of its own pixels instead of at 1")  # fmt: skip
-    add("--seed", type=integer(0), default=seed, help=f"sample k of a seed is always the same image (default: {seed})")
+    add("--seed", type=a_seed, default=seed, help=f"sample k of a seed is always the same image (default: {seed})")
     add("--batch-size", type=_batch_size, default="auto", metavar="B",
         help="samples at once; auto measures which of the sizes that fit is fastest (default: auto)")  # fmt: skip
     add("--device", help=DEVICE_HELP)
@@ -240,7 +250,11 @@ def wide_console() -> Console:
     """Return a console for tables, as wide as the terminal, or 140 columns in a file or pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich calls this where it has caught the error, and would exit with code 1
+
+    return Piped(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
 
 
 def plain(console: Console, text: str) -> None:

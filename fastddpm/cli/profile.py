@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.model import MODEL_HELP, add_model_options, check_count, open_model
 from fastddpm.cli.options import (
     BACKENDS,
     DEVICE_HELP,
@@ -115,6 +115,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     from fastddpm.perf.profiling.model import Plan, profile
 
     model = open_model(options, latents=True)
+    check_count(model, max(options.batch or [1]), "--batch")
     options.device = str(chosen_device(options))
     first = make_sampler(options, model)
     if options.dtype != "tf32":  # choose once, because "auto" tries the network

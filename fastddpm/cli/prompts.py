@@ -5,27 +5,37 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import outputs
 from fastddpm.cli.options import chosen_device, device_name, integer
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from fastddpm.interop.pretrained import Pretrained
 
 # Options of `sample` that a pipeline has no place for, with the values that they have if they are not given.
 _OTHERS: dict[str, Any] = {
     "class_labels": None, "timesteps": None, "spacing": None, "eta": None, "thresholding": False, "trajectory": None,
     "shard_size": None, "format": None, "engine": None, "address": None, "workers": None, "image_size": None,
-    "flags": {}, "ema": True,
+    "flags": {}, "ema": True, "text_encoder": None,
 }  # fmt: skip
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that make `sample` draw prompts."""
     add = parser.add_argument_group(
-        "text to image", "with a pipeline of diffusers, such as Stable Diffusion's; N is then per prompt (default: 1)"
+        "text to image",
+        "with a pipeline of diffusers, such as Stable Diffusion's, or a model of `fastddpm train --captions`; N is then "
+        "per prompt (default: 1)",
     ).add_argument
     add("--prompt", nargs="+", metavar="TEXT", help="what to draw; PIPELINE stands before it")
     add("--prompt-file", type=Path, metavar="PATH", help="a prompt a line; the grid has a row for each")
     add("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance")
+    add("--text-encoder", metavar="ENCODER",
+        help="of a model of `train --captions`, where it is not the one that the model names")  # fmt: skip
     add("--height", type=integer(1), metavar="PIXELS", help="of a picture (default: the pipeline's)")
     add("--width", type=integer(1), metavar="PIXELS", help="of a picture (default: the pipeline's)")
 
@@ -38,10 +48,37 @@ def wants_prompts(options: argparse.Namespace) -> bool:
     """
     if options.prompt is not None or options.prompt_file is not None:
         return True
-    for name in ("negative_prompt", "height", "width"):
+    for name in ("negative_prompt", "text_encoder", "height", "width"):
         if (value := getattr(options, name)) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is {value!r} but --prompt is not given")
     return False
+
+
+def is_trained(options: argparse.Namespace) -> bool:
+    """Return whether MODEL is one that `fastddpm train --captions` has written."""
+    from fastddpm.interop.pretrained import is_text_model
+
+    return options.model is not None and is_text_model(options.model)
+
+
+def tell(options: argparse.Namespace, model: Pretrained, texts: list[str] | None) -> tuple[list[int], dict[str, Any]]:
+    """Return the number of the prompt of every sample, and the arguments that tell a sampler their prompts."""
+    if texts is None:
+        raise ValueError(f"--prompt is missing, must be given: {options.model} draws what a prompt says")
+    for name in ("class_labels", "height", "width"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is given, but {options.model} does not take it")
+    numbers = [number for number in range(len(texts)) for _ in range(options.num_samples or 1)]
+    negative = options.negative_prompt or ""
+    return numbers, model.prompted([texts[each] for each in numbers], negative, text_encoder=options.text_encoder)
+
+
+def picture(images: Tensor, texts: list[str]) -> Image.Image:
+    """Draw the samples of each prompt in a row; those that are not finite are left out."""
+    from fastddpm.common.images import strip
+
+    rows = images.unflatten(0, (len(texts), -1))
+    return strip([[image if image.isfinite().all() else None for image in row] for row in rows], row_captions=texts)
 
 
 def sample_prompts(options: argparse.Namespace) -> None:
@@ -59,7 +96,7 @@ def sample_prompts(options: argparse.Namespace) -> None:
     kind = outputs.check_outputs(options)
     if kind == ".gif":
         raise ValueError(f"--output is {options.output}, which shows states, but those of a pipeline are not kept")
-    prompts = _prompts(options)
+    prompts = prompts_of(options)
     device = chosen_device(options)
     fast = "float16" if device.type == "cuda" else "float32"
     wanted = options.dtype if options.dtype not in (None, "auto") else fast
@@ -107,7 +144,7 @@ def _quiet() -> None:
     of_transformers.set_verbosity_error()
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
+def prompts_of(options: argparse.Namespace) -> list[str]:
     """Return the prompts that the options name.
 
     Raises:

@@ -121,11 +121,13 @@ def _labels(options: argparse.Namespace, model: Pretrained, count: int) -> np.nd
     """Return the label of every sample, int64 [count]; `fastddpm sample` without shards chooses the same."""
     import numpy as np
 
-    config = model.unet.config
-    shared.check_labels(options.class_labels, config)
-    classes = shared.classes_of(config)
+    from fastddpm.common.images import check_memory
+
+    shared.check_labels(options.class_labels, model.unet.config)
+    classes = model.labels()
     if not classes:
         return None
+    check_memory(24 * count, f"--num-samples {count}: labels")
     places = np.arange(count, dtype=np.int64)
     if options.class_labels is None:
         return np.asarray(classes, dtype=np.int64)[places * len(classes) // count]

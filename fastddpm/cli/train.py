@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.options import integer
+from fastddpm.cli.options import a_seed, integer
 
 if TYPE_CHECKING:
     from fastddpm.training.config import RunConfig, Tables
@@ -28,8 +29,8 @@ def add_commands(commands: Any) -> None:
         help="train a model on a folder of pictures",
         description="Train a model on pictures of any size and format, or on an .npz. Settings that are not given are "
         "chosen from the data: the size, grey or colour, the U-Net. Everything is written to one folder: the model, "
-        "samples on the way, the loss, and checkpoints, from which --resume goes on. SIGTERM and Ctrl-C write a "
-        "checkpoint first.",
+        "samples on the way, the loss, and checkpoints, from which --resume goes on. SIGTERM, SIGHUP and "
+        "Ctrl-C write a checkpoint first.",
     )
     add = train.add_argument
     add("folder", nargs="?", metavar="FOLDER",
@@ -41,6 +42,9 @@ def add_commands(commands: Any) -> None:
     add("--print-config", action="store_true", help="print all settings as they would be used, and do nothing else")
     add("--resume", action="store_true", help="go on from the last checkpoint in the results, if there is one")
     add("-o", "--results-folder", "--output", metavar="DIR", help=f"where everything goes (default: {RESULTS})")
+    add("--captions", metavar="ENCODER", dest="text_encoder",
+        help="train text to image: each picture has a caption in metadata.jsonl (file_name, text) or in a .txt beside "
+             "it, which this text encoder reads: a folder, an installed package or owner/name of the hub")  # fmt: skip
     add = train.add_argument_group("model (default: chosen from the data)").add_argument
     add("--image-size", type=integer(1), metavar="PIXELS", help="a side; pictures are cut and resized")
     add("--channels", type=int, choices=(1, 3, 4), help="1 for grey, 3 for colour, 4 with opacity")
@@ -61,7 +65,7 @@ def add_commands(commands: Any) -> None:
         help="measured with every grid of samples; the best model is kept: the Frechet distance to the data in their "
              "principal components (default: none, or that of the run that is resumed)")  # fmt: skip
     add("--device", help="cuda, mps, cpu (default: the first of these that this machine has)")
-    add("--seed", type=integer(0), help="of weights, order, flips and noise")
+    add("--seed", type=a_seed, help="of weights, order, flips and noise")
     train.set_defaults(run=_train)
 
 
@@ -75,7 +79,9 @@ def _train(options: argparse.Namespace) -> None:
         return
     if config.folder is None:
         raise ValueError("FOLDER is missing, and there is no folder in [data]")
-    trainer = Trainer(config.build(), config.folder, config.trainer, resume=options.resume)
+    trainer = Trainer(
+        config.build(), config.folder, config.trainer, text_encoder=config.encoder(), resume=options.resume
+    )
     if config.metric is not None:
         trainer.metric = ComponentDistance(trainer.source)
     main = trainer.accelerator.is_main_process
@@ -94,7 +100,8 @@ def _train(options: argparse.Namespace) -> None:
         return
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     print(f"{result.step} steps done{loss}; the model is in {result.model}")
-    print(f"draw samples with: fastddpm sample {result.model}")
+    prompt = f" --prompt {shlex.quote(trainer.source.captions[0])}" if trainer.text_encoder is not None else ""
+    print(f"draw samples with: fastddpm sample {result.model}{prompt}")
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
@@ -112,8 +119,9 @@ def _config(options: argparse.Namespace) -> RunConfig:
     trainer |= {name: value for name in _TRAINER if (value := getattr(options, name)) is not None}
     if options.metric == "none":
         trainer["metric"] = None
-    if options.folder is not None:
-        given.setdefault("data", {})["folder"] = options.folder
+    for name in ("folder", "text_encoder"):
+        if (value := getattr(options, name)) is not None:
+            given.setdefault("data", {})[name] = value
     if options.seed is not None:
         given.setdefault("diffusion", {})["seed"] = options.seed
     assigned: set[str] = set()
@@ -139,8 +147,9 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
     """Add the settings that follow from the data to those given; `assigned` has the keys of [model] from --set."""
     from dataclasses import replace
 
+    from fastddpm.interop.text_encoder import encoder_width
     from fastddpm.networks.unet.config import UNetConfig
-    from fastddpm.training.defaults import default_diffusion, default_model, look_at
+    from fastddpm.training.defaults import default_diffusion, default_model, default_text_model, look_at
 
     folder = given.get("data", {}).get("folder")
     if folder is None:
@@ -149,12 +158,14 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
         raise ValueError("FOLDER is missing: name a folder of pictures or an .npz, or --config a file with one")
     if not isinstance(folder, str):
         raise ValueError(f"[data] folder is {folder!r}, must be a path in quotes")
-    look = look_at(folder)
+    encoder = given["data"].get("text_encoder")
+    look = look_at(folder) if encoder is None else replace(look_at(folder), classes=0)
     model = given.setdefault("model", {})
     if options.class_labels and not look.classes:
         raise ValueError(f"--class-labels is given, but {folder} has no classes: a subfolder for each is needed")
     told = UNetConfig().replace(**{key: model[key] for key in ("sample_size", "out_channels") if key in model})
-    learned = given.get("diffusion", {}).get("variance_type") == "learned_range"
+    of_texts = default_diffusion(look, texts=True) if encoder is not None else {}
+    learned = {**of_texts, **given.get("diffusion", {})}.get("variance_type") == "learned_range"
     channels = told.out_channels // (2 if learned else 1) if "out_channels" in model else None
     look = replace(
         look,
@@ -162,7 +173,10 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
         channels=options.channels or channels or look.channels,
         classes=0 if options.class_labels is False else look.classes,
     )
-    defaults = default_model(look, width=options.width)
+    if encoder is None:
+        defaults = default_model(look, width=options.width)
+    else:
+        defaults = default_text_model(look, encoder_width(encoder), width=options.width)
     structure = ("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim", "norm_num_groups")
     if not options.width and any(key in model for key in structure):
         defaults = {key: value for key, value in defaults.items() if key not in structure}
@@ -174,23 +188,27 @@ def _fill_in(given: Tables, options: argparse.Namespace, assigned: set[str]) -> 
     # Options overrule a file; --set is the most exact and overrules both.
     kept = {key: value for key, value in model.items() if key not in fixed or key in assigned}
     given["model"] = {**defaults, **kept}
-    given["diffusion"] = {**default_diffusion(look), **given.get("diffusion", {})}
-    if learned and "out_channels" not in kept:
-        given["model"]["out_channels"] = 2 * look.channels
+    given["diffusion"] = {**default_diffusion(look, texts=encoder is not None), **given.get("diffusion", {})}
+    if "out_channels" not in kept:
+        given["model"]["out_channels"] = (2 if learned else 1) * look.channels
 
 
 def _describe(trainer: Any) -> None:
     from fastddpm.cli.options import device_name
+    from fastddpm.common.images import few
 
     source, settings = trainer.source, trainer.settings
     names = trainer.label_names
     classes = f", {len(names)} classes" if names else ""
+    if (encoder := trainer.text_encoder) is not None:
+        captions = len(source.captions)
+        classes = f", {captions} captions of up to {encoder.tokens} tokens in {encoder.name}"
     size = " x ".join(str(side) for side in trainer.shape)
     parameters = sum(p.numel() for p in trainer.diffusion.unet.parameters()) / 1e6
     print(f"{len(source)} images of {size}{classes}; a network of {parameters:.1f} million parameters")
     if names:
         shown = [f"{label} {name}" if name != str(label) else name for label, name in names.items()]
-        print(f"labels: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}")
+        print(f"labels: {few(shown, 20)}")
     processes = trainer.accelerator.num_processes
     print(
         f"{settings.train_num_steps} steps of {settings.images_per_step} images, from step {trainer.step}, on "

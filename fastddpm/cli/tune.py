@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.model import MODEL_HELP, add_model_options, open_model
+from fastddpm.cli.model import MODEL_HELP, add_model_options, check_count, open_model
 from fastddpm.cli.options import (
     DTYPES,
     METHOD_HELP,
@@ -123,6 +123,7 @@ def _keys(options: argparse.Namespace, device: torch.device, ops: tuple[str, ...
     from fastddpm.perf.tuning.shapes import sampler_keys
 
     model = open_model(options, latents=True)
+    check_count(model, max(options.batch or [1]), "--batch")
     if options.training:
         return _training_keys(options, model, device, ops)
     options.device = str(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -11,6 +12,7 @@ import re
 import socket
 import struct
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,10 +25,16 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 MOST_PICKLE = 2**26  # bytes of the part of a checkpoint that is no tensor
+MOST_TEXT = 2**27  # bytes of a JSON or TOML file
+_MARKS = {  # the four bytes of UTF-32's begin with the two of UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 # Temporary files are named by machine and process, so that a later run can tell which are of dead ones.
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _TEMPORARY = re.compile(rf"\..*\.{_HOST}\.(\d+)\.fastddpm-.*", re.DOTALL)
 _cleaned: set[Path] = set()  # folders
+_STARTED = time.time()
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -72,10 +80,14 @@ def _remove_leftovers(folder: Path) -> None:
             continue
         try:
             os.kill(int(match[1]), 0)
+            # Containers give each of their processes the number of the one before.
+            dead = int(match[1]) == os.getpid() and entry.stat().st_mtime < _STARTED
         except (ProcessLookupError, OverflowError):
-            entry.unlink(missing_ok=True)
+            dead = True
         except OSError:  # a process of another user
-            pass
+            dead = False
+        if dead:
+            entry.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -97,6 +109,23 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text in UTF-8, or in UTF-16 or UTF-32 with its mark, as editors and shells of Windows write it.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        ValueError: it is of another encoding, or too large to be a text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if (size := path.stat().st_size) > MOST_TEXT:
+        raise ValueError(f"it has {size / 1e6:.0f} MB, may have at most {MOST_TEXT / 1e6:.0f} MB")
+    content = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    return content.decode(encoding)
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -104,11 +133,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no file at `path`.
         ValueError: the file is not a JSON object; the message names it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:  # also text that is not UTF-8, and numbers of too many digits

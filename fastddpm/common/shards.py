@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import tarfile
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastddpm.common.images import open_picture, read_npz
+
 MANIFEST = "manifest.json"
 SCHEMA = 1
 KIND = "fastddpm shards"
@@ -30,6 +33,8 @@ FORMATS = {"npz": ".npz", "wds": ".tar", "png": ""}
 SUMS = "SHA256SUMS"
 MOST_FILES = 10_000  # in one folder
 PART = 1000  # shards of a sub-folder
+MOST_NAMED = 5  # ranges in a message
+_FIRST = re.compile(r"(?:shard|failed)-(\d+)-")  # the first sample of a range
 TAR_HEAD = 1024  # bytes of a .tar before what its checksum covers
 
 
@@ -108,9 +113,20 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(schema, int) or schema > SCHEMA:
         raise ValueError(f"{where} has schema {schema}, of a newer fastddpm; this one reads up to {SCHEMA}")
     counts = [manifest.get(name) for name in ("num_samples", "shard_size")]
-    if not all(isinstance(count, int) and count > 0 for count in counts) or manifest.get("format") not in FORMATS:
+    if not all(_count(count) for count in counts) or manifest.get("format") not in tuple(FORMATS):
         raise ValueError(f"{where} is damaged: num_samples, shard_size or format is not what it can be")
+    sample = manifest.get("sample")
+    if (
+        not isinstance(sample, dict) or sample.get("dtype") not in ("uint8", "float32")
+        or not isinstance(sample.get("shape"), list) or not all(_count(size) for size in sample["shape"])
+        or (sample["dtype"] == "uint8" and len(sample["shape"]) != 3)
+    ):  # fmt: skip
+        raise ValueError(f"{where} is damaged: sample is not a shape and dtype that it can have")
     return manifest
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def decode(layout: Layout, index: int, read: Callable[[str], bytes]) -> Samples:
@@ -128,12 +144,12 @@ def decode(layout: Layout, index: int, read: Callable[[str], bytes]) -> Samples:
     check(layout, index, read)
     name = layout.name(index)
     if layout.format == "npz":
-        with np.load(io.BytesIO(read(name)), allow_pickle=False) as file:
-            return Samples(file["arr_0"], file["arr_1"] if "arr_1" in file.files else None)
+        arrays = read_npz(name, content=read(name))
+        return Samples(arrays.get("arr_0", np.empty(0)), arrays.get("arr_1"))
     pictures: dict[str, bytes] = {}
     labels: list[int] = []
     if layout.format == "wds":
-        with tarfile.open(fileobj=io.BytesIO(read(name))) as tar:
+        with tarfile.open(fileobj=io.BytesIO(read(name)), mode="r:") as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 content = b"" if file is None else file.read()
@@ -146,7 +162,7 @@ def decode(layout: Layout, index: int, read: Callable[[str], bytes]) -> Samples:
             pictures[file_name] = read(f"{name}/{file_name}")
             if match := re.search(r"-class(-?\d+)\.png$", file_name):
                 labels.append(int(match[1]))
-    values = np.stack([_pixels(content) for content in pictures.values()])
+    values = np.stack([_pixels(name, content) for name, content in pictures.items()])
     return Samples(values, np.asarray(labels, dtype=np.int64) if labels else None)
 
 
@@ -183,10 +199,8 @@ def _listed(content: bytes) -> tuple[str, dict[str, str]]:
     return said.removeprefix("# "), {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
-def _pixels(content: bytes) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as picture:
+def _pixels(name: str, content: bytes) -> np.ndarray:
+    with open_picture(name, content) as picture:
         pixels = np.asarray(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
@@ -224,33 +238,53 @@ class ShardFolder:
         stored = self.manifest["sample"]
         self.shape: tuple[int, ...] = tuple(stored["shape"])
         self.dtype: str = stored["dtype"]
-        missing = [index for index in range(len(self.layout)) if not (folder / self.layout.name(index)).exists()]
-        if missing:
-            failed = sum((folder / self.layout.failure(index)).exists() for index in missing)
-            raise ValueError(
-                f"{folder} lacks {len(missing)} of {len(self.layout)} ranges ({few_ranges(self.layout, missing)}"
-                f"{f'; {failed} of them failed' if failed else ''}), must be whole: run its `fastddpm sample` again"
-            )
+        if problem := self._missing():
+            raise ValueError(f"{folder} lacks {problem}, must be whole: run its `fastddpm sample` again")
+
+    def _missing(self) -> str | None:
+        """Return how many ranges have no shard, and which; None if all have one.
+
+        Names of files are looked at, not ranges: a manifest may state any number of those.
+        """
+        layout = self.layout
+        found = {
+            path.relative_to(self.folder).as_posix()
+            for pattern in ("shard-*", "failed-*", "part-*/shard-*", "part-*/failed-*")
+            for path in self.folder.glob(pattern)
+        }
+        starts = {int(match[1]) // layout.shard_size for name in found if (match := _FIRST.search(name))}
+        shards = sum(layout.name(index) in found for index in starts)
+        if shards == len(layout):
+            return None
+        failed = sum(layout.failure(index) in found and layout.name(index) not in found for index in starts)
+        missing = (index for index in range(len(layout)) if layout.name(index) not in found)
+        words = few_ranges(layout, list(itertools.islice(missing, MOST_NAMED)), len(layout) - shards)
+        return (
+            f"{len(layout) - shards} of {len(layout)} ranges ({words}{f'; {failed} of them failed' if failed else ''})"
+        )
 
     def __iter__(self) -> Iterator[Samples]:
         """Yield the samples of every shard in order, each once it was checked."""
         for index in range(len(self.layout)):
             try:
                 samples = decode(self.layout, index, self._read)
-            except ValueError as error:
+                first, end = self.layout.bounds(index)
+                if samples.values.shape != (end - first, *self.shape) or samples.values.dtype != self.dtype:
+                    raise ValueError(f"{self.layout.name(index)} has other samples than the manifest states")
+            except (ValueError, tarfile.TarError) as error:
                 raise ValueError(f"{self.folder / str(error)}; run its `fastddpm sample` again") from None
             yield samples
 
     @property
     def labelled(self) -> bool:
         """Whether samples have labels."""
-        return self.manifest["class_labels"] is not None
+        return self.manifest.get("class_labels") is not None
 
     def _read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
 
 
-def few_ranges(layout: Layout, indices: list[int], most: int = 5) -> str:
-    """Return ranges for a message: the first `most`, and how many more there are."""
-    more = f" and {len(indices) - most} more" if len(indices) > most else ""
-    return ", ".join(layout.words(index) for index in indices[:most]) + more
+def few_ranges(layout: Layout, indices: list[int], count: int | None = None) -> str:
+    """Return ranges for a message: the first `MOST_NAMED`, and how many more there are of `count` in all."""
+    more = (len(indices) if count is None else count) - MOST_NAMED
+    return ", ".join(layout.words(index) for index in indices[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -12,7 +12,7 @@ from typing import Any
 from fastddpm.interop.shared import not_supported
 
 
-def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = None, **options: Any) -> Any:
+def accelerate(obj: Any, *parts: Any, inplace: bool = False, allow_general: bool | None = None, **options: Any) -> Any:
     """Return the object with fastddpm's loop and network in place of its own, called as before.
 
     Each is compared once, on a small sample, with what it takes the place of.
@@ -20,20 +20,30 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
     Args:
         obj: a `DDPMPipeline`, `DDIMPipeline` or `LDMPipeline` of diffusers, a tuple `(UNet2DModel, scheduler)` of
             diffusers, a pipeline around a `UNet2DConditionModel` (Stable Diffusion and its kin) or that U-Net alone, a
-            diffusion of denoising_diffusion_pytorch, or a diffusion policy of lerobot or diffusion_policy.
+            diffusion of denoising_diffusion_pytorch, a diffusion policy of lerobot or diffusion_policy, a network of
+            EDM or PhysicsNeMo, or an inferer of MONAI or a tuple `(DiffusionModelUNet, scheduler)`.
+        *parts: the network and the scheduler of an inferer of MONAI, both optional.
         inplace: change `obj` itself and return it. Else a new object is returned, which shares the weights.
         allow_general: where one part, the network or the sampler, is not supported, accelerate the other alone, with
             a warning in the log. None: the library's default, True.
-        **options: of the library: see `accelerate` in `fastddpm.interop.diffusers`, `fastddpm.interop.conditional`,
-            `fastddpm.interop.lucidrains` and `fastddpm.interop.robots`.
+        **options: of the library: see `accelerate` in `fastddpm.interop.diffusers`, `.conditional`, `.lucidrains`,
+            `.robots`, `.edm` and `.monai`.
 
     Raises:
         TypeError: `obj` is none of these, or an option is not known.
         ValueError: a setting of it is not supported; the message names it, its value and what would be.
     """
+    from fastddpm.interop import edm
+
     library = _library(obj)
     if allow_general is not None:
         options["allow_general"] = allow_general
+    if library == "monai":
+        from fastddpm.interop import monai
+
+        return monai.accelerate(obj, *parts, inplace=inplace, **options)
+    if parts:
+        raise TypeError(f"{len(parts)} parts are given beside a {type(obj).__name__}, must be an inferer of MONAI")
     if library == "diffusers":
         from fastddpm.interop import conditional, diffusers
 
@@ -48,6 +58,8 @@ def accelerate(obj: Any, *, inplace: bool = False, allow_general: bool | None = 
         from fastddpm.interop import robots
 
         return robots.accelerate(obj, inplace=inplace, **options)
+    if edm.takes(obj):
+        return edm.accelerate(obj, inplace=inplace, **options)
     raise not_supported(obj)
 
 
@@ -84,7 +96,8 @@ def accelerated(obj: Any, **options: Any) -> Iterator[Any]:
         unaccelerate(result)
 
 
-_LIBRARIES = ("lerobot", "diffusion_policy", "diffusers", "denoising_diffusion_pytorch")  # the first wins in a tuple
+# The first wins in a tuple.
+_LIBRARIES = ("lerobot", "diffusion_policy", "diffusers", "denoising_diffusion_pytorch", "monai")
 
 
 def _library(obj: Any) -> str | None:

@@ -25,8 +25,7 @@ from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion.flags import model_flags
 from fastddpm.interop.lucidrains.checkpoint import is_trainer_checkpoint, network_of_checkpoint
 from fastddpm.interop.scheduler_config import SELF_CONDITION, load_scheduler
-from fastddpm.interop.text_encoder import TextEncoder
-from fastddpm.networks.prompted import PromptedUNet
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.networks.unet.files import index_files, shards, weights_files
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.methods import find_method, own_settings
@@ -87,50 +86,48 @@ class Pretrained:
         """
         known = self.text_encoder
         if name is None and "name" not in known:
-            raise ValueError("text_encoder is None, must be given: the model does not say which one it was trained with")
+            raise ValueError("text_encoder is None, must be given: the model does not say what it was trained with")
         encoder = TextEncoder(known["name"] if name is None else name, tokens=known.get("tokens"))
         if known.get("fingerprint") not in (None, encoder.fingerprint):
             raise ValueError(
-                f"text_encoder is {encoder.name}, whose weights or words are others than those of {known['name']}, with "
-                "which the model was trained"
+                f"text_encoder is {encoder.name}, whose weights or words are not those of {known['name']}, with which "
+                "the model was trained"
             )
         return encoder
 
-    def sampler(
+    def prompted(
         self,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
         *,
-        prompts: Sequence[str] | None = None,
-        negative_prompt: str | None = None,
         text_encoder: TextEncoder | str | None = None,
-        **overrides: Any,
-    ) -> Sampler:
-        """Make a `Sampler` with the model's settings and those in `overrides`, which win.
+    ) -> dict[str, Any]:
+        """Return the arguments of `Sampler.sample` that tell a text-conditional model what to draw.
+
+            model.sampler().sample(2, guidance_scale=3.0, **model.prompted(["a red car", "a blue car"]))
 
         Args:
-            prompts: for a text-conditional model. The sampler's class label p stands for the p-th of them.
-            negative_prompt: what the unconditional half of guidance is told; None for no text.
+            prompts: of every sample.
+            negative_prompt: what the unconditional half of guidance is told.
             text_encoder: of the prompts, or where it is; None for the one that the model names.
-            **overrides: settings of `Sampler`.
 
         Raises:
-            ValueError: prompts are missing, or given to a model that takes none; see also `encoder`, `Sampler`.
+            ValueError: the model takes no prompts; see also `encoder`.
         """
-        unet = self.unet
-        if prompts is not None and not self.takes_text:
-            raise ValueError(f"prompts is given, but the model is a {type(unet).__name__}, which takes none")
-        if self.takes_text:
-            if not prompts:
-                raise ValueError("prompts is missing, must be given: the model draws what a prompt says")
-            encoder = text_encoder if isinstance(text_encoder, TextEncoder) else self.encoder(text_encoder)
-            negative = None if negative_prompt is None else encoder([negative_prompt])[0]
-            unet = PromptedUNet(unet, encoder(list(prompts)), negative)
+        if not self.takes_text:
+            raise ValueError(f"prompts is given, but the model is a {type(self.unet).__name__}, which takes none")
+        encoder = text_encoder if isinstance(text_encoder, TextEncoder) else self.encoder(text_encoder)
+        return told(encoder(list(prompts)), encoder([negative_prompt]))
+
+    def sampler(self, **overrides: Any) -> Sampler:
+        """Make a `Sampler` with the model's settings and those in `overrides`, which win."""
         method = overrides.get("method", self.settings.get("method", "ddpm"))
         own = own_settings(method, self.settings)
         if not find_method(method).stores_x0:  # the model's scheduler may clip x0; this method has none to clip
             own = {name: value for name, value in own.items() if name not in ("clip_sample", "thresholding")}
         if overrides.get("timesteps") is not None:
             own.pop("num_inference_steps", None)
-        return Sampler(unet, self.schedule, **{**own, **overrides})
+        return Sampler(self.unet, self.schedule, **{**own, **overrides})
 
     @torch.no_grad()
     def decode(self, samples: Tensor, batch_size: int = 8) -> Tensor:
@@ -225,6 +222,13 @@ def _label_names(path: Path) -> dict[int, str]:
     ):
         raise ValueError(f"{path}: {_LABELS} is {str(names)[:60]}, must be names by label, such as {{'0': 'cat'}}")
     return {int(label): name for label, name in names.items()}
+
+
+def is_text_model(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is that of a text-conditional model, or its run, that `save_pretrained` wrote."""
+    run = run_of(path)
+    index = (Path(path) if run is None else run / "model") / _INDEX
+    return index.is_file() and read_json(index).get(_TEXT) is not None
 
 
 def run_of(path: str | os.PathLike[str]) -> Path | None:

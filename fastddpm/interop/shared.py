@@ -10,11 +10,13 @@ from torch import Tensor
 NOISES = ("philox", "torch")
 SUPPORTED = (
     "a DDPMPipeline, DDIMPipeline or LDMPipeline of diffusers, a tuple (UNet2DModel, scheduler) of diffusers, a "
-    "pipeline of diffusers around a UNet2DConditionModel or that module, a DiffusionPolicy or DiffusionModel of lerobot, "
-    "a policy of diffusion_policy with a ConditionalUnet1D, a tuple of the network of either and a scheduler, or a "
-    "diffusion of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, LearnedGaussianDiffusion, "
-    "WeightedObjectiveGaussianDiffusion, ContinuousTimeGaussianDiffusion, VParamContinuousTimeGaussianDiffusion, "
-    "ElucidatedDiffusion)"
+    "pipeline of diffusers around a UNet2DConditionModel or that module, a DiffusionPolicy or DiffusionModel of "
+    "lerobot, a policy of diffusion_policy with a ConditionalUnet1D, a tuple of the network of either and a scheduler, "
+    "a network of EDM or PhysicsNeMo (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EDMPrecondSuperResolution, "
+    "CorrDiffRegressionUNet), an inferer of MONAI, a tuple (DiffusionModelUNet, scheduler), or a diffusion "
+    "of denoising_diffusion_pytorch (GaussianDiffusion, GaussianDiffusion1D, LearnedGaussianDiffusion, "
+    "WeightedObjectiveGaussianDiffusion, ContinuousTimeGaussianDiffusion, "
+    "VParamContinuousTimeGaussianDiffusion, ElucidatedDiffusion)"
 )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastddpm.interop import hub
 
 MAX_TOKENS = 77  # of a caption, if the tokenizer does not say less: CLIP's
+TEXT_ARGUMENT = "encoder_hidden_states"  # of a network
 _CONFIG = "config.json"
 # The class that holds a model's text encoder alone, by `model_type`; AutoModel would load an image encoder or a decoder
 # beside it.
@@ -103,6 +104,26 @@ class TextEncoder:
         return out
 
 
+def told(texts: Tensor, negative: Tensor | None = None) -> dict[str, Any]:
+    """Return the arguments of `Sampler.sample` that give a network texts.
+
+    Args:
+        texts: [N, L, D], of every sample.
+        negative: [1, L, D], of the unconditional half of guidance; None for zeros, no text.
+    """
+    negative = torch.zeros_like(texts[:1]) if negative is None else negative
+    return {"conditions": {TEXT_ARGUMENT: texts}, "unconditional": {TEXT_ARGUMENT: negative}}
+
+
+def text_width(unet: Any) -> int | None:
+    """Return the width of the embeddings that a network reads; None if it reads none or its config is silent."""
+    config = getattr(unet, "config", None)
+    if getattr(config, "encoder_hid_dim_type", None) is not None:
+        return getattr(config, "encoder_hid_dim", None)
+    width = getattr(config, "cross_attention_dim", None)
+    return width if isinstance(width, int) else None
+
+
 def encoder_width(name: str) -> int:
     """Return the width of the embeddings of a `TextEncoder` without loading its weights; raise what it raises."""
     return _width(_config(name, _folders(name)[1]))
@@ -176,7 +197,7 @@ def _load(name: str, tokenizer_folder: str | Path, model_folder: str | Path) -> 
     transformers, config = _transformers(name), _config(name, model_folder)
     with _errors_of(name, model_folder):
         kind = getattr(transformers, _CLASSES.get(config.model_type, "AutoModel"))
-        model = kind.from_pretrained(model_folder, dtype=torch.float32)
+        model = kind.from_pretrained(model_folder).float()
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

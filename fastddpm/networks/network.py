@@ -99,7 +99,14 @@ class UNetWrapper(nn.Module, ABC):
         """Return the U-Net, or None to call it as it is."""
 
     @abstractmethod
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
+    def bind_frozen(
+        self,
+        frozen: FrozenUNet,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> BoundNetwork:
         """Bind the wrapper to buffers as `Network.bind` does, with the U-Net frozen."""
 
 
@@ -184,7 +191,7 @@ class Network:
             conditions: the model's further arguments [N, ...] by name, if it takes any.
         """
         if self.frozen is not None and isinstance(self.model, UNetWrapper):
-            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels)
+            return self.model.bind_frozen(self.frozen, inputs, timesteps, labels, conditions)
         if self.frozen is not None:
             return self.frozen.bind(inputs, timesteps, labels, conditions)
         return ModelOnBuffers(self, inputs, timesteps, labels, self_condition, conditions)
@@ -201,8 +208,8 @@ class Network:
             return ()
         return tuple(tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers()))
 
-    def sample_shape(self, learned_variance: bool) -> tuple[int, int, int]:
-        """Return (C, H, W) of a sample from the model's config.
+    def sample_shape(self, learned_variance: bool) -> tuple[int, ...]:
+        """Return (C, H, W) of a sample from the model's config, or (C, L) where its `sample_size` is (L,).
 
         Raises:
             ValueError: there is no config, or it does not state them.
@@ -214,8 +221,7 @@ class Network:
             channels //= 2
         if size is None or channels is None:
             raise ValueError("shape is None, must be given: the model has no config with sample_size and in_channels")
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return (channels, height, width)
+        return (channels, *((size, size) if isinstance(size, int) else size))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

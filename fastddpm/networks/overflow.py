@@ -315,7 +315,8 @@ def choose_dtype(
     assert schedule is not None
     if model.config.sample_size is None:
         options["shape"] = _some_shape(model.config, bool(options.get("learned_variance")))
-    half, why = choose_half(model, schedule, device=place, **options)
+    # Eagerly: its kernels would be compiled for this check alone, since sampling runs others.
+    half, why = choose_half(model, schedule, device=place, backend="eager", **options)
     _log.log(logging.INFO if half == torch.float16 else logging.WARNING, "dtype 'auto' is %s", why)
     return half, None
 

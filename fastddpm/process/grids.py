@@ -25,6 +25,8 @@ class SigmaGrid(NamedTuple):
         flow: whether signal is 1 - noise (flow matching) rather than sqrt(1 - noise^2).
         init_noise_sigma: standard deviation of the first state, as the network reads it; None for the level's noise.
         trained: float64 [T], sigma of every trained timestep; levels between them are interpolated from it.
+        inner: float64 [S, 3], of DPM2: sigma of the second evaluation of a step, the sigma that the step goes down to,
+            and the standard deviation of the noise added then, as a library has rounded them; None to compute them.
     """
 
     timesteps: np.ndarray
@@ -32,6 +34,7 @@ class SigmaGrid(NamedTuple):
     flow: bool = False
     init_noise_sigma: float | None = None
     trained: np.ndarray = np.empty(0)
+    inner: np.ndarray | None = None
 
     def timestep(self, sigma: float) -> float:
         """Return the fractional timestep of a level."""
@@ -49,7 +52,9 @@ class SigmaGrid(NamedTuple):
 
     def skip(self, index: int) -> SigmaGrid:
         """Return the grid from level `index` on."""
-        return self._replace(timesteps=self.timesteps[index:], sigmas=self.sigmas[index:], init_noise_sigma=None)
+        inner = None if self.inner is None else self.inner[index:]
+        rest = self._replace(timesteps=self.timesteps[index:], sigmas=self.sigmas[index:], inner=inner)
+        return rest._replace(init_noise_sigma=None)
 
 
 def trained_sigmas(schedule: NoiseSchedule) -> np.ndarray:

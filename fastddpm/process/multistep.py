@@ -262,7 +262,8 @@ class _Levels:
 
     def evaluate(self, trace: Trace, x: Symbol, index: int) -> tuple[Symbol, Symbol]:
         """Evaluate the network at the level `index`."""
-        return trace.evaluate(x, timestep=float(self.grid.timesteps[index]), **self.at(index))
+        signal, noise = float(self.signal[index]), float(self.noise[index])
+        return trace.evaluate(x, timestep=float(self.grid.timesteps[index]), signal=signal, noise=noise)
 
 
 class _Coefficients(NamedTuple):

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.tables import StepTable, ddim_table, ddpm_table, make_table
 
+MOST_ROWS = 1 << 20  # days of sampling
+
 
 def repaint_table(
     schedule: NoiseSchedule,
@@ -63,6 +65,9 @@ def _resampled(down: StepTable, jump_length: int, jump_n_sample: int, *, lowest:
     bar = torch.cat([torch.tensor([down.start[0]], dtype=torch.float64), down.levels[:, 0]]).square()
     # Level k has k rows to go; row i of `down` leads from level S - i to S - i - 1, bar[i] to bar[i + 1].
     jumps = dict.fromkeys(range(lowest, steps - jump_length + lowest, jump_length), jump_n_sample - 1)
+    most = steps + len(jumps) * (jump_n_sample - 1) * 2 * jump_length
+    if most > MOST_ROWS:
+        raise ValueError(f"jump_n_sample is {jump_n_sample}, which makes {most} steps, may make at most {MOST_ROWS}")
     level, order, up = steps, [], []
     while level > 0:
         order.append(steps - level)

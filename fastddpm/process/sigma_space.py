@@ -16,11 +16,19 @@ from fastddpm.process.trace import Symbol, Trace, lagrange, on_grid
 
 
 class _Walk:
-    """A trace whose states are x_0 + sigma * epsilon."""
+    """A trace whose states are x_0 + sigma * epsilon.
+
+    A step of two evaluations solves for the state before it. From a much higher sigma that multiplies the first stored
+    prediction, and its rounding, by about the ratio of the two sigmas. Where epsilon is predicted, x0 has an error of
+    sigma times float32's, and epsilon only float32's. So tables whose x0 nobody clips should store "epsilon".
+    """
 
     def __init__(self, grid: SigmaGrid, prediction_type: str, stores: str = "x0") -> None:
         if grid.flow:
             raise ValueError("sigma_schedule is 'flow', must be another for samplers in sigma")
+        if stores not in ("x0", "epsilon"):
+            raise ValueError(f"stores is {stores!r}, must be 'x0' or 'epsilon'")
+        self.stores = stores
         self.grid, self.sigmas = grid, [float(sigma) for sigma in grid.sigmas]
         self.timesteps = [float(t) for t in grid.timesteps]
         deviation = float(grid.noise[0]) if grid.init_noise_sigma is None else grid.init_noise_sigma
@@ -36,16 +44,20 @@ class _Walk:
         x, x0 = self.trace.evaluate(signal * x, timestep=timestep, signal=signal, noise=sigma * signal)
         return x / signal, x0
 
+    def slope(self, x: Symbol, sigma: float, timestep: float) -> tuple[Symbol, Symbol]:
+        """Return the state x at `sigma`, and d x / d sigma there."""
+        x, stored = self.evaluate(x, sigma, timestep)
+        return x, stored if self.stores == "epsilon" else (x - stored) / sigma
+
     def heun_step(self, x: Symbol, i: int, sigma: float, timestep: float) -> Symbol:
         """Return x one step on, from `sigma` to level i + 1: Heun's step, and Euler's where that is the last level."""
         after = self.sigmas[i + 1]
-        x, x0 = self.evaluate(x, sigma, timestep)
-        slope = (x - x0) / sigma
+        x, slope = self.slope(x, sigma, timestep)
         there = x + slope * (after - sigma)
         if i == len(self) - 1:
             return there
-        there, x0 = self.evaluate(there, after, self.timesteps[i + 1])
-        return x + (slope + (there - x0) / after) * ((after - sigma) / 2)
+        _, second = self.slope(there, after, self.timesteps[i + 1])
+        return x + (slope + second) * ((after - sigma) / 2)
 
     def finish(self, x: Symbol) -> StepTable:
         """Return the table that ends with state x at the last sigma."""
@@ -120,15 +132,19 @@ def euler_ancestral_table(
 
 
 @on_grid()
-def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTable:
+def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", stores: str = "x0") -> StepTable:
     """Return the table of Heun's method, with 2 S - 1 evaluations (Karras et al. 2022, algorithm 1).
 
     diffusers' `HeunDiscreteScheduler`. The last step, to zero noise, is a step of Euler's method.
 
     Args:
         grid, prediction_type: as for `euler_table`.
+        stores: "x0", which can be clipped, or "epsilon", which rounds less where steps are long.
+
+    Raises:
+        ValueError: a setting is not known.
     """
-    walk = _Walk(grid, prediction_type)
+    walk = _Walk(grid, prediction_type, stores)
     x = walk.x
     for i, sigma in enumerate(walk.sigmas[:-1]):
         walk.trace.begin_step()
@@ -137,7 +153,9 @@ def heun_table(grid: SigmaGrid, *, prediction_type: str = "epsilon") -> StepTabl
 
 
 @on_grid()
-def dpm2_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", ancestral: bool = False) -> StepTable:
+def dpm2_table(
+    grid: SigmaGrid, *, prediction_type: str = "epsilon", ancestral: bool = False, stores: str = "x0"
+) -> StepTable:
     """Return the table of the midpoint method in log sigma, with 2 S - 1 evaluations (DPM-Solver-2, Lu et al. 2022a).
 
     diffusers' `KDPM2DiscreteScheduler` and, with `ancestral`, `KDPM2AncestralDiscreteScheduler`.
@@ -145,20 +163,26 @@ def dpm2_table(grid: SigmaGrid, *, prediction_type: str = "epsilon", ancestral: 
     Args:
         grid, prediction_type: as for `euler_table`.
         ancestral: go down further than the next level, then add noise to reach it.
+        stores: as for `heun_table`.
+
+    Raises:
+        ValueError: a setting is not known.
     """
-    walk = _Walk(grid, prediction_type)
+    walk = _Walk(grid, prediction_type, stores)
     x = walk.x
     for i, (sigma, after) in enumerate(zip(walk.sigmas[:-1], walk.sigmas[1:], strict=True)):
         walk.trace.begin_step()
-        x, x0 = walk.evaluate(x, sigma, walk.timesteps[i])
-        slope = (x - x0) / sigma
-        down, up = _ancestral(sigma, after, 1.0) if ancestral else (after, 0.0)
+        x, slope = walk.slope(x, sigma, walk.timesteps[i])
         if after == 0:
             x = x + slope * (after - sigma)
             continue
-        middle = math.exp((math.log(sigma) + math.log(down)) / 2)
-        there, x0 = walk.evaluate(x + slope * (middle - sigma), middle, grid.timestep(middle))
-        x = x + (there - x0) * ((down - sigma) / middle)
+        if grid.inner is not None:
+            middle, down, up = (float(value) for value in grid.inner[i])
+        else:
+            down, up = _ancestral(sigma, after, 1.0) if ancestral else (after, 0.0)
+            middle = math.exp((math.log(sigma) + math.log(down)) / 2)
+        _, slope = walk.slope(x + slope * (middle - sigma), middle, grid.timestep(middle))
+        x = x + slope * (down - sigma)
         if up > 0:
             x = x + up * walk.trace.noise()
     return walk.finish(x)
@@ -201,6 +225,7 @@ def edm_table(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    stores: str = "x0",
 ) -> StepTable:
     """Return the table of EDM's stochastic sampler: churn, then Heun's step (Karras et al. 2022, algorithm 2).
 
@@ -209,8 +234,9 @@ def edm_table(
     Args:
         grid, prediction_type: as for `euler_table`.
         s_churn, s_tmin, s_tmax, s_noise: noise added before each step with sigma in [s_tmin, s_tmax].
+        stores: as for `heun_table`.
     """
-    walk = _Walk(grid, prediction_type)
+    walk = _Walk(grid, prediction_type, stores)
     x = walk.x
     for i, sigma in enumerate(walk.sigmas[:-1]):
         sigma_hat, told = _churned(sigma, s_churn, s_tmin, s_tmax, len(walk)), walk.timesteps[i]

@@ -85,6 +85,9 @@ def checked_timesteps(total: int, timesteps: Sequence[int] | np.ndarray | Tensor
     Raises:
         ValueError: the list is empty, does not fall, or has values that are not integers from 0 to `total` - 1.
     """
+    listed = timesteps if isinstance(timesteps, list | tuple) else ()
+    if large := [step for step in listed if isinstance(step, int) and abs(step) >= 2**63]:  # no tensor has such values
+        raise ValueError(f"timesteps has {large[0]}, every one must be from 0 to {total - 1}")
     try:
         steps = torch.as_tensor(timesteps).cpu()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -97,8 +97,8 @@ def make_batch(
         condition=None if condition is None else condition.to(device, network.dtype),
         known=None if known is None else checks.broadcastable(known, shape, "known", device),
         known_mask=known_mask,
-        conditions={name: value.to(device) for name, value in own.items()},
-        unconditional={} if scales is None else {name: value.to(device) for name, value in others.items()},
+        conditions=_placed(own, network),
+        unconditional={} if scales is None else _placed(others, network),
     )
 
 
@@ -127,6 +127,14 @@ def _per_sample(given: Mapping[str, Tensor], count: int, name: str) -> dict[str,
         if value.ndim == 0 or len(value) not in (1, count):
             raise ValueError(f"{name}[{key!r}] has shape {list(value.shape)}, must have one entry, or {count}")
     return {key: value.expand(count, *value.shape[1:]) for key, value in given.items()}
+
+
+def _placed(given: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
+    """Return conditions on the network's device, numbers in its dtype."""
+    return {
+        name: value.to(network.device, network.dtype if value.is_floating_point() else value.dtype)
+        for name, value in given.items()
+    }
 
 
 def _keys(count: int, seed: int, seeds: Sequence[int] | None, first: int) -> Tensor:

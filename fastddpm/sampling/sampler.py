@@ -226,7 +226,8 @@ class Sampler:
         )
         self.null_class = null_class if null_class is not None else getattr(self.config, "null_class", None)
         self.guidance_scale = None if guidance_scale is None else checks.finite(guidance_scale, "guidance_scale")
-        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None), self.guidance_scale)
+        of_labels = None if self.network.convention.takes_text else self.guidance_scale  # else texts may be guided
+        check_null_class(self.null_class, getattr(self.config, "num_class_embeds", None), of_labels)
         self.settings = LoopSettings(
             backend=self.backend,
             clip_range=self.clip_range,

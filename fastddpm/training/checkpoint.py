@@ -9,7 +9,7 @@
 
 A folder is written under a temporary name, flushed to the disk, and renamed. A broken checkpoint (such as one truncated
 by a disk failure) is skipped with a warning, and the previous one is used. Nothing in a checkpoint is executed:
-`training.pt` is read by `torch.load(weights_only=True)`.
+`training.pt` is read by `common.files.read_tensors`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastddpm.common.files import load_safetensors, sha256
+from fastddpm.common.files import read_json, read_tensors, read_weights, sha256
+from fastddpm.common.text import printable
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -178,19 +179,20 @@ class Checkpoints:
         """Return the problem of a checkpoint in one line; None if it is complete."""
         folder = self.path(step)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+            files = read_json(folder / MANIFEST).get("files")
+            if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+                return f"{MANIFEST} names no files with their sizes and checksums"
             for name, expected in files.items():
                 path = folder / name
                 if not path.is_file():
-                    return f"{name} is missing"
-                if path.stat().st_size != expected["size"]:
-                    return f"{name} has {path.stat().st_size} bytes, should have {expected['size']}"
+                    return f"{printable(name)} is missing"
+                if path.stat().st_size != expected.get("size"):
+                    return f"{name} has {path.stat().st_size} bytes, should have {expected.get('size')}"
                 if _fingerprint(path) != expected:
                     return f"{name} is not what was written"
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             return f"{MANIFEST} cannot be read: {error}"
         return None
 
@@ -215,9 +217,8 @@ class Checkpoints:
             raise FileNotFoundError(f"{folder} is missing")
         if problem := self.problem(step):
             raise ValueError(f"{folder} cannot be read: {problem}")
-        weights = {path.stem: load_safetensors(path) for path in sorted(folder.glob("*.safetensors"))}
-        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-        return Checkpoint(weights, training, json.loads((folder / STATE).read_text(encoding="utf-8")))
+        weights = {path.stem: read_weights(path) for path in sorted(folder.glob("*.safetensors"))}
+        return Checkpoint(weights, read_tensors(folder / TRAINING), read_json(folder / STATE))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

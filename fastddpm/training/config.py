@@ -1,7 +1,7 @@
 """Read and write a run as a TOML file: the model, the data and the training.
 
-    [data]       folder
-    [model]      fields of `fastddpm.UNetConfig`
+    [data]       folder; of a folder with captions text_encoder, its name, and text_tokens, how many a caption has
+    [model]      fields of `fastddpm.UNetConfig`; with a text_encoder, of diffusers' `UNet2DConditionModel`
     [diffusion]  the noise schedule (beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas,
                  rescale_betas_zero_snr) and the keyword arguments of `fastddpm.GaussianDiffusion`
     [trainer]    fields of `fastddpm.TrainerSettings`, and metric: "none" or "frechet", that of `ComponentDistance`
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import numbers
 import os
 import sys
@@ -26,16 +27,20 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 import torch
+from torch import nn
 
-from fastddpm.common.files import write_text
+from fastddpm.common.files import read_text, write_text
+from fastddpm.common.images import check_memory
 from fastddpm.common.version import __version__
+from fastddpm.interop.pretrained import is_condition_model
+from fastddpm.interop.text_encoder import TextEncoder
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.training.metrics import ComponentDistance
 from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.settings import TrainerSettings
-from fastddpm.training.state import OBJECTIVE, settings_of
+from fastddpm.training.state import OBJECTIVE, condition_fields, settings_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,9 +58,19 @@ _SCHEDULE = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
 }
+# The fields of diffusers' UNet2DConditionModel that UNet2DModel does not have.
+CONDITION_FIELDS = (
+    *("only_cross_attention", "cross_attention_dim", "transformer_layers_per_block", "encoder_hid_dim"),
+    *("reverse_transformer_layers_per_block", "encoder_hid_dim_type", "num_attention_heads", "dual_cross_attention"),
+    *("use_linear_projection", "addition_embed_type", "addition_time_embed_dim", "upcast_attention"),
+    *("resnet_skip_time_act", "resnet_out_scale_factor", "time_embedding_act_fn", "timestep_post_act"),
+    *("time_cond_proj_dim", "conv_in_kernel", "conv_out_kernel", "projection_class_embeddings_input_dim"),
+    *("attention_type", "class_embeddings_concat", "mid_block_only_cross_attention", "cross_attention_norm"),
+    "addition_embed_type_num_heads",
+)
 KEYS: dict[str, list[str]] = {
-    "data": ["folder"],
-    "model": [field.name for field in dataclasses.fields(UNetConfig)],
+    "data": ["folder", "text_encoder", "text_tokens"],
+    "model": [*(field.name for field in dataclasses.fields(UNetConfig)), *CONDITION_FIELDS],
     "diffusion": [*_SCHEDULE, *OBJECTIVE],
     "trainer": [*(field.name for field in dataclasses.fields(TrainerSettings)), "metric"],
 }
@@ -71,17 +86,21 @@ class RunConfig:
 
     Attributes:
         folder: of pictures, or an `.npz`.
-        model: the U-Net.
+        model: the U-Net; with a text encoder the fields of diffusers' `UNet2DConditionModel`.
         diffusion: keys of [diffusion].
         trainer: settings.
         metric: "frechet" or None.
+        text_encoder: of the captions, by its name; None for pictures without.
+        text_tokens: to which captions are cut; None for those of the longest.
     """
 
     folder: str | None
-    model: UNetConfig
+    model: UNetConfig | dict[str, Any]
     diffusion: dict[str, Any]
     trainer: TrainerSettings
     metric: str | None = None
+    text_encoder: str | None = None
+    text_tokens: int | None = None
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Mapping[str, Any]], where: str = "config") -> RunConfig:
@@ -95,12 +114,18 @@ class RunConfig:
         metric = sections["trainer"].pop("metric", None)
         if metric not in METRICS:
             raise ValueError(f"{where}: metric is {metric!r}, must be 'none' or 'frechet'")
+        folder, text_encoder, tokens = (sections["data"].get(name) for name in KEYS["data"])
+        for name, kind, value in (("text_encoder", str, text_encoder), ("text_tokens", int, tokens)):
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"{where}: {name} is {value!r}, must be {'a name' if kind is str else 'an integer'}")
+        model: UNetConfig | dict[str, Any] = sections["model"]
         try:
-            model = UNetConfig().replace(**sections["model"])
+            if text_encoder is None:
+                model = UNetConfig().replace(**sections["model"])
             trainer = TrainerSettings(**sections["trainer"])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from None
-        return cls(sections["data"].get("folder"), model, sections["diffusion"], trainer, metric)
+        return cls(folder, model, sections["diffusion"], trainer, metric, text_encoder, tokens)
 
     def build(self) -> GaussianDiffusion:
         """Return the diffusion, with a U-Net initialised from `trainer.seed`.
@@ -108,12 +133,25 @@ class RunConfig:
         Raises:
             ValueError, TypeError: a setting is wrong, or two settings contradict each other.
         """
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in UNet(self.model).parameters())
+        check_memory(20 * count, f"training a U-Net of {count / 1e6:.1f} million parameters")  # five values for each
         schedule = _schedule(self.diffusion)
         objective = {name: value for name, value in self.diffusion.items() if name not in _SCHEDULE}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
-            unet = UNet(self.model)
+            unet = UNet(self.model) if isinstance(self.model, UNetConfig) else _condition_model(self.model)
         return GaussianDiffusion(unet, schedule, **objective)
+
+    def encoder(self) -> TextEncoder | str | None:
+        """Return the text encoder, or its name where the captions decide how many tokens they have.
+
+        Raises:
+            FileNotFoundError, ModuleNotFoundError, ValueError: see `TextEncoder`.
+        """
+        if self.text_encoder is None or self.text_tokens is None:
+            return self.text_encoder
+        return TextEncoder(self.text_encoder, tokens=self.text_tokens)
 
     def to_tables(self) -> Tables:
         """Return all sections with all their keys."""
@@ -121,11 +159,33 @@ class RunConfig:
         if (betas := diffusion["trained_betas"]) is not None:
             diffusion["num_train_timesteps"] = len(betas)
         return {
-            "data": {"folder": self.folder},
-            "model": dict(vars(self.model)),
+            "data": _data(self.folder, self.text_encoder, self.text_tokens),
+            "model": dict(vars(self.model) if isinstance(self.model, UNetConfig) else self.model),
             "diffusion": diffusion,
             "trainer": {**vars(self.trainer), "metric": self.metric},
         }
+
+
+def _data(folder: str | None, text_encoder: str | None, text_tokens: int | None) -> dict[str, Any]:
+    texts = {} if text_encoder is None else {"text_encoder": text_encoder, "text_tokens": text_tokens}
+    return {"folder": folder, **texts}
+
+
+def _condition_model(fields: Mapping[str, Any]) -> nn.Module:
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError:
+        raise ModuleNotFoundError(
+            "captions are trained with a UNet2DConditionModel, for which diffusers is needed: "
+            "pip install 'fastddpm[diffusers,text]'"
+        ) from None
+    if unknown := fields.keys() - inspect.signature(UNet2DConditionModel.__init__).parameters.keys():
+        raise ValueError(f"[model] has {', '.join(sorted(unknown))}, which a UNet2DConditionModel does not have")
+    try:
+        return UNet2DConditionModel(**fields)
+    except Exception as error:  # diffusers raises errors of many types
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"[model] cannot be made a UNet2DConditionModel: {reason}") from None
 
 
 def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
@@ -161,10 +221,8 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
         FileNotFoundError: there is no such file.
         ValueError: it is not TOML, or has an unknown section or key.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing")
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path).replace("\r\n", "\n"))
     except RecursionError:
         raise ValueError(f"{path} is not valid TOML: it is nested too deeply") from None
     except ValueError as error:  # also text that is not UTF-8
@@ -232,12 +290,16 @@ def _path(path: str) -> str:
 def write_run_config(path: Path, trainer: Trainer) -> None:
     """Write the settings of a trainer that a file can hold: all of them for pictures and a `fastddpm.UNet`."""
     diffusion = trainer.diffusion
-    tables: Tables = {"data": {"folder": trainer.data_folder}}
+    encoder = trainer.text_encoder
+    told = (None, None) if encoder is None else (encoder.name, encoder.tokens)
+    tables: Tables = {"data": _data(trainer.data_folder, *told)}
     comments = [f"fastddpm {__version__}, torch {torch.__version__}"]
     if trainer.data_folder is None:
         comments.append("The data were a Dataset, which this file cannot name.")
     if isinstance(diffusion.unet, UNet):
         tables["model"] = dict(vars(diffusion.unet.config))
+    elif encoder is not None and is_condition_model(diffusion.unet):
+        tables["model"] = condition_fields(diffusion.unet)
     else:
         comments.append(f"The network was a {type(diffusion.unet).__name__}, which this file cannot describe.")
     schedule = diffusion.schedule

@@ -21,6 +21,7 @@ from fastddpm.common.files import read_json, write_json
 from fastddpm.common.images import (
     MOST_LABELS,
     check_ids,
+    check_shape,
     check_size,
     fit_pixels,
     is_archive,
@@ -28,6 +29,7 @@ from fastddpm.common.images import (
     read_npz,
 )
 from fastddpm.common.progress import progress_bar
+from fastddpm.common.text import printable
 from fastddpm.interop.text_encoder import TextEncoder
 from fastddpm.training.captions import CaptionedFolder, list_captioned
 from fastddpm.training.folder import PictureFolder, list_pictures
@@ -234,6 +236,7 @@ def open_data(
             f"data is {str(path)!r}, a folder, but the network does not say what size pictures must be resized to: it "
             "has no config with sample_size and out_channels"
         )
+    check_shape(shape, "the model's data have")  # type: ignore[arg-type]
     known = None
     if record is not None and record.is_file():
         try:
@@ -247,7 +250,7 @@ def open_data(
     if main and source.broken:
         _log.warning("%d of the pictures cannot be read, %d can; left out are", len(source.broken), len(source))
         for entry in source.broken:
-            _log.warning("  %s: %s", entry.path, entry.reason)
+            _log.warning("  %s: %s", printable(entry.path), entry.reason)
     if main and record is not None and source.verdict() != known:
         write_json(record, source.verdict())
     if captions is not None and text_encoder is not None:
@@ -289,8 +292,9 @@ def _as_it_is(batch: Any) -> Any:
 
 def _outlive_signals(_worker: int) -> None:
     """Let a worker ignore signals that stop a whole run: the main process ends it after the current step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def _cores() -> int:

@@ -83,9 +83,32 @@ def default_model(look: DataLook, *, width: int | None = None) -> dict[str, Any]
     return keys
 
 
-def default_diffusion(look: DataLook) -> dict[str, Any]:
+def default_text_model(look: DataLook, text_width: int, *, width: int | None = None) -> dict[str, Any]:
+    """Return the keys of [model]: diffusers' `UNet2DConditionModel` for such data, with texts of this width.
+
+    Levels and widths are those of `default_model`; levels of 16 pixels a side or fewer read the text. The variance is
+    learned, as in DeepFloyd IF, whose pipeline then samples the model.
+    """
+    keys = default_model(look, width=width)
+    attentive = [kind.startswith("Attn") for kind in keys["down_block_types"]]
+    attentive[-1] = True  # also where images are so large that no level is small
+    widest = keys["block_out_channels"][-1]
+    return keys | {
+        "out_channels": 2 * look.channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attentive],
+        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attentive)],
+        "attention_head_dim": max(1, widest // 32),  # diffusers means the number of heads
+        "encoder_hid_dim_type": "text_proj",
+        "encoder_hid_dim": text_width,
+        "cross_attention_dim": widest,
+    }
+
+
+def default_diffusion(look: DataLook, *, texts: bool = False) -> dict[str, Any]:
     """Return the keys of [diffusion]: cosine schedule, stratified timesteps, and label dropout for guidance."""
     keys: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "timestep_sampling": "stratified"}
-    if look.classes:
+    if look.classes or texts:
         keys["label_dropout"] = 0.1
+    if texts:
+        keys |= {"variance_type": "learned_range", "loss": "hybrid"}
     return keys

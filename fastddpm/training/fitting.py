@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.common.images import check_range
+from fastddpm.interop.text_encoder import TEXT_ARGUMENT, text_width
 from fastddpm.networks.network import is_text
-from fastddpm.networks.prompted import text_width
 from fastddpm.networks.unet.model import UNet
 from fastddpm.training.data import Source
 from fastddpm.training.objective import GaussianDiffusion
@@ -49,7 +49,7 @@ def takes_labels(unet: nn.Module) -> bool:
 
 def takes_text(unet: nn.Module) -> bool:
     """Return whether a network takes embeddings of texts, as `encoder_hidden_states`."""
-    return "encoder_hidden_states" in inspect.signature(unet.forward).parameters
+    return TEXT_ARGUMENT in inspect.signature(unet.forward).parameters
 
 
 def check_network(diffusion: GaussianDiffusion) -> None:
@@ -108,7 +108,7 @@ def check_source(source: Source, diffusion: GaussianDiffusion) -> tuple[int, ...
     if takes_text(diffusion.unet):
         check_texts(labels, diffusion.unet)
     elif labels is not None and is_text(labels):
-        raise ValueError(f"data has embeddings of texts, but the network, a {type(diffusion.unet).__name__}, takes none")
+        raise ValueError(f"data has embeddings of texts, but the network is a {type(diffusion.unet).__name__}")
     elif takes_labels(diffusion.unet):
         check_labels(labels, diffusion.unet)
         check_labels(torch.tensor(source.labels, dtype=torch.int64), diffusion.unet)
@@ -144,7 +144,7 @@ class BatchCheck:
 
 
 def check_texts(texts: Tensor | None, unet: nn.Module) -> None:
-    """Raise ValueError unless there are embeddings float [N, L, D] of the width that a text-conditional network reads."""
+    """Raise ValueError unless there are embeddings float [N, L, D] of the width that the network reads."""
     if texts is None or not is_text(texts):
         raise ValueError(
             f"data has {'no' if texts is None else 'labels, not'} embeddings of texts, which the network takes: name a "

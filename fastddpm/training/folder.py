@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.common.images import CHANNELS, Listing, list_pictures, read_pixels
+from fastddpm.common.images import Listing, list_pictures, read_pixels
 from fastddpm.training.order import Pick
 
 __all__ = ["Broken", "Listing", "PictureFolder", "list_pictures"]
@@ -50,7 +50,7 @@ class PictureFolder:
         advance: called after every file.
 
     Raises:
-        ValueError: no picture can be read, or pictures of `shape` do not exist.
+        ValueError: no picture can be read.
     """
 
     def __init__(
@@ -62,18 +62,17 @@ class PictureFolder:
         known: Mapping[str, Any] | None = None,
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        if shape[0] not in CHANNELS:
-            raise ValueError(f"the model's data have {shape[0]} channels, must have 1, 3 or 4 to be read from pictures")
         self.listing, self.shape = listing, shape
         self._pixels: Tensor | None = None
         if len(listing.paths) * int(np.prod(shape)) <= cache_bytes:
             self._pixels = torch.empty((len(listing.paths), *shape), dtype=torch.uint8)
-        if self._pixels is None and known is not None and known.get("fingerprint") == listing.fingerprint:
-            self.broken = [Broken(entry["path"], entry["reason"]) for entry in known["broken"]]
+        broken = None if self._pixels is not None or known is None else _of_verdict(known, listing)
+        if broken is None:
+            broken = self._read_all(advance)
+        else:
             for _ in listing.paths:
                 advance()
-        else:
-            self.broken = self._read_all(advance)
+        self.broken = broken
         bad = {entry.path for entry in self.broken}
         self._good = [place for place, path in enumerate(listing.paths) if path not in bad]
         if not self._good:
@@ -169,3 +168,13 @@ class PictureFolder:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             reason = reason.partition("\n")[0].removeprefix(f"{full} ") or type(error).__name__
             return Broken(path, reason)
+
+
+def _of_verdict(known: Mapping[str, Any], listing: Listing) -> list[Broken] | None:
+    """Return the broken pictures that an earlier verdict names; None if it is of other pictures, or altered."""
+    entries = known.get("broken")
+    if known.get("fingerprint") != listing.fingerprint or not isinstance(entries, list):
+        return None
+    if not all(isinstance(entry, dict) and entry.keys() == {"path", "reason"} for entry in entries):
+        return None
+    return [Broken(str(entry["path"]), str(entry["reason"])) for entry in entries]

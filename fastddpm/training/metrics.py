@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.interop.text_encoder import told
 from fastddpm.training.data import Source
 from fastddpm.training.fitting import takes_text
 from fastddpm.training.order import Batches
@@ -51,12 +52,15 @@ class ComponentDistance:
         from fastddpm.evaluation.frechet import frechet_distance
 
         labels = sample_labels(trainer.diffusion, trainer.labels, self.num_samples)
-        texts = sample_texts(trainer.source, self.num_samples)[0] if takes_text(trainer.diffusion.unet) else None
-        images = trainer.sampler(texts=texts).sample(
+        texts = {}
+        if takes_text(trainer.diffusion.unet):
+            texts = told(sample_texts(trainer.source, self.num_samples)[0])
+        images = trainer.sampler().sample(
             self.num_samples,
             shape=trainer.shape,
             seed=self.seed,
             class_labels=labels,
+            **texts,
             batch_size=max(64, trainer.settings.train_batch_size),
         )
         return {"frechet": frechet_distance(self._features(self._rows(images.clamp(-1, 1))), self._real)}

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fastddpm.common.images import grid, strip
 from fastddpm.interop.pretrained import is_condition_model, save_pretrained
-from fastddpm.interop.text_encoder import TextEncoder
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.networks.unet.model import UNet
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import checkpoint
 from fastddpm.training.captions import CaptionedFolder
 from fastddpm.training.data import Source
 from fastddpm.training.ema import ExponentialAverage
-from fastddpm.training.fitting import takes_labels, takes_text
+from fastddpm.training.fitting import takes_labels
 from fastddpm.training.objective import GaussianDiffusion
 from fastddpm.training.order import Pick
 from fastddpm.training.settings import TrainerSettings
@@ -31,12 +31,8 @@ if TYPE_CHECKING:
 def sample_labels(diffusion: GaussianDiffusion, labels: Sequence[int], count: int) -> list[int] | None:
     """Return `count` sorted labels, each label that occurs equally often; None for a network without classes.
 
-    For a text-conditional network they are the numbers of `count` texts.
-
     `labels`: those that occur in the data; empty if unknown, which stands for all labels of the network.
     """
-    if takes_text(diffusion.unet):
-        return list(range(count))
     if not takes_labels(diffusion.unet):
         return None
     embeds = getattr(getattr(diffusion.unet, "config", None), "num_class_embeds", None)
@@ -147,13 +143,11 @@ def sample_texts(source: Source, count: int) -> tuple[Tensor, list[str] | None]:
     return texts, [source.captions_of(each)[0] for each in numbers] if isinstance(source, CaptionedFolder) else None
 
 
-def draw_texts(
-    sampler: Sampler, captions: Sequence[str] | None, count: int, shape: tuple[int, ...]
-) -> Image.Image:
-    """Draw a picture of a sample of each text of a sampler, from seed 0, with their captions if these are known."""
-    images = sampler.sample(count, shape=shape, seed=0, class_labels=range(count)).cpu()
+def draw_texts(sampler: Sampler, texts: Tensor, captions: Sequence[str] | None, shape: tuple[int, ...]) -> Image.Image:
+    """Draw a picture of a sample of each text, from seed 0, with their captions if these are known."""
+    images = sampler.sample(len(texts), shape=shape, seed=0, **told(texts)).cpu()
     if captions is None:
-        return grid(images, columns=max(1, round(count**0.5)))
+        return grid(images, columns=max(1, round(len(texts) ** 0.5)))
     return strip([[image] for image in images], row_captions=captions)
 
 

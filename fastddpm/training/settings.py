@@ -48,7 +48,8 @@ _SHARE = _number(0, 1)
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("results_folder", lambda value: isinstance(value, str | os.PathLike), "the path of a folder"),
     *((name, *_COUNT) for name in ("train_batch_size", "gradient_accumulate_every", "train_num_steps", "log_every")),
-    *((name, *_COUNT) for name in ("save_every", "sample_every", "num_samples", "num_inference_steps", "keep_last")),
+    *((name, *_COUNT) for name in ("save_every", "sample_every", "num_inference_steps", "keep_last")),
+    ("num_samples", lambda value: _integer(1)(value) and value <= 1 << 16, "an integer from 1 to 65536"),
     ("max_bad_steps", *_COUNT),
     *((name, *_FLAG) for name in ("ema_warmup", "augment_horizontal_flip", "compile", "stop_on_save_error")),
     *((name, *_FLAG_OR_NONE) for name in ("channels_last", "tensorboard")),
@@ -56,7 +57,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lr_warmup_steps", _optional(_integer(0)), "an integer of at least 0, or None"),
     ("metric_every", _optional(_integer(1)), "a positive integer or None"),
     ("seed", lambda value: _integer(0)(value) and value < 1 << 63, "an integer from 0 to below 2^63"),
-    ("num_workers", lambda value: value == "auto" or _integer(0)(value), "'auto' or at least 0"),
+    ("num_workers", lambda value: value == "auto" or (_integer(0)(value) and value <= 1024), "'auto', or 0 to 1024"),
     ("lr_scheduler", lambda value: value in LR_SCHEDULERS, f"one of {', '.join(LR_SCHEDULERS)}"),
     ("mixed_precision", lambda value: value in (None, *PRECISIONS), f"None or one of {', '.join(PRECISIONS)}"),
     ("metric_mode", lambda value: value in ("min", "max"), "'min' or 'max'"),

@@ -44,6 +44,11 @@ def settings_of(diffusion: GaussianDiffusion) -> dict[str, Any]:
     return {name: sampling[name] if name in sampling else getattr(diffusion, name) for name in OBJECTIVE}
 
 
+def condition_fields(unet: Any) -> dict[str, Any]:
+    """Return the fields that a `UNet2DConditionModel` was made with."""
+    return {name: value for name, value in unet.config.items() if not name.startswith("_")}
+
+
 def describe(
     diffusion: GaussianDiffusion,
     settings: TrainerSettings,
@@ -58,7 +63,7 @@ def describe(
         network = {name: value for name, value in vars(diffusion.unet.config).items() if name != "null_class"}
         objective["dropout"] = network.pop("dropout")
     elif is_condition_model(diffusion.unet):
-        network = {name: value for name, value in diffusion.unet.config.items() if not name.startswith("_")}  # type: ignore[operator, union-attr]
+        network = condition_fields(diffusion.unet)
         objective["dropout"] = network.pop("dropout")
     if text_encoder is not None:  # its name may change, as where it is installed
         objective |= {"text_encoder": text_encoder.fingerprint, "text_tokens": text_encoder.tokens}

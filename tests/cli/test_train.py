@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from text_objects import captioned, save_encoder
 
 from fastddpm import UNet, load_pretrained
 from fastddpm.cli import main
@@ -134,8 +135,9 @@ def test_toml_round_trip() -> None:
         "model": {"block_out_channels": (8, 16), "attention_head_dim": None, "norm_eps": 1e-05, "add_attention": True},
         "trainer": {"train_lr": np.float64(1e-4), "train_batch_size": np.int64(8)},
     }
-    Path("x.toml").write_text(to_toml(tables, "a comment"), encoding="utf-8")
-    assert read_tables("x.toml") == {**tables, "model": {**tables["model"], "block_out_channels": [8, 16]}}
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):  # the others as Windows' shells write them
+        Path("x.toml").write_text(to_toml(tables, "a comment"), encoding=encoding, newline="\r\n")
+        assert read_tables("x.toml") == {**tables, "model": {**tables["model"], "block_out_channels": [8, 16]}}
     for text, words in (("[trainer]\ntrain_lr = 1e-\n", "y.toml is not valid TOML"),
                         ("train_lr = 1e-4\n", "train_lr stands outside of a section")):  # fmt: skip
         Path("y.toml").write_text(text)
@@ -157,3 +159,43 @@ def test_models_for_data(side: int, size: int, mode: str) -> None:
     config = UNet(**default_model(look)).config  # a valid one
     assert 4 <= size // 2 ** (len(config.block_out_channels) - 1) <= 8
     assert config.num_class_embeds is None
+
+
+def test_from_captions_to_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the pictures of the command line are those of Python."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    captioned(Path("d"))
+    save_encoder(Path("encoder"))
+    small = ["--width", "8", "--set", "model.layers_per_block=1", "--set", "model.norm_num_groups=4", "--device", "cpu"]
+    small += ["--set", "trainer.num_inference_steps=2", "--set", "trainer.tensorboard=false", "--batch-size", "4"]
+    assert main(["train", "d", "--captions", "encoder", "--steps", "2", *small]) == 0
+    out = capsys.readouterr().out
+    assert "6 images of 3 x 8 x 8, 6 captions of up to 8 tokens in encoder; a network of " in out
+    assert "draw samples with: fastddpm sample results/model --prompt 'red square'" in out
+    assert main(["train", "--resume", "--steps", "3"]) == 0
+    assert read_tables("results/config.toml")["data"] == {"folder": "d", "text_encoder": "encoder", "text_tokens": 8}
+    prompts = ["a red square", "person"]
+    options = ["--steps", "2", "--guidance-scale", "3", "--device", "cpu"]
+    assert main(["sample", "results", "--prompt", *prompts, "-n", "2", *options, "-o", "drawn.npz"]) == 0
+    model = load_pretrained("results")
+    told = model.prompted([prompt for prompt in prompts for _ in range(2)])
+    expected = model.sampler(num_inference_steps=2).sample(4, guidance_scale=3.0, **told)
+    with np.load("drawn.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [0, 0, 1, 1]  # numbers of prompts
+        assert np.abs(arrays["arr_0"].transpose(0, 3, 1, 2) - (expected.numpy() + 1) * 127.5).max() <= 1
+    assert main(["sample", "results", "--prompt", *prompts, *options, "-o", "drawn.png"]) == 0
+
+    save_encoder(Path("other"), seed=1)
+    capsys.readouterr()
+    for arguments, message in (
+        (["sample", "results"], "--prompt is missing, must be given: results draws what a prompt says"),
+        (["sample", "results", "--prompt", "a", "--class-labels", "1"], "--class-labels is given, but results does not"),
+        (["sample", "results", "--prompt", "a", "--shard-size", "4"], "--prompt is given, but shards do not take it"),
+        (["sample", "results", "--prompt", "a", "--text-encoder", "other"], "--text-encoder is other, whose weights"),
+        (["train", "d", "--captions", "nowhere", "-o", "r"], "nowhere is no text encoder: must be a folder"),
+        (["train", "d", "--captions", "encoder", "--set", "model.add_attention=false", "-o", "r"],
+         "[model] has add_attention, which a UNet2DConditionModel does not have"),
+    ):  # fmt: skip
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err

@@ -35,7 +35,7 @@ from fastddpm.common.images import archives as archives_module
 from fastddpm.common.images import pictures as pictures_module
 from fastddpm.common.images import pixels as pixels_module
 from fastddpm.evaluation.reading import open_images
-from fastddpm.training.data import ArraySource, DatasetSource
+from fastddpm.training.data import ArraySource, DatasetSource, open_data
 from fastddpm.training.order import Pick
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 7, 3), dtype=np.uint8)
@@ -249,6 +249,7 @@ PICTURES: dict[str, tuple[Any, np.ndarray]] = {
     "opacity": (lambda: Image.fromarray(ALPHA), BLACKENED),
     "palette": (lambda: Image.fromarray(RGB[0]).quantize(56, dither=Image.Dither.NONE),
                 np.asarray(Image.fromarray(RGB[0]).quantize(56, dither=Image.Dither.NONE).convert("RGB"))),
+    "grey opacity": (lambda: Image.fromarray(ALPHA[..., 2:]), BLACKENED[..., 2:]),
     "sixteen": (lambda: Image.fromarray(SIXTEEN), GREY[0][..., None]),
     "turned": (lambda: turned(Image.fromarray(np.rot90(RGB[0]).copy())), RGB[0]),
     "one bit": (lambda: Image.fromarray(GREY[0] > 99), ((GREY[0] > 99) * 255).astype(np.uint8)[..., None]),
@@ -292,15 +293,29 @@ def animated(path: Path) -> None:
         ("wide.tiff", lambda p: Image.fromarray(RGB[0, ..., 0].astype(np.int32)).save(p), "32-bit values"),
         ("huge.png", lambda p: p.write_bytes(huge(13_000, 13_000)), "13000 x 13000 pixels, may have at most 67,108"),
         ("bomb.png", lambda p: p.write_bytes(huge(60_000, 60_000)), "pixels, may have at most"),
+        ("large.png", lambda p: p.write_bytes(huge(10_000, 10_000)), "10000 x 10000 pixels, may have at most 67,108"),
         ("cut.png", lambda p: p.write_bytes(cut()), "can be read"),
     ],
 )  # fmt: skip
 def test_pictures_that_are_refused(tmp_path: Path, name: str, make: Any, message: str) -> None:
+    """Pillow's own warning of many pixels (an error here) is not added to our limit."""
     make(tmp_path / name)
     with pytest.raises(ValueError, match=message) as refused:
         load_image(tmp_path / name, (3, 8, 7))
     assert str(refused.value).startswith(str(tmp_path / name))
     assert "\n" not in str(refused.value)
+    assert look_at_pictures(tmp_path, [name] * 20)[0] in (None, (((1, 8, 7)), False))
+    if name == "large.png":
+        with pytest.warns(Image.DecompressionBombWarning):  # whoever uses Pillow has it still
+            Image.open(tmp_path / name).close()
+
+
+def test_pictures_are_not_made_larger_than_any_may_be(tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="shape has 9000 x 9000 pixels, may have at most 67,108,864"):
+        load_image(tmp_path / "a.png", (1, 9000, 9000))
+    with pytest.raises(ValueError, match="the model's data have 9000 x 9000 pixels"):
+        open_data(tmp_path, (1, 9000, 9000), cache_bytes=0)
 
 
 def test_large_pictures_are_decoded_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,10 +131,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 def test_json_that_is_not_an_object_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"b": 1})
     assert read_json(tmp_path / "a.json") == {"b": 1}
+    (tmp_path / "a.json").write_text('{"b": 1}', encoding="utf-16")
+    assert read_json(tmp_path / "a.json") == {"b": 1}
     for content, message in (("{", "is not valid JSON"), ("[1]", "holds a list")):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_json(tmp_path / "a.json")
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ValueError, match="a.json is not valid JSON: it has 3221 MB, may have at most 134 MB"):
+        read_json(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError, match="is missing"):
         read_json(tmp_path / "c.json")
 

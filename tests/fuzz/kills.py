@@ -1,7 +1,8 @@
 """Kill commands at random moments, and look at what they leave: python tests/fuzz/kills.py --kills 20.
 
-A command runs in a process that is forked when everything is imported, and is killed by SIGKILL at a moment drawn from
-a seed. Then nothing may be half-written, and the same command must succeed and leave no temporary file.
+A command runs in a process that is forked when everything is imported. Half of the kills, by SIGKILL, come at moments
+drawn from a seed, the others just after a temporary file has appeared, so that they hit a write. Then nothing may be
+half-written, and the same command must succeed and leave no temporary file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fastddpm.cli.outputs import INCOMPLETE
 from fastddpm.common.files import write_json
 
 SEED = 0
-SAMPLE = ["sample", "../model", "-n", "40", "--steps", "3", "--device", "cpu"]
+SAMPLE = ["sample", "../model", "-n", "400", "--steps", "3", "--device", "cpu"]
 TRAIN = [
     "train", "../data.npz", "--steps", "6", "--batch-size", "2", "--width", "8", "--device", "cpu", "-o", "run",
     "--set", "trainer.save_every=2", "--set", "trainer.num_workers=0", "--set", "trainer.tensorboard=false",
@@ -69,10 +70,21 @@ def finished(child: int, seconds: float) -> int | None:
     return None
 
 
-def kill(child: int) -> None:
+def writes(child: int, folder: Path, files: int) -> bool:
+    """Wait until so many temporary files of a child have been seen; return False if it ends before."""
+    seen: set[str] = set()
+    while len(seen) < files:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        seen.update(leftovers(folder))
+    return True
+
+
+def kill(child: int) -> bool:
+    """Kill a child and its own; return whether it had not ended before."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 # -- what there must and must not be ----------------------------------------------------------------------------------
@@ -87,14 +99,14 @@ def whole_picture(path: Path) -> None:
 
 def whole_arrays(path: Path) -> None:
     with np.load(path) as file:
-        assert file["arr_0"].shape[0] == 40
+        assert file["arr_0"].shape[0] == 400
 
 
 def whole_folder(path: Path) -> None:
     pictures = sorted(path.glob("[0-9]*.png"))
     for picture in pictures:
         whole_picture(picture)
-    assert len(pictures) == 40 or (path / INCOMPLETE).exists() or not list(path.iterdir())
+    assert len(pictures) == 400 or (path / INCOMPLETE).exists() or not list(path.iterdir())
 
 
 def whole_run(path: Path) -> None:
@@ -110,8 +122,8 @@ def whole_table(path: Path) -> None:
             json.loads(table.read_text())
 
 
-def sampled(name: str, whole: Callable[[Path], None]) -> dict[str, Any]:
-    return {"run": lambda: main([*SAMPLE, "-o", name]), "made": name, "whole": whole}
+def sampled(name: str, whole: Callable[[Path], None], files: int = 1) -> dict[str, Any]:
+    return {"run": lambda: main([*SAMPLE, "-o", name]), "made": name, "whole": whole, "files": files}
 
 
 def trained() -> int:
@@ -130,14 +142,15 @@ def built() -> int:
     return int(why_not("native", "cpu") is not None)
 
 
+# What runs, what it makes, what must hold of that after a kill, and how many temporary files of a run can be seen.
 KINDS: dict[str, dict[str, Any]] = {
     "sample .png": sampled("a.png", whole_picture),
     "sample .npz": sampled("a.npz", whole_arrays),
     "sample .gif": sampled("a.gif", whole_picture),
-    "sample folder": sampled("a", whole_folder),
-    "train": {"run": trained, "made": "run", "whole": whole_run},
-    "tune": {"run": tuned, "made": "cache", "whole": whole_table},
-    "build": {"run": built, "made": "cache", "whole": lambda path: None},
+    "sample folder": sampled("a", whole_folder, files=100),
+    "train": {"run": trained, "made": "run", "whole": whole_run, "files": 8},
+    "tune": {"run": tuned, "made": "cache", "whole": whole_table, "files": 1},
+    "build": {"run": built, "made": "cache", "whole": lambda path: None, "files": 0},
 }
 
 
@@ -153,15 +166,18 @@ def prepare(folder: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return temporary files: hidden ones."""
-    return [path.name for path in folder.rglob(".*") if path.name not in (".ninja_log", ".ninja_deps")]
+    """Return temporary files and folders: hidden ones."""
+    names = (name for _, folders, files in os.walk(folder) for name in (*folders, *files))
+    return [name for name in names if name.startswith(".") and not name.startswith(".ninja")]
 
 
 def killed(kind: str, kills: int, folder: Path) -> dict[str, Any]:
     """Kill a command so often, and count what was wrong."""
     what = KINDS[kind]
     place, chance = folder / "here", random.Random(SEED)
-    counts = {"kills": 0, "ended_before": 0, "left_temporaries": 0, "half_written": 0, "failed_next": 0, "left_next": 0}
+    counts = dict.fromkeys(
+        ("kills", "while_writing", "left_temporaries", "half_written", "failed_next", "left_next", "ended_before"), 0
+    )
 
     def clean() -> None:
         shutil.rmtree(place, ignore_errors=True)
@@ -176,12 +192,18 @@ def killed(kind: str, kills: int, folder: Path) -> dict[str, Any]:
     while counts["kills"] < kills:
         clean()
         child = fork(what["run"])
-        if finished(child, chance.triangular(0.2, 1.02, 0.95) * seconds) is not None:
+        writing = counts["kills"] % 2 == 1 and what["files"] > 0
+        if writing:
+            if writes(child, place, chance.randint(1, what["files"])):
+                time.sleep(chance.uniform(0, 0.002))
+        else:
+            time.sleep(chance.uniform(0.1, 1) * seconds)
+        if not kill(child):
             counts["ended_before"] += 1
-            seconds *= 0.9  # the machine is less busy than it was
+            seconds *= 1 if writing else 0.95  # the machine is less busy than it was
             continue
-        kill(child)
         counts["kills"] += 1
+        counts["while_writing"] += writing
         counts["left_temporaries"] += bool(leftovers(place))
         made = place / what["made"]
         try:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastddpm.interop.guided_diffusion import load_classifier, load_unet, shapes
+from fastddpm.interop.guided_diffusion import load_classifier, load_sampler, load_unet, shapes
 from fastddpm.interop.guided_diffusion.flags import FLAGS, model_flags, unet_config
 from fastddpm.networks.frozen import freeze
 from fastddpm.networks.unet.model import UNet
@@ -106,6 +106,34 @@ def test_networks_are_equal(openai: ModuleType, name: str, tmp_path: Path) -> No
     again = UNet.from_pretrained(tmp_path)
     assert again.config == unet.config
     assert torch.equal(again(x, t, y), actual)
+
+
+@pytest.mark.parametrize(
+    ("more", "restated"),
+    [
+        ({"class_cond": True}, {}),
+        ({"resblock_updown": True, "use_scale_shift_norm": False}, {"updown": True, "film": False}),
+        ({"conv_resample": False, "use_new_attention_order": True}, {"conv_resample": False, "new_order": True}),
+    ],
+)
+@torch.no_grad()
+def test_sequences(openai: ModuleType, more: dict[str, Any], restated: dict[str, Any]) -> None:
+    """`dims=1` and another number of channels, as `UNetModel(dims=1, in_channels=2)` and as a sampler."""
+    flags = {**SMALL, **more, "dims": 1, "in_channels": 2, "image_size": 16}
+    own = {**RESTATED, **restated, "out": 2, "heads": 2}
+    flags["num_heads"] = 2
+    w, x, t = openai.Weights(), torch.randn(2, 2, 16, dtype=torch.float64), torch.tensor([999, 3])
+    y = torch.tensor([5, 999]) if "class_cond" in more else None
+    expected = openai.unet_model(w, x, t, y, **own)
+    unet = load_unet(w, **flags)
+    assert float((unet(x, t, y) - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+    assert shapes(**flags) == {name: tuple(tensor.shape) for name, tensor in w.items()}
+    sampler = load_sampler(w, "4", **flags)
+    images = sampler.sample(3, seed=0, class_labels=None if y is None else 7)
+    assert images.shape == (3, 2, 16)
+    assert bool(images.isfinite().all())
+    with pytest.raises(ValueError, match=r"x has shape \(1, 2, 15\), must have shape \[N, 2, L\], L a positive"):
+        unet(x[:1, :, :15], t[:1], None if y is None else y[:1])
 
 
 def used(unet: UNet) -> list[Tensor]:
@@ -283,6 +311,7 @@ BAD_FLAGS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "num_heads is 5, must divide the width of every level with attention": (ValueError, {"num_heads": 5}),
     "num_heads_upsample is 7, must divide": (ValueError, {"num_heads_upsample": 7}),
     "num_head_channels is 48, must divide": (ValueError, {"num_head_channels": 48, "num_channels": 64}),
+    "dims is 3, must be 1, for sequences, or 2": (ValueError, {"dims": 3}),
     "library is 'openai', must be one of guided_diffusion, improved_diffusion": (ValueError, {"library": "openai"}),
 }  # fmt: skip
 

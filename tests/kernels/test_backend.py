@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 def triton_installed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     reason = None if request.param else "triton cannot be imported (it is not installed)"
     monkeypatch.setattr(_backend, "_NO_TRITON", reason)
-    monkeypatch.setattr(_backend, "_HAS_COMPILER", True)
+    monkeypatch.setattr(_backend, "_NO_LAUNCHER", None)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +69,19 @@ def test_auto_leaves_float64_to_torch() -> None:
 
 
 @pytest.mark.parametrize(("interpreter", "triton_installed"), [("0", True)], indirect=True)
+@pytest.mark.parametrize("missing", ["C compiler", "Python.h"])
 @pytest.mark.usefixtures("interpreter", "triton_installed")
-def test_without_a_compiler_the_gpu_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "_HAS_COMPILER", False)
+def test_what_triton_needs_to_launch_is_looked_for(
+    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`cc` alone does not do: triton does not look for it."""
+    monkeypatch.delenv("CC", raising=False)
+    found = {"C compiler": ("cc",), "Python.h": ("cc", "gcc")}[missing]
+    monkeypatch.setattr(_backend.shutil, "which", lambda name: f"/usr/bin/{name}" if name in found else None)
+    monkeypatch.setattr(_backend.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setattr(_backend, "_NO_LAUNCHER", _backend._no_launcher())
     assert resolve("q_sample", "auto", "cuda") == "eager"
-    with pytest.raises(BackendError, match="triton finds no C compiler"):
+    with pytest.raises(BackendError, match=f"triton finds no {missing}"):
         resolve("q_sample", "triton", "cuda")
 
 

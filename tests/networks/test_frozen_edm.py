@@ -20,13 +20,19 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "three_levels": (EDM.SongUNet, {"channel_mult": (1, 2, 2), "num_blocks": 2, "attn_resolutions": (8, 4)}),  # scales
     "ncsnpp": (
         EDM.SongUNet,
-        {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual", "resample_filter": (1, 3, 3, 1),
-         "channel_mult": (1, 2, 2)},
-    ),  # fmt: skip
+        {
+            "embedding_type": "fourier",
+            "channel_mult_noise": 2,
+            "encoder_type": "residual",
+            "resample_filter": (1, 3, 3, 1),
+            "channel_mult": (1, 2, 2),
+        },
+    ),
     "skips": (EDM.SongUNet, {"encoder_type": "skip", "decoder_type": "skip"}),
     "skips_filtered": (
-        EDM.SongUNet, {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": (1, 3, 3, 1)},
-    ),  # fmt: skip
+        EDM.SongUNet,
+        {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": (1, 3, 3, 1)},
+    ),
     "residual_means": (EDM.SongUNet, {"encoder_type": "residual"}),
     "labels": (EDM.SongUNet, {"label_dim": 5}),
     "adm": (EDM.DhariwalUNet, {"channels_per_head": 4}),
@@ -115,9 +121,7 @@ def test_equals_the_unet_in_the_plan_of_cuda(case: str, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(why_not_backend("native", "cpu") is not None, reason="no native backend")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 6e-2)])
-def test_the_native_kernels_compute_it(
-    dtype: torch.dtype, tolerance: float, request: pytest.FixtureRequest
-) -> None:
+def test_the_native_kernels_compute_it(dtype: torch.dtype, tolerance: float, request: pytest.FixtureRequest) -> None:
     if dtype == torch.bfloat16:
         request.getfixturevalue("native_bfloat16")
     for case in ("three_levels", "ncsnpp", "adm", "physicsnemo"):

@@ -429,10 +429,10 @@ def smooth_grid(steps: int, power: float) -> SigmaGrid:
 
 def solver_errors(method: str, settings: dict[str, Any], counts: Sequence[int], power: float) -> np.ndarray:
     """As `path_errors`, for methods that lay levels of their own; to a level that still has noise."""
-    errors = []
+    errors, settings = [], {"prediction_type": "v_prediction", **settings}
     for count in counts:
         build = functools.partial(METHODS[method].table, SCHEDULE, smooth_grid(count, power))
-        table = build(prediction_type="v_prediction", **METHODS[method].fixed, **settings)
+        table = build(**METHODS[method].fixed, **settings)
         assert not table.rows[:, 6].any()
         levels = [table.start, *table.levels.tolist()]
 
@@ -440,7 +440,8 @@ def solver_errors(method: str, settings: dict[str, Any], counts: Sequence[int], 
             a, b = levels[row]
             p, q = DATA.denoiser((a, b))
             best = p * x + q
-            return a * (x - a * best) / b - b * best
+            epsilon = (x - a * best) / b
+            return epsilon if settings["prediction_type"] == "epsilon" else a * epsilon - b * best
 
         end = walk(table, POINTS, network, np.zeros(len(table)))[-1]
         (mean, std), (mean_after, std_after) = DATA.at(levels[0]), DATA.at(levels[-1])
@@ -465,6 +466,11 @@ FULL_ORDER = {"lower_order_final": False}
         ("dpmsolver++", {"solver_order": 3}, 2),
         ("dpmsolver", {"solver_order": 2}, 2),
         ("dpmsolver++_singlestep", {"solver_order": 2, **FULL_ORDER}, 2),
+        ("dpmsolver_singlestep", {"solver_order": 2, **FULL_ORDER}, 2),
+        # Its weights are those of even steps in the variable of integration, which timesteps are not (Liu et al. 2022,
+        # theorem 3.1: order 2). A v that is extrapolated between levels is the epsilon of neither.
+        ("plms", {"prediction_type": "epsilon"}, 2),
+        ("plms", {}, 1),
         ("deis", {"solver_order": 1}, 1),
         ("deis", {"solver_order": 2}, 2),
         ("deis", {"solver_order": 3}, 3),

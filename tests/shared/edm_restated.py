@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,10 +39,12 @@ class Conv2d(nn.Module):
         self.in_channels, self.out_channels, self.up, self.down = in_channels, out_channels, up, down
         self.fused_resample = fused_resample
         fan = max(in_channels * kernel**2, 1)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel) / fan**0.5) if kernel else None
+        weight = torch.randn(out_channels, in_channels, kernel, kernel) / fan**0.5
+        self.weight = nn.Parameter(weight) if kernel else None
         self.bias = nn.Parameter(0.2 * torch.randn(out_channels)) if kernel else None
         one = torch.tensor(taps, dtype=torch.float32)
-        self.register_buffer("resample_filter", (one[:, None] * one / one.sum() ** 2)[None, None] if up or down else None)
+        both = (one[:, None] * one / one.sum() ** 2)[None, None]
+        self.register_buffer("resample_filter", both if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
         channels, pad = x.shape[1], 0 if self.weight is None else self.weight.shape[-1] // 2
@@ -137,7 +140,8 @@ class UNetBlock(nn.Module):
             self.attn = UNETATTENTION(lib, out_channels, heads, eps) if heads else None
         elif heads:
             self.norm2 = lib.GroupNorm(out_channels, eps)
-            self.qkv, self.proj = lib.Conv2d(out_channels, 3 * out_channels, 1), lib.Conv2d(out_channels, out_channels, 1)
+            self.qkv = lib.Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = lib.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         def active(v: Tensor) -> Tensor:
@@ -343,7 +347,8 @@ class DhariwalUNet(SongUNet):
 class Precond(nn.Module):
     def __init__(self, model: nn.Module, img_resolution: int, img_channels: int, label_dim: int = 0) -> None:
         super().__init__()
-        self.model, self.img_resolution, self.img_channels, self.label_dim = model, img_resolution, img_channels, label_dim
+        self.model, self.img_resolution = model, img_resolution
+        self.img_channels, self.label_dim = img_channels, label_dim
         self.sigma_min, self.sigma_max, self.use_fp16 = 0.0, math.inf, False
 
     def coefficients(self, sigma: Tensor) -> tuple[Any, ...]:
@@ -460,13 +465,14 @@ UNETATTENTION = PHYSICSNEMO.UNetAttention
 
 @torch.no_grad()
 def heun(
-    denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, sigmas: Tensor, randn_like: Callable[[Tensor], Tensor],
-    *, churn: float = 0.0, low: float = 0.0, high: float = math.inf, noise: float = 1.0,
+    denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, sigmas: Tensor,
+    randn_like: Callable[[Tensor], Tensor], *, churn: float = 0.0, low: float = 0.0, high: float = math.inf,
+    noise: float = 1.0,
     rounded: Callable[[Tensor], Tensor] = lambda sigma: sigma, bound: float = math.sqrt(2) - 1, solver: str = "heun",
 ) -> Tensor:  # fmt: skip
     """Karras et al. 2022, algorithm 2, in the dtype of the latents; `sigmas` end with 0."""
     count, x = len(sigmas) - 1, latents * sigmas[0]
-    for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
         gamma = min(churn / count, bound) if low <= sigma <= high else 0.0
         hat = rounded(sigma * (1 + gamma))
         x = x + (hat**2 - sigma**2).clip(min=0).sqrt() * noise * randn_like(x)
@@ -510,7 +516,7 @@ def of_paths(
 
     times = torch.cat([inverse(sigmas), torch.zeros(1, dtype=sigmas.dtype)])
     x = latents * level(times[0]) * scale(times[0])
-    for i, (t, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, after) in enumerate(pairwise(times)):
         first, h = slope(x, t), after - t
         if solver == "euler" or i == len(times) - 2:
             x = x + h * first

@@ -68,7 +68,8 @@ def resblock(w: Weights, name: str, x: Tensor, emb: Tensor, out: int, film: bool
         change: Callable[[Tensor], Tensor] = down if resample == "down" else up
         h, x = change(h), change(x)
     h = w.conv(f"{name}.in_layers.2", h, out)
-    e = w.linear(f"{name}.emb_layers.1", F.silu(emb), 2 * out if film else out)[..., None, None]
+    e = w.linear(f"{name}.emb_layers.1", F.silu(emb), 2 * out if film else out)
+    e = e.view(*e.shape, *[1] * (x.ndim - 2))
     if film:
         scale, shift = e[:, :out], e[:, out:]
         h = w.norm(f"{name}.out_layers.0", h) * (1 + scale) + shift
@@ -79,11 +80,13 @@ def resblock(w: Weights, name: str, x: Tensor, emb: Tensor, out: int, film: bool
 
 
 def down(x: Tensor) -> Tensor:
+    if x.ndim == 3:
+        return (x[..., ::2] + x[..., 1::2]) / 2
     return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
 
 
 def up(x: Tensor) -> Tensor:
-    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return x.repeat_interleave(2, 2) if x.ndim == 3 else x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:

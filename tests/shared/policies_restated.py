@@ -331,7 +331,8 @@ class DiffusionPolicy(nn.Module):
         seen, acted = self._queues.values()
         seen.extend([batch["observation.state"]] * (1 if seen else self.config.n_obs_steps))
         if not acted:
-            acted.extend(self.diffusion.generate_actions({"observation.state": torch.stack(list(seen), 1)}, noise).unbind(1))
+            batch = {"observation.state": torch.stack(list(seen), 1)}
+            acted.extend(self.diffusion.generate_actions(batch, noise).unbind(1))
         return acted.popleft()
 
 
@@ -360,7 +361,7 @@ def _lerobots_module(folder: str) -> Any:
     """Return lerobot's module, with empty modules for what it imports of the rest of the package and torchvision."""
 
     class Anything(types.ModuleType):
-        __path__: list[str] = []
+        __path__ = ()
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
@@ -371,14 +372,16 @@ def _lerobots_module(folder: str) -> Any:
     parents = ("lerobot", "lerobot.policies", package, "lerobot.utils")
     others = ("lerobot.utils.constants", "lerobot.utils.import_utils", "lerobot.policies.pretrained",
               "lerobot.policies.utils", f"{package}.configuration_diffusion", "torchvision")  # fmt: skip
-    for name in (*parents, *others):
-        sys.modules.setdefault(name, Anything(name))
+    absent = [name for name in (*parents, *others) if name not in sys.modules]
+    sys.modules.update({name: Anything(name) for name in absent})
     place = os.path.join(folder, *OF_LEROBOT.split(".")) + ".py"
     spec = importlib.util.spec_from_file_location(OF_LEROBOT, place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    for name in absent:
+        del sys.modules[name]
     return module
 
 

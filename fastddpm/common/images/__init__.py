@@ -13,9 +13,28 @@ Another layout, dtype or range is refused in one line. Sizes are checked before 
 """
 
 from fastddpm.common.images.archives import is_archive, read_npz
-from fastddpm.common.images.drawing import CAPTION_HEIGHT, GAP, evenly, grid, strip, to_pil, trajectory_strip
+from fastddpm.common.images.drawing import (
+    CAPTION_HEIGHT,
+    GAP,
+    check_canvas,
+    evenly,
+    grid,
+    grid_size,
+    strip,
+    to_pil,
+    trajectory_strip,
+)
 from fastddpm.common.images.folders import Listing, few, list_pictures, look_at_pictures, picture_files
-from fastddpm.common.images.pictures import FORMATS, MODES, fit_pixels, load_image, look, open_picture, read_pixels
+from fastddpm.common.images.pictures import (
+    FORMATS,
+    MODES,
+    check_shape,
+    fit_pixels,
+    load_image,
+    look,
+    open_picture,
+    read_pixels,
+)
 from fastddpm.common.images.pixels import (
     CHANNELS,
     MOST_LABELS,
@@ -38,16 +57,19 @@ __all__ = [
     "MODES",
     "MOST_LABELS",
     "Listing",
+    "check_canvas",
     "check_drawable",
     "check_ids",
     "check_memory",
     "check_range",
+    "check_shape",
     "check_size",
     "evenly",
     "few",
     "fit_pixels",
     "from_uint8",
     "grid",
+    "grid_size",
     "is_archive",
     "list_pictures",
     "load_image",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import zipfile
@@ -22,24 +23,31 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir()
 
 
-def read_npz(path: str | os.PathLike[str], names: Collection[str] = ("arr_0", "arr_1")) -> dict[str, np.ndarray]:
+def read_npz(
+    path: str | os.PathLike[str], names: Collection[str] = ("arr_0", "arr_1"), content: bytes | None = None
+) -> dict[str, np.ndarray]:
     """Read the named arrays of a `.npz`, as far as it has them; an empty array stands for each other name.
 
     The array of a `.npy` is called arr_0.
+
+    Args:
+        path: of the file.
+        names: of the arrays.
+        content: of a `.npz`, if it has been read.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read: it is damaged, encrypted, holds objects, or is larger than it can be.
     """
     path = Path(path)
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     kind = path.suffix.lower() if path.suffix.lower() in SUFFIXES else ".npz"
     try:
         if kind == ".npy":
             with path.open("rb") as file:
                 return {"arr_0": _read(file, path.stat().st_size, path.stat().st_size, str(path))}
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path if content is None else io.BytesIO(content)) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             return {
                 name: _member(archive, info, f"{path}: {name}") if name in names else np.empty(0)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastddpm.common.images.pixels import CHANNELS, to_uint8
+from fastddpm.common.images.pixels import CHANNELS, check_memory, to_uint8
 
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 CELL_PIXELS = 48  # a sample is scaled up to about this size in a grid
 GAP = 4
 CAPTION_HEIGHT = 16
+GIF_SIDE = 0xFFFF  # the most pixels of a side that the format can state
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -43,33 +45,76 @@ def grid(
     Raises:
         ValueError: `labels` is not as long as `images`, or `columns` or `scale` is not positive.
     """
-    count = len(images)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"labels has {len(labels)} entries, must have one per image, {count}")
-    columns = min(count, 10 if count >= 10 else count) if columns is None else columns
     height, width = images.shape[2:]
-    scale = max(1, -(-CELL_PIXELS // min(height, width))) if scale is None else scale
-    if columns < 1 or scale < 1:
-        raise ValueError(f"columns is {columns} and scale is {scale}, both must be positive")
-    rows = -(-count // columns)
-    by_row = labels is not None and all(
-        len(set(labels[row * columns : (row + 1) * columns])) == 1 for row in range(rows)
-    )
-    left = 2 * CAPTION_HEIGHT if by_row else 0
-    above = CAPTION_HEIGHT if labels is not None and not by_row else 0
-    step_x, step_y = width * scale + GAP, height * scale + GAP + above
-    canvas = Image.new("RGB", (left + columns * step_x + GAP, rows * step_y + GAP), BACKGROUND)
+    cells = _Cells.of(len(images), (height, width), labels, columns, scale)
+    canvas = Image.new("RGB", cells.canvas, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=CAPTION_HEIGHT - 2)
+    size = (width * cells.scale, height * cells.scale)
     for index, image in enumerate(to_pil(images)):
-        row, column = divmod(index, columns)
-        x, y = left + GAP + column * step_x, GAP + above + row * step_y
-        canvas.paste(image.resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))
-        if labels is not None and by_row and column == 0:
-            draw.text((left / 2, y + height * scale / 2), str(labels[index]), INK, font, anchor="mm")
-        elif labels is not None and not by_row:
-            draw.text((x + width * scale / 2, y - above / 2), str(labels[index]), INK, font, anchor="mm")
+        row, column = divmod(index, cells.columns)
+        x, y = cells.left + GAP + column * cells.step_x, GAP + cells.above + row * cells.step_y
+        canvas.paste(image.resize(size, Image.Resampling.NEAREST), (x, y))
+        if labels is not None and cells.left and column == 0:
+            draw.text((cells.left / 2, y + size[1] / 2), str(labels[index]), INK, font, anchor="mm")
+        elif labels is not None and cells.above:
+            draw.text((x + size[0] / 2, y - cells.above / 2), str(labels[index]), INK, font, anchor="mm")
     return canvas
+
+
+def grid_size(
+    count: int, size: Sequence[int], labels: Sequence[int] | None = None, *, columns: int | None = None
+) -> tuple[int, int]:
+    """Return (width, height) of the picture that `grid` draws of `count` images of (H, W)."""
+    return _Cells.of(count, size, labels, columns, None).canvas
+
+
+def check_canvas(width: int, height: int, kind: str) -> None:
+    """Raise ValueError if a picture cannot be drawn in memory, or a `.gif` (which `kind` is then) cannot hold it."""
+    told = f"a {kind} of all samples has {width} x {height} pixels"
+    if kind == ".gif" and max(width, height) > GIF_SIDE:
+        raise ValueError(f"{told}, may have at most {GIF_SIDE} a side; an .npz or a folder holds any number")
+    check_memory(4 * width * height, told)
+
+
+class _Cells(NamedTuple):
+    """Where the cells of a grid lie.
+
+    Attributes:
+        columns, scale: as for `grid`.
+        left, above: pixels for labels at the left of rows, or above each cell.
+        step_x, step_y: from a cell to the next one.
+        canvas: (width, height) of the picture.
+    """
+
+    columns: int
+    scale: int
+    left: int
+    above: int
+    step_x: int
+    step_y: int
+    canvas: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, count: int, size: Sequence[int], labels: Sequence[int] | None, columns: int | None, scale: int | None
+    ) -> _Cells:
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"labels has {len(labels)} entries, must have one per image, {count}")
+        columns = min(count, 10 if count >= 10 else count) if columns is None else columns
+        height, width = size
+        scale = max(1, -(-CELL_PIXELS // min(height, width))) if scale is None else scale
+        if columns < 1 or scale < 1:
+            raise ValueError(f"columns is {columns} and scale is {scale}, both must be positive")
+        rows = -(-count // columns)
+        by_row = labels is not None and all(
+            len(set(labels[row * columns : (row + 1) * columns])) == 1 for row in range(rows)
+        )
+        left = 2 * CAPTION_HEIGHT if by_row else 0
+        above = CAPTION_HEIGHT if labels is not None and not by_row else 0
+        step_x, step_y = width * scale + GAP, height * scale + GAP + above
+        canvas = (left + columns * step_x + GAP, rows * step_y + GAP)
+        return cls(columns, scale, left, above, step_x, step_y, canvas)
 
 
 def strip(

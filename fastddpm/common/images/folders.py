@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastddpm.common.images.pictures import Look, look, open_picture, suffixes
+from fastddpm.common.text import printable
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def look_at_pictures(root: Path, paths: Sequence[str]) -> list[Look | None]:
 
 def few(names: Sequence[str], most: int = 5) -> str:
     """Return the first names for a message."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -46,6 +48,32 @@ class _Decoding:
 _decoding = _Decoding()
 
 
+class _Unwarned:
+    """Ignore Pillow's own warning of many pixels while pictures are opened, in any number of threads at a time.
+
+    `warnings.catch_warnings` would put back the filters of other threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._opening = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._opening += 1
+            if self._opening == 1:
+                warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds", Image.DecompressionBombWarning)
+                self._filter = warnings.filters[0]
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._opening -= 1
+            if self._opening == 0 and self._filter in warnings.filters:
+                warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
+
+
+_unwarned = _Unwarned()
+
+
 class Look(NamedTuple):
     """What a picture is, by its header.
 
@@ -71,15 +99,20 @@ def suffixes() -> set[str]:
 
 
 @contextmanager
-def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+def open_picture(path: str | os.PathLike[str], content: bytes | None = None) -> Iterator[Image.Image]:
     """Open a picture of one of `FORMATS`; what fails inside, too, is told as an error of this file.
+
+    Args:
+        path: of the file.
+        content: of the file, if it has been read.
 
     Raises:
         OSError: the system cannot read the file.
         ValueError: it is no picture, is broken, or has too many pixels; one line, which names it.
     """
     try:
-        with Image.open(path, formats=formats()) as picture:
+        source = path if content is None else io.BytesIO(content)
+        with _unwarned, Image.open(source, formats=formats()) as picture:
             check_pixels(picture.size)
             yield picture
         return
@@ -133,7 +166,7 @@ def load_image(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture that is taken, or `shape` has another number of channels.
+        ValueError: it is no picture that is taken, or `shape` is none for pictures.
     """
     values = from_uint8(torch.from_numpy(read_pixels(path, shape, average=average)))
     if invert:
@@ -143,7 +176,7 @@ def load_image(
 
 def read_pixels(path: str | os.PathLike[str], shape: tuple[int, int, int], *, average: bool = False) -> np.ndarray:
     """Read a picture file as uint8 [C, H, W], as `fit_pixels` says. Args and Raises: as `load_image`."""
-    _check_channels(shape)
+    check_shape(shape)
     with open_picture(path) as picture, _decoding.of(picture.width * picture.height):
         return fit_pixels(picture, shape, average=average)
 
@@ -157,9 +190,9 @@ def fit_pixels(picture: Image.Image, shape: tuple[int, int, int], *, average: bo
 
     Raises:
         ValueError: the picture has floating-point or 32-bit values, whose range it does not say, or too many pixels;
-            or `shape` has another number of channels than 1, 3 or 4.
+            or `shape` is none for pictures.
     """
-    _check_channels(shape)
+    check_shape(shape)
     check_pixels(picture.size)
     channels, height, width = shape
     # Of these formats mode "I", 32 bits, holds 16; of others its range is not known.
@@ -182,6 +215,9 @@ def fit_pixels(picture: Image.Image, shape: tuple[int, int, int], *, average: bo
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _check_channels(shape: tuple[int, int, int]) -> None:
+def check_shape(shape: tuple[int, int, int], name: str = "shape has") -> None:
+    """Raise ValueError if pictures are not to be made (C, H, W); `name` begins the message."""
     if shape[0] not in CHANNELS:
-        raise ValueError(f"shape has {shape[0]} channels, must have 1, 3 or 4 to be read from a picture")
+        raise ValueError(f"{name} {shape[0]} channels, must have 1, 3 or 4 to be read from pictures")
+    if shape[1] * shape[2] > MOST_PIXELS:
+        raise ValueError(f"{name} {shape[1]} x {shape[2]} pixels, may have at most {MOST_PIXELS:,}")

@@ -160,6 +160,8 @@ class Recognised:
             method = METHODS[self.method]
             own = inspect.signature(method.table).parameters
             options = {name: value for name, value in self.settings.items() if name in own}
+            if "stores" in own and not (self.settings.get("clip_sample") or self.settings.get("thresholding")):
+                options["stores"] = "epsilon"
             table = method.table(self.schedule, grid, **{**options, **method.fixed})
         if self.scales:
             table.rows[-1, 2:] /= table.levels[-1, 0]
@@ -198,8 +200,19 @@ class Recognised:
             sigmas = sigmas[: len(told) + 1]
         if self.method == "edm_euler":
             sigmas = sigmas / scheduler.config.sigma_data
-        flow = bool(scheduler.config.get("use_flow_sigmas"))
-        return SigmaGrid(told[: len(sigmas) - 1], sigmas, flow, init_noise_sigma=1.0, trained=trained)
+        flow, inner = bool(scheduler.config.get("use_flow_sigmas")), None
+        if self.method in ("dpm2", "dpm2_a"):
+            inner = self._inner(scheduler, len(sigmas) - 1)
+        return SigmaGrid(told[: len(sigmas) - 1], sigmas, flow, init_noise_sigma=1.0, trained=trained, inner=inner)
+
+    def _inner(self, scheduler: Any, steps: int) -> np.ndarray:
+        """Return the inner levels of DPM2's steps, see `SigmaGrid`. Float32 leaves few digits of some of them."""
+        first = 0 if self.method == "dpm2_a" else 1
+        middle = scheduler.sigmas_interpol.cpu().double().numpy()[first : first + 2 * steps : 2]
+        if self.method == "dpm2":
+            return np.stack([middle, scheduler.sigmas.cpu().double().numpy()[1::2][:steps], 0 * middle], axis=1)
+        down, up = (getattr(scheduler, f"sigmas_{way}").cpu().double().numpy() for way in ("down", "up"))
+        return np.stack([middle, down[: 2 * steps : 2], up[: 2 * steps : 2]], axis=1)
 
     def draws(self, timesteps: Tensor, eta: float) -> list[bool]:
         """Return at which steps diffusers draws noise, whether or not it then counts."""

@@ -48,8 +48,8 @@ class Seeds:
 
     def randn_like(self, like: Tensor) -> Tensor:
         """Return noise of the shape and dtype of `like` [N, ...]."""
-        shape, place = like.shape[1:], {"dtype": like.dtype, "device": like.device}
-        return torch.stack([torch.randn(shape, generator=each, **place) for each in self._generators])
+        shape, dtype, device = like.shape[1:], like.dtype, like.device
+        return torch.stack([torch.randn(shape, generator=g, dtype=dtype, device=device) for g in self._generators])
 
     def randint(self, high: int) -> Tensor:
         """Return integers below `high`, int64 [N]."""
@@ -171,7 +171,8 @@ class AcceleratedDenoiser(Accelerated):
         S_churn: float = 0, S_min: float = 0, S_max: float = math.inf, S_noise: float = 1,
     ) -> Tensor:  # fmt: skip
         """Draw images from latents, as EDM's `ablation_sampler(net, ...)`; see `edm_sampler`."""
-        named = {"solver": solver, "discretization": discretization, "schedule": schedule, "scaling": scaling}
+        named: dict[str, Any] = {"solver": solver, "discretization": discretization}
+        named |= {"schedule": schedule, "scaling": scaling}
         named |= {"epsilon_s": epsilon_s, "C_1": C_1, "C_2": C_2, "M": M, "alpha": alpha, "vp_beta_d": 19.9}
         churn = Churn(S_churn, S_min, S_max, S_noise)
         found = self._walk("ablation", num_steps, sigma_min, sigma_max, rho, churn, torch.float64, **named)
@@ -224,7 +225,8 @@ class AcceleratedDenoiser(Accelerated):
         See `stochastic_sampler`; `dtype` is that of the result and of the noise drawn.
         """
         _refuse_patches(patching)
-        named = {"solver": solver, "discretization": discretization, "schedule": schedule, "scaling": scaling}
+        named: dict[str, Any] = {"solver": solver, "discretization": discretization}
+        named |= {"schedule": schedule, "scaling": scaling}
         named |= {"epsilon_s": epsilon_s, "C_1": C_1, "C_2": C_2, "M": M, "alpha": alpha, "vp_beta_d": 19.1}
         churn = Churn(S_churn, S_min, S_max, S_noise)
         found = self._walk("ablation", num_steps, sigma_min, sigma_max, rho, churn, dtype, **named)
@@ -347,18 +349,20 @@ class AcceleratedDenoiser(Accelerated):
         wanted = EDMNetwork(self.net).condition_channels
         for name, value in (("img_lr", img_lr), ("mean_hr", mean_hr)):
             if value is not None and tuple(value.shape[-2:]) != shape[2:]:
-                raise ValueError(f"{name} is {value.shape[-2]}x{value.shape[-1]}, must be {shape[2]}x{shape[3]}, as latents")
+                size = "x".join(map(str, value.shape[-2:]))
+                raise ValueError(f"{name} is {size}, must be {shape[2]}x{shape[3]}, as latents")
         if img_lr is not None and (img_lr.ndim != 4 or len(img_lr) != shape[0]):
-            raise ValueError(f"img_lr has shape {tuple(img_lr.shape)}, must be [{shape[0]}, C, H, W], as many as latents")
+            given = tuple(img_lr.shape)
+            raise ValueError(f"img_lr has shape {given}, must be [{shape[0]}, C, H, W], as many as latents")
         condition = img_lr
         if mean_hr is not None:
             if img_lr is None:
                 raise ValueError("mean_hr is given but img_lr is None, must be given with it")
             condition = torch.cat([mean_hr.expand(shape[0], -1, -1, -1), img_lr], dim=1)
-        given = 0 if condition is None else condition.shape[1]
-        if given != wanted:
-            both = "img_lr" if mean_hr is None else "mean_hr and img_lr"
-            raise ValueError(f"{both} has {given} channels, must have {wanted}: the network reads these beside the state")
+        channels = 0 if condition is None else condition.shape[1]
+        if channels != wanted:
+            both = "img_lr has" if mean_hr is None else "mean_hr and img_lr have"
+            raise ValueError(f"{both} {channels} channels, must have {wanted}: the network reads them beside the state")
         return with_positions(self.net, condition, shape, lead_time_label)
 
     def _labels(self, given: Tensor | None, count: int) -> Tensor | None:
@@ -423,8 +427,8 @@ class AcceleratedDenoiser(Accelerated):
         found = difference(theirs, ours, sampler.dtype)
         if found is not None:
             raise ValueError(
-                f"net is a {type(net).__name__} whose result {found} of what its class is known to compute, must be the "
-                "library's own"
+                f"net is a {type(net).__name__} whose result {found} of what its class is known to compute, "
+                "must be the library's own"
             )
 
 

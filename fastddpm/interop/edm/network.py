@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +56,14 @@ class EDMNetwork(UNetWrapper):
         model: nn.Module = self.model
         return model
 
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
+    def bind_frozen(
+        self,
+        frozen: FrozenUNet,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> BoundNetwork:
         return frozen.bind(inputs, timesteps, labels)
 
 

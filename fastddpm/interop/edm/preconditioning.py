@@ -1,8 +1,8 @@
 """The preconditioners of EDM and PhysicsNeMo: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022).
 
-    EDMPrecond, EDMPrecondSuperResolution   table 1, "Ours"
-    VPPrecond, VEPrecond                    Song et al. 2021, "VP" and "VE"
-    iDDPMPrecond                            Nichol & Dhariwal 2021; the network's second half of channels is not read
+EDMPrecond, EDMPrecondSuperResolution   table 1, "Ours"
+VPPrecond, VEPrecond                    Song et al. 2021, "VP" and "VE"
+iDDPMPrecond                            Nichol & Dhariwal 2021; the network's second half of channels is not read
 """
 
 from __future__ import annotations

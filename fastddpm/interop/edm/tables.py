@@ -77,8 +77,8 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
 
 
 def edm_walk(
-    net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float, churn: Churn, *, dtype: torch.dtype | None,
-    bounded: bool,
+    net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float, churn: Churn, *,
+    dtype: torch.dtype | None, bounded: bool,
 ) -> Walk:  # fmt: skip
     """Return Heun's method with churn on the levels of `karras_sigmas`: EDM's `edm_sampler`.
 
@@ -230,9 +230,7 @@ def _vp(beta_d: float, beta_min: float) -> Path:
     return Path(sigma, slope, inverse, torch.ones_like, torch.zeros_like)
 
 
-def _iddpm_sigmas(
-    low: float, high: float, share: Tensor, C_1: float, C_2: float, M: int, dtype: torch.dtype
-) -> Tensor:
+def _iddpm_sigmas(low: float, high: float, share: Tensor, C_1: float, C_2: float, M: int, dtype: torch.dtype) -> Tensor:
     """Return levels of improved DDPM's schedule within [low, high] (Karras et al. 2022, table 1, "iDDPM")."""
     index = torch.arange(M + 1, dtype=dtype)
     bar = (0.5 * math.pi * index / M / (C_2 + 1)).sin() ** 2
@@ -241,7 +239,7 @@ def _iddpm_sigmas(
         levels[j - 1] = ((levels[j] ** 2 + 1) / (bar[j - 1] / bar[j]).clip(min=C_1) - 1).sqrt()
     inside = levels[(levels >= low) & (levels <= high)]
     if len(inside) < len(share):
-        raise ValueError(f"num_steps is {len(share)}, must be at most {len(inside)}, the levels of discretization 'iddpm'")
+        raise ValueError(f"num_steps is {len(share)}, must be at most {len(inside)} for discretization 'iddpm'")
     return inside[((len(inside) - 1) * share).round().to(torch.int64)]
 
 

@@ -35,7 +35,9 @@ from fastddpm.common.files import read_weights
 from fastddpm.interop.guided_diffusion import weights
 from fastddpm.interop.guided_diffusion.classifier import Classifier
 from fastddpm.interop.guided_diffusion.flags import Flags, classifier_flags, model_flags, noise_schedule, unet_config
+from fastddpm.interop.guided_diffusion.sequence import SequenceUNet
 from fastddpm.interop.guided_diffusion.upsampler import Upsampler
+from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
@@ -59,7 +61,7 @@ def load_unet(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     **flags: Any,
-) -> UNet:
+) -> UNet | SequenceUNet:
     """Load a `UNetModel` as our U-Net, in eval mode. Nothing in a file is executed.
 
     Args:
@@ -74,7 +76,8 @@ def load_unet(
             scales them itself. With large_size or small_size it is a `SuperResModel`, which reads x and, as further
             channels, the small images enlarged (bilinear). The weights say how many classes there are. dropout is for
             training; use_fp16 (see `dtype`), use_checkpoint, use_kl and rescale_learned_sigmas change nothing here.
-            conv_resample and in_channels (of an image) are arguments of `UNetModel` that no flag of theirs sets.
+            conv_resample, in_channels (of an image) and dims are arguments of `UNetModel` that no flag of theirs sets;
+            dims 1 is for sequences of the length image_size, and gives a `SequenceUNet`.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -187,9 +190,18 @@ def shapes(library: str = "guided_diffusion", **flags: Any) -> dict[str, tuple[i
         TypeError, ValueError: as `load_unet`.
     """
     parsed = model_flags(library, flags)
+    _, found = _new_unet(unet_config(parsed, CLASSES if parsed.class_cond else None), parsed)
+    return {source.name: source.shape for source in found.values()}
+
+
+def _new_unet(config: UNetConfig, flags: Flags) -> tuple[UNet | SequenceUNet, dict[str, weights.Source]]:
+    """Return a U-Net on "meta", and the sources of the tensors of its `UNet`."""
     with torch.device("meta"):
-        unet = UNet(unet_config(parsed, CLASSES if parsed.class_cond else None))
-    return {source.name: source.shape for source in weights.sources(unet, weights.unet_names(unet)).values()}
+        if flags.dims == 1:
+            sequences = SequenceUNet(config)
+            return sequences, weights.sources(sequences.unet, weights.unet_names(sequences.unet), along=True)
+        unet = UNet(config)
+    return unet, weights.sources(unet, weights.unet_names(unet))
 
 
 def _load_unet(
@@ -197,7 +209,7 @@ def _load_unet(
     flags: Flags,
     dtype: torch.dtype | None,
     device: torch.device | str,
-) -> UNet:
+) -> UNet | SequenceUNet:
     config = unet_config(flags, CLASSES if flags.class_cond else None)
     where, state = _state(path_or_state_dict)
     labels = state.get("label_emb.weight")
@@ -206,12 +218,10 @@ def _load_unet(
     if config.layers_per_block > len(state):  # checked before thousands of layers are built
         blocks = config.layers_per_block
         raise ValueError(f"num_res_blocks is {blocks}, but {where} has {len(state)} tensors, must have more than that")
-    with torch.device("meta"):
-        unet = UNet(config)
-    found = weights.sources(unet, weights.unet_names(unet))
+    unet, found = _new_unet(config, flags)
     weights.check(where, state, found, weights.told_by_weights(state, flags))
-    _take(unet, state, found, flags, dtype, device)
-    return unet
+    _take(unet.unet if isinstance(unet, SequenceUNet) else unet, state, found, flags, dtype, device)
+    return unet.eval()
 
 
 def _state(path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:
@@ -241,5 +251,6 @@ def _take(
     new_order = flags.use_new_attention_order
     with torch.no_grad():
         tensors = weights.converted(state, found, new_order=new_order, dtype=dtype, device=device)
-    module.load_state_dict(tensors, assign=True)
+        own = module.state_dict()  # convolutions of sequences are [out, in, 1, size] in it
+    module.load_state_dict({name: tensor.view(own[name].shape) for name, tensor in tensors.items()}, assign=True)
     module.eval()

@@ -129,6 +129,7 @@ class Flags:
     predict_xstart: bool = False
     rescale_timesteps: bool = False
     in_channels: int = 3
+    dims: int = 2
     small_size: int | None = None
 
     @property
@@ -162,8 +163,10 @@ def model_flags(library: str, given: Mapping[str, Any]) -> Flags:
     upsamples = library == "guided_diffusion" and not given.keys().isdisjoint(("large_size", "small_size"))
     of, size_name = (UPSAMPLER, "large_size") if upsamples else (library, "image_size")
     values = _parsed(given, UPSAMPLER_FLAGS if upsamples else FLAGS[library], of)
-    if values["dims"] != 2:
-        raise ValueError(f"dims is {values['dims']}, must be 2: fastddpm.UNet is for images")
+    if values["dims"] not in (1, 2):
+        raise ValueError(f"dims is {values['dims']}, must be 1, for sequences, or 2, for images")
+    if values["dims"] == 1 and upsamples:
+        raise ValueError("dims is 1 but large_size is given, must be 2: an upsampler enlarges images")
     own = {name: value for name, value in values.items() if name in Flags.__dataclass_fields__}
     own["attention_resolutions"] = _numbers("attention_resolutions", values["attention_resolutions"])
     own["image_size"] = values[size_name]

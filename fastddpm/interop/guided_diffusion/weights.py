@@ -81,13 +81,18 @@ def unet_names(unet: nn.Module) -> dict[str, str]:
     return names
 
 
-def sources(model: nn.Module, names: Mapping[str, str]) -> dict[str, Source]:
-    """Return the source of every tensor of `model`, keyed by our names; `names` maps its modules to theirs."""
+def sources(model: nn.Module, names: Mapping[str, str], *, along: bool = False) -> dict[str, Source]:
+    """Return the source of every tensor of `model`, keyed by our names; `names` maps its modules to theirs.
+
+    `along`: their convolutions are of sequences, [out, in, size] where ours are [out, in, 1, size].
+    """
     result = {}
     for key, tensor in model.state_dict().items():
         ours = next(name for name in _prefixes(key) if name in names)
         module, (inner, kind) = model.get_submodule(ours), _split(key.removeprefix(f"{ours}."))
         shape, name = tuple(tensor.shape), names[ours]
+        if along and len(shape) == 4:
+            shape = (*shape[:2], shape[3])
         if isinstance(module, Attention):
             if inner in _PARTS:
                 shape = (3 * shape[0], *shape[1:])

@@ -98,7 +98,14 @@ class GuidedPredictor(UNetWrapper):
     def to_freeze(self) -> nn.Module | None:
         return self.model if self.freeze else None
 
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
+    def bind_frozen(
+        self,
+        frozen: FrozenUNet,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> BoundNetwork:
         if labels is None or not self.guided:
             return frozen.bind(inputs, timesteps, labels)
         return GuidedProgram(self, frozen, inputs, timesteps, labels)
@@ -170,7 +177,14 @@ class Mixture(UNetWrapper):
     def to_freeze(self) -> nn.Module | None:
         return self.model if self._freeze else None
 
-    def bind_frozen(self, frozen: FrozenUNet, inputs: Tensor, timesteps: Tensor, labels: Tensor | None) -> BoundNetwork:
+    def bind_frozen(
+        self,
+        frozen: FrozenUNet,
+        inputs: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> BoundNetwork:
         return _MixtureProgram(self, frozen, inputs, timesteps)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,9 +53,10 @@ def accelerate(
             raise ValueError instead.
         dtype, backend, cuda_graph: as for `Sampler`; the dtype of None is the network's. bfloat16 halves what has to be
             read for a step, and so nearly the time.
-        check_weights: read all weights before every call, and so notice also changes that torch does not count:
-            writes through `.data` and to inference tensors. That takes as long as a step or two. Training steps,
-            `load_state_dict` and other operations in place are noticed without it.
+        check_weights: look at all weights and settings of layers before every call, which takes as long as a step or
+            two. Without it the changes that torch itself tells are noticed and taken over: training steps,
+            `load_state_dict` and other operations in place, other layers and hooks. Writes through `.data`, to
+            inference tensors and to attributes of layers are not.
 
     Raises:
         TypeError: `obj` is none of these.
@@ -80,13 +82,13 @@ def accelerate(
 
 def _with_loop(obj: Any, engine: Engine, inplace: bool) -> Any:
     """Return an object with its loop replaced; the object itself if `inplace`."""
-    loop: type
+    cls: Any
     if isinstance(obj, _Loop):
-        cls: type = type(obj)
+        cls = type(obj)
     elif (base := _base(obj, "lerobot", ("DiffusionModel",))) is not None:
-        cls = _derived(_LeRobotLoop, type(obj), base)
+        cls = _derived(_LeRobotLoop, type(obj), base)  # type: ignore[arg-type]
     elif (base := _base(obj, "diffusion_policy", _POLICIES)) is not None:
-        cls = _derived(_PolicyLoop, type(obj), base)
+        cls = _derived(_PolicyLoop, type(obj), base)  # type: ignore[arg-type]
     else:
         raise not_supported(obj)
     engine.check(getattr(obj, cls.network), obj.noise_scheduler)  # raises before anything is changed
@@ -107,7 +109,7 @@ def _base(obj: Any, library: str, names: tuple[str, ...]) -> type | None:
 
 
 @functools.cache
-def _derived(loop: type, kind: type, base: type) -> type:
+def _derived(loop: Any, kind: Any, base: Any) -> Any:
     """Return the class `kind`, derived from the library's `base`, with the loop's `conditional_sample`.
 
     Raises:
@@ -125,6 +127,18 @@ def _copied(module: Any) -> Any:
     for name in ("_modules", "_parameters", "_buffers"):
         result.__dict__[name] = dict(module.__dict__[name])
     return result
+
+
+def _shape(given: Sequence[int]) -> tuple[int, int, int]:
+    """Return the shape of samples (N, L, C).
+
+    Raises:
+        ValueError: it has not three sizes, or one is not positive.
+    """
+    if len(given) != 3 or any(size < 1 for size in given):
+        raise ValueError(f"shape is {tuple(given)}, must be (samples, positions, values), all positive")
+    count, length, channels = given
+    return (count, length, channels)
 
 
 class _Loop:
@@ -157,9 +171,14 @@ class _LeRobotLoop(_Loop):
         """Return samples [batch_size, horizon, action_dim], as the original does."""
         first = next(self.parameters())  # type: ignore[attr-defined]
         shape = (batch_size, self.config.horizon, self.config.action_feature.shape[0])
-        if noise is not None:
-            shape = tuple(noise.shape)
-        draw = Draw(shape, self.num_inference_steps, first.dtype, first.device, generator, start=noise)
+        draw = Draw(
+            _shape(shape if noise is None else noise.shape),
+            self.num_inference_steps,
+            first.dtype,
+            first.device,
+            generator,
+            start=noise,
+        )
         return self._engine.sample(self.unet, self.noise_scheduler, draw, {"global_cond": global_cond})
 
 
@@ -180,7 +199,7 @@ class _PolicyLoop(_Loop):
     ) -> Tensor:
         """Return samples of the shape of `condition_data` [N, L, C], as the original does."""
         draw = Draw(
-            tuple(condition_data.shape), self.num_inference_steps, condition_data.dtype, condition_data.device,
+            _shape(condition_data.shape), self.num_inference_steps, condition_data.dtype, condition_data.device,
             generator, known=condition_data, mask=condition_mask, options=kwargs,
         )  # fmt: skip
         conditions = {"local_cond": local_cond, "global_cond": global_cond}
@@ -223,8 +242,7 @@ class PlanSampler:
         """
         first = next(self.unet.parameters())
         steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
-        count, length, channels = shape
-        draw = Draw((count, length, channels), steps, first.dtype, first.device, generator)
+        draw = Draw(_shape(shape), steps, first.dtype, first.device, generator)
         conditions = {"global_cond": global_cond, "local_cond": local_cond}
         return self._engine.sample(self.unet, self.scheduler, draw, conditions)
 

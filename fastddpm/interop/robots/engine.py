@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from fastddpm.interop.robots.network import PolicyNetwork
 from fastddpm.networks.frozen import blueprint_of, why_not
 from fastddpm.networks.frozen.blueprint import Blueprint
 from fastddpm.networks.network import DTYPES
+from fastddpm.networks.weights import Watch
 from fastddpm.process.tables import StepTable, ddim_table
 from fastddpm.sampling.sampler import Sampler
 
@@ -57,14 +59,13 @@ class Draw(NamedTuple):
     start: Tensor | None = None
     known: Tensor | None = None
     mask: Tensor | None = None
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Prepared(NamedTuple):
     """A sampler, and what it was made for."""
 
     key: tuple[Any, ...]
-    network: PolicyNetwork
     blueprint: Blueprint
     sampler: Sampler
 
@@ -107,9 +108,9 @@ class Engine:
         given = {name: value for name, value in conditions.items() if value is not None}
         with self._lock:
             recognised = self._recognise(scheduler)
-            _, network, blueprint, sampler = self._prepare(unet, recognised)
+            _, blueprint, sampler = self._prepare(unet, recognised)
             _check_shapes(blueprint, draw, given)
-            start, known = draw.start, {}
+            start, known = draw.start, dict[str, Any]()
             if start is None:
                 start = torch.randn(draw.shape, dtype=draw.dtype, device=draw.device, generator=draw.generator)
             scheduler.set_timesteps(draw.steps)
@@ -120,11 +121,11 @@ class Engine:
                 clean = torch.tensor([[1.0, 0.0]], dtype=table.levels.dtype)
                 table = replace(table, levels=clean.expand(len(table), 2))  # known values keep out of the noise
                 known = {"known": draw.known.transpose(1, 2), "known_mask": draw.mask.transpose(1, 2)}
-            network.give(given, start if sampler.network.frozen is None else start.float())
             count, length, channels = draw.shape
-            samples = sampler.sample(
-                count, shape=(channels, length), x_T=start.transpose(1, 2), noise=noise, table=table, **known
-            )
+            samples: Tensor = sampler.sample(
+                count, shape=(channels, length), x_T=start.transpose(1, 2), noise=noise, table=table, conditions=given,
+                **known,
+            )  # fmt: skip
             return samples.transpose(1, 2).to(draw.dtype).contiguous()
 
     def _recognise(self, scheduler: Any) -> Recognised:
@@ -146,7 +147,7 @@ class Engine:
         if unknown := options.keys() - set(_STEP_OPTIONS):
             raise TypeError(f"{min(unknown)} is no option of a step here, must be one of {', '.join(_STEP_OPTIONS)}")
         if options and recognised.method != "ddim":
-            raise TypeError(f"{min(options)} is given but the scheduler is a {recognised.name}, must be a DDIMScheduler")
+            raise TypeError(f"{min(options)} is given but the scheduler is a {recognised.name}, must be DDIMScheduler")
         key = (recognised, tuple(scheduler.timesteps.tolist()), tuple(sorted(options.items())))
         if self._table is None or self._table[0] != key:
             self._table = (key, recognised.table(scheduler, **options))
@@ -178,7 +179,7 @@ class Engine:
             )  # fmt: skip
             frozen = sampler.network.frozen
             if frozen is not None:
-                frozen.sums_weights = options.check_weights
+                frozen.watch = None if options.check_weights else Watch(unet)
             else:
                 reason = "it does not compute what its class says"
         if reason is not None:
@@ -189,7 +190,7 @@ class Engine:
                 network, ddim_table(recognised.schedule, [0]), device=first.device, backend=options.backend,
                 cuda_graph=options.cuda_graph, **recognised.of_sampler,
             )  # fmt: skip
-        self._prepared = _Prepared(key, network, kind(unet), sampler)
+        self._prepared = _Prepared(key, kind(unet), sampler)
         return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _check_shapes(blueprint: Blueprint, draw: Draw, conditions: Mapping[str, Ten
     count, length, channels = draw.shape
     if channels != blueprint.in_channels:
         raise ValueError(
-            f"a sample has {channels} values at each position, must have {blueprint.in_channels}, the network's input_dim"
+            f"a sample has {channels} values at a position, must have {blueprint.in_channels}, the network's input_dim"
         )
     if length < 1 or length % blueprint.factor:
         halvings = blueprint.factor.bit_length() - 1

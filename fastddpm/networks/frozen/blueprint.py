@@ -88,6 +88,8 @@ class Blueprint(ABC):
         conditions: what a call takes besides x, timesteps and labels, by the names of the U-Net's own arguments.
         sample_size: (height, width) of the images it is for.
         alone: whether a call of the U-Net with x, timesteps and labels computes what the frozen one does.
+        pairs: whether native kernels in bfloat16 take only even numbers of channels.
+        releases: whether its builder calls `Builder.done`, so that weights can be released.
         foreign: whether its forward is from another package: the frozen one is then compared with it before use.
     """
 
@@ -105,6 +107,8 @@ class Blueprint(ABC):
     conditions: Mapping[str, Condition] = MappingProxyType({})
     sample_size: tuple[int, int] = (32, 32)
     alone: bool = True
+    pairs: bool = True
+    releases: bool = False
     foreign: bool = False
 
     @abstractmethod

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.conv.packing import why_not_stored
+from fastddpm_kernels.native.machine import last_cache
 from torch import Tensor, nn
 
 from fastddpm.networks import weights
@@ -53,8 +54,11 @@ class FrozenUNet:
         static: whether activations have fixed addresses (CUDA, and native kernels).
         backend: of the fused kernels.
         weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
+        cached: whether a CPU's last cache keeps all weights from step to step.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
+        releasing: whether the U-Net's own weights go as `bind` takes them over, see `release`.
+        watch: of the U-Net, if `refresh` is to look only for the changes that a `Watch` notices; else None.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
 
@@ -89,7 +93,8 @@ class FrozenUNet:
             if self.device.type == "meta"
             else resolve("group_norm_silu_", backend, self.device.type, self.dtype, others=_OPS)
         )
-        if self.backend == "native" and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths():
+        odd = self.blueprint.pairs and self.dtype == torch.bfloat16 and backend == "auto" and self._has_odd_widths()
+        if self.backend == "native" and odd:
             self.backend = "eager"  # native products take channels in pairs
         self.fused = self.backend in ("triton", "native") if fused is None else fused
         if self.backend == "native" and not self.fused:
@@ -99,6 +104,8 @@ class FrozenUNet:
             reason = reason if native else f"the backend is {self.backend}, which reads weights in {self.dtype}"
             raise ValueError(f"weight_dtype is {weight_dtype}, must be None here: {reason}")
         self.weight_dtype = weight_dtype
+        size = sum(p.numel() for p in unet.parameters()) * (weight_dtype or self.dtype).itemsize
+        self.cached = 4 * size <= last_cache()  # packed weights may be larger, and others use the cache too
         self.static = self.fused and (self.backend == "native" or (gpu and torch.version.hip is None))
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None
@@ -110,6 +117,8 @@ class FrozenUNet:
         self.constants = Constants(self.dtype, self.device)
         self._lock = threading.RLock()
         self._version = 0
+        self.releasing = False
+        self.watch: weights.Watch | None = None
         self._fingerprint = weights.fingerprint(unet)
         self.embeddings = self.blueprint.embeddings().to(self.device)
         weight, bias, self.columns = self.blueprint.time_projections()
@@ -189,7 +198,24 @@ class FrozenUNet:
             if given.device != self.device:
                 raise ValueError(f"{name} is on {given.device}, must be on {self.device}")
         with self._lock:
-            return Program(self, inputs, timesteps, labels, conditions)
+            program = Program(self, inputs, timesteps, labels, conditions)
+            self.constants.complete = self.releasing
+            return program
+
+    def release(self) -> None:
+        """Free the U-Net's own weights, layer by layer, as the first `bind` takes them over: memory holds them once.
+
+        Afterwards the U-Net itself computes NaN, its weights are no longer followed, and later calls of `bind` use the
+        forms of the weights that the first one made. What is computed once per call stays.
+
+        Raises:
+            ValueError: a program is bound already, or this kind of U-Net does not support it.
+        """
+        if self.constants.tensors:
+            raise ValueError("release must be called before the first bind: its weights are in memory twice already")
+        if not self.blueprint.releases:
+            raise ValueError(f"unet is {self.blueprint.name}, whose weights cannot be released")
+        self.releasing = True
 
     @property
     def _shape(self) -> str:
@@ -237,7 +263,11 @@ class FrozenUNet:
         Raises:
             ValueError: the U-Net's layers have changed.
         """
+        if self.releasing:
+            return self._version
         with self._lock:
+            if self.watch is not None and not self.watch.changed():
+                return self._version
             now = settings_of(self.unet)
             if reason := self.blueprint.why_not(self.unet) or changed(self._settings or now, now):
                 raise ValueError(f"unet has changed since it was frozen (make a new Sampler): {reason}")
@@ -247,6 +277,8 @@ class FrozenUNet:
                 self._refill()
                 self._fingerprint = seen  # only now, so that a failed refresh is tried again
                 self._version += 1
+            if self.watch is not None:
+                self.watch.accept()
             return self._version
 
     def _refill(self) -> None:

@@ -35,7 +35,7 @@ class TimeTable:
         self._embeddings, self._weight, self._bias = embeddings, weight, bias
         self._timesteps, self._labels = timesteps, labels
         self._conditions = {name: conditions[name] for name in embeddings.conditions if name in conditions}
-        self._of_time = torch.empty(0)
+        self._of_time = self._free = self._of_free = torch.empty(0)
         device, (width, reads), steps = weight.device, weight.shape, len(timesteps)
         channels = embeddings.width or (reads // 2 if embeddings.reads_raw else reads)
 
@@ -98,6 +98,9 @@ class TimeTable:
             self._fill(of_time, self._embeddings.of_labels(torch.arange(self._count, device=self._table.device)))
         else:
             self._fill(of_time)
+        if self._kind == "separate":  # of a call, only the columns that time leaves free are multiplied
+            self._free = (self._embeddings.activate(of_time) == 0).all(dim=0)
+            self._of_free = self._weight[:, self._free].to(torch.promote_types(self._table.dtype, torch.float32))
 
     def load_samples(self) -> None:
         """Take over the present labels and conditions, unless every step looks them up; after `load_timesteps`."""
@@ -112,7 +115,8 @@ class TimeTable:
         if self._kind == "samples":
             self._fill(self._of_time, of_samples)
         elif self._kind == "separate":
-            self._of_samples.copy_(self._project(self._embeddings.activate(of_samples)))
+            active = self._embeddings.activate(of_samples)[:, self._free].to(self._of_free)
+            self._of_samples.copy_(active @ self._of_free.T)
         else:
             self._of_samples.copy_(of_samples)
 

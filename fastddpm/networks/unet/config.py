@@ -47,7 +47,8 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu",
 # Fields that diffusers does not have, with their defaults. They keep their plain names in a config.json, so that
 # diffusers warns that it ignores them; `null_class` does not, because it changes nothing that diffusers computes.
 _OWN: dict[str, Any] = {"null_class": None, "timestep_channels": None, "timestep_scale": 1.0}
-_POSITIVE = ("in_channels", "out_channels", "layers_per_block")
+MOST_LAYERS = 2**8  # of a block: thousands take minutes to make
+_POSITIVE = ("in_channels", "out_channels")
 _POSITIVE_OR_NONE = (
     "norm_num_groups",
     "time_embedding_dim",
@@ -303,6 +304,8 @@ class UNetConfig:
             yield name, isinstance(getattr(self, name), bool), "True or False"
         for name in _POSITIVE:
             yield name, _is_int(getattr(self, name), 1), f"a positive integer up to {MOST}"
+        layers = self.layers_per_block
+        yield "layers_per_block", _is_int(layers, 1) and layers <= MOST_LAYERS, f"an integer from 1 to {MOST_LAYERS}"
         for name in _POSITIVE_OR_NONE:
             value = getattr(self, name)
             yield name, value is None or _is_int(value, 1), f"a positive integer up to {MOST}, or None"

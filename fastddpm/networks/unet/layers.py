@@ -378,6 +378,9 @@ RESAMPLE: dict[str, Callable[[Tensor], Tensor]] = {
     "up": double,
     "fir_down": fir_halve,
     "fir_up": fir_double,
+    # Along the width alone, of sequences as images of height 1.
+    "down_along": lambda x: F.avg_pool2d(x, (1, 2)),
+    "up_along": lambda x: x.repeat_interleave(2, dim=3),
 }
 
 

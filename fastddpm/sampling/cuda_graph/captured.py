@@ -296,7 +296,9 @@ class CapturedBody:
         _failed.append(graph)
         if self._owns_pool and not self._graphs:  # else the pool is rightly in use
             torch.cuda.empty_cache()
-            segments = torch.cuda.memory_snapshot()
+            segments: list[Any] = []
+            with contextlib.suppress(RuntimeError):  # the cause of the failure matters more
+                segments = torch.cuda.memory_snapshot()
             if any(tuple(segment["segment_pool_id"]) == tuple(self._pool) for segment in segments):
                 with contextlib.suppress(RuntimeError):  # raises where the pool is not in use
                     torch._C._cuda_releasePool(device, self._pool)

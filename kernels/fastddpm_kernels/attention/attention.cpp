@@ -14,6 +14,8 @@ template <class A>
 class SelfAttention {
     using Element = typename A::Element;
 
+    static constexpr long kFewProducts = 200'000;
+
     const Attention<A>& a;
     const Packing<A> packing;
     const long keys_size, values_size, blocks;
@@ -28,8 +30,10 @@ class SelfAttention {
 
     void run() const {
         const long all = a.n * a.heads;
-        if (all >= 2 * a.threads || a.threads == 1) {
-            for_each(all, a.threads, [&](long head) {
+        // Few products are done before another thread has been told of them.
+        const bool few = all * a.pixels * a.pixels * (a.q.width + a.v.width) < kFewProducts;
+        if (all >= 2 * a.threads || a.threads == 1 || few) {
+            for_each(all, few ? 1 : a.threads, [&](long head) {
                 float* packed = scratch<float>(Slot::kPacked, keys_size + values_size);
                 pack_keys(head, packed);
                 pack_values(head, packed + keys_size);

@@ -6,19 +6,19 @@ import torch
 
 from fastddpm_kernels import tuned
 from fastddpm_kernels.conv.packing import ALGORITHMS, TILE
-from fastddpm_kernels.native.quota import threads as native_threads
+from fastddpm_kernels.native.machine import threads as native_threads
 
-# Costs of a transformed value and of a byte of weights, in multiply-adds of the float32 products, measured on Zen 4 and
-# Zen 5 cores (all cores share the memory). In float32 14 and 6 would fit a little better, but would choose winograd4,
-# which is less accurate, more often.
-_TRANSFORM_COST, _BYTE_COST = {torch.float32: 30, torch.bfloat16: 6}, 4
+# Costs of a transformed value and of a byte of weights, read from memory or from the last cache, in halves of a
+# multiply-add of the float32 products, measured on Zen 4 and Zen 5 cores (all cores share the memory). In float32 14 and
+# 6 would fit a little better, but would choose winograd4, which is less accurate, more often.
+_TRANSFORM_COST, _BYTE_COST, _CACHED_COST = {torch.float32: 30, torch.bfloat16: 6}, 4, 1
 _CPU = torch.device("cpu")
 
 
 def choose_algorithm(
     n: int, height: int, width: int, in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1,
     padding: int = 1, upsample: bool = False, threads: int | None = None, dtype: torch.dtype = torch.float32,
-    stored: torch.dtype | None = None,
+    stored: torch.dtype | None = None, cached: bool = False,
 ) -> str:  # fmt: skip
     """Return the fastest algorithm from a tuned table, else the one predicted by `likely_algorithm`.
 
@@ -28,6 +28,7 @@ def choose_algorithm(
         threads: None for those of `native.threads()`.
         dtype: float32 or bfloat16.
         stored: of the packed weights, None for `dtype`; tuned tables are for that.
+        cached: whether the weights of all layers stay in the last cache from step to step.
     """
     if (kernel, stride, padding) != (3, 1, 1):
         return "direct"
@@ -36,7 +37,7 @@ def choose_algorithm(
     found = tuned.choice("conv", _CPU, dtype, shape) if stored in (None, dtype) else None
     if found is not None and found["algorithm"] in possible_algorithms(upsample, dtype):
         return str(found["algorithm"])
-    return likely_algorithm(*shape, dtype=dtype, stored=stored)
+    return likely_algorithm(*shape, dtype=dtype, stored=stored, cached=cached)
 
 
 def possible_algorithms(upsample: int, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ def possible_algorithms(upsample: int, dtype: torch.dtype = torch.float32) -> tu
 
 def likely_algorithm(
     n: int, height: int, width: int, in_channels: int, out_channels: int, upsample: int, threads: int, *,
-    dtype: torch.dtype = torch.float32, stored: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32, stored: torch.dtype | None = None, cached: bool = False,
 ) -> str:  # fmt: skip
     """Return the cheapest algorithm for a 3x3 convolution of stride 1 that pads by 1.
 
@@ -60,7 +61,7 @@ def likely_algorithm(
     padded = (-(-in_channels // 32) * 32 if half else in_channels) * out_channels
 
     def cost(algorithm: str) -> float:
-        per_byte = _BYTE_COST * threads * (stored or dtype).itemsize * pairs
+        per_byte = (_CACHED_COST if cached else _BYTE_COST) * threads * (stored or dtype).itemsize * pairs
         if algorithm == "direct":
             taps = 4 if upsample else 9
             return product * n * height * width * taps * pairs + per_byte * (16 if upsample else 9)

@@ -41,22 +41,26 @@ class Direct {
 
     static constexpr long kFewWords = 8;  // of a pixel: rows are then gathered before they are multiplied
     static constexpr int kFewChannels = 4, kPixels = 4;
+    static constexpr long kAhead = 128;  // rows of a panel that are asked for before they are multiplied
 
     const Conv<A>& c;
-    const long depth, panels, taps;  // depth in words: whole ones, as of channels that are next to each other
+    const long depth, panels, columns, taps;  // depth in words: whole ones, as of channels next to each other; columns
+                                              // are vectors of output channels
 
   public:
     explicit Direct(const Conv<A>& conv)
         : c(conv),
           depth((c.channels + c.channels2) / A::kDeep),
           panels(ceil_div(c.out_channels, kPanel)),
+          columns(ceil_div(c.out_channels, kLanes)),
           taps(c.upsample ? 4 : c.kernel * c.kernel) {}
 
     void run() const {
         const long phases = c.upsample ? 4 : 1;
         const long blocks = ceil_div(rows(), kBlock);
         // Few blocks: every thread reads its own part of the weights. Else its own part of the pixels.
-        const long parts = blocks >= 4 * c.threads || c.threads == 1 ? 1 : panels;
+        long parts = blocks >= 4 * c.threads || c.threads == 1 ? 1 : panels;
+        if (parts > 1 && phases * blocks * panels < 4 * c.threads && kHalves > 1) parts = columns;
         // What lies outside of the image is read from here. Behind it, for few output channels, their weights.
         const long outside = ceil_div(std::max(c.channels, c.channels2) * sizeof(Element), sizeof(float));
         float* words = scratch<float>(Slot::kShared, outside + (few_channels() ? c.out_channels * taps * depth : 0));
@@ -74,10 +78,15 @@ class Direct {
             });
             return;
         }
+        const Call call;
+        const long width = parts == columns ? 1 : kColumns;  // of a part's unit, in vectors
+        const long units = ceil_div(columns, width);
         for_each(phases * blocks * parts, c.threads, [&](long i) {
             const long block = i % blocks, part = i / blocks % parts, phase = i / blocks / parts;
             const long first = rows_of(blocks, block), last = rows_of(blocks, block + 1);
-            multiply(this->phase(phase), zeros, first, last - first, panels * part / parts, panels * (part + 1) / parts);
+            multiply(
+                this->phase(phase), zeros, first, last - first, width * (units * part / parts),
+                std::min(columns, width * (units * (part + 1) / parts)), call.done(phase * blocks + block));
         });
     }
 
@@ -109,10 +118,11 @@ class Direct {
         const Element** starts;
         long* targets;
     };
-    Gathered gather(const Phase<A>& p, const Element* zeros, long first, long count) const {
+    Gathered gather(const Phase<A>& p, const Element* zeros, long first, long count, bool again = false) const {
         const long sources = c.channels2 ? 2 : 1;
         const Element** starts = scratch<const Element*>(Slot::kPointers, taps * sources * count);
         long* targets = scratch<long>(Slot::kOutput, count);
+        if (again) return {starts, targets};
         long j = first % p.width, i = first / p.width % p.height, n = first / (p.width * p.height);
         for (long r = 0; r < count; ++r) {
             const Element** place = starts + r;
@@ -138,30 +148,46 @@ class Direct {
         return {starts, targets};
     }
 
-    void multiply(const Phase<A>& p, const Element* zeros, long first, long count, long begin, long end) const {
-        const Gathered rows = gather(p, zeros, first, count);
+    // Vectors [begin, end) of output channels of `count` rows. `again`: this thread has just done others of these rows.
+    void multiply(
+        const Phase<A>& p, const Element* zeros, long first, long count, long begin, long end, bool again) const {
+        const Gathered rows = gather(p, zeros, first, count, again);
         const Element* const* starts = rows.starts;
         long segments = taps * (c.channels2 ? 2 : 1), words[2] = {c.channels / A::kDeep, c.channels2 / A::kDeep};
         if (depth < kFewWords && segments > 1) {
-            starts = put_together(starts, segments, count);
+            starts = put_together(starts, segments, count, again);
             segments = 1;
             words[0] = taps * depth;
         }
-        for (long panel = begin; panel < end; ++panel)
-            with_columns(c.out_channels - panel * kPanel, [&](auto columns) {
-                for_row_tiles(count, [&](long r, auto height) {
-                    tile<height, columns>(
-                        starts + r, rows.targets + r, count, segments, words, p.weight + panel * taps * depth * kPanel,
-                        panel);
+        // Rows that one high tile holds: then it reads the weights once.
+        const bool high = kHalves > 1 && count > kRows && count <= 2 * kRows;
+        for (long column = begin; column < end;) {
+            const long within = column % kColumns, panel = column / kColumns;
+            const auto* weights = p.weight + panel * taps * depth * kPanel + within * kLanes;
+            const auto multiply_tile = [&](auto height, auto width, long r) {
+                tile<height, width>(
+                    starts + r, rows.targets + r, count, count - r, segments, words, weights, column * kLanes);
+            };
+            if (kHalves > 1 && (high || within > 0 || end - column < kColumns)) {
+                for_high_tiles(count, [&](long r, auto height) {
+                    multiply_tile(height, std::integral_constant<int, kColumns / kHalves>{}, r);
                 });
+                ++column;
+                continue;
+            }
+            for_row_tiles(count, [&](long r, auto height) {
+                multiply_tile(height, std::integral_constant<int, kColumns>{}, r);
             });
+            column += kColumns;
+        }
     }
 
     // The words of all segments of a row, next to each other. Returns where the rows begin.
-    const Element* const* put_together(const Element* const* starts, long segments, long count) const {
+    const Element* const* put_together(const Element* const* starts, long segments, long count, bool again) const {
         const long sources = c.channels2 ? 2 : 1;
         float* together = scratch<float>(Slot::kInput, count * taps * depth);
         const Element** begins = scratch<const Element*>(Slot::kPacked, count);
+        if (again) return begins;
         for (long r = 0; r < count; ++r) {
             begins[r] = reinterpret_cast<const Element*>(together);
             for (long segment = 0; segment < segments; ++segment) {
@@ -213,27 +239,31 @@ class Direct {
         return lanes[0];
     }
 
-    // `words` of the two sources, whose segments take turns.
+    // Output channels from `first` on of R rows, of which `left` are there; `words` of the two sources, whose segments take
+    // turns.
     template <int R, int C>
     void tile(
-        const Element* const* starts, const long* targets, long count, long segments, const long* words,
-        const typename A::Weight* weights, long panel) const {
+        const Element* const* starts, const long* targets, long count, long left, long segments, const long* words,
+        const typename A::Weight* weights, long first) const {
         Vec sums[R][C] = {};
         const bool two = segments > taps;
         for (long segment = 0; segment < segments; ++segment) {
             const float* rows[R];  // of words
-            for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const float*>(starts[segment * count + r]);
+            for (int r = 0; r < R; ++r)
+                rows[r] = reinterpret_cast<const float*>(
+                    starts[segment * count + (R > kRows ? std::min<long>(r, left - 1) : r)]);
             const long length = words[two ? segment % 2 : 0];
-            multiply_add_blocks<A>(sums, [&](int r) { return rows[r]; }, length, weights);
+            multiply_add_blocks<A>(sums, [&](int r) { return rows[r]; }, length, weights, kAhead * kPanel);
             weights += length * kPanel;
         }
 #pragma GCC unroll 8
         for (int j = 0; j < C; ++j) {
-            const long channel = panel * kPanel + j * kLanes, lanes = std::min<long>(kLanes, c.out_channels - channel);
+            const long channel = first + j * kLanes, lanes = std::min<long>(kLanes, c.out_channels - channel);
             if (lanes <= 0) break;
             const Vec bias = c.bias ? load_some(c.bias + channel, lanes) : zero();
-#pragma GCC unroll 16
+#pragma GCC unroll 28
             for (int r = 0; r < R; ++r) {
+                if (R > kRows && r >= left) break;
                 Vec value = sums[r][j] + bias;
                 if (c.residual) value += load_some(c.residual + targets[r] + channel, lanes);
                 store_some(c.y + targets[r] + channel, value, lanes);

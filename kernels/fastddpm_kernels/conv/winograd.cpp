@@ -43,6 +43,7 @@ class Winograd {
 
     const Conv<A>& c;
     const long rows_of_tiles, tiles_in_row, tiles, depth, stride, panels;  // depth and stride in words
+    const long columns;                                                    // vectors of output channels
 
   public:
     explicit Winograd(const Conv<A>& conv)
@@ -52,39 +53,56 @@ class Winograd {
           tiles(c.n * rows_of_tiles * tiles_in_row),
           depth(A::words(c.channels) + A::words(c.channels2)),
           stride(ceil_div(c.channels, kGroup) * kLanes + ceil_div(c.channels2, kGroup) * kLanes + kLanes),
-          panels(ceil_div(c.out_channels, kPanel)) {}
+          panels(ceil_div(c.out_channels, kPanel)),
+          columns(ceil_div(c.out_channels, kLanes)) {}
 
     // Tiles of a block: few, so that the cache holds them, or, where it does not hold all weights, enough that one that
     // is read from memory is used often.
-    static constexpr long kCache = 4 << 20;
+    static constexpr long kCache = 4 << 20, kFewBytes = 128 << 10, kOwnBytes = 2 << 20;
 
     void run() const {
-        const bool kept = kPoints * panels * kPanel * depth * static_cast<long>(sizeof(float)) <= kCache;
+        const long bytes = kPoints * panels * kPanel * depth * static_cast<long>(sizeof(*c.weight));
+        const bool kept = bytes <= kCache;
         long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
+        // Few weights, or those of too few output channels for all threads, are read by every thread.
+        if (tiles >= 2 * c.threads && (bytes <= kFewBytes || columns * blocks < c.threads))
+            blocks = std::max<long>(blocks, c.threads);
         // Each thread takes its own tiles with all channels, so that no core reads what another wrote.
-        const bool apart = blocks >= (kept ? 1 : 4) * c.threads;
-        if (apart && kept) blocks = ceil_div(blocks, c.threads) * c.threads;
+        const bool apart = kept ? blocks >= c.threads : tiles >= 2 * kRows * c.threads;
+        if (apart) blocks = ceil_div(blocks, c.threads) * c.threads;
         if (apart || c.threads == 1) {
             for_each(blocks, c.threads, [&](long i) {
                 const long first = tiles * i / blocks, count = tiles * (i + 1) / blocks - first;
                 float* input = scratch<float>(Slot::kInput, kPoints * count * stride);
                 transform_input(input, count, first, count);
-                for (long panel = 0; panel < panels; ++panel)
-                    multiply(input, count, 0, first, count, panel, panel + 1);
+                for (long column = 0; column < columns; column += kColumns)
+                    multiply(input, count, 0, first, count, column, std::min(columns, column + kColumns));
             });
             return;
         }
-        // Few tiles: the input is transformed once for all, and every thread reads its own part of the weights.
-        float* input = scratch<float>(Slot::kShared, kPoints * tiles * stride);
-        const long parts = std::min<long>(tiles, 4 * c.threads);
-        for_each(parts, c.threads, [&](long i) {
-            const long first = tiles * i / parts, count = tiles * (i + 1) / parts - first;
-            transform_input(input + first * stride, tiles, first, count);
-        });
-        for_each(panels * blocks, c.threads, [&](long i) {
-            const long block = i % blocks, panel = i / blocks;
+        // Few tiles: every thread reads its own part of the weights. Each transforms all the input for itself, which is
+        // faster than to wait for another one and to read what lies in its cache; a large input is transformed once for all.
+        const long size = kPoints * tiles * stride;
+        float* shared = nullptr;
+        if (size * static_cast<long>(sizeof(float)) > kOwnBytes) {
+            shared = scratch<float>(Slot::kShared, size);
+            const long parts = std::min<long>(tiles, 4 * c.threads);
+            for_each(parts, c.threads, [&](long i) {
+                const long first = tiles * i / parts, count = tiles * (i + 1) / parts - first;
+                transform_input(shared + first * stride, tiles, first, count);
+            });
+        }
+        const Call call;
+        const long width = kHalves > 1 && panels * blocks < 4 * c.threads ? 1 : kColumns;  // of an item, in vectors
+        for_each(ceil_div(columns, width) * blocks, c.threads, [&](long i) {
+            float* input = shared;
+            if (shared == nullptr) {
+                input = scratch<float>(Slot::kInput, size);
+                if (!call.done(0)) transform_input(input, tiles, 0, tiles);
+            }
+            const long block = i % blocks, column = i / blocks * width;
             const long first = tiles * block / blocks, count = tiles * (block + 1) / blocks - first;
-            multiply(input, tiles, first, first, count, panel, panel + 1);
+            multiply(input, tiles, first, first, count, column, std::min(columns, column + width));
         });
     }
 
@@ -163,30 +181,32 @@ class Winograd {
         }
     }
 
-    // Rows `row` .. `row + count` of `input`, which are the tiles from `first` on, times panels [begin, end), into y.
+    // Rows `row` .. `row + count` of `input`, which are the tiles from `first` on, times vectors of output channels, [begin,
+    // end) of one panel, into y.
     void multiply(
         const float* input, long input_rows, long row, long first, long count, long begin, long end) const {
-        const long width = (end - begin) * kPanel + kLanes;
+        const long width = kPanel + kLanes, panel = begin / kColumns, channel0 = begin * kLanes;
         float* products = scratch<float>(Slot::kOutput, kPoints * count * width);
         for (long point = 0; point < kPoints; ++point) {
             const float* a = input + (point * input_rows + row) * stride;
             float* out = products + point * count * width;
-            for (long panel = begin; panel < end; ++panel) {
-                const typename A::Weight* weights = c.weight + (point * panels + panel) * depth * kPanel;
-                with_columns(c.out_channels - panel * kPanel, [&](auto columns) {
-                    for_row_tiles(count, [&](long r, auto rows) {
-                        multiply_tile<A, rows, columns>(
-                            a + r * stride, stride, weights, depth, out + r * width + (panel - begin) * kPanel, width);
-                    });
+            const typename A::Weight* weights =
+                c.weight + (point * panels + panel) * depth * kPanel + begin % kColumns * kLanes;
+            // Those of the next point, or of the first one of the next panel.
+            const long ahead = (point + 1 < kPoints ? panels : panel + 1 < panels ? 1 - (kPoints - 1) * panels : 0) * depth * kPanel;
+            with_columns((end - begin) * kLanes, [&](auto columns) {
+                for_row_tiles(count, [&](long r, auto rows) {
+                    multiply_tile<A, rows, columns>(
+                        a + r * stride, stride, weights, depth, out + r * width, width, ahead);
                 });
-            }
+            });
         }
-        const long begin_channel = begin * kPanel, end_channel = std::min(end * kPanel, c.out_channels);
+        const long end_channel = std::min(end * kLanes, c.out_channels);
         for (long tile = 0; tile < count; ++tile) {
             const Place at = place(first + tile);
-            for (long channel = begin_channel; channel < end_channel; channel += kLanes)
+            for (long channel = channel0; channel < end_channel; channel += kLanes)
                 transform_output(
-                    products + tile * width + channel - begin_channel, count * width, at, channel,
+                    products + tile * width + channel - channel0, count * width, at, channel,
                     std::min<long>(kLanes, end_channel - channel));
         }
     }

@@ -131,7 +131,7 @@ def _check(
         out, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
         kernel = weight.shape[2]
     if channels != inner or out < 1 or kernel < 1:
-        raise ValueError(f"weight is for {channels} channels to {out}, of kernel {kernel}, must be for {inner} channels")
+        raise ValueError(f"weight is for {channels} channels to {out}, of kernel {kernel}, must be for {inner}")
     if stride < 1:
         raise ValueError(f"stride is {stride}, must be at least 1")
     if padding < 0:

@@ -37,7 +37,7 @@ def _products(
 
 @triton.jit
 def _conv1d(
-    y, x, x2, weight, bias, M, rows_each, length, out_length, O, blocks_m, blocks_n, stride, padding,
+    y, x, x2, weight, bias, M, rows_each, length, out_length, out_channels, blocks_m, blocks_n, stride, padding,
     C1: tl.constexpr, C2: tl.constexpr, TAPS: tl.constexpr, PHASES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _conv1d(
     n = m // rows_each
     r = m - n * rows_each
     o = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    outputs = o < O
+    outputs = o < out_channels
     channels = tl.arange(0, BLOCK_K)
     C: tl.constexpr = C1 + C2
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -59,13 +59,13 @@ def _conv1d(
             position = r + (phase - tap)
         inside = (m < M) & (position >= 0) & (position < length)
         rows = (n * length + position).to(tl.int64)
-        own = weight + phase.to(tl.int64) * O * TAPS * C + tap * C
+        own = weight + phase.to(tl.int64) * out_channels * TAPS * C + tap * C
         acc = _products(acc, x, own, rows, inside, channels, o, outputs, TAPS * C, C1, BLOCK_K, PRECISION)
         if C2 > 0:
             acc = _products(acc, x2, own + C1, rows, inside, channels, o, outputs, TAPS * C, C2, BLOCK_K, PRECISION)
     if bias is not None:
         acc += tl.load(bias + o, mask=outputs, other=0.0).to(tl.float32)[None, :]
-    place = (n * out_length + r * PHASES + phase).to(tl.int64)[:, None] * O + o[None, :]
+    place = (n * out_length + r * PHASES + phase).to(tl.int64)[:, None] * out_channels + o[None, :]
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & outputs[None, :])
 
 
@@ -87,8 +87,8 @@ def make_launch(
     blocks_n = triton.cdiv(outputs, block_n)
     args = {
         "y": y, "x": x, "x2": x2, "weight": weight.values, "bias": bias, "M": m, "rows_each": rows_each,
-        "length": x.shape[2], "out_length": out_length, "O": outputs, "blocks_m": blocks_m, "blocks_n": blocks_n,
-        "stride": stride, "padding": padding,
+        "length": x.shape[2], "out_length": out_length, "out_channels": outputs, "blocks_m": blocks_m,
+        "blocks_n": blocks_n, "stride": stride, "padding": padding,
     }  # fmt: skip
     constexprs = {
         "C1": x.shape[1], "C2": channels2, "TAPS": taps, "PHASES": phases, "PRECISION": "ieee", "BLOCK_M": block_m,

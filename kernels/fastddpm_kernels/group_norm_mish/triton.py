@@ -48,7 +48,8 @@ def _group_norm_mish(
         for p0 in range(0, P, BLOCK_P):
             p = p0 + pixels
             mask = (p < P)[:, None] & inside[None, :]
-            sums += tl.sum(tl.load(x + start + p[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32), axis=0)
+            tile = tl.load(x + start + p[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            sums += tl.sum(tile, axis=0)
         mean = tl.sum(sums, axis=0) / count
         squares = tl.zeros([BLOCK_C], tl.float32)
         for p0 in range(0, P, BLOCK_P):

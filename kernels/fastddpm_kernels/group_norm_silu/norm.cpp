@@ -1,8 +1,8 @@
 // Group norm and RMS norm with what surrounds them, channels-last.
 //
 // Statistics are those of chunks of pixels that lie in the first cache: a chunk's mean, then the squares of what
-// differs from it; chunks are combined by the formula of Chan, Golub & LeVeque (1979). Never E[x^2] - E[x]^2. Chunks
-// do not depend on the number of threads, so the results do not either.
+// differs from it; chunks are combined as Chan, Golub & LeVeque (1979) do, around the mean of all. Never E[x^2] - E[x]^2.
+// Chunks do not depend on the number of threads, so the results do not either.
 
 #include <cmath>
 
@@ -27,7 +27,7 @@ struct Norm {
     float *mean, *rstd;  // [N, groups] to be written, for gradients, or null
 };
 
-constexpr long kChunk = 4096;  // values
+constexpr long kChunk = 4096, kFewValues = 1024;  // values of a chunk, and of one of a small image
 
 inline long padded(long channels) { return ceil_div(channels, kLanes) * kLanes; }
 
@@ -70,7 +70,7 @@ class GroupNorm {
         : a(args),
           all(a.channels + a.channels2),
           size(all / a.groups),
-          chunk(std::max<long>(16, kChunk / all)),
+          chunk(std::max<long>(16, (a.pixels * all < 8 * kChunk ? kFewValues : kChunk) / all)),
           chunks(ceil_div(a.pixels, chunk)),
           row(padded(all) + kLanes) {}
 
@@ -133,15 +133,14 @@ class GroupNorm {
         const float* time = a.time_bias ? a.time_bias + n * a.time_stride : nullptr;
         const float* scale = a.scale ? a.scale + n * a.scale_stride : nullptr;
         const float* shift = a.shift ? a.shift + n * a.shift_stride : nullptr;
+        const double count = static_cast<double>(a.pixels * size);
         for (long g = 0; g < a.groups; ++g) {
-            double count = 0, mean = 0, squares = 0;
+            double mean = 0, squares = 0;
+            for (long i = 0; i < chunks; ++i) mean += values_of(i) * moments[(i * a.groups + g) * 2];
+            mean /= count;
             for (long i = 0; i < chunks; ++i) {
                 const float* part = moments + (i * a.groups + g) * 2;
-                const double more = static_cast<double>(std::min(chunk, a.pixels - i * chunk) * size);
-                const double difference = part[0] - mean;
-                squares += part[1] + difference * difference * (count * more / (count + more));
-                mean += difference * (more / (count + more));
-                count += more;
+                squares += part[1] + values_of(i) * (part[0] - mean) * (part[0] - mean);
             }
             const double inverse = 1 / std::sqrt(squares / count + a.eps);
             if (a.mean) {
@@ -156,6 +155,9 @@ class GroupNorm {
             }
         }
     }
+
+    // Values of a group in a chunk.
+    double values_of(long index) const { return static_cast<double>(std::min(chunk, a.pixels - index * chunk) * size); }
 
     void apply(long n, long index, const float* rows) const {
         const long first = index * chunk, count = std::min(chunk, a.pixels - first), start = n * a.pixels + first;

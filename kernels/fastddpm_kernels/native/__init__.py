@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels.native.build import BuildError, library
-from fastddpm_kernels.native.quota import threads
+from fastddpm_kernels.native.machine import threads
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels import native
-from fastddpm_kernels.native.quota import threads
+from fastddpm_kernels.native.machine import threads
 
 if TYPE_CHECKING:
     from fastddpm_kernels.native.program import Program

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm_kernels import native
 from fastddpm_kernels.native.binding import THREADS, bind, recording
-from fastddpm_kernels.native.quota import threads
+from fastddpm_kernels.native.machine import threads
 
 _DTYPES = {torch.float32: 4, torch.bfloat16: 2, torch.int64: 8}  # what is copied, and its bytes
 _DIMENSIONS = 5  # of a copy

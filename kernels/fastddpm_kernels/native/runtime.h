@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <cstdlib>
 
 #include "native/team.h"
@@ -17,6 +19,29 @@ void for_each(long count, int threads, const Body& body) {
     }
     share(count, threads, [](const void* data, long i) { (*static_cast<const Body*>(data))(i); }, &body);
 }
+
+// A call whose items may have work in common. Each thread does that for itself: cheaper, if it is little, than to wait.
+class Call {
+  public:
+    // Whether the work that is named by `what` is the last that this thread did for an item of this call; now it is.
+    bool done(long what) const {
+        struct Last {
+            uint64_t call = 0;
+            long what = 0;
+        };
+        static thread_local Last last;
+        const bool same = last.call == number_ && last.what == what;
+        last = {number_, what};
+        return same;
+    }
+
+  private:
+    static uint64_t next() {
+        static std::atomic<uint64_t> count{0};
+        return count.fetch_add(1, std::memory_order_relaxed) + 1;
+    }
+    const uint64_t number_ = next();
+};
 
 // Returns memory of this thread, grown as needed and kept; its content is lost. Slots are independent of each other.
 enum class Slot { kShared, kInput, kOutput, kPointers, kPacked, kCount };

@@ -24,6 +24,7 @@ from fastddpm.networks.frozen.kinds.lucidrains.blueprint import (
     RepaintBlueprint,
     SequenceBlueprint,
 )
+from fastddpm.networks.frozen.kinds.monai.blueprint import MonaiBlueprint
 from fastddpm.networks.frozen.kinds.policies.blueprint import LeRobotBlueprint, PolicyBlueprint
 from fastddpm.networks.frozen.kinds.unet.blueprint import UNetBlueprint
 
@@ -35,6 +36,7 @@ KINDS: tuple[type[Blueprint], ...] = (
     SequenceBlueprint,
     ConditionBlueprint,
     EDMBlueprint,
+    MonaiBlueprint,
     PolicyBlueprint,
     LeRobotBlueprint,
 )

@@ -85,6 +85,7 @@ class EDMBlueprint(Blueprint):
     Those with positional embeddings read them as the last channels of their input, see `parts.positions`.
     """
 
+    unet: Any
     name = "a SongUNet or DhariwalUNet of EDM or PhysicsNeMo"
     builder = Lowering
     foreign = True
@@ -189,7 +190,7 @@ def _frequencies(noise: Any) -> Tensor:
 
 def _linear(layer: Any) -> nn.Linear:
     """Return a copy of a linear layer in float64."""
-    copied = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=torch.float64, device="meta")
+    copied = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     copied.weight = nn.Parameter(layer.weight.detach().double(), requires_grad=False)
     if layer.bias is not None:
         copied.bias = nn.Parameter(layer.bias.detach().double(), requires_grad=False)

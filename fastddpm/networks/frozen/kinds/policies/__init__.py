@@ -1,1 +1,1 @@
-"""The networks of diffusion policies for robots, frozen: their properties (`blueprint`) and their layers (`lowering`)."""
+"""The networks of robots' diffusion policies, frozen: their properties (`blueprint`) and their layers (`lowering`)."""

@@ -1,7 +1,7 @@
 """The U-Nets of diffusion policies (Chi et al. 2023, arXiv:2303.04137) as freezing sees them.
 
-`ConditionalUnet1D` is diffusion_policy's, `DiffusionConditionalUnet1d` is lerobot's. They are recognised by the names of
-their classes, so the libraries are not imported. They take sequences [N, L, C]; here they are [N, C, L], as elsewhere.
+`ConditionalUnet1D` is diffusion_policy's, `DiffusionConditionalUnet1d` is lerobot's. They are recognised by the names
+of their classes, so the libraries are not imported. They take sequences [N, L, C]; here these are [N, C, L].
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class PolicyBlueprint(Blueprint):
         """See `Blueprint.some_conditions`; local conditions are as long as the smallest sequence."""
         found = super().some_conditions(batch, device, dtype, optional=optional)
         if "local_cond" in found:
-            found["local_cond"] = found["local_cond"].expand(-1, self.factor, -1).contiguous()
+            found["local_cond"] = found["local_cond"][:, :1].repeat(1, self.factor, 1)
         return found
 
     def _local_encoder(self) -> Any:

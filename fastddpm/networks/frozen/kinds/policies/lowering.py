@@ -19,8 +19,8 @@ from fastddpm.networks.frozen.kinds.policies import instructions as ops
 class Parts(NamedTuple):
     """The layers of a residual block: two of convolution, norm and Mish; and whether FiLM has a factor."""
 
-    first: nn.Sequential
-    second: nn.Sequential
+    first: Any
+    second: Any
     scales: bool
 
 
@@ -45,25 +45,21 @@ class Lowering(Builder):
         for first, second, up in unet.up_modules:
             x = self._block(first, x, skips.pop())
             x = self._resampled(up, self._block(second, x))
-        last = self._parts_of_final()
+        last = unet.final_conv[0].block
         return self._conv(unet.final_conv[1], self._norm(last[1], self._conv(last[0], x)))
 
     def _parts(self, block: Any) -> Parts:
-        return Parts(*(each.block for each in block.blocks), scales=block.cond_predict_scale)
+        first, second = block.blocks
+        return Parts(first.block, second.block, block.cond_predict_scale)
 
     def _resampled(self, layer: Any, x: int) -> int:
         return x if isinstance(layer, nn.Identity) else self._conv(getattr(layer, "conv", layer), x)
 
-    def _parts_of_final(self) -> Any:
-        unet: Any = self.unet
-        return unet.final_conv[0].block
-
     def _local_cond(self) -> int:
         slot = self.condition("local_cond").slot
         if self.shapes[slot][2] != self.shapes[self.INPUT][2] and not self.constants.refilling:
-            raise ValueError(
-                f"local_cond has {self.shapes[slot][2]} positions, must have {self.shapes[self.INPUT][2]}, as the samples"
-            )
+            length, own = self.shapes[self.INPUT][2], self.shapes[slot][2]
+            raise ValueError(f"local_cond has {own} positions, must have {length}, as the samples")
         return slot
 
     def _block(self, block: Any, x: int, skip: int | None = None) -> int:

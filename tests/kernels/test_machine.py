@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastddpm_kernels.native import quota as module
-from fastddpm_kernels.native.quota import cpu_quota, threads
+from fastddpm_kernels.native import machine as module
+from fastddpm_kernels.native.machine import cpu_quota, threads
 
 V2, V1 = "cgroup2 cgroup2 rw", "cgroup cgroup rw,cpu,cpuacct"
 

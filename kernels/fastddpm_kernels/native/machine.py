@@ -1,7 +1,8 @@
-"""Choose how many threads native code uses: torch's number, held to the CPU time that the control group allows."""
+"""What this machine gives native code: threads, held to the CPU time that the control group allows, and a cache."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -29,6 +30,16 @@ def _most() -> int:
     chosen = os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS")
     quota = None if chosen else cpu_quota()
     return _DEFAULT if quota is None else max(1, math.ceil(quota))
+
+
+@functools.lru_cache(maxsize=1)
+def last_cache() -> int:
+    """Return the bytes of the last cache, which cores share; 0 if the system does not say."""
+    found = [0]
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):  # such as 32768K
+            found.append(1024 * int(size.read_text(encoding="ascii").strip().removesuffix("K")))
+    return max(found)
 
 
 def cpu_quota(process: Path = Path("/proc/self")) -> float | None:

@@ -1,0 +1,1 @@
+"""MONAI's `DiffusionModelUNet` in two dimensions, frozen, with and without cross-attention."""
