@@ -75,8 +75,8 @@ class Builder(ABC):
         self.m, self.row, self.batch = machine, row, batch
         self.names = {module: name for name, module in self.unet.named_modules()}
         self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
-        self.releasing = frozen.releasing
         self.cached = frozen.cached
+        self.releasing = frozen.releasing
         self.conditions = conditions
         self.instructions: list[Instruction] = []
         self.call_instructions: list[Instruction] = []

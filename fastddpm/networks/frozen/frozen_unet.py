@@ -57,8 +57,9 @@ class FrozenUNet:
         cached: whether a CPU's last cache keeps all weights from step to step.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
-        releasing: whether the U-Net's own weights go as `bind` takes them over, see `release`.
         watch: of the U-Net, if `refresh` is to look only for the changes that a `Watch` notices; else None.
+        releasing: whether the U-Net's own weights go as `bind` takes them over, see `release`.
+        sums_weights: whether `refresh` reads all weights, and so notices also changes that torch does not count.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
 
@@ -117,8 +118,9 @@ class FrozenUNet:
         self.constants = Constants(self.dtype, self.device)
         self._lock = threading.RLock()
         self._version = 0
-        self.releasing = False
         self.watch: weights.Watch | None = None
+        self.releasing = False
+        self.sums_weights = True
         self._fingerprint = weights.fingerprint(unet)
         self.embeddings = self.blueprint.embeddings().to(self.device)
         weight, bias, self.columns = self.blueprint.time_projections()
