@@ -212,7 +212,7 @@ end. Settings, loss and versions are in `training.json`.
 {rows}
 
 "Words" is the share of a name's words in the name of the nearest real emoji, by the distance of the pictures at 16x16:
-for the drawings of that name, for the drawings of other names (shuffled), for any emoji (chance), and for the name's real
+for the drawings of that name, of other names (shuffled), for any emoji (chance), and for the name's real
 picture (its nearest other one). "First ten" is how often the real picture of the name is among the ten nearest to the
 drawing, of the pictures of all names of that row.
 
