@@ -96,9 +96,9 @@ def train(args: argparse.Namespace) -> Path:
 
 def export(run: Path) -> Path:
     """Write the model of a run in bfloat16, and its record."""
-    folder, model = run / "emoji", load_pretrained(run / "model")
+    folder, model = run / "emoji", load_pretrained(run / "model", dtype=torch.bfloat16)
     save_pretrained(
-        folder, model.unet.to(torch.bfloat16), model.schedule, prediction_type="v_prediction",
+        folder, model.unet, model.schedule, prediction_type="v_prediction",
         variance_type="learned_range", text_encoder=model.text_encoder,
     )  # fmt: skip
     write_record(folder, log=read_log(run / "log.jsonl"), **versions())
