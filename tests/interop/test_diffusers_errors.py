@@ -107,8 +107,9 @@ def test_general_scheduler(make: Callable[[], Any], message: str, caplog: pytest
             45,
             "num_inference_steps",
         ),
+        (lambda: DDIMScheduler(timestep_spacing="trailing"), 61, "timesteps has -1, every one must be from 0 to 999"),
     ],
-    ids=["zero SNR", "a timestep twice"],
+    ids=["zero SNR", "a timestep twice", "a timestep below 0"],
 )
 def test_general_calls(make: Callable[[], Any], steps: int, message: str, caplog: pytest.LogCaptureFixture) -> None:
     """What shows only once the timesteps are set: the same, for that call."""
