@@ -64,6 +64,9 @@ def test_from_pictures_to_samples(
     command = ["evaluate", "results", pictures, "--steps", "2", "-n", "4", "--metrics", "fid", "--json", "a.json"]
     assert main([*command, "--feature-network", network]) == 0
     assert json.loads(Path("a.json").read_text())["fidelity"]["samples"] == "results"  # not its previews
+    for command in (["train", "results"], ["evaluate", pictures, "results", "--feature-network", network]):
+        assert main(command) == 2
+        assert "results is a training run, whose pictures are sheets of samples" in capsys.readouterr().err
     assert "frechet" in read_log("results/log.jsonl")[-1]
     assert read_tables("results/config.toml")["trainer"]["metric"] == "frechet"
 
