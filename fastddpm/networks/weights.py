@@ -74,6 +74,12 @@ class Watch:
         return state
 
 
+def release(module: nn.Module) -> None:
+    """Free the memory of a module's parameters, which keep shape, dtype and device and read as NaN."""
+    for parameter in module.parameters():
+        parameter.data = parameter.new_full((1,) * parameter.ndim, torch.nan).expand(parameter.shape)
+
+
 class Follower:
     """Keeps a copy of a module, perhaps in another dtype, device or memory format, up to date with its weights.
 

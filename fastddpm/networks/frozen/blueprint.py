@@ -89,6 +89,7 @@ class Blueprint(ABC):
         sample_size: (height, width) of the images it is for.
         alone: whether a call of the U-Net with x, timesteps and labels computes what the frozen one does.
         pairs: whether native kernels in bfloat16 take only even numbers of channels.
+        releases: whether its builder calls `Builder.done`, so that weights can be released.
         foreign: whether its forward is from another package: the frozen one is then compared with it before use.
     """
 
@@ -107,6 +108,7 @@ class Blueprint(ABC):
     sample_size: tuple[int, int] = (32, 32)
     alone: bool = True
     pairs: bool = True
+    releases: bool = False
     foreign: bool = False
 
     @abstractmethod

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels import tuned
-from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values
+from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values, possible_algorithms
 from fastddpm_kernels.conv.upsampling import transposed_weight
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
 from fastddpm.networks.frozen.instructions import Instruction, Machine
+from fastddpm.networks.weights import release
 
 if TYPE_CHECKING:
     from fastddpm.networks.frozen.frozen_unet import FrozenUNet
@@ -74,6 +75,7 @@ class Builder(ABC):
         self.m, self.row, self.batch = machine, row, batch
         self.names = {module: name for name, module in self.unet.named_modules()}
         self.device, self.dtype, self.weight_dtype = frozen.device, frozen.dtype, frozen.weight_dtype
+        self.releasing = frozen.releasing
         self.cached = frozen.cached
         self.conditions = conditions
         self.instructions: list[Instruction] = []
@@ -371,6 +373,11 @@ class Builder(ABC):
             self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
             dtype=self.dtype, stored=self.weight_dtype, cached=self.cached,
         )  # fmt: skip
+        algorithm = self.affordable(algorithm, (2 * size[0], 2 * size[1]) if upsample else size)
+        if algorithm not in possible_algorithms(upsample, self.dtype):
+            algorithm = "direct"
+        if self.constants.complete and f"{name}.{algorithm}" not in self.constants.tensors:
+            algorithm = next((kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors), algorithm)
         kinds = [algorithm]
         if self.constants.refilling:  # nothing will run, so sizes do not matter
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
@@ -381,6 +388,15 @@ class Builder(ABC):
                 self.weight_dtype,
             )
         return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
+
+    def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
+        """Return the algorithm of a native convolution to images of `size`, or one whose packed weights are smaller."""
+        return algorithm
+
+    def done(self, module: nn.Module) -> None:
+        """Note that constants hold all weights of a module: where they are to be released, its own go."""
+        if self.releasing:
+            release(module)
 
     def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
         """Return whether to double an input of `size` and convolve it, and whether to use a transposed convolution.

@@ -14,11 +14,12 @@ class Constants:
 
     Attributes:
         refilling: whether `put` overwrites the weights it has.
+        complete: whether the U-Net's own weights are released, so that nothing can be added.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.refilling = False
+        self.refilling = self.complete = False
         self.tensors: dict[str, Tensor] = {}
 
     def put(self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -29,6 +30,8 @@ class Constants:
         tensor = self.tensors.get(name)
         if tensor is not None and not self.refilling:
             return tensor
+        if self.complete:
+            raise ValueError(f"the U-Net's weights were released, and {name} is needed in another form for this size")
         values = (values if isinstance(values, Tensor) else values()).detach()
         if tensor is None:
             dtype = dtype or self.dtype

@@ -57,6 +57,7 @@ class FrozenUNet:
         cached: whether a CPU's last cache keeps all weights from step to step.
         timesteps: int64 [S], those of `freeze`, or None.
         constants: the folded weights.
+        releasing: whether the U-Net's own weights go as `bind` takes them over, see `release`.
         watch: of the U-Net, if `refresh` is to look only for the changes that a `Watch` notices; else None.
         in_channels: of an input buffer: the U-Net's, or more, padded with zeros to a whole vector.
     """
@@ -116,6 +117,7 @@ class FrozenUNet:
         self.constants = Constants(self.dtype, self.device)
         self._lock = threading.RLock()
         self._version = 0
+        self.releasing = False
         self.watch: weights.Watch | None = None
         self._fingerprint = weights.fingerprint(unet)
         self.embeddings = self.blueprint.embeddings().to(self.device)
@@ -196,7 +198,24 @@ class FrozenUNet:
             if given.device != self.device:
                 raise ValueError(f"{name} is on {given.device}, must be on {self.device}")
         with self._lock:
-            return Program(self, inputs, timesteps, labels, conditions)
+            program = Program(self, inputs, timesteps, labels, conditions)
+            self.constants.complete = self.releasing
+            return program
+
+    def release(self) -> None:
+        """Free the U-Net's own weights, layer by layer, as the first `bind` takes them over: memory holds them once.
+
+        Afterwards the U-Net itself computes NaN, its weights are no longer followed, and later calls of `bind` use the
+        forms of the weights that the first one made. What is computed once per call stays.
+
+        Raises:
+            ValueError: a program is bound already, or this kind of U-Net does not support it.
+        """
+        if self.constants.tensors:
+            raise ValueError("release must be called before the first bind: its weights are in memory twice already")
+        if not self.blueprint.releases:
+            raise ValueError(f"unet is {self.blueprint.name}, whose weights cannot be released")
+        self.releasing = True
 
     @property
     def _shape(self) -> str:
@@ -244,6 +263,8 @@ class FrozenUNet:
         Raises:
             ValueError: the U-Net's layers have changed.
         """
+        if self.releasing:
+            return self._version
         with self._lock:
             if self.watch is not None and not self.watch.changed():
                 return self._version

@@ -298,6 +298,7 @@ def cross_attention(
         x = m.slots[source]
         own = x[:, channels:] if x.shape[1] > channels else None
         first, second = (own, None) if pair is None else (m.slots[pair], own)
+        assert first is not None
         return cross_attention_.bind(
             m.place(target, x, channels), x[:, :channels], first, heads, own=second, mask=mask,
             backend=m.backend if m.backend in ("native", "reference") else "eager",

@@ -20,10 +20,11 @@ class TransformerBuilder(ResidualBuilder):
         assert x.bias is None
         name, channels = self.names[layer], self.shapes[x.slot][0]
         target, residual = self.new(*self.shapes[x.slot]), x.residual
-        weight = layer.weight if layer.weight is not None else torch.ones(channels)
-        bias = layer.bias if layer.bias is not None else torch.zeros(channels)
+        own = {"weight": layer.weight, "bias": layer.bias}
+        plain = {"weight": torch.ones(channels), "bias": torch.zeros(channels)}
         weight, bias = (
-            self.put(f"{name}.{key}", vector, self.vector_dtype) for key, vector in (("weight", weight), ("bias", bias))
+            self.put(f"{name}.{key}", plain[key] if given is None else given, self.vector_dtype)
+            for key, given in own.items()
         )
         self.emit(
             name, "norm", [x.slot] + ([] if residual is None else [residual]),
@@ -57,9 +58,8 @@ class TransformerBuilder(ResidualBuilder):
 
     def joined(self, name: str, source: int, layers: Sequence[nn.Linear]) -> int:
         """Emit linear layers of one input as one product; their results lie side by side."""
-        weight = torch.cat([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers]
-        bias = None if biases[0] is None else torch.cat(biases)
+        weight = torch.cat(tuple(layer.weight for layer in layers))
+        bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers))
         return self.linear(name, source, weight, bias)
 
     def linear_add(

@@ -169,7 +169,7 @@ class Attending {
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int j = 0; j < C; ++j) sums[r][j] = load(out + r * out_row + j * kLanes);
-        multiply_add_blocks<A>(sums, [=](int r) { return rows + r * row; }, words, panel);
+        multiply_add_blocks<A>(sums, [=](int r) { return rows + r * row; }, words, panel, 0);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8

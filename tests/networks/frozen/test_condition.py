@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -65,7 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     "upscaler": SD | {
         "in_channels": 7, "num_class_embeds": 50, "only_cross_attention": (True, False),
         "downsample_padding": 0,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     },
     "options": SD | {
         "center_input_sample": True, "mid_block_type": None, "class_embed_type": "projection",
@@ -137,7 +139,7 @@ OPTIONAL = {"sd15": ("encoder_attention_mask",), "karlo": ("attention_mask",), "
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_module_in_float64(case: str) -> None:
-    """In plain torch and by the fused plan, with and without what may be left out, in every size that diffusers takes."""
+    """In plain torch and by the fused plan, with what may be left out or without, in sizes of any factor."""
     unet = make_unet(case)
     assert why_not(unet) is None
     for fused in (False, True):
@@ -177,3 +179,113 @@ def test_native_loses_no_more_than_eager(case: str, dtype: torch.dtype, request:
     eager = errors(given.theirs(plain, TIMESTEPS[2]), expected)
     found = errors(given.ours(frozen, 2), expected)
     assert found[1] <= 2 * eager[1] + 1e-6, (found, eager)
+
+
+def test_weights_are_in_memory_once(native: str) -> None:
+    """Where they are released: the module computes NaN, and the frozen network what the module did."""
+    unet = make_unet("sdxl", torch.float32)
+    frozen = FrozenUNet(unet, backend=native)
+    given = Arguments(frozen, 2, (8, 8))
+    expected = given.theirs(frozen, TIMESTEPS[1])
+    frozen.release()
+    found = given.ours(frozen, 1)
+    assert errors(found, expected)[0] < 1e-5
+    kept = sum(weight.untyped_storage().nbytes() for weight in unet.parameters())
+    whole = sum(weight.numel() * weight.itemsize for weight in unet.parameters())
+    assert kept < 0.2 * whole
+    assert given.theirs(frozen, TIMESTEPS[1]).isnan().all()
+    assert torch.equal(given.ours(frozen, 1), found)
+    with pytest.raises(ValueError, match="before the first bind"):
+        frozen.release()
+
+
+def test_weights_and_conditions_are_followed(native: str) -> None:
+    """In place: what was bound once computes with new weights, of sizes that no factor divides too."""
+    unet = make_unet("sd15", torch.float32)
+    frozen = FrozenUNet(unet, backend=native)
+    given = Arguments(frozen, 2, (9, 6), ("encoder_attention_mask",))
+    inputs, step = frozen.new_input(given.x.shape), torch.tensor([1])
+    inputs.copy_(given.x)
+    program = frozen.bind(inputs, TIMESTEPS, None, given.conditions)
+    for _ in range(2):
+        assert errors(program(step), given.theirs(frozen, TIMESTEPS[1]))[0] < 1e-5
+        with torch.no_grad():
+            for weight in unet.parameters():
+                weight.mul_(1.25)
+        given.conditions["encoder_hidden_states"].neg_()
+        given.conditions["encoder_attention_mask"].logical_not_()
+        program.load()
+
+
+def test_a_controlnet_adds_at_every_step() -> None:
+    unet = make_unet("sd15")
+    frozen = FrozenUNet(unet, backend="eager")
+    given = Arguments(frozen, 2, (8, 8))
+    sizes = [(8, 8)] * 3 + [(4, 4)] * 3
+    names = [name for name, known in frozen.blueprint.conditions.items() if known.each_step]
+    for name, size in zip(names, [*sizes, (4, 4)], strict=True):
+        channels = frozen.blueprint.conditions[name].shape[0] or 0
+        given.conditions[name] = torch.randn(2, channels, *size, dtype=torch.float64)
+    inputs, step = frozen.new_input(given.x.shape), torch.tensor([1])
+    inputs.copy_(given.x)
+    program = frozen.bind(inputs, TIMESTEPS, None, given.conditions)
+    program.load()
+    for _ in range(2):
+        assert errors(program(step), given.theirs(frozen, TIMESTEPS[1]))[1] < 1e-12
+        given.conditions[names[0]].mul_(2)  # without a load
+        given.conditions[names[-1]].mul_(3)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("sd15", {"encoder_hidden_states": None}, "encoder_hidden_states is missing"),
+        ("sd15", {"encoder_hidden_states": (1, 5, 13)}, r"encoder_hidden_states has shape \(1, 5, 13\)"),
+        ("sd15", {"encoder_attention_mask": (1, 4)}, "encoder_attention_mask has 4 tokens"),
+        ("sd15", {"text_embeds": (1, 4)}, "text_embeds is given, but this U-Net does not take it"),
+        ("sd15", {"down_block_additional_residuals.0": (1, 8, 8, 8)}, "down_block_additional_residuals has 1 entries"),
+        ("sdxl", {"time_ids": None}, "time_ids is missing"),
+        ("sdxl", {"time_ids": (1, 4)}, "time_ids 4 columns, 37 embedded, must have 31"),
+    ],
+)
+def test_wrong_conditions_are_named(case: str, change: dict[str, Any], message: str) -> None:
+    frozen = FrozenUNet(make_unet(case, torch.float32))
+    given = Arguments(frozen, 1, (8, 8))
+    for name, shape in change.items():
+        given.conditions.pop(name, None)
+        if shape is not None:
+            given.conditions[name] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        frozen.bind(frozen.new_input(given.x.shape), TIMESTEPS, given.labels, given.conditions)
+
+
+def test_what_cannot_be_frozen_is_named() -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    def processor(unet: Any) -> None:
+        class Own(AttnProcessor):
+            pass
+
+        unet.set_attn_processor(Own())
+
+    def layer(unet: Any) -> None:
+        class Lora(torch.nn.Linear):
+            pass
+
+        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q = Lora(8, 8)
+
+    for change, reason in (
+        (processor, "has the attention processor Own"),
+        (layer, "attn1.to_q is a Lora"),
+        (lambda unet: unet.enable_freeu(0.9, 0.2, 1.2, 1.4), "has FreeU enabled"),
+        (lambda unet: unet.fuse_qkv_projections(), "has fused projections|is a Linear|FusedAttn"),
+        (lambda unet: unet.register_forward_hook(lambda *_: None), "has hooks"),
+    ):
+        unet = make_unet("sd15", torch.float32)
+        frozen = FrozenUNet(unet)
+        change(unet)
+        found = why_not(unet)
+        assert found is not None
+        assert re.search(reason, found), found
+        with pytest.raises(ValueError, match="unet has changed since it was frozen"):
+            frozen.refresh()

@@ -37,9 +37,11 @@ class ConditionBlueprint(Blueprint):
     steps (a ControlNet's residuals) are read at every step; an entry of a list has its index after a dot.
     """
 
+    unet: Any
     name = "a UNet2DConditionModel of diffusers"
     builder = Lowering
     foreign = True
+    releases = True
 
     def __init__(self, unet: Any) -> None:
         config = unet.config
@@ -191,10 +193,12 @@ def _conditions(unet: Any) -> dict[str, Condition]:
         for layer in attentions
         if layer.added_kv_proj_dim is not None or layer.is_cross_attention
     }
-    widths = {"text_proj": config.encoder_hid_dim, "text_image_proj": config.encoder_hid_dim}
+    projected = {"text_proj": config.encoder_hid_dim, "text_image_proj": config.encoder_hid_dim}
     needs_text = (texts and config.encoder_hid_dim_type != "image_proj") or config.addition_embed_type == "text"
     if needs_text:
-        width = widths.get(config.encoder_hid_dim_type) or (texts.pop() if len(texts) == 1 else config.encoder_hid_dim)
+        width = projected.get(config.encoder_hid_dim_type) or (
+            texts.pop() if len(texts) == 1 else config.encoder_hid_dim
+        )
         found["encoder_hidden_states"] = Condition((None, width))
     if texts or needs_text:
         found["encoder_attention_mask"] = Condition((None,), optional=True, integers=None)
@@ -211,12 +215,10 @@ def _conditions(unet: Any) -> dict[str, Condition]:
         found["image_embeds"] = Condition((config.cross_attention_dim if both else config.encoder_hid_dim,))
     if unet.time_embedding.cond_proj is not None:
         found["timestep_cond"] = Condition((unet.time_embedding.cond_proj.in_features,), optional=True)
-    for index, channels in enumerate(_skip_channels(unet)):
-        found[f"down_block_additional_residuals.{index}"] = Condition(
-            (channels, None, None), optional=True, each_step=True
-        )
-    last = config.block_out_channels[-1]
-    found["mid_block_additional_residual"] = Condition((last, None, None), optional=True, each_step=True)
+    widths = {f"down_block_additional_residuals.{i}": width for i, width in enumerate(_skip_channels(unet))}
+    widths["mid_block_additional_residual"] = config.block_out_channels[-1]
+    for name, width in widths.items():
+        found[name] = Condition((width, None, None), optional=True, each_step=True)
     return found
 
 

@@ -115,6 +115,6 @@ class ConditionEmbeddings(Embeddings):
 
 def activation_of(unet: nn.Module) -> nn.Module:
     """Return the activation of the residual blocks."""
-    found = next(layer for layer in unet.modules() if type(layer).__name__ == "ResnetBlock2D")
+    found: Any = next(layer for layer in unet.modules() if type(layer).__name__ == "ResnetBlock2D")
     activation: nn.Module = found.nonlinearity
     return activation

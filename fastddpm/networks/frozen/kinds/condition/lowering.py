@@ -21,6 +21,7 @@ from fastddpm.networks.frozen.residual import ResidualBlock
 from fastddpm.networks.frozen.transformer import TransformerBuilder
 
 ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", nn.GELU: "gelu", nn.Mish: "mish", nn.ReLU: "relu"}
+LARGE = 2**26  # weights, from which on their memory counts
 DISCARD = -10000.0  # diffusers' score of a token that a mask discards
 
 
@@ -42,10 +43,13 @@ def double(x: Tensor) -> Tensor:
 class Lowering(TransformerBuilder):
     """A `UNet2DConditionModel` as instructions."""
 
+    unet: Any
+
     def lower(self) -> int:
         self._text_slot: int | None = None
         self._masks: dict[str, Tensor] = {}
-        unet: Any = self.unet
+        self._large = sum(weight.numel() for weight in self.unet.parameters()) > LARGE
+        unet = self.unet
         x = Activation(self.INPUT)
         if unet.config.center_input_sample:
             x = self.other("center_input_sample", [x.slot], lambda v: 2 * v - 1)
@@ -86,6 +90,20 @@ class Lowering(TransformerBuilder):
         x = self.norm(unet.conv_norm_out, x, activation=ACTIVATIONS[type(unet.conv_act)])
         return self.conv_to_image(unet.conv_out, x).slot
 
+    def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
+        """See `Builder.affordable`.
+
+        Winograd's algorithm saves products with every pixel but stores its weights in 1.8 or 4 times the memory. Large
+        U-Nets have nearly all their weights at the low resolutions: there memory is worth more.
+        """
+        if not self._large:
+            return algorithm
+        pixels = self.shapes[self.INPUT][1] * self.shapes[self.INPUT][2]
+        fewer = pixels / max(size[0] * size[1], 1)
+        if fewer < 2 or algorithm == "direct":
+            return algorithm
+        return "winograd2" if fewer < 8 else "direct"
+
     def _given(self, name: str, x: Activation) -> Activation:
         """Emit the sum of `x` and a condition that may change at every step."""
         self.complete(x, name)
@@ -103,7 +121,7 @@ class Lowering(TransformerBuilder):
         if skip is not None and self.shapes[skip.slot][1:] != self.shapes[x.slot][1:]:
             sizes = "x".join(map(str, self.shapes[self.INPUT][1:]))
             raise ValueError(f"inputs are {sizes} pixels, both must be multiples of {2**self.unet.num_upsamplers}")
-        return self.residual_block(
+        y = self.residual_block(
             ResidualBlock(
                 self.names[block], block.norm1, block.conv1, block.norm2, block.conv2, block.conv_shortcut,
                 ACTIVATIONS[type(block.nonlinearity)], block.time_embedding_norm == "scale_shift", resample, block.up,
@@ -111,6 +129,8 @@ class Lowering(TransformerBuilder):
             ),
             x, skip,
         )  # fmt: skip
+        self.done(block)
+        return y
 
     def _downsample(self, layer: Any, x: Activation) -> Activation:
         name = self.names[layer]
@@ -146,7 +166,9 @@ class Lowering(TransformerBuilder):
         for block in blocks:
             h = self._transformer_block(block, h, last=block is blocks[-1])
         bias = add(layer.proj_out.bias, x.bias)
-        return self.pointwise(f"{name}.proj_out", h.slot, layer.proj_out.weight.flatten(1), bias, x.slot)
+        y = self.pointwise(f"{name}.proj_out", h.slot, layer.proj_out.weight.flatten(1), bias, x.slot)
+        self.done(layer)
+        return y
 
     def _transformer_block(self, block: Any, h: Activation, *, last: bool) -> Activation:
         name = self.names[block]
@@ -171,7 +193,9 @@ class Lowering(TransformerBuilder):
         normed = self.layer_norm(block.norm3, h)
         gated = self.linear(f"{name}.ff.net.0.proj", normed, project_in.proj.weight, project_in.proj.bias)
         gated = self.geglu(f"{name}.ff.net.0", gated)
-        return self.linear_add(f"{name}.ff.net.2", gated, project_out.weight, project_out.bias, h, complete=last)
+        y = self.linear_add(f"{name}.ff.net.2", gated, project_out.weight, project_out.bias, h, complete=last)
+        self.done(block)
+        return y
 
     def _simple_attention(self, attention: Any, x: Activation) -> Activation:
         """Emit one attention to the text and, unless `only_cross_attention`, to the image."""
@@ -189,14 +213,16 @@ class Lowering(TransformerBuilder):
                 raise ValueError(f"a mask of tokens is given, which diffusers does not take for its layer {name}")
             mask = self._padded_mask(mask, height * width)
         out = self.attend(name, projected, channels, attention.heads, pair, mask)
-        return self.pointwise(f"{name}.to_out.0", out, project.weight, add(project.bias, x.bias), x.slot)
+        y = self.pointwise(f"{name}.to_out.0", out, project.weight, add(project.bias, x.bias), x.slot)
+        self.done(attention)
+        return y
 
     # What a call computes once.
 
     def _text(self) -> int:
         """Emit the text as attention reads it, before its projections; once for all layers."""
         if self._text_slot is None:
-            unet: Any = self.unet
+            unet = self.unet
             if unet.encoder_hid_proj is None:
                 self._text_slot = self.condition("encoder_hidden_states").slot
                 return self._text_slot
