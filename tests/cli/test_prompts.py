@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,
-        )  # fmt: skip
+        )
     ).eval()
     pipe = pipeline(unet=unet(**{**SD, "sample_size": 8}), text_encoder=encoder, tokenizer=tokenizer)
     pipe.save_pretrained(path / "saved")
