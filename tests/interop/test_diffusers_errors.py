@@ -20,11 +20,13 @@ from diffusers import (
     PNDMScheduler,
     TCDScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from diffusers_objects import CLOSE, SMALL, ddpm, draw, quiet, seeded, unet
 from torch import Tensor, nn
 
 from fastddpm.interop import accelerate
+from fastddpm.interop.diffusers.scheduler import recognise
 
 # -- the general path -----------------------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ def cross_attention() -> UNet2DModel:
     ("make", "message"),
     [
         (other_activation, "act_fn is 'tanh', must be one of 'silu'"),
-        (cross_attention, "up_block_types is .'KCrossAttn"),
+        (cross_attention, "up_block_types is .'KCrossAttnUpBlock2D"),
     ],
 )
 def test_general_unet(make: Callable[[], UNet2DModel], message: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -127,6 +129,14 @@ def test_general_calls(make: Callable[[], Any], steps: int, message: str, caplog
                     draw(fast, num_inference_steps=steps), expected, rtol=0, atol=CLOSE, equal_nan=True
                 )
     assert [message in text for text in ours(caplog)] == [True]
+
+
+def test_a_step_of_no_length() -> None:
+    scheduler = UniPCMultistepScheduler(num_train_timesteps=25, final_sigmas_type="sigma_min")
+    recognised = recognise(scheduler)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="two levels it visits are so close that a step has no coefficients"):
+        recognised.table(scheduler)
 
 
 def test_nothing_left_to_accelerate() -> None:
