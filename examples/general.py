@@ -27,6 +27,11 @@ def sinusoids(t: Tensor, channels: int = 32) -> Tensor:
     return timestep_embedding(t, channels, flip_sin_to_cos=True, freq_shift=0)
 
 
+def deviation(t: Tensor) -> Tensor:
+    """Return the standard deviation of the noise at timesteps [N]: float32 [N, 1, 1]."""
+    return (1 - NoiseSchedule.cosine(1000).alphas_cumprod[t]).sqrt().float()[:, None, None]
+
+
 def some_of(sets: list[Tensor], count: int) -> Tensor:
     """Return `count` entries of one of the sets, [count, ...]."""
     chosen = sets[torch.randint(len(sets), ())]

@@ -3,13 +3,13 @@
 import torch
 from ase.collections import g2
 from ase.data import covalent_radii
-from general import arguments, compare_loops, draw, plot, sinusoids, some_of, train
+from general import arguments, compare_loops, deviation, draw, plot, sinusoids, some_of, train
 from torch import Tensor, nn
 
 KINDS, NEIGHBOURS, WIDTH, UNIT = (1, 6, 7, 8), ((1,), (2, 3, 4), (1, 2, 3), (1, 2)), 64, 4.0  # UNIT in angstrom
 
 
-class Network(nn.Module):  # rotating the points rotates its prediction, and shifting them does not change it
+class Network(nn.Module):  # rotating the points rotates its prediction; molecules are centred, so what is not is noise
     def __init__(self, layers: int = 4) -> None:
         super().__init__()
         self.into, self.out = nn.Linear(4 + 32, WIDTH), nn.Linear(WIDTH, 4)
@@ -20,14 +20,14 @@ class Network(nn.Module):  # rotating the points rotates its prediction, and shi
         self.moves = nn.ModuleList(nn.Linear(WIDTH, 1, bias=False) for _ in range(layers))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        place = begin = x[..., :3] - x[..., :3].mean(1, keepdim=True)
+        place = begin = x[..., :3] - (centre := x[..., :3].mean(1, keepdim=True))
         h = self.into(torch.cat([x[..., 3:], sinusoids(t)[:, None].expand(-1, x.shape[1], -1)], -1))
         for message, node, move in zip(self.messages, self.nodes, self.moves, strict=True):
             apart = place[:, :, None] - place[:, None]
             distance, pair = apart.norm(dim=-1, keepdim=True), h[:, :, None].expand(-1, -1, x.shape[1], -1)
             m = message(torch.cat([pair, pair.transpose(1, 2), distance], -1))
             place, h = place + (apart / (distance + 1) * move(m)).mean(2), h + node(torch.cat([h, m.sum(2)], -1))
-        return torch.cat([(place - begin) - (place - begin).mean(1, keepdim=True), self.out(h)], -1)
+        return torch.cat([place - place.mean(1, keepdim=True) - begin + centre / deviation(t), self.out(h)], -1)
 
 
 def molecules() -> list[Tensor]:  # of each size
