@@ -10,6 +10,7 @@ import torch
 from fastddpm_kernels import native as _native
 from fastddpm_kernels.conv import error_factor
 from fastddpm_kernels.conv.packing import why_not_stored
+from fastddpm_kernels.testing import same_on_any_threads
 from torch import Tensor
 from unets import randomize
 
@@ -71,6 +72,13 @@ def test_loses_no_more_than_its_algorithms_must(option: str, batch: int) -> None
     lost, plain_lost = (rms(out.double() - expected) for out in (run(frozen, x, 1, labels), plain))
     assert lost <= 1.5 * error_factor("winograd4") * plain_lost
     assert lost < 1e-5 * rms(expected)
+
+
+@torch.no_grad()
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """Not even the choice of algorithms depends on it."""
+    unet, x = make_unet({"block_out_channels": (48, 96)}).float(), torch.randn(1, 3, 16, 16)
+    same_on_any_threads(lambda: {"prediction": run(freeze(unet, TIMESTEPS), x, 1)}, (1, 2, 7))
 
 
 @torch.no_grad()

@@ -25,19 +25,20 @@ def choose_algorithm(
     Args:
         n, height, width, in_channels: of the input, `height` and `width` before upsampling.
         out_channels, kernel, stride, padding, upsample: of the convolution.
-        threads: None for those of `native.threads()`.
+        threads: None for those of `native.threads()` in a tuned table, and two in the prediction: without a table the
+            choice, and so every bit of a result, does not depend on their number.
         dtype: float32 or bfloat16.
         stored: of the packed weights, None for `dtype`; tuned tables are for that.
         cached: whether the weights of all layers stay in the last cache from step to step.
     """
     if (kernel, stride, padding) != (3, 1, 1):
         return "direct"
-    threads = native_threads() if threads is None else threads
-    shape = (n, height, width, in_channels, out_channels, int(upsample), threads)
-    found = tuned.choice("conv", _CPU, dtype, shape) if stored in (None, dtype) else None
+    shape = (n, height, width, in_channels, out_channels, int(upsample))
+    own = (*shape, native_threads() if threads is None else threads)
+    found = tuned.choice("conv", _CPU, dtype, own) if stored in (None, dtype) else None
     if found is not None and found["algorithm"] in possible_algorithms(upsample, dtype):
         return str(found["algorithm"])
-    return likely_algorithm(*shape, dtype=dtype, stored=stored, cached=cached)
+    return likely_algorithm(*shape, 2 if threads is None else threads, dtype=dtype, stored=stored, cached=cached)
 
 
 def possible_algorithms(upsample: int, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
