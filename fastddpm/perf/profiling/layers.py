@@ -115,8 +115,7 @@ def evaluation(
     inputs.copy_(torch.randn(tuple(inputs.shape), generator=generator).to(network.device))
     before = torch.zeros_like(inputs) if self_condition and not concatenates else None
     with torch.no_grad():
-        conditions = network.some_conditions(batch)
-        bound = network.bind(inputs, timesteps.to(network.device), labels, before, conditions)
+        bound = network.bind(inputs, timesteps.to(network.device), labels, before, network.some_conditions(batch))
         bound.load()
     step = torch.zeros(1, dtype=torch.int64, device=network.device)
     return Evaluation(network, inputs, bound, step, precision)
