@@ -1,7 +1,7 @@
-"""How good the bundled digits are after few steps: DDPM, DDIM and DPM-Solver++ from 2 to 1000 steps.
+"""How good the bundled digits are after few evaluations of the network: every main method, 5 to 100 evaluations.
 
     python examples/few_steps.py --output few_steps.json --plot few_steps.png     measure, then draw
-    python examples/few_steps.py --output few_steps.json --plot few_steps.png --steps       draw only
+    python examples/few_steps.py --output few_steps.json --plot few_steps.png --evaluations       draw only
 
 Points that --output holds already are not measured again, so that a run that was stopped can be resumed.
 Every point draws the same number of samples, from the same noise, with equally many of each digit and no guidance.
@@ -14,8 +14,9 @@ Needs scikit-learn and matplotlib: `pip install fastddpm[examples]`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import digits
 import numpy as np
@@ -29,8 +30,50 @@ import fastddpm
 from fastddpm.common.files import read_json, write_json
 from fastddpm.interop.pretrained import BUNDLED, Pretrained, load_pretrained
 
-METHODS = {"ddpm": "DDPM", "ddim": "DDIM", "dpmsolver++": "DPM-Solver++ (2M)"}
-STEPS = (2, 3, 5, 10, 20, 50, 100, 250, 1000)
+
+class Arm(NamedTuple):
+    """A method as it is measured.
+
+    Attributes:
+        label: in the plot.
+        panel: of the plot, the index in `PANELS`.
+        steps: the number of steps for so many evaluations, or for one less where a step takes two.
+        settings: that differ from the method's defaults.
+    """
+
+    label: str
+    panel: int
+    steps: Callable[[int], int] = int
+    settings: Mapping[str, Any] = {}
+
+
+def two_each(evaluations: int) -> int:
+    """Return the number of steps of two evaluations each, but for the last, which takes one."""
+    return (evaluations + 1) // 2
+
+
+PANELS = ("diffusion and DPM-Solver", "other multistep methods", "two evaluations a step")
+# Levels and churn as in Karras et al. 2022 (table 5, for ImageNet): with the model's own levels, from sigma 20,000 on,
+# the first step of a method of second order in sigma would be far too long.
+_KARRAS = {"sigma_schedule": "karras", "sigma_max": 80.0}
+_CHURN = {**_KARRAS, "s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+# On these timesteps "euler" gives the samples of "ddim", and "euler_a" those of "ddpm".
+METHODS = {
+    "ddim": Arm("DDIM, Euler", 0),
+    "ddpm": Arm("DDPM, Euler ancestral", 0),
+    "dpmsolver++": Arm("DPM-Solver++ (2M)", 0),
+    "sde-dpmsolver++": Arm("SDE-DPM-Solver++ (2M)", 0),
+    "unipc": Arm("UniPC", 1),
+    "deis": Arm("DEIS", 1),
+    "plms": Arm("PLMS", 1, lambda evaluations: evaluations - 1),  # its first step takes two
+    "lms": Arm("LMS", 1),
+    "dpmsolver++_singlestep": Arm("DPM-Solver++ (2S)", 2),
+    "heun": Arm("Heun", 2, two_each, _KARRAS),
+    "edm": Arm("EDM with churn", 2, two_each, _CHURN),
+    "dpm2": Arm("DPM2", 2, two_each, _KARRAS),
+    "dpm2_a": Arm("DPM2 ancestral", 2, two_each, _KARRAS),
+}
+EVALUATIONS = (5, 10, 20, 50, 100)
 SPLITS = 20  # of the real digits, over which distances are averaged
 
 
@@ -42,7 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=500, help="per point; a multiple of 10")
     parser.add_argument("--batch-size", type=int, default=125)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, nargs="*", default=STEPS)
+    parser.add_argument("--evaluations", type=int, nargs="*", default=EVALUATIONS, help="of the network, per sample")
     parser.add_argument("--spacing", default="trailing", help="which timesteps are visited")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -56,8 +99,8 @@ def main() -> None:
     measure(load_pretrained(args.model), result, args)
     for point in result["points"]:
         rich.print(
-            f"{METHODS[point['method']]:>18} {point['steps']:>5} steps: recognised {point['recognised']:.1%}, "
-            f"distance {point['distance']:.3f}"
+            f"{METHODS[point['method']].label:>22} {point['evaluations']:>5} evaluations: "
+            f"recognised {point['recognised']:.1%}, distance {point['distance']:.3f}"
         )
     draw(result, args.plot)
 
@@ -81,15 +124,18 @@ def measure(model: Pretrained, result: dict[str, Any], args: argparse.Namespace)
     labels = torch.arange(args.samples) % digits.CLASSES
     distances = Distances(args.samples)
     known = {(point["method"], point["steps"]) for point in result["points"]}
-    todo = [(method, steps) for steps in sorted(args.steps) for method in args.methods if (method, steps) not in known]
+    every = [(method, METHODS[method].steps(count)) for count in sorted(args.evaluations) for method in args.methods]
+    todo = [each for each in every if each not in known]
     with Progress() as progress:
         task = progress.add_task("sampling", total=sum(steps for _, steps in todo))
         for method, steps in todo:
-            sampler = model.sampler(method=method, num_inference_steps=steps, timestep_spacing=args.spacing)
+            settings = {"timestep_spacing": args.spacing, **METHODS[method].settings}
+            sampler = model.sampler(method=method, num_inference_steps=steps, **settings)
             images = sampler.sample(args.samples, seed=args.seed, class_labels=labels, batch_size=args.batch_size)
             point = {
                 "method": method,
                 "steps": steps,
+                "evaluations": int(sampler.table.needs_network.sum()),
                 "recognised": float(digits.recognised(images, labels).mean()),
                 "distance": distances.to_real(digits.flat(images)),
             }
@@ -124,34 +170,32 @@ class Distances:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw quality against steps, one panel for each of the two figures."""
-    figure = Figure(figsize=(9.6, 3.8), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (method, name), colour, marker in zip(METHODS.items(), ("C7", "C0", "C3"), ("s", "o", "D"), strict=True):
-        points = [point for point in result["points"] if point["method"] == method]
-        steps = [point["steps"] for point in points]
-        share = np.array([point["recognised"] for point in points])
-        error = np.sqrt(share * (1 - share) / result["samples"])
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "label": name}
-        left.errorbar(steps, 100 * share, 100 * error, capsize=2, **style)
-        right.plot(steps, [point["distance"] for point in points], **style)
-    references = result["references"]
-    unseen = left.axhline(100 * references["recognised"], color="black", linestyle=":", label="unseen real digits")
-    right.axhline(references["distance"], color="black", linestyle=":", label="real digits to each other")
-    left.set_ylabel("recognised as the digit asked for, %")
-    right.set_ylabel("Fréchet distance to real digits")
-    right.set_yscale("log")
-    right.set_yticks([0.5, 1, 2, 5], ["0.5", "1", "2", "5"])
-    left.set_ylim(min(95, 100 * min(point["recognised"] for point in result["points"]) - 1), 100.4)
-    for axes in (left, right):
+    """Draw the distance to real digits against evaluations of the network, DDIM in every panel to compare with."""
+    figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharex=True, sharey=True)
+    for panel, (axes, title) in enumerate(zip(panels, PANELS, strict=True)):
+        colours = iter(("C3", "C0", "C2", "C1", "C4", "C5"))
+        for method, arm in METHODS.items():
+            low, high = EVALUATIONS[0], EVALUATIONS[-1]
+            points = [
+                point for point in result["points"] if point["method"] == method and low <= point["evaluations"] <= high
+            ]
+            if (arm.panel != panel and method != "ddim") or not points:
+                continue
+            style: dict[str, Any] = {"color": "0.6", "linewidth": 3} if method == "ddim" else {"color": next(colours)}
+            counts, distances = ([point[name] for point in points] for name in ("evaluations", "distance"))
+            axes.plot(counts, distances, marker="o", markersize=4, label=arm.label, **style)
+        axes.axhline(result["references"]["distance"], color="black", linestyle=":", label="real digits to each other")
+        axes.set_title(title, fontsize=11)
         axes.set_xscale("log")
-        axes.set_xlabel("steps")
-        ticks = sorted({point["steps"] for point in result["points"]})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_yscale("log")
+        axes.set_xticks(EVALUATIONS, [str(count) for count in EVALUATIONS])
+        axes.set_yticks([0.5, 1, 2, 5], ["0.5", "1", "2", "5"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    right.legend(frameon=False, fontsize=9)
-    left.legend(handles=[unseen], loc="lower right", frameon=False, fontsize=9)
+        axes.set_xlabel("evaluations of the network")
+        axes.legend(frameon=False, fontsize=9)
+    panels[0].set_ylabel("Fréchet distance to real digits")
     figure.savefig(path)
 
 
