@@ -196,7 +196,9 @@ def _conditions(unet: Any) -> dict[str, Condition]:
     projected = {"text_proj": config.encoder_hid_dim, "text_image_proj": config.encoder_hid_dim}
     needs_text = (texts and config.encoder_hid_dim_type != "image_proj") or config.addition_embed_type == "text"
     if needs_text:
-        width = projected.get(config.encoder_hid_dim_type) or (texts.pop() if len(texts) == 1 else config.encoder_hid_dim)
+        width = projected.get(config.encoder_hid_dim_type) or (
+            texts.pop() if len(texts) == 1 else config.encoder_hid_dim
+        )
         found["encoder_hidden_states"] = Condition((None, width))
     if texts or needs_text:
         found["encoder_attention_mask"] = Condition((None,), optional=True, integers=None)
