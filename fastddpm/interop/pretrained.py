@@ -38,7 +38,6 @@ _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_conf
 _LABELS = "_labels"  # in model_index.json: names of the labels that occur in the training data; diffusers ignores it
 # In model_index.json of a text-conditional model: which encoder it was trained with; diffusers ignores it.
 _TEXT = "_text_encoder"
-_CONDITION = "UNet2DConditionModel"
 _DECODERS = ("VQModel", "AutoencoderKL")
 _CONDITIONAL = "UNet2DConditionModel"
 _RUN_CONFIG, _RUN_WEIGHTS = "config.toml", "diffusion.safetensors"  # files of a training run and of its checkpoints
@@ -199,14 +198,12 @@ def load_pretrained(
         path = _fetch(model, ema, variant)
     parts = _Parts.of(path, ema)
     schedule, settings = load_scheduler(parts.scheduler)
-    if parts.text is not None:
-        return Pretrained(_load_condition(parts.unet, dtype, device, variant), schedule, settings, None, {}, parts.text)
     if parts.conditional:
         unet: Any = _of_diffusers(_CONDITIONAL, parts.unet, dtype, device, variant=variant)
     else:
         unet = UNet.from_pretrained(parts.unet, dtype=dtype, device=device, variant=variant)
     decoder = None if parts.decoder is None else _of_diffusers(parts.decoder[1], parts.decoder[0], dtype, device)
-    return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX))
+    return Pretrained(unet, schedule, settings, decoder, _label_names(path / _INDEX), parts.text)
 
 
 def _label_names(path: Path) -> dict[int, str]:
@@ -273,13 +270,15 @@ class _Parts:
         unet: the folder of the U-Net.
         scheduler: the scheduler's file.
         decoder: (folder, class) of the autoencoder that decodes latents, or None.
-        text: `Pretrained.text_encoder` of a text-conditional model that `save_pretrained` wrote; None for others.
+        conditional: whether the U-Net reads text.
+        text: `Pretrained.text_encoder`.
     """
 
     unet: Path
     scheduler: Path
     decoder: tuple[Path, str] | None = None
-    text: dict[str, Any] | None = None
+    conditional: bool = False
+    text: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, ema: bool) -> _Parts:
@@ -290,11 +289,9 @@ class _Parts:
             ValueError: the pipeline is not supported.
         """
         index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
-        unet, text = _component(index, "unet"), index.get(_TEXT)
-        if text is not None:
-            if unet != _CONDITION or not isinstance(text, dict):
-                raise ValueError(f"{folder / _INDEX}: {_TEXT} is {str(text)[:60]}, must be a table, of a {_CONDITION}")
-            return cls(folder / "unet", folder / "scheduler" / _SCHEDULER, None, text)
+        unet, text = _component(index, "unet"), index.get(_TEXT, {})
+        if not isinstance(text, dict):
+            raise ValueError(f"{folder / _INDEX}: {_TEXT} is {str(text)[:60]}, must be a table")
         if unet not in (None, "UNet2DModel", _CONDITIONAL):
             raise ValueError(
                 f"{folder / _INDEX}: {index.get('_class_name')} has a unet of class {unet}, must be UNet2DModel or "
@@ -308,7 +305,7 @@ class _Parts:
                 decoder = (folder / name, kind)
         # Models published before pipelines had subfolders, such as google/ddpm-cat-256, keep all files in one folder.
         if not (folder / "scheduler").is_dir() and (folder / _SCHEDULER).is_file():
-            return cls(folder, folder / _SCHEDULER, decoder, unet == _CONDITIONAL)
+            return cls(folder, folder / _SCHEDULER, decoder, unet == _CONDITIONAL, text)
         averaged = folder / "unet_ema"
         part = averaged if ema and averaged.is_dir() else folder / "unet"
         scheduler = folder / "scheduler" / _SCHEDULER
@@ -320,7 +317,7 @@ class _Parts:
                 f"{folder} holds one part of a pipeline, must be the folder that holds unet/ and scheduler/; "
                 "UNet.from_pretrained loads a U-Net alone"
             )
-        return cls(part, scheduler, decoder, unet == _CONDITIONAL)
+        return cls(part, scheduler, decoder, unet == _CONDITIONAL, text)
 
 
 def _component(index: Mapping[str, Any], name: str) -> str | None:
@@ -356,25 +353,9 @@ def _fetch_weights(name: str, part: str, variant: str | None) -> None:
 
 def is_condition_model(unet: Any) -> bool:
     """Return whether a network is diffusers' `UNet2DConditionModel`."""
-    return any(kind.__module__.startswith("diffusers.") and kind.__name__ == _CONDITION for kind in type(unet).__mro__)
-
-
-def _load_condition(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str, variant: str | None
-) -> nn.Module:
-    try:
-        import diffusers
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"{folder} is a {_CONDITION}, for which diffusers is needed: pip install 'fastddpm[diffusers]'"
-        ) from None
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing")
-    try:
-        unet: Any = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype or "auto", variant=variant)
-    except Exception as error:  # diffusers raises errors of many types
-        raise ValueError(f"{folder} cannot be loaded as a {_CONDITION}: {str(error).partition(chr(10))[0]}") from None
-    return unet.to(device).eval()
+    return any(
+        kind.__module__.startswith("diffusers.") and kind.__name__ == _CONDITIONAL for kind in type(unet).__mro__
+    )
 
 
 def _of_diffusers(
@@ -473,7 +454,7 @@ def save_pretrained(
     }
     texts = is_condition_model(unet)
     if not texts and not isinstance(unet, UNet):
-        raise TypeError(f"unet is a {type(unet).__name__}, must be a fastddpm.UNet or diffusers' {_CONDITION}")
+        raise TypeError(f"unet is a {type(unet).__name__}, must be a fastddpm.UNet or diffusers' {_CONDITIONAL}")
     stand_in: Any = unet
     if texts:  # without its weights, which need not be prepared for a check
         stand_in = lambda x, t: x  # noqa: E731
@@ -514,7 +495,7 @@ def save_pretrained(
             "_class_name": "IFPipeline",
             "_diffusers_version": "0.30.0",
             "scheduler": ["diffusers", "DDPMScheduler"],
-            "unet": ["diffusers", _CONDITION],
+            "unet": ["diffusers", _CONDITIONAL],
             "requires_safety_checker": False,
             **{name: [None, None] for name in without},
             _TEXT: dict(text_encoder or {}),

@@ -52,6 +52,8 @@ def _algorithm(*known: str, ending: str = "") -> Callable[[Mapping[str, Any]], s
 
     def method(config: Mapping[str, Any]) -> str:
         algorithm = config["algorithm_type"]
+        if ending and algorithm == "sde-dpmsolver++" and config.get("solver_order") == 1:
+            return algorithm  # of order 1 both are the same
         if algorithm not in known:
             raise ValueError(f"algorithm_type is {algorithm!r}, must be one of {', '.join(map(repr, known))}")
         return f"{algorithm}{ending}"

@@ -22,13 +22,14 @@ SUPPORTED = (
 
 def kind_of(obj: Any) -> str:
     """Return the class of an object with its module, which tells apart classes of the same name."""
-    return f"{type(obj).__module__.rpartition('.')[2]}.{type(obj).__qualname__}"
+    module, name = type(obj).__module__.rpartition(".")[2], type(obj).__qualname__
+    return name if module == "builtins" else f"{module}.{name}"
 
 
 def not_supported(obj: Any) -> TypeError:
     """Return the error for an object that `accelerate` does not support."""
     if isinstance(obj, (tuple, list)):
-        name = f"{type(obj).__name__} of ({', '.join(type(part).__name__ for part in obj)})"
+        name = f"{type(obj).__name__} of ({', '.join(map(kind_of, obj))})"
     else:
         name = kind_of(obj)
     return TypeError(

@@ -178,13 +178,20 @@ def _transformers(name: str) -> Any:
 
 @contextmanager
 def _errors_of(name: str, folder: str | Path) -> Iterator[None]:
-    """Turn the errors of transformers, which are of many types, into one line."""
+    """Turn the errors of transformers, which are of many types, into one line; draw no bar of its own."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         message = f"{name} cannot be loaded as a text encoder: {reason or type(error).__name__}"
         raise (ValueError if isinstance(folder, Path) else FileNotFoundError)(message) from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _config(name: str, folder: str | Path) -> Any:

@@ -65,9 +65,9 @@ def _resampled(down: StepTable, jump_length: int, jump_n_sample: int, *, lowest:
     bar = torch.cat([torch.tensor([down.start[0]], dtype=torch.float64), down.levels[:, 0]]).square()
     # Level k has k rows to go; row i of `down` leads from level S - i to S - i - 1, bar[i] to bar[i + 1].
     jumps = dict.fromkeys(range(lowest, steps - jump_length + lowest, jump_length), jump_n_sample - 1)
-    most = steps + len(jumps) * (jump_n_sample - 1) * 2 * jump_length
-    if most > MOST_ROWS:
-        raise ValueError(f"jump_n_sample is {jump_n_sample}, which makes {most} steps, may make at most {MOST_ROWS}")
+    count = steps + len(jumps) * (jump_n_sample - 1) * 2 * jump_length
+    if count > MOST_ROWS:
+        raise ValueError(f"jump_n_sample is {jump_n_sample}, which makes {count} steps, may make at most {MOST_ROWS}")
     level, order, up = steps, [], []
     while level > 0:
         order.append(steps - level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,17 @@ class Allocated(TorchDispatchMode):
         live, peak: bytes held now, and the most held at a time.
     """
 
+    def __new__(cls) -> Allocated:
+        """Return one that torch's compiler leaves alone, if that is loaded."""
+        return super().__new__(_AmongCompiled if "torch._dynamo" in sys.modules else cls)
+
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports the compiler, which takes a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -78,6 +87,15 @@ class Allocated(TorchDispatchMode):
     def _count(self, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+class _AmongCompiled(Allocated):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -187,6 +187,8 @@ class Sampler:
         if self.table.stores != "x0" and (clip_sample or thresholding):
             name = "clip_sample" if clip_sample else "thresholding"
             raise ValueError(f"{name} is True but method is {method!r}, which stores no x0 to clip: must be False")
+        if self.table.stores != "x0" and self_condition:
+            raise ValueError(f"self_condition is True but method is {method!r}, which stores no x0: must be False")
         self.schedule: NoiseSchedule | None = None if isinstance(schedule, StepTable) else schedule
         self.method = "table" if self.schedule is None else method
         if self.schedule is None and self.table.learned is not None:
@@ -352,7 +354,8 @@ class Sampler:
                 True, the loop stops there. With "auto" it may see the steps of a chunk that did not fit.
             progress: True shows a progress bar; a function is called as progress(steps done, steps of all chunks), on
                 CUDA after several steps, so that one launch may run them.
-            return_trajectory: k: return a `Trajectory` of the states and predicted x0 every k steps.
+            return_trajectory: k: return a `Trajectory` of the states and predicted x0 every k steps (no x0 for methods
+                that store none).
 
         Returns:
             float32 [N, *shape], within [-1, 1] where x0 is clipped to it; or the trajectory asked for.
@@ -408,7 +411,7 @@ class Sampler:
         with self.network.evaluating(), self._rounding():
             images = run.draw(self._sizes, batch_size, progress)
             self._check_finite(images, run)
-        return images if recorder is None else recorder.trajectory()
+        return images if recorder is None else recorder.trajectory(stores_x0=table.stores == "x0")
 
     def _rounding(self) -> AbstractContextManager[None]:
         """Set how CUDA rounds the factors of float32 products, if the user asked for it."""

@@ -14,12 +14,13 @@ class Trajectory:
 
     Attributes:
         x: float32 [K, N, ...], the state after the step; `x[-1]` is what `Sampler.sample` returns otherwise.
-        x0: float32 [K, N, ...], the x0 predicted in that step, or by the last one before it that had a prediction.
+        x0: float32 [K, N, ...], the x0 predicted in that step, or by the last one before it that had a prediction. None
+            for a table that stores another quantity (`StepTable.stores`), such as that of "plms" or "lms".
         timesteps: int64 [K], the timestep the network was told in that step.
     """
 
     x: Tensor
-    x0: Tensor
+    x0: Tensor | None
     timesteps: Tensor
 
 
@@ -65,6 +66,7 @@ class Recorder:
         self.x[self._passed - 1 :, rows], self.x0[self._passed - 1 :, rows] = x, x0
         self._most, self._passed = max(self._most, self._passed), 0
 
-    def trajectory(self) -> Trajectory:
-        """Return what was kept. A chunk that stopped earlier than others repeats its end."""
-        return Trajectory(self.x[: self._most], self.x0[: self._most], self.timesteps[: self._most])
+    def trajectory(self, *, stores_x0: bool = True) -> Trajectory:
+        """Return what was kept; x0 only with `stores_x0`. A chunk that stopped earlier than others repeats its end."""
+        x0 = self.x0[: self._most] if stores_x0 else None
+        return Trajectory(self.x[: self._most], x0, self.timesteps[: self._most])

@@ -134,14 +134,17 @@ class RunConfig:
             ValueError, TypeError: a setting is wrong, or two settings contradict each other.
         """
         with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in UNet(self.model).parameters())
+            count = sum(parameter.numel() for parameter in self._network().parameters())
         check_memory(20 * count, f"training a U-Net of {count / 1e6:.1f} million parameters")  # five values for each
         schedule = _schedule(self.diffusion)
         objective = {name: value for name, value in self.diffusion.items() if name not in _SCHEDULE}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
-            unet = UNet(self.model) if isinstance(self.model, UNetConfig) else _condition_model(self.model)
+            unet = self._network()
         return GaussianDiffusion(unet, schedule, **objective)
+
+    def _network(self) -> nn.Module:
+        return UNet(self.model) if isinstance(self.model, UNetConfig) else _condition_model(self.model)
 
     def encoder(self) -> TextEncoder | str | None:
         """Return the text encoder, or its name where the captions decide how many tokens they have.
@@ -173,16 +176,17 @@ def _data(folder: str | None, text_encoder: str | None, text_tokens: int | None)
 
 def _condition_model(fields: Mapping[str, Any]) -> nn.Module:
     try:
-        from diffusers import UNet2DConditionModel
+        import diffusers
     except ImportError:
         raise ModuleNotFoundError(
             "captions are trained with a UNet2DConditionModel, for which diffusers is needed: "
             "pip install 'fastddpm[diffusers,text]'"
         ) from None
-    if unknown := fields.keys() - inspect.signature(UNet2DConditionModel.__init__).parameters.keys():
+    kind: Any = diffusers.UNet2DConditionModel
+    if unknown := fields.keys() - inspect.signature(kind.__init__).parameters.keys():
         raise ValueError(f"[model] has {', '.join(sorted(unknown))}, which a UNet2DConditionModel does not have")
     try:
-        return UNet2DConditionModel(**fields)
+        return kind(**fields)
     except Exception as error:  # diffusers raises errors of many types
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"[model] cannot be made a UNet2DConditionModel: {reason}") from None

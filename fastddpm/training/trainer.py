@@ -177,6 +177,11 @@ class Trainer:
         return self.source.encoder if isinstance(self.source, CaptionedFolder) else None
 
     @property
+    def captions(self) -> tuple[str, ...]:
+        """Return the different captions of the data; empty if there are none."""
+        return self.source.captions if isinstance(self.source, CaptionedFolder) else ()
+
+    @property
     def label_names(self) -> dict[int, str]:
         """Return the names of the labels that occur, for a class-conditional network."""
         names = self.source.classes

@@ -13,6 +13,8 @@ from conditional_objects import SD, pipeline, unet
 from PIL import Image
 
 from fastddpm.cli import main
+from fastddpm.interop.pretrained import load_pretrained
+from fastddpm.perf.profiling.layers import evaluation
 
 WORDS = ("<|startoftext|>", "<|endoftext|>", "a", "b", "a</w>", "b</w>", "r", "e", "d", "d</w>")
 Refused = Callable[..., str]
@@ -40,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,
-        )  # fmt: skip
+        )
     ).eval()
     pipe = pipeline(unet=unet(**{**SD, "sample_size": 8}), text_encoder=encoder, tokenizer=tokenizer)
     pipe.save_pretrained(path / "saved")
@@ -76,6 +78,7 @@ def test_what_pipelines_do_not_take(folder: str, refused: Refused) -> None:
         (["--prompt", " "], ("--prompt", "empty")),
         (["--prompt", "a", "-o", "a.gif"], ("--output",)),
         (["--prompt", "a", "--method", "edm"], ("--method", "edm")),
+        (["--prompt", "a", "--steps", "ddim3"], ("--steps", "ddim3")),
         (["--prompt", "a", "--height", "15"], ("15",)),
         (["--height", "16"], ("--height", "--prompt")),
         ([], ("--prompt", "text")),
@@ -95,11 +98,11 @@ def test_info_counts_kernels(folder: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_profile_and_tune_know_the_shapes(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["--device", "cpu", "--dtype", "float32"]
-    quick = ["--quick", "--steps", "2", "--budget", "3", "--batch", "2"]
-    assert main(["profile", folder, *quick, *own, "--json", "p.json"]) == 0
-    profile = json.loads(Path("p.json").read_text())
-    assert any("attn2" in layer["name"] for layer in profile["batches"][0]["layers"])
-    capsys.readouterr()
-    assert main(["tune", folder, "--batch", "2", "--dry-run", *own]) == 0
-    assert "Shapes" in capsys.readouterr().out or "nothing to tune" in capsys.readouterr().out
+    sampler = load_pretrained(folder).sampler(num_inference_steps=2, device="cpu")
+    ready = evaluation(sampler.network, (2, 4, 8, 8), torch.tensor([0]))
+    with ready.running():
+        assert ready().shape == (2, 4, 8, 8)
+    assert any("attn2" in instruction.name for instruction in ready.instructions)
+    assert main(["tune", folder, "--batch", "2", "--dry-run", "--device", "cpu", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "Shapes" in out or "nothing to tune" in out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fastddpm_kernels import backend as _backend
 from PIL import Image
 
+from fastddpm import NoiseSchedule, UNet, save_pretrained
 from fastddpm.cli import main
 from fastddpm.cli import options as options_of_the_command
 from fastddpm.interop.pretrained import load_pretrained
@@ -108,3 +110,14 @@ def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     for part in ("torch", "triton", "cpu", "q_sample", "reverse_step", "group_norm_silu", "eager"):
         assert part in out
+
+
+def test_shards_have_the_labels_that_occur(tiny: dict[str, Any]) -> None:
+    """As without shards: of a model that has seen some of its classes, those."""
+    names = {1: "cat", 3: "dog"}
+    save_pretrained("model", UNet(**tiny | {"num_class_embeds": 5}), NoiseSchedule.linear(), label_names=names)
+    assert main(["sample", "model", *FAST, "-n", "4", "--shard-size", "4", "-o", "shards"]) == 0
+    assert main(["sample", "model", *FAST, "-n", "4", "-o", "one.npz"]) == 0
+    for path in (*Path("shards").glob("*.npz"), Path("one.npz")):
+        with np.load(path) as file:
+            assert file["arr_1"].tolist() == [1, 1, 3, 3]

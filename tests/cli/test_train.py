@@ -64,6 +64,9 @@ def test_from_pictures_to_samples(
     command = ["evaluate", "results", pictures, "--steps", "2", "-n", "4", "--metrics", "fid", "--json", "a.json"]
     assert main([*command, "--feature-network", network]) == 0
     assert json.loads(Path("a.json").read_text())["fidelity"]["samples"] == "results"  # not its previews
+    for command in (["train", "results"], ["evaluate", "drawn.npz", "results", "--feature-network", network]):
+        assert main(command) == 2
+        assert "results is a training run, whose pictures are sheets of samples" in capsys.readouterr().err
     assert "frechet" in read_log("results/log.jsonl")[-1]
     assert read_tables("results/config.toml")["trainer"]["metric"] == "frechet"
 
@@ -189,7 +192,7 @@ def test_from_captions_to_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     save_encoder(Path("other"), seed=1)
     capsys.readouterr()
     for arguments, message in (
-        (["sample", "results"], "--prompt is missing, must be given: results draws what a prompt says"),
+        (["sample", "results"], "--prompt is not given, must be: MODEL is results, which draws what a text says"),
         (["sample", "results", "--prompt", "a", "--class-labels", "1"], "--class-labels is given, but results does not"),
         (["sample", "results", "--prompt", "a", "--shard-size", "4"], "--prompt is given, but shards do not take it"),
         (["sample", "results", "--prompt", "a", "--text-encoder", "other"], "--text-encoder is other, whose weights"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import struct
 import time
@@ -17,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastddpm.common import shards
 from fastddpm.common.images import (
     MOST_LABELS,
     check_ids,
@@ -276,9 +279,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
 
 def cut() -> bytes:
     """The first half of a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(RGB[0]).save(file, "PNG")
-    return file.getvalue()[: len(file.getvalue()) // 2]
+    return png(RGB[0])[: len(png(RGB[0])) // 2]
 
 
 def animated(path: Path) -> None:
@@ -411,3 +412,58 @@ def test_animations_and_files_passed_over_are_counted(tmp_path: Path) -> None:
 
 def test_opacity_is_kept_where_four_channels_are_wanted() -> None:
     assert np.array_equal(fit_pixels(Image.fromarray(ALPHA), (4, 8, 7)), ALPHA.transpose(2, 0, 1))
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+def shard_folder(folder: Path, content: dict[str, bytes] | None = None, **changed: Any) -> Path:
+    """A folder of one shard of two pictures, or of `content`, whose manifest and checksums fit."""
+    sample = {"shape": [8, 7, 3], "dtype": "uint8"}
+    manifest: dict[str, Any] = {"kind": shards.KIND, "schema": 1, "num_samples": 2, "shard_size": 2, "format": "png"}
+    text = json.dumps(manifest | {"sample": sample} | changed).encode()
+    (folder / "shard-00000-00001").mkdir()
+    (folder / shards.MANIFEST).write_bytes(text)
+    stamp = shards.layout_of(json.loads(text), text).stamp(0).removesuffix(" sha256=")
+    lines = [f"# {stamp}"]
+    for name, data in (content or {f"{k}.png": png(RGB[k]) for k in range(2)}).items():
+        (folder / "shard-00000-00001" / name).write_bytes(data)
+        lines.append(f"{hashlib.sha256(data).hexdigest()}  {name}")
+    (folder / "shard-00000-00001" / shards.SUMS).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_shards_meet_the_same_rules(tmp_path: Path) -> None:
+    """Whoever forges a shard can forge its checksum."""
+    for name in ("good", "postscript", "size"):
+        (tmp_path / name).mkdir()
+    assert np.array_equal(all_of(shard_folder(tmp_path / "good")), RGB[:2])
+    forged = shard_folder(tmp_path / "postscript", {"0.png": POSTSCRIPT, "1.png": png(RGB[1])})
+    with pytest.raises(ValueError, match=r"0.png is not a picture that can be read: it is none of PNG"):
+        all_of(forged)
+    other = shard_folder(tmp_path / "size", {f"{k}.png": png(RGB[k, :4]) for k in range(2)})
+    with pytest.raises(ValueError, match="shard-00000-00001 has other samples than the manifest states"):
+        all_of(other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_samples": 2**60, "shard_size": 1}, r"lacks 115292150460684697\d of 1152921504606846976 ranges"),
+        ({"num_samples": True}, "num_samples, shard_size or format is not what it can be"),
+        ({"format": ["png"]}, "num_samples, shard_size or format is not what it can be"),
+        ({"sample": None}, "sample is not a shape and dtype that it can have"),
+        ({"sample": {"shape": [8, -7, 3], "dtype": "uint8"}}, "sample is not a shape"),
+        ({"sample": {"shape": [8], "dtype": "uint8"}}, "sample is not a shape"),
+        ({"sample": {"shape": [8, 7, 3], "dtype": "O"}}, "sample is not a shape"),
+    ],
+)
+def test_manifests_that_are_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_images(shard_folder(tmp_path, **changed))

@@ -132,7 +132,7 @@ def trained() -> int:
 
 def tuned() -> int:
     os.environ |= {"FASTDDPM_CACHE_DIR": str(Path("cache").absolute()), "FASTDDPM_TUNED": "1"}
-    return main(["tune", "../model", "--batch", "1", "--device", "cpu", "--budget", "20"])
+    return main(["tune", "../model", "--batch", "1", "--device", "cpu", "--budget", "2"])
 
 
 def built() -> int:
@@ -231,10 +231,10 @@ def run(arguments: argparse.Namespace) -> int:
         for kind in arguments.only or KINDS:
             results[kind] = killed(kind, arguments.kills, folder)
             print(f"{kind}: {results[kind]}", flush=True)
-    if arguments.json is not None:
-        kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        kept["kills"] = kept.get("kills", {}) | results
-        write_json(arguments.json, kept)
+            if arguments.json is not None:
+                kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+                kept["kills"] = kept.get("kills", {}) | {kind: results[kind]}
+                write_json(arguments.json, kept)
     wrong = sum(counts[name] for counts in results.values() for name in ("half_written", "failed_next", "left_next"))
     return int(wrong > 0)
 

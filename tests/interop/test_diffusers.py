@@ -18,6 +18,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
 )
 from diffusers_objects import CLOSE, ddpm, draw, quiet, seeded, unet
 from torch import Tensor
@@ -145,6 +146,13 @@ def test_ddim_steps_that_do_not_divide(spacing: str, steps: int) -> None:
 def test_dpmsolver_scheduler(settings: dict[str, Any]) -> None:
     for steps in (9, 16) if "final_sigmas_type" in settings else (9,):  # below 15 the last step may be of a lower order
         check_equal(quiet(DDPMPipeline(unet(), DPMSolverMultistepScheduler(**settings))), num_inference_steps=steps)
+
+
+def test_singlestep_sde_solver_of_first_order() -> None:
+    """Of higher order its groups begin anew from a state that noise has covered: the pipeline keeps its own loop."""
+    scheduler = DPMSolverSinglestepScheduler(**GENTLE, algorithm_type="sde-dpmsolver++", solver_order=1)
+    check_equal(quiet(DDPMPipeline(unet(), scheduler)))
+    accelerate(quiet(DDPMPipeline(unet(), scheduler)), allow_general=False)
 
 
 def test_dpmsolver_beside_a_learned_variance() -> None:

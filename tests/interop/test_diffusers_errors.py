@@ -20,11 +20,13 @@ from diffusers import (
     PNDMScheduler,
     TCDScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from diffusers_objects import CLOSE, SMALL, ddpm, draw, quiet, seeded, unet
 from torch import Tensor, nn
 
 from fastddpm.interop import accelerate
+from fastddpm.interop.diffusers.scheduler import recognise
 
 # -- the general path -----------------------------------------------------------------------------------------------
 
@@ -43,15 +45,28 @@ def other_activation() -> UNet2DModel:
     return model
 
 
-def test_general_unet(caplog: pytest.LogCaptureFixture) -> None:
-    pipeline = quiet(DDPMPipeline(other_activation(), DDPMScheduler()))
-    with pytest.raises(ValueError, match="act_fn is 'tanh', must be one of 'silu', .*; with allow_general=True"):
+def cross_attention() -> UNet2DModel:
+    """Return a U-Net with a block of cross-attention, which attends to itself in a pipeline without text."""
+    kinds = {"down_block_types": ("KDownBlock2D",) * 2, "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D")}
+    return unet(**kinds, block_out_channels=(32, 64), norm_num_groups=32, attention_head_dim=32)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (other_activation, "act_fn is 'tanh', must be one of 'silu'"),
+        (cross_attention, "up_block_types is .'KCrossAttnUpBlock2D"),
+    ],
+)
+def test_general_unet(make: Callable[[], UNet2DModel], message: str, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = quiet(DDPMPipeline(make(), DDPMScheduler()))
+    with pytest.raises(ValueError, match=f"{message}.*; with allow_general=True"):
         accelerate(pipeline, allow_general=False)
     expected = draw(pipeline)
     with caplog.at_level(logging.WARNING):
         fast = accelerate(pipeline)
         assert float((draw(fast) - expected).abs().max()) < CLOSE
-    assert [text.count("act_fn is 'tanh'") for text in ours(caplog)] == [1]
+    assert [bool(re.search(message, text)) for text in ours(caplog)] == [True]
 
 
 M: dict[str, Any] = {"prediction_type": "v_prediction"}
@@ -94,8 +109,9 @@ def test_general_scheduler(make: Callable[[], Any], message: str, caplog: pytest
             45,
             "num_inference_steps",
         ),
+        (lambda: DDIMScheduler(timestep_spacing="trailing"), 61, "timesteps has -1, every one must be from 0 to 999"),
     ],
-    ids=["zero SNR", "a timestep twice"],
+    ids=["zero SNR", "a timestep twice", "a timestep below 0"],
 )
 def test_general_calls(make: Callable[[], Any], steps: int, message: str, caplog: pytest.LogCaptureFixture) -> None:
     """What shows only once the timesteps are set: the same, for that call."""
@@ -115,10 +131,21 @@ def test_general_calls(make: Callable[[], Any], steps: int, message: str, caplog
     assert [message in text for text in ours(caplog)] == [True]
 
 
+def test_a_step_of_no_length() -> None:
+    scheduler = UniPCMultistepScheduler(num_train_timesteps=25, final_sigmas_type="sigma_min")
+    recognised = recognise(scheduler)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="two levels it visits are so close that a step has no coefficients"):
+        recognised.table(scheduler)
+
+
 def test_nothing_left_to_accelerate() -> None:
     pipeline = DDPMPipeline(other_activation(), TCDScheduler())
     with pytest.raises(ValueError, match="act_fn is 'tanh'.*TCDScheduler.*nothing left"):
         accelerate(pipeline)
+    fast = accelerate(quiet(DDPMPipeline(other_activation(), DDPMScheduler())))
+    fast.scheduler = TCDScheduler()  # one that was accelerated goes on
+    torch.testing.assert_close(draw(fast), draw(quiet(pipeline)), rtol=0, atol=0)
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
@@ -130,7 +157,7 @@ def test_nothing_left_to_accelerate() -> None:
         (lambda: nn.Linear(1, 1), "obj is a linear.Linear, must be a DDPMPipeline"),
         (lambda: UNet2DModel(**SMALL), r"a unet_2d.UNet2DModel, must be .*Sampler\(model, schedule\).*fuse\(model\)"),
         (lambda: (1, 2), r"obj is a tuple of \(int, int\), must be"),
-        (lambda: (unet(), 2), r"obj is a tuple of \(UNet2DModel, int\), must be"),
+        (lambda: (unet(), 2), r"obj is a tuple of \(unet_2d.UNet2DModel, int\), must be"),
         (lambda: type("Own", (DDPMPipeline,), {"__call__": print})(unet(), DDPMScheduler()), r"\.Own, must be"),
     ],
 )

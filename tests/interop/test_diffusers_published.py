@@ -15,9 +15,12 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    LCMScheduler,
     LDMPipeline,
     ModelMixin,
     UNet2DModel,
+    UniPCMultistepScheduler,
     VQModel,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -121,7 +124,10 @@ def check_magnitudes(x: Tensor, total: float | None, mean: float) -> None:
     assert abs(float(x.abs().mean()) - mean) < 1e-3
 
 
-DPM: dict[str, Any] = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
+ENDS: dict[str, Any] = {"final_sigmas_type": "sigma_min"}
+DPM: dict[str, Any] = {"lower_order_final": False, **ENDS}
+V: dict[str, Any] = {"prediction_type": "v_prediction"}
+KARRAS: dict[str, Any] = {"use_karras_sigmas": True}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,21 @@ DPM: dict[str, Any] = {"lower_order_final": False, "final_sigmas_type": "sigma_m
         (DDIMScheduler(beta_start=0.01), 10, 149.8295, 0.1951),
         (DDIMScheduler(beta_start=0.01, set_alpha_to_one=False), 10, 149.0784, 0.1941),
         (DPMSolverMultistepScheduler(**DPM), 10, None, 0.3301),
-        (DPMSolverMultistepScheduler(**DPM, prediction_type="v_prediction"), 10, None, 0.2251),
+        (DPMSolverMultistepScheduler(**DPM, **V), 10, None, 0.2251),
+        (DPMSolverMultistepScheduler(**DPM, **V, **KARRAS), 10, None, 0.2096),
+        (DPMSolverMultistepScheduler(**DPM, **V, use_lu_lambdas=True), 10, None, 0.1554),
+        (DPMSolverSinglestepScheduler(**ENDS), 10, None, 0.2791),
+        (DPMSolverSinglestepScheduler(**ENDS, **KARRAS), 10, None, 0.2248),
+        (DPMSolverSinglestepScheduler(**ENDS, **V), 10, None, 0.1453),
+        (DPMSolverSinglestepScheduler(**ENDS, **V, **KARRAS), 10, None, 0.0649),
+        (UniPCMultistepScheduler(**ENDS), 10, None, 0.2464),
+        (UniPCMultistepScheduler(**ENDS, **KARRAS), 10, None, 0.2925),
+        (UniPCMultistepScheduler(**ENDS, **V), 10, None, 0.1014),
+        (UniPCMultistepScheduler(**ENDS, **V, **KARRAS), 10, None, 0.1966),
+        (DEISMultistepScheduler(), 10, None, 0.23916),
+        (DEISMultistepScheduler(**V), 10, None, 0.091),
+        (LCMScheduler(), 1, 18.7097, 0.0244),
+        (LCMScheduler(), 10, 197.7616, 0.2575),
         (
             DPMSolverMultistepScheduler(
                 **DPM, thresholding=True, dynamic_thresholding_ratio=0.87, sample_max_value=0.5
@@ -157,7 +177,7 @@ DPM: dict[str, Any] = {"lower_order_final": False, "final_sigmas_type": "sigma_m
 def test_published_loops(
     scheduler: Any, steps: int, total: float | None, mean: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers and tolerances of tests/schedulers/test_scheduler_{ddpm,ddim,dpm_multi}.py in diffusers."""
+    """The numbers and tolerances of tests/schedulers/test_scheduler_*.py in diffusers."""
     fast = quiet(accelerate((Ramp(), scheduler)))
     first = [ramp()]  # in place of the x_T that a pipeline draws; the noise of the steps follows from the generator
 

@@ -83,7 +83,7 @@ LOOPS: dict[str, Case] = {
     "a region that stays": (sd(kind="Inpaint"), {**text(), **MASKED}),
     "a region that stays, scaled": (sd("EulerDiscrete", "Inpaint"), {**text(), **MASKED}),
     "nine channels": (sd(kind="Inpaint", config={**SD, "in_channels": 9}), {**text(), **MASKED, "strength": 1.0}),
-    "a small image beside, with its noise level": (upscale, {**text(), "image": IMAGE[..., :16, :16].repeat(2, 1, 1, 1)}),
+    "a small image beside, with its noise": (upscale, {**text(), "image": IMAGE[..., :16, :16].repeat(2, 1, 1, 1)}),
     "SDXL": (xl(), {**text(xl=True), **SIZE}),
     "SDXL, the first part of the steps": (xl(), {**text(xl=True), **SIZE, "denoising_end": 0.6}),
     "SDXL, the last part of the steps": (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from fastddpm_kernels.conv1d import conv1d_, pack
+from fastddpm_kernels.native.memory import PAGE, empty
 from fastddpm_kernels.testing import Guarded, check_op, check_refuses, same_on_any_threads
 from torch import Tensor
 
@@ -165,3 +167,13 @@ def test_bad_input_of_native(native: str) -> None:
     check_refuses(conv1d_, ValueError, "packed for 'native'", **last, weight=packed, padding=1, backend="eager")
     check_refuses(conv1d_, ValueError, "packed for transposed=False", **last, weight=packed, transposed=True)
     check_refuses(conv1d_, ValueError, "packed for 0 channels of x2", **last, weight=packed, x2=X[:, :1])
+
+
+def test_weights_are_in_huge_pages() -> None:
+    """They begin at one, keep their memory, and are copied as other tensors are."""
+    tensor = empty((3, 2**18), torch.float32)
+    tensor.fill_(2.0)
+    assert tensor.shape == (3, 2**18)
+    assert tensor.data_ptr() % PAGE == 0
+    assert torch.equal(copy.deepcopy(tensor), tensor)
+    assert empty((2, 0), torch.bfloat16).shape == (2, 0)

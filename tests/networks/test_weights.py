@@ -11,7 +11,7 @@ import torch
 from fastddpm_kernels import native as _native
 from torch import Tensor, nn
 
-from fastddpm.networks.weights import Follower, fingerprint
+from fastddpm.networks.weights import Follower, Watch, fingerprint
 
 
 def make() -> nn.Module:
@@ -117,3 +117,25 @@ def test_modules_without_weights_do_not_change() -> None:
 
 def tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+@pytest.mark.parametrize("how", ["in_place", "loaded", "assigned", "moved", "layer", "buffer", "hook", "nothing"])
+def test_a_watch_notices_what_torch_tells(how: str) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)))
+    watch, state = Watch(module), copy.deepcopy(module.state_dict())
+    with torch.no_grad():
+        if how == "in_place":
+            module[0].weight.mul_(0.5)
+        elif how in ("loaded", "assigned"):
+            module.load_state_dict(state, assign=how == "assigned")
+        elif how == "moved":
+            module[0].bias.data = module[0].bias.data.clone()
+        elif how == "layer":
+            module[1][0] = nn.BatchNorm1d(3)
+        elif how == "buffer":
+            module[1][0].running_mean.add_(1)
+        elif how == "hook":
+            module[1][0].register_forward_hook(lambda *_: None)
+    assert watch.changed() == (how != "nothing")
+    watch.accept()
+    assert not watch.changed()

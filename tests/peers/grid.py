@@ -283,38 +283,64 @@ def judge(case: dict[str, Any]) -> tuple[str, str]:
     return ("equal (loop)", general[0][:200]) if general else ("equal", "")
 
 
-def run(count: int, seed: int, show: bool = False) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Return how often each outcome came, and the cases to look at. What diffusers does not make is drawn again."""
+def run(
+    count: int, seed: int, *, before: dict[str, Any] | None = None, output: Path | None = None
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Return how often each outcome came, and the cases to look at. What diffusers does not make is drawn again.
+
+    Args:
+        count, seed: of the cases.
+        before: the result of the first cases, which are drawn again but not judged.
+        output: where to write the result every 25 cases.
+    """
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
-    rng, counts, cases = random.Random(seed), collections.Counter[str](), []
-    while sum(counts.values()) < count:
+    before = before or {"count": 0, "outcomes": {}, "cases": []}
+    rng, counts, cases = random.Random(seed), collections.Counter[str](before["outcomes"]), list(before["cases"])
+    done = 0
+    while done < count:
         case = draw_case(rng)
+        if done < before["count"]:
+            done += judgeable(case)
+            continue
         outcome, why = judge(case)
         if outcome == "no such object":
             continue
+        done += 1
         counts[outcome] += 1
         if outcome in ("wrong", "crash", "refused"):
             cases.append({"outcome": outcome, "why": why, **case})
-            if show:
+            if output:
                 print(outcome, "|", why, "|", json.dumps(case)[:400], flush=True)
-        if show and sum(counts.values()) % 100 == 0:
-            print(dict(counts), flush=True)
+        if output and (done % 25 == 0 or done == count):
+            print(done, dict(counts), flush=True)
+            versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+            result = {"count": done, "seed": seed, "outcomes": dict(sorted(counts.items())), "cases": cases}
+            output.write_text(json.dumps({**result, "versions": versions}, indent=1) + "\n", encoding="utf-8")
     return dict(sorted(counts.items())), cases
 
 
+def judgeable(case: dict[str, Any]) -> bool:
+    """Return whether diffusers makes the objects of a case."""
+    try:
+        make(case)
+    except Exception:
+        return False
+    return True
+
+
 def main() -> None:
-    """Run the grid and write its counts."""
+    """Run the grid and write its counts. A file that was begun with the same seed is gone on with."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--count", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file for the counts and the cases that are not equal")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the counts and what is not equal")
     options = parser.parse_args()
-    counts, cases = run(options.count, options.seed, show=True)
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    result = {"count": options.count, "seed": options.seed, "outcomes": counts, "cases": cases, "versions": versions}
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    before = None
+    if options.output.exists():
+        found = json.loads(options.output.read_text(encoding="utf-8"))
+        before = found if found["seed"] == options.seed and found["count"] < options.count else None
+    counts, _ = run(options.count, options.seed, before=before, output=options.output)
     print(json.dumps(counts))
 
 

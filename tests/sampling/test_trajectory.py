@@ -51,6 +51,14 @@ def test_x0_is_the_prediction_of_the_step() -> None:
         torch.testing.assert_close(trajectory.x0[index], x0.clamp(-1, 1), rtol=0, atol=2e-5)
 
 
+def test_methods_that_store_no_x0_show_none() -> None:
+    trajectory = Sampler(toy, LINEAR, "lms", 5).sample(2, shape=(3, 4), return_trajectory=2)
+    assert trajectory.x0 is None
+    assert trajectory.x.shape == (3, 2, 3, 4)
+    with pytest.raises(ValueError, match="self_condition is True but method is 'plms', which stores no x0: must be"):
+        Sampler(toy, LINEAR, "plms", 5, self_condition=True)
+
+
 def test_chunks_are_one_trajectory() -> None:
     sampler = Sampler(toy, LINEAR, num_inference_steps=5)
     one, other = (sampler.sample(5, shape=(2, 3), batch_size=size, return_trajectory=2) for size in (None, 2))

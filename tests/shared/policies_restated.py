@@ -142,7 +142,8 @@ class ConditionalUnet1D(nn.Module):
         self, sample: Tensor, timestep: Any, local_cond: Tensor | None = None, global_cond: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device=sample.device)
+        t = t.expand(sample.shape[0])
         feature = self.diffusion_step_encoder(t)
         if global_cond is not None:
             feature = torch.cat([feature, global_cond], dim=-1)

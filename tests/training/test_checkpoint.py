@@ -172,6 +172,6 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(torch, "save", save_payload)
     checkpoints.save(1, content(1))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match="training.pt cannot be read: it is damaged, or holds more than tensors"):
         checkpoints.load(1)
     assert not (tmp_path / "executed").exists()

@@ -56,11 +56,13 @@ def list_pictures(folder: str | os.PathLike[str], *, classed: bool = True) -> Li
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no picture.
+        ValueError: it holds no picture, or is the results folder of a `Trainer`.
     """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
+    if (root / "config.toml").is_file() and (root / "checkpoints").is_dir():
+        raise ValueError(f"{root} is a training run, whose pictures are sheets of samples; name the pictures")
     known = suffixes()
     files = sorted(str(path.relative_to(root)) for path in _files(root))
     found = [path for path in files if os.path.splitext(path)[1].lower() in known]

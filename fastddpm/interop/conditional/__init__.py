@@ -42,6 +42,7 @@ def accelerate(
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     cuda_graph: str | bool = "auto",
+    release: bool = False,
 ) -> Any:
     """A pipeline of diffusers whose UNet2DConditionModel runs prepared; its arguments and results stay the same.
 
@@ -63,12 +64,15 @@ def accelerate(
         loop: False: never take over the loop, only the U-Net.
         dtype: that the U-Net computes in, as for `Sampler`; None for its own. Inputs and results keep theirs.
         backend, cuda_graph: as for `Sampler`.
+        release: keep the U-Net's weights in memory once: its own go when it is prepared, at the first call. It cannot
+            be saved or trained after that, nor compute what the prepared U-Net does not; such a call is an error. No
+            sample is compared before.
 
     Raises:
         TypeError: `obj` is neither.
         ValueError: an option is not known; or a U-Net is not supported and `allow_general` is False.
     """
-    options = Options(allow_general, loop, dtype, backend, cuda_graph)
+    options = Options(allow_general, loop, dtype, backend, cuda_graph, release)
     if _is_conditional(obj):
         return _taken(unwrapped(obj), options, inplace)
     if not takes(obj):

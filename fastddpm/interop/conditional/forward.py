@@ -23,6 +23,7 @@ from fastddpm.interop.diffusers.unet import managed
 from fastddpm.networks.comparing import Replacement, Settings, changed, settings_of
 from fastddpm.networks.frozen import FrozenUNet, Program, blueprint_of, why_not
 from fastddpm.networks.precision import parse_precision
+from fastddpm.networks.weights import Watch
 
 ROWS = 64  # a time table grows by a multiple of this
 MOST_ROWS = 4096  # and starts anew beyond
@@ -40,6 +41,7 @@ class Options:
     dtype: torch.dtype | str | None = None
     backend: str = "auto"
     cuda_graph: str | bool = "auto"
+    release: bool = False
 
 
 class Watcher(Protocol):
@@ -76,7 +78,7 @@ class Forward(Replacement):
     """The forward of a UNet2DConditionModel, in its attribute `forward`. Threads may share it.
 
     Layers and weights are compared where a run of calls begins: after `begin`, where the timestep rises, or where the
-    conditions are others. In between only the versions of the weights are looked at.
+    conditions are others. In between only what torch itself notes is looked at (`Watch`).
 
     Args:
         unet: the module.
@@ -95,10 +97,14 @@ class Forward(Replacement):
         self._bound: OrderedDict[object, _Bound] = OrderedDict()
         self._failed: tuple[Settings, str] | None = None
         self._logged: set[str] = set()
-        self._weights: list[Tensor] = []
-        self._versions: list[tuple[int, int]] = []
+        self._watch: Watch | None = None
         self._epoch = 0
         self._ladder = _Ladder()
+
+    @property
+    def released(self) -> bool:
+        """Whether the module's own weights are gone."""
+        return self.frozen is not None and self.frozen.releasing
 
     @property
     def __wrapped__(self) -> Any:
@@ -179,8 +185,10 @@ class Forward(Replacement):
         """Note that the original computes a call for a reason, and log it once.
 
         Raises:
-            ValueError: `allow_general` is False.
+            ValueError: `allow_general` is False, or the original has no weights any more.
         """
+        if self.released:
+            raise ValueError(f"{reason}, but diffusers cannot compute it: the weights were released") from None
         if not self.options.allow_general:
             raise ValueError(f"{reason}; with allow_general=True diffusers computes it") from None
         if reason not in self._logged:
@@ -231,7 +239,7 @@ class Forward(Replacement):
             Unsupported: the U-Net cannot be prepared, or the call's shapes are none that it takes.
         """
         with self._lock:
-            frozen = self.frozen if self._same_weights() else None
+            frozen = self.frozen if self._watch is not None and not self._watch.changed() else None
             if frozen is None:
                 frozen = self.prepared()
                 self._epoch += 1
@@ -245,7 +253,7 @@ class Forward(Replacement):
                     bound = self._bind(frozen, call, value, others)
                     bound.load(call)
                 bound.epoch = self._epoch
-                self._note_weights()
+                self._watch = Watch(self.unet)
             bound.take(call)
             out = bound.program(bound.steps[bound.rows[value]])
             self.runs += 1
@@ -259,6 +267,8 @@ class Forward(Replacement):
             Unsupported: it cannot be prepared; the message says why.
         """
         with self._lock:
+            if self.released and self.frozen is not None:
+                return self.frozen
             unet, first = self.unet, next(self.unet.parameters())
             device = first.device
             dtype, tf32 = first.dtype, False
@@ -283,7 +293,9 @@ class Forward(Replacement):
             self._drop()
             with self._inside():
                 frozen = FrozenUNet(unet, dtype, backend=self.options.backend, allow_tf32=tf32)
-                if reason := frozen.differs():
+                if self.options.release:
+                    frozen.release()
+                elif reason := frozen.differs():
                     self._failed = settings, reason
                     raise Unsupported(reason)
             self.frozen = frozen
@@ -307,17 +319,10 @@ class Forward(Replacement):
         return bound
 
     def _drop(self) -> None:
-        self.frozen = None
+        if self.released:
+            raise ValueError("unet has changed, but its weights were released when it was prepared")
+        self.frozen = self._watch = None
         self._bound.clear()
-        self._weights, self._versions = [], []
-
-    def _note_weights(self) -> None:
-        self._weights = [*self.unet.parameters()]
-        self._versions = _versions(self._weights)
-
-    def _same_weights(self) -> bool:
-        """Return whether no weight was written or moved since the run of calls began, as far as torch notes it."""
-        return bool(self._versions) and _versions(self._weights) == self._versions
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -470,7 +475,3 @@ def _changes(name: str) -> bool:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _versions(tensors: list[Any]) -> list[tuple[int, int]]:
-    return [(tensor.data_ptr(), _version(tensor)) for tensor in tensors]

@@ -117,6 +117,11 @@ def draw(
     for name, value in arguments.items():
         if name not in known:
             raise ValueError(f"{name} is {value!r}, but a {type(pipe).__name__} does not take it")
+    for missing, other in (("height", "width"), ("width", "height")):  # of one alone pipelines take no notice
+        if other in arguments and missing in known and missing not in arguments:
+            size = pipe.unet.config.sample_size
+            pixels = size if isinstance(size, int) else size[missing == "width"]
+            arguments[missing] = pixels * getattr(pipe, "vae_scale_factor", 1)
     pairs = [(prompt, seed + index) for prompt in prompts for index in range(images)]
     drawn = []
     for start in range(0, len(pairs), batch_size):

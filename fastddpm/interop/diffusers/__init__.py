@@ -82,7 +82,7 @@ def accelerate(
     if not inplace:
         result.__dict__["scheduler"] = copy.deepcopy(obj.scheduler)
     engine = Engine(options, scales=parts)
-    engine.plan(result.unet, result.scheduler, scales=cls.scales)  # raises before anything is changed
+    engine.plan(result.unet, result.scheduler, scales=cls.scales, first=True)  # raises before anything is changed
     result.__class__ = cls
     result.__dict__["_engine"] = engine
     return result

@@ -99,15 +99,18 @@ class Engine:
     _sampler: tuple[Any, Sampler] | None = field(default=None, init=False)
     _logged: set[str] = field(default_factory=set, init=False)
 
-    def plan(self, unet: Any, scheduler: Any, *, scales: bool = False) -> Plan:
+    def plan(self, unet: Any, scheduler: Any, *, scales: bool = False, first: bool = False) -> Plan:
         """Return how to run these two.
 
         Args:
             unet, scheduler: the pipeline's.
             scales: whether the pipeline's loop scales noise and inputs where a scheduler wants it.
+            first: whether the pipeline is about to be accelerated; later on one whose parts were exchanged runs as it
+                is if neither is supported.
 
         Raises:
-            ValueError: one of them is not supported and `allow_general` is False, or neither is, or they do not fit.
+            ValueError: one of them is not supported and `allow_general` is False, or neither is at first, or they do
+                not fit.
         """
         theirs = unwrapped(unet)
         config = theirs.config
@@ -129,10 +132,11 @@ class Engine:
             recognised.check_channels(config.in_channels, config.out_channels)
         else:
             general.append(recognised)
-        if len(general) == 2:
+        if len(general) == 2 and first:
             raise ValueError(f"{general[0]}, and {general[1]}: there is nothing left to accelerate")
         if why_not_unet:
-            self._allow(why_not_unet, "the U-Net is called as it is, in fastddpm's loop")
+            loop = "" if isinstance(recognised, str) else ", in fastddpm's loop"
+            self._allow(why_not_unet, f"the U-Net is called as it is{loop}")
         if isinstance(recognised, str):
             self.keep_loop(recognised)
         return Plan(model, recognised if isinstance(recognised, Recognised) else None, general, theirs)

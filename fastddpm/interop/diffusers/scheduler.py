@@ -124,12 +124,16 @@ class Recognised:
         Raises:
             ValueError: timesteps do not fall or repeat, or a step has no finite coefficients.
         """
-        with np.errstate(all="ignore"):
-            table = self._table(scheduler, eta, use_clipped_model_output)
+        close = ValueError("num_inference_steps: two levels it visits are so close that a step has no coefficients")
+        try:
+            with np.errstate(all="ignore"):
+                table = self._table(scheduler, eta, use_clipped_model_output)
+        except (ArithmeticError, np.linalg.LinAlgError):
+            raise close from None
         if len(table) != len(scheduler.timesteps):
             raise ValueError(f"timesteps are {len(scheduler.timesteps)}, must be {len(table)} for its config")
         if not bool(torch.isfinite(table.rows).all()):
-            raise ValueError("num_inference_steps: two levels it visits are so close that a step has no coefficients")
+            raise close
         return table
 
     def _table(self, scheduler: Any, eta: float, use_clipped_model_output: bool) -> StepTable:
@@ -153,9 +157,6 @@ class Recognised:
         grid = self._grid(scheduler)
         if self.method == "edm_euler":
             table = euler_table(self.schedule, grid, prediction_type="v_prediction")
-            if prediction_type == "epsilon":  # its network says -v
-                table.rows[:, [1, 4]] *= -1
-            table.rows[-1, 2:] *= scheduler.config.sigma_data
         else:
             method = METHODS[self.method]
             own = inspect.signature(method.table).parameters
@@ -163,10 +164,21 @@ class Recognised:
             if "stores" in own and not (self.settings.get("clip_sample") or self.settings.get("thresholding")):
                 options["stores"] = "epsilon"
             table = method.table(self.schedule, grid, **{**options, **method.fixed})
-        if self.scales:
-            table.rows[-1, 2:] /= table.levels[-1, 0]
         timesteps = told.to(torch.int64) if bool((told == told.round()).all()) else told
-        return replace(table, timesteps=timesteps)
+        return self._as_scaled(replace(table, timesteps=timesteps), scheduler)
+
+    def _as_scaled(self, table: StepTable, scheduler: Any) -> StepTable:
+        """Return a table, and what it restarts as, for the network's convention and ending with the sample."""
+        if not self.scales:
+            return table
+        rows, restart = table.rows.clone(), table.restart
+        if self.method == "edm_euler":
+            if self.settings.get("prediction_type", "epsilon") == "epsilon":  # its network says -v
+                rows[:, [1, 4]] *= -1
+            rows[-1, 2:] *= scheduler.config.sigma_data
+        rows[-1, 2:] /= table.levels[-1, 0]
+        again = None if restart is None else lambda index: self._as_scaled(restart(index), scheduler)
+        return replace(table, rows=rows, restart=again)
 
     def initial_scale(self, scheduler: Any) -> float:
         """Return what a network reads of an initial sample, as a factor, once the timesteps are set."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.common.checks import listed
+from fastddpm.interop.shared import kind_of
 from fastddpm.networks.comparing import changed, difference, evaluating, settings_of, some_noise, why_not_layers
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.layers import Attention
@@ -56,7 +57,7 @@ def check_unet(unet: Any) -> None:
     """
     kind = type(unet)
     if kind.__name__ != "UNet2DModel" or not _is_diffusers(kind):
-        raise ValueError(f"unet is a {kind.__name__}, must be a UNet2DModel of diffusers")
+        raise ValueError(f"unet is a {kind_of(unet)}, must be a UNet2DModel of diffusers")
     if reason := why_not_layers(unet, lambda kind: _is_diffusers(kind) or _library(kind) == "torch"):
         raise ValueError(f"unet cannot be replaced: {reason}")
     for name, module in unet.named_modules():

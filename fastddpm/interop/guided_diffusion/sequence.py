@@ -39,9 +39,9 @@ class SequenceUNet(nn.Module):
                 if isinstance(layer, Conv3x3):
                     setattr(block, name, _along(layer))
                 elif isinstance(layer, Downsample):
-                    block[int(name)] = _Halve(layer)  # type: ignore[index]
+                    setattr(block, name, _Halve(layer))
                 elif isinstance(layer, Upsample):
-                    block[int(name)] = _Double(layer)  # type: ignore[index]
+                    setattr(block, name, _Double(layer))
             if isinstance(block, ResnetBlock) and block.resample is not None:
                 block.resample = f"{block.resample}_along"
 

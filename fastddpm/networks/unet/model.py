@@ -46,6 +46,14 @@ from fastddpm.networks.unet.plan import BlockPlan, ResnetPlan, plan_down, plan_u
 _SKIP_SCALE = math.sqrt(2)  # divides the sums in Skip blocks
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """Return an embedding, initialised unless it is on `meta`, where torch would import its compiler for that."""
+    weight = torch.empty(count, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding(count, width, _weight=weight)
+
+
 class UNet(nn.Module):
     """The noise-predicting U-Net of Ho et al. 2020, as diffusers' UNet2DModel implements it.
 
@@ -69,7 +77,7 @@ class UNet(nn.Module):
             self.time_proj = FourierProjection(widths[0])
         elif c.time_embedding_type == "learned":
             assert c.num_train_timesteps is not None
-            self.time_proj = nn.Embedding(c.num_train_timesteps, widths[0])
+            self.time_proj = _embedding(c.num_train_timesteps, widths[0])
         else:
             self.time_proj = sinusoids(c)
         self.time_embedding = EmbeddingMLP(c.sinusoid_channels, emb)
@@ -77,7 +85,7 @@ class UNet(nn.Module):
         if c.class_embed_type == "timestep":
             self.class_embedding = EmbeddingMLP(c.sinusoid_channels, emb)
         elif c.class_embed_type is None and c.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(c.num_class_embeds, emb)
+            self.class_embedding = _embedding(c.num_class_embeds, emb)
 
         self.down_blocks = nn.ModuleList([_down_block(c, plan) for plan in plan_down(c)])
         self.mid_block: MidBlock | None = None

@@ -113,11 +113,10 @@ def evaluation(
     inputs = network.new_input((batch, 2 * channels if concatenates else channels, *size))
     generator = torch.Generator().manual_seed(0)
     inputs.copy_(torch.randn(tuple(inputs.shape), generator=generator).to(network.device))
-    more = (torch.zeros_like(inputs),) if self_condition and not concatenates else ()
+    before = torch.zeros_like(inputs) if self_condition and not concatenates else None
     with torch.no_grad():
-        bound = network.bind(
-            inputs, timesteps.to(network.device), labels, *(more or (None,)), network.some_conditions(batch)
-        )
+        conditions = network.some_conditions(batch)
+        bound = network.bind(inputs, timesteps.to(network.device), labels, before, conditions)
         bound.load()
     step = torch.zeros(1, dtype=torch.int64, device=network.device)
     return Evaluation(network, inputs, bound, step, precision)

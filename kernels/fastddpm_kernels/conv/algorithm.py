@@ -9,7 +9,7 @@ from fastddpm_kernels.conv.packing import ALGORITHMS, TILE
 from fastddpm_kernels.native.machine import threads as native_threads
 
 # Costs of a transformed value and of a byte of weights, read from memory or from the last cache, in halves of a
-# multiply-add of the float32 products, measured on Zen 4 and Zen 5 cores (all cores share the memory). In float32 14 and
+# multiply-add of float32 products, measured on Zen 4 and Zen 5 cores (all cores share the memory). In float32 14 and
 # 6 would fit a little better, but would choose winograd4, which is less accurate, more often.
 _TRANSFORM_COST, _BYTE_COST, _CACHED_COST = {torch.float32: 30, torch.bfloat16: 6}, 4, 1
 _CPU = torch.device("cpu")

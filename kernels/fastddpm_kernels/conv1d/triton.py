@@ -83,7 +83,7 @@ def make_launch(
     while block_n > 16 and blocks_m * phases * triton.cdiv(outputs, block_n) < num_processors(x.device):
         block_n //= 2
     widest = triton.next_power_of_2(max(x.shape[1], channels2))
-    block_k = max(16, min(128 // (x.itemsize // 2), widest))
+    block_k = max(16, min((64 if block_n == 64 or x.itemsize == 4 else 128) // (x.itemsize // 2), widest))
     blocks_n = triton.cdiv(outputs, block_n)
     args = {
         "y": y, "x": x, "x2": x2, "weight": weight.values, "bias": bias, "M": m, "rows_each": rows_each,

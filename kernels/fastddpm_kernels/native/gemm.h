@@ -17,7 +17,7 @@ constexpr long kLine = 64;  // bytes of a cache's line
 // weights `ahead` of these are asked for meanwhile: a CPU does not guess what lies behind a page or in another panel.
 template <class A, int R, int C, class Rows>
 inline __attribute__((always_inline)) void multiply_add(
-    Vec (&sums)[R][C], const Rows& rows, long depth, const typename A::Weight* panel, long ahead) {
+    Vec (&sums)[R][C], const Rows& rows, long depth, const typename A::Weight* panel, long ahead = 0) {
     constexpr long kVector = kLanes * sizeof(*panel);
     for (long k = 0; k < depth; ++k, panel += kPanel) {
         Vec weights[C];
@@ -38,7 +38,7 @@ inline __attribute__((always_inline)) void multiply_add(
 // total[r][j] += the same, in blocks. Between them the total is in memory: the registers are for the sums.
 template <class A, int R, int C, class Rows>
 inline __attribute__((always_inline)) void multiply_add_blocks(
-    Vec (&total)[R][C], const Rows& rows, long depth, const typename A::Weight* panel, long ahead) {
+    Vec (&total)[R][C], const Rows& rows, long depth, const typename A::Weight* panel, long ahead = 0) {
     for (long start = 0; start < depth; start += kDepth) {
         Vec sums[R][C] = {};
         multiply_add<A>(

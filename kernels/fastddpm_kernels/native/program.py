@@ -151,6 +151,10 @@ class _Translation(TorchDispatchMode):
         super().__init__()
         self._program = program
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch's compiler, which takes a second; no body here is compiled
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
