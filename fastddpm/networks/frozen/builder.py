@@ -381,13 +381,14 @@ class Builder(ABC):
         kinds = [algorithm]
         if self.constants.refilling:  # nothing will run, so sizes do not matter
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
+        values = torch.empty(0)  # while weights are refilled that no size has used
         for kind in kinds:
             values = self.put(
                 f"{name}.{kind}",
                 functools.partial(_packed, weight, kind, upsample, self.dtype, channels2, self.weight_dtype),
                 self.weight_dtype,
             )
-        return PackedWeight(values, kinds[-1], inputs, outputs, kernel, upsample, channels2)
+        return PackedWeight(values, [algorithm, *kinds][-1], inputs, outputs, kernel, upsample, channels2)
 
     def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
         """Return the algorithm of a native convolution to images of `size`, or one whose packed weights are smaller."""
