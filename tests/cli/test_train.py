@@ -193,7 +193,7 @@ def test_from_captions_to_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     for arguments, message in (
         (["sample", "results"], "--prompt is not given, must be: MODEL is results, which draws what a text says"),
-        (["sample", "results", "--prompt", "a", "--class-labels", "1"], "--class-labels is given, but results does not"),
+        (["sample", "results", "--prompt", "a", "--class-labels", "1"], "--class-labels is given, but results does"),
         (["sample", "results", "--prompt", "a", "--shard-size", "4"], "--prompt is given, but shards do not take it"),
         (["sample", "results", "--prompt", "a", "--text-encoder", "other"], "--text-encoder is other, whose weights"),
         (["train", "d", "--captions", "nowhere", "-o", "r"], "nowhere is no text encoder: must be a folder"),

@@ -1,4 +1,4 @@
-"""`examples/emoji.py` and `train_text_to_image.py`: which emoji are drawn and held out, and that the figures tell good from bad."""
+"""`examples/emoji.py` and `train_text_to_image.py`: which emoji are drawn and held out; figures tell good from bad."""
 
 from __future__ import annotations
 
