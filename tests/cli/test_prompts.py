@@ -79,7 +79,6 @@ def test_what_pipelines_do_not_take(folder: str, refused: Refused) -> None:
         (["--prompt", "a", "-o", "a.gif"], ("--output",)),
         (["--prompt", "a", "--method", "edm"], ("--method", "edm")),
         (["--prompt", "a", "--steps", "ddim3"], ("--steps", "ddim3")),
-        (["--prompt", "a", "--height", "15"], ("15",)),
         (["--height", "16"], ("--height", "--prompt")),
         ([], ("--prompt", "text")),
     ):
