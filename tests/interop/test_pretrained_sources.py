@@ -323,10 +323,8 @@ def test_parts_are_not_models(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="image_size is given but .* is no file, must be left out"):
         load_pretrained(folder, image_size=8)
     index = folder / "model_index.json"
-    index.write_text(
-        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
-    )
-    with pytest.raises(ValueError, match="StableDiffusionPipeline has a unet of class UNet2DConditionModel, must be"):
+    index.write_text(json.dumps({"_class_name": "AnimateDiffPipeline", "unet": ["diffusers", "UNetMotionModel"]}))
+    with pytest.raises(ValueError, match="AnimateDiffPipeline has a unet of class UNetMotionModel, must be"):
         load_pretrained(folder)
     index.write_text(json.dumps({"_class_name": "Other", "vqvae": ["diffusers", "AsymmetricAutoencoderKL"]}))
     with pytest.raises(ValueError, match="vqvae is of class AsymmetricAutoencoderKL, must be VQModel or AutoencoderKL"):

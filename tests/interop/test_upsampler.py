@@ -123,7 +123,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "image_size is no flag of an upsampler of guided_diffusion, which has large_size": (TypeError, {"image_size": 16}),
     "large_size is 128, must be one of 512, 256, 64 where channel_mult is not given": (
         ValueError, {"large_size": 128, "channel_mult": ""}),
-    "dims is 1, must be 2": (ValueError, {"dims": 1}),
+    "dims is 1 but large_size is given, must be 2": (ValueError, {"dims": 1}),
     "the weights are those of in_channels=3 (not 1)": (ValueError, {"in_channels": 1}),
     "large_size, small_size are no flags of improved_diffusion": (TypeError, {"library": "improved_diffusion"}),
 }  # fmt: skip

@@ -63,7 +63,7 @@ def load_pipeline(
         raise ValueError(f"{model} cannot be loaded as a pipeline: {_first_line(error)}") from None
     if not takes(pipe) or "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"{model} is a {type(pipe).__name__}, must be a text-to-image pipeline around a U-Net")
-    if getattr(pipe, "safety_checker", None) is None and hasattr(pipe, "requires_safety_checker"):
+    if getattr(pipe, "safety_checker", None) is None and "requires_safety_checker" in pipe.config:
         pipe.register_to_config(requires_safety_checker=False)
     return accelerate(pipe.to(device), inplace=True, dtype="tf32" if tf32 else None, **options)
 
