@@ -21,7 +21,10 @@ from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
 
 # What a frozen U-Net runs on one backend besides norms.
-_OPS = ("conv", "attention", "pointwise_conv", "residual_add")
+_OPS = (
+    "conv", "attention", "pointwise_conv", "residual_add", "layer_norm", "geglu", "cross_attention", "conv1d",
+    "group_norm_mish",
+)  # fmt: skip
 
 
 def why_not(model: object, device: torch.device | str | None = None) -> str | None:
