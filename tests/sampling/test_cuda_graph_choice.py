@@ -116,7 +116,7 @@ class Pretended:
         for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
             monkeypatch.setattr(torch._C, name, lambda *a, name=name: self.log.append(name), raising=False)
         monkeypatch.setattr(captured, "_sides", {})
-        monkeypatch.setattr(captured, "why_not", lambda mode, device: None)
+        monkeypatch.setattr(captured, "why_not", lambda mode, device, trusted=False: None)
         monkeypatch.setattr(while_graph, "WhileGraph", While)
 
     def body(self) -> None:

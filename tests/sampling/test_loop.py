@@ -223,7 +223,8 @@ def test_a_network_is_bound_to_what_it_reads() -> None:
 
     batch, settings = draw_batch(1), replace(SETTINGS["everything"], guidance_interval=None)
     loop = Loop(Watched(model), shapes_of(TABLE, SHAPE, batch, settings), settings)
-    ((inputs, timesteps, labels, self_condition),) = calls
+    ((inputs, timesteps, labels, self_condition, conditions),) = calls
+    assert conditions == {}
     for given, name in (
         (inputs, "inputs"), (timesteps, "timesteps"), (labels, "labels"), (self_condition, "self_condition")
     ):  # fmt: skip

@@ -71,7 +71,7 @@ class Fake:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
     monkeypatch.setattr(Fake, "made", [], raising=False)
     monkeypatch.setattr("fastddpm.sampling.runner.CapturedBody", Fake)
-    monkeypatch.setattr("fastddpm.sampling.runner.why_not", lambda mode, device: None)
+    monkeypatch.setattr("fastddpm.sampling.runner.why_not", lambda mode, device, trusted=False: None)
     return Fake.made
 
 
