@@ -153,6 +153,13 @@ def make_scheduler(case: dict[str, Any]) -> Any:
     return getattr(diffusers, case["scheduler"])(**fields)
 
 
+class Continuous(torch.nn.Module):
+    """Stands in for a codebook, in which rounding of the latents may choose another entry."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, None, None]:
+        return z, None, None
+
+
 def make(case: dict[str, Any]) -> Any:
     """Return the object to accelerate: a pipeline, or a U-Net and a scheduler."""
     scheduler, changes = make_scheduler(case), dict(case["unet"])
@@ -173,6 +180,7 @@ def make(case: dict[str, Any]) -> Any:
         vqvae = diffusers.VQModel(
             block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, num_vq_embeddings=16
         ).eval()
+        vqvae.quantize = Continuous()
         return quiet(diffusers.LDMPipeline(vqvae, model, scheduler))
     return quiet(getattr(diffusers, case["pipeline"])(model, scheduler))
 
