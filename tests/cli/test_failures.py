@@ -130,7 +130,12 @@ def test_signals_end_in_a_line(
         monkeypatch.setattr("fastddpm.sampling.loop.Loop.body", stop)
     else:
         monkeypatch.setattr("fastddpm.common.files.os.umask", lambda mask: stop())  # the temporary file is written
-    assert main(["sample", *FAST, "-n", "1", "-o", "out.png"]) == code
+    # The tests may have been started with the signal ignored, as in the background or under nohup.
+    before = signal.signal(sent, signal.default_int_handler if sent == signal.SIGINT else signal.SIG_DFL)
+    try:
+        assert main(["sample", *FAST, "-n", "1", "-o", "out.png"]) == code
+    finally:
+        signal.signal(sent, before)
     assert capsys.readouterr().err.splitlines()[-1] == word
     assert list(Path().iterdir()) == []
 

@@ -110,7 +110,11 @@ def test_general_scheduler(make: Callable[[], Any], message: str, caplog: pytest
             "num_inference_steps",
         ),
         # At -1 the scheduler reads its last level; with the usual betas that amplifies rounding by 158.
-        (lambda: DDIMScheduler(timestep_spacing="trailing", beta_end=0.002), 61, "timesteps has -1, every one must be from 0 to 999"),
+        (
+            lambda: DDIMScheduler(timestep_spacing="trailing", beta_end=0.002),
+            61,
+            "timesteps has -1, every one must be from 0 to 999",
+        ),
     ],
     ids=["zero SNR", "a timestep twice", "a timestep below 0"],
 )
