@@ -52,6 +52,8 @@ def spaced_timesteps(
         return _to_tensor(_sections(total, num_inference_steps))
     if isinstance(steps_offset, bool) or not isinstance(steps_offset, numbers.Integral):
         raise ValueError(f"steps_offset is {steps_offset!r}, must be an integer")
+    if not -(2**31) <= steps_offset < 2**31:
+        raise ValueError(f"steps_offset is {steps_offset}, which no timestep below {total} can have added")
     count = total if num_inference_steps is None else num_inference_steps
     if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not 1 <= count <= total:
         raise ValueError(

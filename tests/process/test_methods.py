@@ -251,6 +251,7 @@ def test_a_table_starts_anew_where_a_step_begins(method: str) -> None:
         ("lms", {"order": 5}, "order is 5, must be an integer from 1 to 4"),
         ("lcm", {"original_inference_steps": 3}, "original_inference_steps is 3, must be from 5"),
         ("heun", {"steps_offset": 0.5}, "steps_offset is 0.5, must be an integer"),
+        ("ddim", {"steps_offset": 2**63, "timestep_spacing": "leading"}, "steps_offset is 9223372036854775808"),
         ("heun", {"eta": 0.5}, "eta is 0.5 but method is 'heun'; eta is a setting of method 'ddim', 'euler_a'"),
         ("heun", {"num_inference_steps": 0}, "num_inference_steps is 0, must be an integer of at least 1"),
         ("heun", {"prediction_type": "score"}, "prediction_type is 'score', must be one of epsilon"),
