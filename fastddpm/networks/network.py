@@ -98,7 +98,6 @@ class UNetWrapper(nn.Module, ABC):
     def to_freeze(self) -> nn.Module | None:
         """Return the U-Net, or None to call it as it is."""
 
-    @abstractmethod
     def bind_frozen(
         self,
         frozen: FrozenUNet,
@@ -107,7 +106,8 @@ class UNetWrapper(nn.Module, ABC):
         labels: Tensor | None,
         conditions: Mapping[str, Tensor] | None = None,
     ) -> BoundNetwork:
-        """Bind the wrapper to buffers as `Network.bind` does, with the U-Net frozen."""
+        """Bind the wrapper to buffers as `Network.bind` does, with the U-Net frozen: by default the U-Net alone."""
+        return frozen.bind(inputs, timesteps, labels, conditions)
 
 
 class Network:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.interop.edm.preconditioning import REGRESSIONS, kind_of
-from fastddpm.networks.frozen import FrozenUNet, blueprint_of
+from fastddpm.networks.frozen import blueprint_of
 from fastddpm.networks.frozen.kinds.edm.blueprint import EDMBlueprint
 from fastddpm.networks.frozen.kinds.edm.parts import positions
-from fastddpm.networks.network import BoundNetwork, UNetWrapper
+from fastddpm.networks.network import UNetWrapper
 
 
 class EDMNetwork(UNetWrapper):
@@ -55,16 +54,6 @@ class EDMNetwork(UNetWrapper):
     def to_freeze(self) -> nn.Module | None:
         model: nn.Module = self.model
         return model
-
-    def bind_frozen(
-        self,
-        frozen: FrozenUNet,
-        inputs: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None,
-        conditions: Mapping[str, Tensor] | None = None,
-    ) -> BoundNetwork:
-        return frozen.bind(inputs, timesteps, labels)
 
 
 def channels_of(net: Any) -> int:

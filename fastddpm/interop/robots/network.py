@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 
-from fastddpm.networks.frozen import FrozenUNet
-from fastddpm.networks.network import BoundNetwork, UNetWrapper
+from fastddpm.networks.network import UNetWrapper
 
 
 class PolicyNetwork(UNetWrapper):
@@ -19,16 +16,6 @@ class PolicyNetwork(UNetWrapper):
 
     def to_freeze(self) -> nn.Module:
         return self.unet
-
-    def bind_frozen(
-        self,
-        frozen: FrozenUNet,
-        inputs: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None,
-        conditions: Mapping[str, Tensor] | None = None,
-    ) -> BoundNetwork:
-        return frozen.bind(inputs, timesteps, labels, conditions)
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """Return the prediction [N, C, L] for x [N, C, L] at t int64 [N]."""
