@@ -63,12 +63,10 @@ class Suite(NamedTuple):
     """Proofs that run together in one child process.
 
     Attributes:
-        module: `python -m module DEVICE` runs them; its `names(device)` lists them as "op: variant".
-        command: what a user runs to see them all, for messages.
+        module: `python -m module DEVICE --pipe FD` runs them, by `proof.main`.
     """
 
     module: str
-    command: str = "fastddpm verify"
 
 
 KERNELS = Suite("fastddpm_kernels.verify")
@@ -99,8 +97,9 @@ def why_not(op: str, device: torch.device, suite: Suite = KERNELS) -> str | None
                 verdicts = prove(device, suite)
             _known[key] = failed(verdicts)
             for name, reason in _known[key].items():
-                log.warning("%s is not used on %s: %s (to report it: %s --json FILE)", name, device, reason,
-                            suite.command)  # fmt: skip
+                log.warning(
+                    "%s is not used on %s: %s (to report it: fastddpm verify --json FILE)", name, device, reason
+                )
         return _known[key].get(op, _known[key].get("all"))
 
 
