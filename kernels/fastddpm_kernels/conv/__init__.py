@@ -29,16 +29,18 @@ kernel. Only its name selects it, or a tuned table that measured it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddpm_kernels.backend import resolve
+from fastddpm_kernels.backend import resolve, unproved, why_not
 from fastddpm_kernels.checks import check_operands
 from fastddpm_kernels.conv.algorithm import choose_algorithm, likely_algorithm, possible_algorithms
 from fastddpm_kernels.conv.checks import (
     check_added,
     check_conv,
+    check_for_triton,
     check_fused,
     check_packed,
 )
@@ -64,6 +66,8 @@ __all__ = [
     "choose_algorithm",
     "conv_",
     "conv_epilogue_",
+    "conv_launches",
+    "conv_workspace",
     "error_factor",
     "likely_algorithm",
     "pack",
@@ -135,6 +139,11 @@ def conv_(
     if isinstance(weight, PackedWeight):
         check_packed(weight, x, channels2)
         packed = True
+    options: dict[str, Any] = {
+        "x2": x2, "bias": bias, "residual": residual, "stride": stride, "padding": padding, "upsample": upsample,
+        "norm": norm, "time_bias": time_bias, "shortcut": shortcut, "shortcut2": shortcut2,
+        "shortcut_weight": shortcut_weight, "statistics": statistics, "allow_tf32": allow_tf32,
+    }  # fmt: skip
     besides = {"norm": norm, "time_bias": time_bias, "shortcut": shortcut, "statistics": statistics}
 
     def unfit() -> str | None:
@@ -153,7 +162,11 @@ def conv_(
             algorithm = "direct"
         return why_not_packed(algorithm, x.shape[1], channels2, x.dtype)
 
-    backend = resolve("conv", "native" if packed and backend == "auto" else backend, x.device.type, x.dtype, unfit)
+    if packed and backend == "auto":
+        backend = "native"
+    elif backend == "auto" and x.is_cuda and _measured_faster(y, x, weight, options):
+        backend = "triton"
+    backend = resolve("conv", backend, x.device.type, x.dtype, unfit)
     if packed and backend != "native":
         raise ValueError(f"weight is packed for the native backend, must be a tensor [O, C, k, k] on {backend}")
     if y.numel() == 0:
@@ -164,8 +177,16 @@ def conv_(
         own = weight
         return bind_with_floats(lambda bias: bind_native(y, x, own, x2, bias, residual, stride, padding), bias)
     assert isinstance(weight, Tensor)
-    plain = weight
+    if backend == "triton":
+        from fastddpm_kernels.conv.triton import Operands
+        from fastddpm_kernels.conv.triton import bind as bind_triton
 
+        images = {"y": y, "x": x, "x2": x2, "residual": residual, "shortcut": shortcut, "shortcut2": shortcut2}
+        check_for_triton(x, images, {"weight": weight, "shortcut_weight": shortcut_weight, "bias": bias})
+        if workspace is not None and workspace.numel() < (needed := conv_workspace(y, x, weight, **options)):
+            raise ValueError(f"workspace has {workspace.numel()} elements, must have {needed} or more")
+        return bind_triton(Operands(y, x, weight, **options), workspace)
+    plain = weight
     dtype = torch.float64 if backend == "reference" else x.dtype
 
     @torch.no_grad()
@@ -217,6 +238,11 @@ def conv_epilogue_(
     backend = resolve("conv", backend, x.device.type, x.dtype, lambda: "there is no native kernel of the epilogue")
     if y.numel() == 0:
         return lambda: None
+    if backend == "triton":
+        from fastddpm_kernels.conv.triton import bind_epilogue
+
+        check_for_triton(x, {"y": y, "x": x, "residual": residual}, {"bias": bias})
+        return bind_epilogue(y, x, bias, time_bias, residual, statistics)
     dtype = torch.float64 if backend == "reference" else x.dtype
 
     @torch.no_grad()
@@ -226,3 +252,44 @@ def conv_epilogue_(
             statistics_by_torch(statistics, y)
 
     return run
+
+
+def conv_workspace(y: Tensor, x: Tensor, weight: Tensor, **options: Any) -> int:
+    """Return the number of float32 elements that `conv_` needs as its `triton` workspace; 0 if none.
+
+    Args:
+        y, x, weight, options: those of `conv_`. Their values do not matter: for tensors without any (on device `meta`)
+            the answer is that of a GPU of 132 multiprocessors without tuned tables.
+    """
+    if y.numel() == 0:
+        return 0
+    tile, problem = _plan(y, x, weight, options)
+    return int(sum(tile.workspace(problem)))
+
+
+def conv_launches(y: Tensor, x: Tensor, weight: Tensor, **options: Any) -> int:
+    """Return how many kernels `conv_` launches on `triton`: 1 to 3, or 0 for an empty batch. See `conv_workspace`."""
+    if y.numel() == 0:
+        return 0
+    tile, problem = _plan(y, x, weight, options)
+    return int(tile.launches(problem))
+
+
+def _plan(y: Tensor, x: Tensor, weight: Tensor, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the tile of a call and its problem."""
+    from fastddpm_kernels.conv.triton import Operands, problem_of, tile_of, tuned_choice
+
+    operands = Operands(y, x, weight, **options)
+    return tile_of(operands, tuned_choice(operands)), problem_of(operands)
+
+
+def _measured_faster(y: Tensor, x: Tensor, weight: Tensor | PackedWeight, options: dict[str, Any]) -> bool:
+    """Return whether a tuned table has a tile for this call, on a GPU where the kernel is trusted."""
+    if isinstance(weight, PackedWeight) or x.dtype == torch.float64 or unproved(("conv",), "cuda"):
+        return False
+    if why_not("triton", "cuda", "conv") is not None:
+        return False
+    from fastddpm_kernels.conv.triton import VENDOR, Operands, tuned_choice
+
+    choice = tuned_choice(Operands(y, x, weight, **options))
+    return choice is not None and choice != VENDOR
