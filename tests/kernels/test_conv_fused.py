@@ -84,7 +84,7 @@ CASES = {
     "table": Case("coefficients from a launch before", TWO, HALF, tile(64, 32, 16, norm="table"), 2),
     "apply": Case("the norm in a launch before", TWO, HALF, tile(64, 32, 16, norm="apply"), 2),
     "apply_split": Case("as apply, split", TWO, SINGLE, tile(64, 32, 16, 2, False, norm="apply"), 3),
-    "many_blocks": Case("too many blocks for every program", MANY, HALF, None, 2),
+    "many_blocks": Case("too many blocks for every program", MANY, HALF, tile(64, 16, 16, norm="table"), 2),
     "many_blocks_apply": Case("as many_blocks", MANY, HALF,
                               tile(64, 16, 32, norm="apply"), 3),
     "empty": Case("nothing to do", Example(0, 4, 4, 8, 8), HALF, None, 0),

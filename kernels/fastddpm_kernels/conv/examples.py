@@ -30,6 +30,7 @@ class Example:
         silu, film: whether the norm has them.
         shortcut: whether x and x2 are also convolved by 1x1.
         bias, time, residual, statistics: whether they are given.
+        units: channels of a block of y's statistics, 0 for a fitting number.
     """
 
     n: int
@@ -50,6 +51,7 @@ class Example:
     time: bool = True
     residual: bool = True
     statistics: bool = True
+    units: int = 0
 
     @property
     def above(self) -> int:
@@ -67,7 +69,7 @@ class Example:
 
     @property
     def unit(self) -> int:
-        return statistics_unit(self.out, (max(self.out // 8, 1), 0))
+        return self.units or statistics_unit(self.out, (max(self.out // 8, 1), 0))
 
     def make(self, fill: Make) -> dict[str, Any]:
         """Return the operands but y, each from `fill(name, *shape)`; images as [N, C, H, W] of whatever order."""

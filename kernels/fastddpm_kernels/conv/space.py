@@ -42,6 +42,12 @@ HARD = {
     "upsample": Example(1, 5, 3, 32, 20, upsample=True),
     "downsample": Example(2, 7, 6, 12, 20, stride=2, groups=2, time=False),
 }
+_COUNTED = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "tcgen05": r"tcgen05\.mma",
+    "cp_async": r"cp\.async\.c[ag]",
+}
 SPLIT = ((1, True), (3, True), (3, False))
 
 
@@ -88,10 +94,7 @@ def _compile_one(kind: str, layer: str, tile: Tile, target: str) -> list[dict[st
             kernel = compiled(variant, target)
             ptx = kernel.asm["ptx"]
             used = {name: value for name, value in usage(kernel).as_dict().items() if not name.endswith("_bits")}
-            products = {
-                "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma", "cp_async": r"cp\.async\.c[ag]"
-            }  # fmt: skip
-            rows.append(row | used | {name: len(re.findall(pattern, ptx)) for name, pattern in products.items()})
+            rows.append(row | used | {name: len(re.findall(pattern, ptx)) for name, pattern in _COUNTED.items()})
         except Exception as error:  # whatever the compiler raises is a row of the report
             rows.append(row | {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"})
     return rows
@@ -118,8 +121,7 @@ def check_all(kinds: Sequence[str], device: torch.device, every: int = 1) -> lis
         every: check only each such configuration, for a sample.
     """
     from fastddpm_kernels.conv import conv_
-    from fastddpm_kernels.conv.triton import Operands, make_launches, problem_of, prepared
-    from fastddpm_kernels.device.variant import run_launches
+    from fastddpm_kernels.conv.triton import Operands, problem_of, run_tile
     from fastddpm_kernels.testing import FLOORS, errors
 
     rows = []
@@ -136,7 +138,7 @@ def check_all(kinds: Sequence[str], device: torch.device, every: int = 1) -> lis
             o = Operands(**call, allow_tf32=kind == "tf32")
             if index % every or tile.why_not(problem_of(o)) is not None:
                 continue
-            run_launches(make_launches(prepared(o), tile, None), o.x)
+            run_tile(o, tile)
             floor = FLOORS[torch.float16 if kind == "tf32" else dtype]
             worst = 0.0
             for result, value in results(call).items():

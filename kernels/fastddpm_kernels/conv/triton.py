@@ -256,15 +256,15 @@ def tile_of(o: Operands, choice: tuned.Choice | None = None) -> Tile:
         tile = Tile(**choice)
         if tile.why_not(problem) is None:
             return tile if _has_pdl(o.x.device) else replace(tile, pdl=False)
-    return likely_tile(problem, num_processors(o.x.device), _shared(o.x.device))
+    return likely_tile(problem, *processors_and_shared(o.x.device))
 
 
-def _shared(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program may have on the device."""
+def processors_and_shared(device: torch.device) -> tuple[int, int]:
+    """Return the multiprocessors of a device, and the bytes of shared memory that a program may have."""
     if device.type != "cuda":
-        return SHARED
+        return num_processors(device), SHARED
     properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
+    return num_processors(device), int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
 
 
 def _has_pdl(device: torch.device) -> bool:
@@ -278,6 +278,11 @@ def bind(o: Operands, workspace: Tensor | None, choice: tuned.Choice | None = No
     """Return a function that runs the call, by a choice or, if None, by the tuned or the likely best tile."""
     tile = tile_of(o, tuned_choice(o) if choice is None else choice)
     return partial(run_launches, make_launches(prepared(o), tile, workspace), o.x)
+
+
+def run_tile(o: Operands, tile: Tile) -> None:
+    """Run a call by a tile, whatever a table or the heuristics say."""
+    run_launches(make_launches(prepared(o), tile, None), o.x)
 
 
 def bind_epilogue(
@@ -353,5 +358,5 @@ def example_of(key: tuned.Key) -> Example:
     return Example(
         k["batch"], k["height"], k["width"], k["channels"], k["out_channels"], k["channels2"], k["kernel"], k["stride"],
         upsample=bool(k["upsample"]), groups=k["groups"], silu=bool(k["silu"]), shortcut=bool(k["shortcut"]),
-        residual=not k["shortcut"], statistics=bool(k["unit"]),
+        residual=not k["shortcut"], statistics=bool(k["unit"]), units=k["unit"],
     )  # fmt: skip
