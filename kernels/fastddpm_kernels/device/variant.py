@@ -57,9 +57,10 @@ class Launch:
     args: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     num_warps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps)
+        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps, **self.options)
 
     def variant(self, tag: str) -> Variant:
         """Return the specialisation that the JIT would make for these arguments (meta tensors suffice)."""
