@@ -80,8 +80,7 @@ class Lowering(ResidualBuilder):
             elif isinstance(up, layers.UpBlock):
                 for layer in up.upsamplers:
                     x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._upsample(layer, x)
-        x = self.norm(unet.conv_norm_out, x)
-        x = self.conv_to_image(unet.conv_out, x)
+        x = self.normed_conv_to_image(unet.conv_norm_out, unet.conv_out, x)
         if image is not None:
             x = self.other("conv_out.image", [x.slot, image.slot], torch.add)
         if unet.config.time_embedding_type == "fourier":
