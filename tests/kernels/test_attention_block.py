@@ -1,4 +1,4 @@
-"""The attention block of one head: every backend against `reference`, the fold of its projections, and what it refuses."""
+"""The attention block of one head: every backend against `reference`, its folded projections, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from fastddpm_kernels.attention_block import attention_block_, fold
+from fastddpm_kernels.conv import statistics_shape
+from fastddpm_kernels.conv.formula import statistics_by_torch
 from fastddpm_kernels.testing import assert_close, check_op, check_refuses
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class Case:
     scale: float = 1.0  # of the scores: how unlike the pixels' weights are
     offset: float = 0.0
     deviation: float = 1.0
+    statistics: bool = False  # those of x are given, and those of y are left
 
 
 CASES = {
@@ -40,6 +43,8 @@ CASES = {
     "peaked": Case("one pixel outweighs the rest, which may come last", scale=30.0),
     "far_from_zero": Case("means beside which deviations are small", offset=30.0, dtype=HALF),
     "flat": Case("pixels that hardly differ: the norm scales by hundreds", deviation=1e-3, dtype=HALF),
+    "statistics": Case("blocks of channels, a last span that is not full", 32, (9, 9), 4, HALF, statistics=True),
+    "statistics_of_few_pixels": Case("fewer pixels than the smallest tile", 48, (3, 3), 6, statistics=True),
     "empty": Case("nothing to do", batch=0),
 }
 
@@ -62,7 +67,16 @@ def test_backends(case: Case, backend: str, device: torch.device) -> None:
     def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         own = {name: value.to(dtype) for name, value in wide.items()}
         y = torch.empty_like(own["x"])
-        attention_block_(y, num_groups=case.groups, **own, backend=backend)
+        if not case.statistics:
+            attention_block_(y, num_groups=case.groups, **own, backend=backend)
+            return {"y": y}
+        x, kind = own["x"], torch.promote_types(dtype, torch.float32)
+        given, left = (x.new_empty(statistics_shape(x, unit), dtype=kind) for unit in (case.channels // case.groups, 4))
+        statistics_by_torch(given, x)
+        attention_block_(y, num_groups=case.groups, **own, given=given, statistics=left, backend=backend)
+        again = torch.empty_like(left)
+        statistics_by_torch(again, y)
+        assert_close(left, again.double(), name="statistics")
         return {"y": y}
 
     # Eager rounds the norm, queries, sums and the result; a softmax of steep scores multiplies what precedes it.

@@ -91,7 +91,7 @@ class Builder(ABC):
     def lower(self) -> int:
         """Emit the instructions of the whole U-Net. Return the slot of its output, whose first channels count."""
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 (nothing by default)
         """Complete what depends on later layers; after `lower`."""
 
     @contextmanager

@@ -87,7 +87,7 @@ class Machine:
         return self.backend == "native"
 
     def place(self, slot: int, like: Tensor, channels: int, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the memory for the result of a fused kernel: the slot's own, or new memory of like's or another size."""
+        """Return the memory for the result of a fused kernel: the slot's own, or new memory of the size of `like`."""
         if not self.static and slot not in self.fixed:
             n, _, *own = like.shape
             h, w = size or own

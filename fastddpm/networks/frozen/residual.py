@@ -54,7 +54,10 @@ class ResidualBuilder(WholeBuilder):
         norm1, norm2 = NormBefore(block.norm1, act), NormBefore(block.norm2, act, scale, shift)
         direct = act == "silu" and (block.resample is None or block.doubles)  # conv1 reads what norm1 writes
         doubles = block.resample is not None and block.doubles
-        if self.takes_whole(x, block.conv1, skip, norm1 if direct else None, upsample=doubles):
+        kernel = block.conv1.kernel_size[0]
+        if self.takes_whole(
+            x, block.conv1.out_channels, kernel, skip, norm1 if direct else None, upsample=doubles
+        ):  # fmt: skip
             h, x = self._whole_conv1(block, x, skip, norm1 if direct else None, doubles, added)
             added = None
         else:
@@ -71,7 +74,9 @@ class ResidualBuilder(WholeBuilder):
             else:
                 h, added = conv1(block.conv1, h, bias=time[0]), None
         own = 0 if block.shortcut is None else block.shortcut.in_channels
-        if self.takes_whole(h, block.conv2, None, norm2 if act == "silu" else None, shortcut=own):
+        if self.takes_whole(
+            h, block.conv2.out_channels, kernel, None, norm2 if act == "silu" else None, shortcut=own
+        ):  # fmt: skip
             return self.divided(self._whole_conv2(block, h, norm2, added, x, skip), block.output_scale, name)
         h = self.norm(block.norm2, h, time_bias=added, scale=scale, shift=shift, activation=act)
         h = self.conv_same(block.conv2, h)
@@ -132,7 +137,7 @@ class ResidualBuilder(WholeBuilder):
         if padding != 0:
             self.complete(x, name)
             return self.conv(layer, x, stride=2, padding=padding)
-        if self.m.native or self.takes_whole(x, layer):
+        if self.m.native or self.takes_whole(x, layer.out_channels, layer.kernel_size[0], stride=2):
             self.complete(x, name)
             return self.conv(layer, x, stride=2, padding=0, below=1)
         channels, height, width = self.shapes[x.slot]

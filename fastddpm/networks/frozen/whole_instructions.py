@@ -88,7 +88,7 @@ def attention_block(
         x = m.slots[source]
         return attention_block_.bind(
             m.place(target, x, x.shape[1]), x, norm.weight, norm.bias, norm.num_groups, *matrices, eps=norm.eps,
-            allow_tf32=m.allow_tf32, backend=m.backend,
+            given=m.statistics[source], statistics=m.statistics.get(target), allow_tf32=m.allow_tf32, backend=m.backend,
         )  # fmt: skip
 
     return bound_once(m, (source, target), bind)

@@ -1,9 +1,9 @@
 """Emit whole layers: a convolution with the norm before it, everything that is added after it, and its statistics.
 
 A norm inside a convolution needs the statistics of what it reads before the convolution begins. Whoever writes a slot
-leaves them, if a later layer asks: `requests` notes who reads a slot, and `settle`, after the last layer, gives each slot
-that was asked for memory for its statistics. What another library wrote is measured by one more kernel, which also adds
-what was pending.
+leaves them, if a later layer asks: `requests` notes who reads a slot, and `settle`, after the last layer, makes memory
+for the statistics that were asked for. What another library wrote is measured by one more kernel, which also adds what
+was pending.
 
 A U-Net may have whole layers throughout ("full"), none ("parts": the vendor's convolutions with norms between them), or
 those that a tuned table names ("auto").
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels import tuned
+from fastddpm_kernels.attention_block import attention_block_launches
 from fastddpm_kernels.conv import conv_launches, conv_workspace, statistics_shape, statistics_unit
 from fastddpm_kernels.conv.packing import phase_weight
 from fastddpm_kernels.conv.statistics import UNITS
@@ -78,13 +79,13 @@ class WholeBuilder(Builder):
                 self.workspace_numel = max(self.workspace_numel, workspace)
 
     def takes_whole(
-        self, x: Activation, layer: nn.Conv2d, second: Activation | None = None, norm: NormBefore | None = None, *,
-        upsample: bool = False, shortcut: int = 0, likely: bool = False,
+        self, x: Activation, outputs: int, kernel: int, second: Activation | None = None,
+        norm: NormBefore | None = None, *, stride: int = 1, upsample: bool = False, shortcut: int = 0,
     ) -> bool:  # fmt: skip
         """Return whether a convolution is emitted whole, by the fusion that was asked for or the tuned table.
 
         Args:
-            x, second, layer, norm, upsample: of the convolution.
+            x, outputs, kernel, second, norm, stride, upsample: of the convolution.
             shortcut: channels of its shortcut.
         """
         if self.fusion != "auto":
@@ -93,7 +94,7 @@ class WholeBuilder(Builder):
         groups = 0 if norm is None else norm.layer.num_groups
         shape = (
             self.batch, height, width, channels, 0 if second is None else self.shapes[second.slot][0],
-            layer.out_channels, layer.kernel_size[0], layer.stride[0], int(upsample), groups,
+            outputs, kernel, stride, int(upsample), groups,
             int(norm is not None and norm.activation == "silu"), shortcut,
         )  # fmt: skip
         for unit in (0, *UNITS):  # which later layers decide; a table has one
@@ -102,6 +103,15 @@ class WholeBuilder(Builder):
             if choice is not None:
                 return choice.get("implementation") != "vendor"
         return False
+
+    def takes_block(self, x: Activation, norm: nn.GroupNorm) -> bool:
+        """Return whether an attention of one head is emitted whole, by the fusion or the tuned table."""
+        if self.fusion != "auto":
+            return self.fusion == "full"
+        channels, height, width = self.shapes[x.slot]
+        shape = (self.batch, height * width, channels, norm.num_groups, int(self.m.allow_tf32))
+        choice = tuned.choice("attention_block", self.device, self.dtype, shape)
+        return choice is not None and choice["implementation"] == "block"
 
     def whole_conv(
         self, name: str, x: Activation, weight: Callable[[], Tensor], outputs: int, *, kernel: int = 3,
@@ -187,9 +197,7 @@ class WholeBuilder(Builder):
             return
         bias = None if x.bias is None else self.put(f"{name}.pending.{norm[1]}", x.bias, self.vector_dtype)
         reads = [x.slot] + ([] if x.residual is None else [x.residual])
-        self.emit(
-            f"{name}.measure", "residual", reads, [x.slot], ops.epilogue(self.m, x.slot, x.residual, bias, time)
-        )
+        self.emit(f"{name}.measure", "residual", reads, [x.slot], ops.epilogue(self.m, x.slot, x.residual, bias, time))
         self.measured.add(x.slot)
         x.residual = x.bias = None
 
@@ -199,12 +207,12 @@ class WholeBuilder(Builder):
         key: str = "weight",
     ) -> Activation:  # fmt: skip
         """See `Builder.conv`. What a whole convolution returns is complete."""
-        if not self.takes_whole(x, layer):
+        outputs = out_channels or layer.out_channels
+        if not self.takes_whole(x, outputs, layer.kernel_size[0], stride=stride):
             return super().conv(
                 layer, x, bias=bias, stride=stride, padding=padding, in_channels=in_channels,
                 out_channels=out_channels, below=below, key=key,
             )  # fmt: skip
-        outputs = out_channels or layer.out_channels
         values = layer.bias if isinstance(bias, str) else bias
         return self.whole_conv(
             self.names[layer], x, functools.partial(_padded, layer.weight, outputs, in_channels), outputs,
@@ -214,7 +222,7 @@ class WholeBuilder(Builder):
 
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
         """See `Builder.conv_of_double`."""
-        if not self.takes_whole(x, layer, upsample=True):
+        if not self.takes_whole(x, layer.out_channels, 3, upsample=True):
             return super().conv_of_double(layer, x, bias=bias)
         values = layer.bias if isinstance(bias, str) else bias
         name = self.names[layer]
@@ -225,9 +233,9 @@ class WholeBuilder(Builder):
     ) -> Activation:
         """Emit a norm, its activation and the convolution to the channels of an image, complete."""
         before = NormBefore(norm, activation)
-        if activation != "silu" or not self.takes_whole(x, layer, norm=before):
-            return self.conv_to_image(layer, self.norm(norm, x, activation=activation))
         outputs = self.image_channels(layer)
+        if activation != "silu" or not self.takes_whole(x, outputs, layer.kernel_size[0], norm=before):
+            return self.conv_to_image(layer, self.norm(norm, x, activation=activation))
         return self.whole_conv(
             self.names[layer], x, functools.partial(_padded, layer.weight, outputs), outputs,
             kernel=layer.kernel_size[0], padding=layer.kernel_size[0] // 2, norm=before,
@@ -243,6 +251,38 @@ class WholeBuilder(Builder):
             name, x, lambda: weight[:, :, None, None], len(weight), kernel=1, padding=0, norm=norm, bias=bias,
             residual=residual, second=second, key="whole",
         )  # fmt: skip
+
+    def attention_block(
+        self, name: str, norm: nn.GroupNorm, x: Activation, matrices: Callable[[], tuple[Tensor, ...]]
+    ) -> Activation:
+        """Emit norm, self-attention of one head, projections and residual, complete.
+
+        Args:
+            name: of the layer.
+            norm: before the projections.
+            x: the input, completed here.
+            matrices: returns those of `fastddpm_kernels.attention_block.fold`.
+        """
+        channels, height, width = self.shapes[x.slot]
+        self.measure(x, (channels // norm.num_groups, 0), name)
+        target, folded = self.new(channels, height, width), functools.cache(matrices)
+        kept = [
+            self.put(f"{name}.block.{part}", lambda i=i: folded()[i], None if i in (0, 2) else self.vector_dtype)
+            for i, part in enumerate(("scores", "scores_bias", "values", "values_bias"))
+        ]
+        own_norm = self._constants_of(NormBefore(norm, None))
+        self.emit(
+            name, "attention", [x.slot], [target],
+            ops.attention_block(self.m, x.slot, target, own_norm, (kept[0], kept[1], kept[2], kept[3])),
+            flops=4 * self.pixels(x.slot) * channels * (channels + height * width), weights=2 * channels**2,
+        )  # fmt: skip
+        self.measured.add(target)
+
+        def needs() -> tuple[int, int]:
+            return attention_block_launches(self._stand_in(x.slot), self.m.statistics.get(target)), 0
+
+        self._late.append((self.instructions[-1], needs))
+        return Activation(target)
 
     def bias_with(self, layer: nn.Conv2d, shortcut: nn.Conv2d | None, x: Activation, skip: Activation | None) -> Any:
         """Return the sum of the biases of a convolution, its shortcut, and what is pending in what that reads."""

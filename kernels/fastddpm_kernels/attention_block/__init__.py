@@ -21,10 +21,11 @@ from torch import Tensor
 from fastddpm_kernels.attention_block.formula import eager, fold, reference
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.checks import check_operands, not_float64, same_memory
+from fastddpm_kernels.conv.checks import check_statistics
 from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.layout import is_channels_last
 
-__all__ = ["MOST_CHANNELS", "attention_block_", "fold"]
+__all__ = ["MOST_CHANNELS", "attention_block_", "attention_block_launches", "fold"]
 
 MOST_CHANNELS = 512  # that the registers and the shared memory of one program hold
 
@@ -42,6 +43,8 @@ def attention_block_(
     values_bias: Tensor,
     *,
     eps: float = 1e-5,
+    given: Tensor | None = None,
+    statistics: Tensor | None = None,
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> Callable[[], object]:
@@ -59,6 +62,8 @@ def attention_block_(
         scores, values: `[C, C]` from `fold`, x's dtype; contiguous on `triton`.
         scores_bias, values_bias: `[C]` from `fold`, any floating dtype.
         eps: added to the variance.
+        given: the statistics of `x`, as `conv_` leaves them; without, they are computed.
+        statistics: float32 `statistics_shape(y, unit)`, overwritten with those of y as it is stored.
         allow_tf32: whether float32 products may round their factors to 11 significant bits, on `triton`.
         backend: `"auto"`, `"triton"`, `"eager"` or `"reference"`.
 
@@ -69,6 +74,10 @@ def attention_block_(
     """
     vectors = {"weight": weight, "bias": bias, "scores_bias": scores_bias, "values_bias": values_bias}
     _check(y, x, num_groups, {"scores": scores, "values": values}, vectors, eps)
+    if given is not None and x.shape[1] // num_groups % (unit := check_statistics("given", given, x)):
+        raise ValueError(f"given has units of {unit} channels, which straddle groups of {x.shape[1] // num_groups}")
+    if statistics is not None:
+        check_statistics("statistics", statistics, y)
     backend = resolve("attention_block", backend, x.device.type, x.dtype)
     if backend == "triton":
         _check_for_triton(y, x, {"scores": scores, "values": values, **vectors})
@@ -78,9 +87,18 @@ def attention_block_(
     if backend == "triton":
         from fastddpm_kernels.attention_block.triton import bind
 
-        return bind(y, x, *operands, allow_tf32)
+        return bind(y, x, *operands, allow_tf32, given, statistics)
     run = reference if backend == "reference" else eager
-    return partial(torch.no_grad()(run), y, x, *operands)
+    return partial(torch.no_grad()(run), y, x, *operands, given, statistics)
+
+
+def attention_block_launches(x: Tensor, statistics: Tensor | None = None) -> int:
+    """Return how many kernels `attention_block_` launches on `triton`: 1 or, for statistics of wide images, 2."""
+    from fastddpm_kernels.attention_block.triton import leaves_statistics
+
+    if x.numel() == 0:
+        return 0
+    return 1 if statistics is None or leaves_statistics(x) else 2
 
 
 def _check(

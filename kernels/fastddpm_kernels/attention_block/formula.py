@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastddpm_kernels.conv.formula import apply_norm, statistics_by_torch
+from fastddpm_kernels.conv.statistics import Norm, statistics_shape, statistics_unit
+
 
 def fold(
     qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, head_dim: int
@@ -28,25 +31,40 @@ def fold(
 
 def reference(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, scores: Tensor,
-    scores_bias: Tensor, values: Tensor, values_bias: Tensor,
+    scores_bias: Tensor, values: Tensor, values_bias: Tensor, given: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the definition, in float64, to `y`."""
-    n, channels = x.shape[:2]
-    grouped = x.double().reshape(n, num_groups, -1)
-    centred = grouped - grouped.mean(2, keepdim=True)
-    normed = centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()
-    h = normed.view(n, channels, -1).mT * weight.double() + bias.double()
+    norm = _norm(x.double(), weight, bias, num_groups, eps, given)
+    h = apply_norm(x.double(), norm, x.shape[1]).flatten(2).mT
     q = h @ scores.double() + scores_bias.double()
     attended = torch.softmax(q @ h.mT, dim=2) @ h
     y.copy_(x.double() + (attended @ values.double().mT + values_bias.double()).mT.view(x.shape))
+    if statistics is not None:
+        statistics_by_torch(statistics, y)
 
 
 def eager(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, scores: Tensor,
-    scores_bias: Tensor, values: Tensor, values_bias: Tensor,
+    scores_bias: Tensor, values: Tensor, values_bias: Tensor, given: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the result of torch's own norm, products and attention, each in x's dtype, to `y`."""
-    h = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps).flatten(2).mT
+    if given is None:
+        h = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps).flatten(2).mT
+    else:
+        h = apply_norm(x, _norm(x, weight, bias, num_groups, eps, given), x.shape[1]).flatten(2).mT
     q = h @ scores + scores_bias.to(x.dtype)
     attended = F.scaled_dot_product_attention(q[:, None], h[:, None], h[:, None], scale=1.0)[:, 0]
     torch.add(x, F.linear(attended, values, values_bias.to(x.dtype)).mT.view(x.shape), out=y)
+    if statistics is not None:
+        statistics_by_torch(statistics, y)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, given: Tensor | None) -> Norm:
+    """Return the norm with its statistics, computed from x if they are not given."""
+    if given is None:
+        unit = statistics_unit(x.shape[1], (x.shape[1] // num_groups, 0))
+        given = torch.empty(statistics_shape(x, unit), dtype=x.dtype, device=x.device)
+        statistics_by_torch(given, x)
+    return Norm(weight, bias, num_groups, given, eps=eps, activation=None)
