@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -61,7 +61,8 @@ class Tile:
 
     Attributes:
         block_m, block_n, block_k: pixels and output channels of a program, input channels of a step.
-        splits: programs that share the steps of a tile. If more than 1, a second launch adds up their sums, in order.
+        splits: programs that share the steps of a tile.
+        one_launch: whether the last of these programs adds up their sums, in order; else a second launch does it.
         num_warps: of 32 threads.
         num_stages: steps whose operands are in flight.
         merge: whether every program merges the statistics of its norm; else a launch before does it for all.
@@ -72,6 +73,7 @@ class Tile:
     block_n: int
     block_k: int
     splits: int = 1
+    one_launch: bool = True
     num_warps: int = 4
     num_stages: int = 3
     merge: bool = True
@@ -96,7 +98,7 @@ class Tile:
 
     def finishes(self, problem: Problem) -> bool:
         """Return whether the kernel itself writes the result; else a second launch does it."""
-        return self.splits == 1 and not (problem.upsample and problem.unit)
+        return (self.splits == 1 or self.one_launch) and not (problem.upsample and problem.unit)
 
     def why_not(self, problem: Problem) -> str | None:
         """Return why the tile cannot run a problem, or None."""
@@ -146,8 +148,8 @@ FMA_SHAPES = ((64, 64, 8), (64, 32, 4), (32, 64, 4), (32, 32, 4), (64, 16, 4), (
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 HALF, TF32, FMA = 2048, 1024, 128
 # Cycles of Hopper, predicted, not measured: bytes from L2 per cycle of a processor; a step's latency beyond that; what
-# a program takes besides its loop; a further launch; a norm's work per value that is loaded.
-_BYTES, _STEP, _PROGRAM, _LAUNCH, _NORM = 64, 60, 1500, 2200, 8 / 128
+# a program takes besides its loop; counting programs in; a further launch; a norm's work per value that is loaded.
+_BYTES, _STEP, _PROGRAM, _ARRIVAL, _LAUNCH, _NORM = 64, 60, 1500, 700, 2600, 8 / 128
 
 
 @lru_cache(maxsize=1024)
@@ -167,10 +169,11 @@ def candidates(problem: Problem, processors: int) -> Iterator[Tile]:
         block_k = depth(problem, block_m, block_n)
         stages = min(max(SHARED // ((block_m + block_n) * block_k * problem.itemsize), 2), 4)
         for splits in SPLITS:
-            plain = Tile(block_m, block_n, block_k, splits, num_warps, stages)
-            for tile in (plain, replace(plain, merge=False)) if problem.columns else (plain,):
-                if tile.why_not(problem) is None:
-                    yield tile
+            for one_launch in (True, False) if splits > 1 else (True,):
+                for merge in (True, False) if problem.columns else (True,):
+                    tile = Tile(block_m, block_n, block_k, splits, one_launch, num_warps, stages, merge)
+                    if tile.why_not(problem) is None:
+                        yield tile
 
 
 def depth(problem: Problem, block_m: int, block_n: int) -> int:
@@ -201,6 +204,8 @@ def predicted_cycles(problem: Problem, tile: Tile, processors: int) -> float:
     waves = -(-tile.programs(problem) // processors)
     total = waves * own + _PROGRAM
     sums = tile.workspace(problem)[1]
+    if tile.splits > 1 and tile.one_launch:
+        total += tile.splits * m * n * 4 / _BYTES + _ARRIVAL
     if not tile.finishes(problem):
         total += _LAUNCH + sums * 4 / (_BYTES * processors)
     if problem.columns:

@@ -5,8 +5,8 @@ block over the taps, which read nearly the same pixels again. The two sources of
 shortcut are loops of their own. With a norm each value is normalised and activated on its way to the product; padding is
 zero after that. `finish` adds bias, time row and residual, and leaves the statistics of what it stores.
 
-Few tiles are split over K: programs write their sums to the workspace, and a second launch adds them up in order, so
-results are the same bits at every run. An image upsampled by two is four convolutions of 2x2, one for each phase of the
+Few tiles are split over K: programs write their sums to the workspace, and a second launch, or the tile's last program,
+adds them up in order, so results are the same bits at every run. An image upsampled by two is four convolutions of 2x2, one for each phase of the
 result's rows and columns, whose weights are sums of taps.
 """
 
@@ -91,7 +91,7 @@ def _accumulate(
 
 @triton.jit
 def _conv(
-    y, sums, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics, table,
+    y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics, table,
     of_x, of_x2, gamma, beta, scale, shift,
     plane, time_stride, row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE,
     N, H, W, GH, GW, C, C2, D, D2, O, PADDING,
@@ -190,11 +190,25 @@ def _conv(
                 PRECISION, BLOCK_K,
             )  # fmt: skip
     Q = P * 4 if UPSAMPLE else P
+    last = True
     if SPLITS > 1:
-        mask = exists[:, None] & (column0 + tl.arange(0, BLOCK_N) < O)[None, :]
-        first = (split.to(tl.int64) * N + n0) * Q * O
-        tl.store(sums + first + (place[:, None] * O + (column0 + tl.arange(0, BLOCK_N))[None, :]), acc, mask=mask)
-    else:
+        columns = column0 + tl.arange(0, BLOCK_N)
+        mask = exists[:, None] & (columns < O)[None, :]
+        pointers = sums + n0.to(tl.int64) * Q * O + (place[:, None] * O + columns[None, :])
+        stride = (n0 * 0 + N).to(tl.int64) * Q * O
+        tl.store(pointers + split * stride, acc, mask=mask)
+        last = False
+        if counters is not None:  # the last program of a tile adds up all its sums, in order
+            tl.debug_barrier()  # every thread has stored its part
+            counter = counters + tl.program_id(0) - split * (tl.num_programs(0) // SPLITS)
+            last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+            if last:
+                tl.store(counter, 0)  # for the next call
+                acc = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+                for _ in range(1, SPLITS):
+                    pointers += stride
+                    acc += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+    if last:
         finish(
             acc, y, bias, time_bias, time_stride, residual, statistics, plane, n0, relative, start, exists, place,
             column0, N, Q, O, IMAGES, PIXELS, SPAN, UNIT,
@@ -317,20 +331,25 @@ def make_launches(o: Operands, tile: Tile, workspace: Tensor | None) -> list[Lau
         launches.append(_table_launch(o, o.norm, problem, tile, table))
     launches.append(_conv_launch(o, problem, tile, table, sums))
     if not tile.finishes(problem):
-        source = o.y if sums is None else sums
-        added = (o.bias, o.time_bias, o.residual) if tile.splits > 1 else (None, None, None)
-        launches.append(finish_launch(o.y, source, *added, o.statistics, tile.splits, tile.pdl))
+        if sums is None or tile.one_launch:  # the result is there but for its statistics
+            rest = finish_launch(o.y, o.y, None, None, None, o.statistics, 1, tile.pdl)
+        else:
+            rest = finish_launch(o.y, sums, o.bias, o.time_bias, o.residual, o.statistics, tile.splits, tile.pdl)
+        launches.append(rest)
     return launches
 
 
 def _conv_launch(o: Operands, problem: Problem, tile: Tile, table: Tensor | None, sums: Tensor | None) -> Launch:
     c, c2, d, d2 = problem.channels, problem.channels2, problem.shortcut, problem.shortcut2
     pixels, whole = tile.pixels(problem), tile.finishes(problem)
-    plain = tile.splits > 1  # what is to be added waits for the second launch
+    plain = tile.splits > 1 and not tile.one_launch  # what is to be added waits for the second launch
+    counters = None
+    if tile.splits > 1 and tile.one_launch:
+        counters = torch.zeros(tile.programs(problem) // tile.splits, dtype=torch.int32, device=o.x.device)
     time_bias, time_stride = unit_rows(None if plain else o.time_bias)
     statistics = o.statistics if whole else None
     args: dict[str, Any] = {
-        "y": None if plain else o.y, "sums": sums, "x": o.x, "x2": o.x2, "weight": o.weight, "shortcut": o.shortcut,
+        "y": None if plain else o.y, "sums": sums, "counters": counters, "x": o.x, "x2": o.x2, "weight": o.weight, "shortcut": o.shortcut,
         "shortcut2": o.shortcut2, "shortcut_weight": o.shortcut_weight, "bias": None if plain else o.bias,
         "time_bias": time_bias, "residual": None if plain else o.residual, "statistics": statistics, "table": table,
         **_norm_args(o.norm, problem), "plane": _plane(statistics), "time_stride": time_stride,
