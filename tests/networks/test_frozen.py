@@ -231,7 +231,7 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize("option", ALL)
 @torch.no_grad()
 def test_equals_the_unet_in_float64(option: str) -> None:
-    """In plain torch, by the fused ops, and by the plan of CUDA, where every result has its place in one block."""
+    """In plain torch, by the fused ops, and by the plans of CUDA, where every result has its place in one block."""
     unet = make_unet(option)
     x, labels = make_inputs(unet, option)
     expected = {row: theirs(unet, option, x, int(TIMESTEPS[row]), labels) for row in (0, 2, 4)}
@@ -240,14 +240,15 @@ def test_equals_the_unet_in_float64(option: str) -> None:
         frozen.timesteps = TIMESTEPS
         for row in (0, 4):
             assert_within(run(frozen, x, row, labels), expected[row], 1e-10)
-    frozen = FrozenUNet(unet, backend="eager", fused=True)
-    frozen.static, frozen.timesteps = True, TIMESTEPS
-    inputs = frozen.new_input(x.shape)
-    inputs.copy_(x)
-    program = frozen.bind(inputs, labels=labels)
-    for row in (4, 2):
-        program.arena.fill_(255)  # NaN, were it read before it is written
-        assert_within(program(torch.tensor([row])), expected[row], 1e-10)
+    for fusion in ("parts", "full"):
+        frozen = FrozenUNet(unet, backend="eager", fused=True, fusion=fusion)
+        frozen.static, frozen.timesteps = True, TIMESTEPS
+        inputs = frozen.new_input(x.shape)
+        inputs.copy_(x)
+        program = frozen.bind(inputs, labels=labels)
+        for row in (4, 2):
+            program.arena.fill_(255)  # NaN, were it read before it is written
+            assert_within(program(torch.tensor([row])), expected[row], 1e-12)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fastddpm_kernels.attention_block import attention_block_
 from fastddpm_kernels.conv import Norm, conv_, conv_epilogue_
+from fastddpm_kernels.layer_norm_linear import layer_norm_linear_
 from torch import Tensor
 
 from fastddpm.networks.frozen.instructions import Machine, bound_once
@@ -90,5 +91,20 @@ def attention_block(
             m.place(target, x, x.shape[1]), x, norm.weight, norm.bias, norm.num_groups, *matrices, eps=norm.eps,
             given=m.statistics[source], statistics=m.statistics.get(target), allow_tf32=m.allow_tf32, backend=m.backend,
         )  # fmt: skip
+
+    return bound_once(m, (source, target), bind)
+
+
+def layer_norm_linear(
+    m: Machine, source: int, target: int, weight: Tensor, sums: Tensor, bias: Tensor, eps: float, gate: bool
+) -> Callable[[], object]:
+    """Normalise the channels, multiply them by a matrix, and gate the result."""
+
+    def bind() -> Callable[[], object]:
+        x = m.slots[source]
+        y = m.place(target, x, len(weight) // (2 if gate else 1))
+        return layer_norm_linear_.bind(
+            y, x, weight, sums, bias, eps=eps, gate=gate, allow_tf32=m.allow_tf32, backend=m.backend
+        )
 
     return bound_once(m, (source, target), bind)

@@ -243,12 +243,15 @@ class WholeBuilder(Builder):
         )  # fmt: skip
 
     def whole_pointwise(
-        self, name: str, x: Activation, weight: Tensor, bias: Tensor | None, *, norm: NormBefore | None = None,
-        residual: int | None = None, second: Activation | None = None,
+        self, name: str, x: Activation, weight: Callable[[], Tensor], outputs: int, bias: Tensor | None, *,
+        norm: NormBefore | None = None, residual: int | None = None, second: Activation | None = None,
     ) -> Activation:  # fmt: skip
-        """Emit a 1x1 convolution of norm(concat(x, second)), complete, with bias and a residual."""
+        """Emit a 1x1 convolution of norm(concat(x, second)), complete, with bias and a residual.
+
+        `weight` returns [outputs, C + C2].
+        """
         return self.whole_conv(
-            name, x, lambda: weight[:, :, None, None], len(weight), kernel=1, padding=0, norm=norm, bias=bias,
+            name, x, lambda: weight().flatten(1)[:, :, None, None], outputs, kernel=1, padding=0, norm=norm, bias=bias,
             residual=residual, second=second, key="whole",
         )  # fmt: skip
 

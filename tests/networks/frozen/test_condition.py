@@ -139,11 +139,11 @@ OPTIONAL = {"sd15": ("encoder_attention_mask",), "karlo": ("attention_mask",), "
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_module_in_float64(case: str) -> None:
-    """In plain torch and by the fused plan, with what may be left out or without, in sizes of any factor."""
+    """In plain torch and by both fused plans, with what may be left out or without, in sizes of any factor."""
     unet = make_unet(case)
     assert why_not(unet) is None
-    for fused in (False, True):
-        frozen = FrozenUNet(unet, backend="eager", fused=fused)
+    for fused, fusion in ((False, "auto"), (True, "parts"), (True, "full")):
+        frozen = FrozenUNet(unet, backend="eager", fused=fused, fusion=fusion)
         assert frozen.differs() is None
         runs = [(1, (8, 8), ()), (3, (4, 12), OPTIONAL.get(case, ()))]
         if frozen.blueprint.any_size:
@@ -152,7 +152,7 @@ def test_equals_the_module_in_float64(case: str) -> None:
             given = Arguments(frozen, batch, size, optional)
             expected = given.theirs(frozen, TIMESTEPS[1])
             error = errors(given.ours(frozen, 1), expected)
-            assert max(error) < 1e-12, (fused, batch, size, error)
+            assert max(error) < 1e-12, (fused, fusion, batch, size, error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

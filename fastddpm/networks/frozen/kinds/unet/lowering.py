@@ -188,7 +188,7 @@ class Lowering(ResidualBuilder):
         weight, bias = folding.attention_projections(layer)
         whole = norm is not None and self.takes_whole(x, len(bias), 1, norm=norm)
         if whole:
-            qkv = self.whole_pointwise(f"{name}.to_qkv", x, weight, bias, norm=norm).slot
+            qkv = self.whole_pointwise(f"{name}.to_qkv", x, lambda: weight, len(bias), bias, norm=norm).slot
         else:
             if norm is None:
                 self.complete(x, name)
@@ -209,9 +209,11 @@ class Lowering(ResidualBuilder):
         if folded:
             y = Activation(out, x.bias, x.slot)
         elif whole:
+            project = layer.to_out[0]
             y = self.whole_pointwise(
-                f"{name}.to_out.0", Activation(out), layer.to_out[0].weight, layer.to_out[0].bias, residual=x.slot
-            )
+                f"{name}.to_out.0", Activation(out), lambda: project.weight, len(project.weight), project.bias,
+                residual=x.slot,
+            )  # fmt: skip
         else:
             projection = layer.to_out[0]
             y = self.pointwise(f"{name}.to_out.0", out, projection.weight, add(projection.bias, x.bias), x.slot)
