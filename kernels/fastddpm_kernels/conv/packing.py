@@ -184,3 +184,21 @@ def error_factor(algorithm: str, *, worst: bool = False) -> float:
     a, g, b = _transforms(TILE[algorithm])
     squares = (a * g.norm(dim=1) * b.norm(dim=1)).square().sum(1) / 3  # of the factor, for each output
     return float(squares.max() if worst else squares.mean())
+
+
+@torch.no_grad()
+def phase_weight(weight: Tensor) -> Tensor:
+    """Return the weights of the four 2x2 convolutions that are a 3x3 one of an image upsampled by two.
+
+    The result's pixel (2 i + p, 2 j + q) is phase 2 p + q at (i, j), whose first tap is at (i - 1 + p, j - 1 + q). Taps
+    are added up in float64 and rounded once.
+
+    Args:
+        weight: [O, C, 3, 3].
+
+    Returns:
+        [4, O, 2, 2, C], contiguous, of weight's dtype.
+    """
+    phases = torch.tensor(_PHASES, dtype=torch.float64, device=weight.device)  # [phase, tap, of 3]
+    folded = torch.einsum("pak,qbl,oikl->pqoabi", phases, phases, weight.double())
+    return folded.flatten(0, 1).to(weight.dtype).contiguous()
