@@ -154,7 +154,9 @@ def tuned_ops(device: torch.device) -> tuple[str, ...]:
     def runs(op: str) -> bool:
         if op == "conv":
             return device.type == "cpu" and why_not("native", "cpu", "conv", torch.float32) is None
-        if op == "upsample_conv" and torch.version.hip is not None:  # where a frozen U-Net does not call cuDNN
+        if (
+            op in ("upsample_conv", "fused_conv") and torch.version.hip is not None
+        ):  # where a frozen U-Net does not call cuDNN
             return False
         return device.type == "cuda" and why_not("triton", "cuda") is None
 

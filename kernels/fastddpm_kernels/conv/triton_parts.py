@@ -11,6 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
+def silu(v):
+    return v / (1.0 + tl.exp2(v * -1.4426950408889634))
+
+
+@triton.jit
 def pixels_of_tile(tile, N, P, BLOCK_M: tl.constexpr, PIXELS: tl.constexpr):
     """Return (first sample, sample of each row relative to it, pixel of each row, first pixel, which rows exist)."""
     row = tl.arange(0, BLOCK_M)
@@ -112,8 +117,8 @@ def write_coefficients(
 
 @triton.jit
 def finish(
-    acc, y, bias, time_bias, time_stride, residual, statistics, plane, n0, relative, start, exists, place, column0, N, P,
-    O,
+    acc, y, bias, time_bias, time_stride, residual, statistics, plane, n0, relative, start, exists, place, column0, N,
+    P, CO,
     IMAGES: tl.constexpr, PIXELS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Add bias, time row and residual to a tile, store it, and the statistics of what is stored.
@@ -124,18 +129,18 @@ def finish(
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
     column = column0 + tl.arange(0, BLOCK_N)
-    mask = exists[:, None] & (column < O)[None, :]
+    mask = exists[:, None] & (column < CO)[None, :]
     if bias is not None:
-        acc += tl.load(bias + column, mask=column < O, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + column, mask=column < CO, other=0.0).to(tl.float32)[None, :]
     if time_bias is not None:
         if IMAGES:
             rows = time_bias + (n0 + relative)[:, None] * time_stride + column[None, :]
             acc += tl.load(rows, mask=mask, other=0.0).to(tl.float32)
         else:
-            row = tl.load(time_bias + n0 * time_stride + column, mask=column < O, other=0.0)
+            row = tl.load(time_bias + n0 * time_stride + column, mask=column < CO, other=0.0)
             acc += row.to(tl.float32)[None, :]
-    base = n0.to(tl.int64) * P * O
-    offsets = place[:, None] * O + column[None, :]
+    base = n0.to(tl.int64) * P * CO
+    offsets = place[:, None] * CO + column[None, :]
     if residual is not None:
         acc += tl.load(residual + base + offsets, mask=mask, other=0.0).to(tl.float32)
     stored = acc.to(y.dtype.element_ty)
@@ -156,7 +161,7 @@ def finish(
         n = n0 + first // PIXELS
         pixel = start + first % PIXELS
         spans = tl.cdiv(P, SPAN)
-        units = O // UNIT
+        units = CO // UNIT
         unit = column0 // UNIT + tl.arange(0, UNITS)
         place = (n.to(tl.int64) * spans + pixel // SPAN)[:, None] * units + unit[None, :]
         there = ((n < N) & (pixel < P))[:, None] & (unit < units)[None, :]
