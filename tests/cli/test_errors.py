@@ -190,6 +190,7 @@ BAD = [
     ("tune --device cpu nowhere", "nowhere"),
     ("info --model nowhere", "nowhere is not a folder"),
     ("info --batch-size 2", "--batch-size is 2 but --model is not given"),
+    ("info --json", "--json is given but --model is not"),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from fastddpm_kernels.testing import errors
 from torch import Tensor
 
-from fastddpm.networks.frozen import FrozenUNet, why_not
+from fastddpm.networks.frozen import FrozenUNet, cuda_instructions, why_not
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -289,3 +289,17 @@ def test_what_cannot_be_frozen_is_named() -> None:
         assert re.search(reason, found), found
         with pytest.raises(ValueError, match="unet has changed since it was frozen"):
             frozen.refresh()
+
+
+def test_launches_of_stable_diffusion() -> None:
+    """Whole layers: two kernels a residual block, nine a transformer."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    parts, full = ([*cuda_instructions(unet, 2, fusion=fusion)] for fusion in ("parts", "full"))
+    before, after = (sum(i.kernels for i in found) + 2 for found in (parts, full))
+    assert before == 390
+    assert after <= 0.55 * before
+    block = [i for i in full if i.name.startswith("mid_block.attentions.0.")]
+    assert len(block) == 9
