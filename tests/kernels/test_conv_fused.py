@@ -5,7 +5,7 @@ The kernels run in triton's interpreter where there is no GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -40,15 +40,18 @@ class Case:
     launches: int | None = None
 
 
-def tile(m: int, n: int, k: int, splits: int = 1, one_launch: bool = True, norm: str = "merge") -> dict[str, Any]:
+def tile(
+    m: int, n: int, k: int, splits: int = 1, one_launch: bool = True, norm: str = "merge", tma: bool = False
+) -> dict[str, Any]:
     return {"block_m": m, "block_n": n, "block_k": k, "splits": splits, "one_launch": one_launch, "num_warps": 4,
-            "num_stages": 3, "norm": norm, "pdl": False}  # fmt: skip
+            "num_stages": 3, "norm": norm, "pdl": False, "tma": tma}  # fmt: skip
 
 
 PLAIN = {"bias": False, "time": False, "residual": False, "statistics": False}
 ALL = Example(2, 5, 7, 20, 24, 12, groups=4, film=True, shortcut=True)
 UP = Example(1, 5, 3, 32, 20, upsample=True)
 MANY = Example(1, 24, 48, 24, 8, 8, groups=1, film=True)
+BOXES = Example(1, 8, 16, 32, 40, 16, groups=4, shortcut=True)
 TWO = Example(2, 5, 7, 20, 24, 12, groups=8, shortcut=True)  # groups straddle the sources, channels no tile
 CASES = {
     "plain": Case("a product alone", Example(2, 5, 7, 24, 20, **PLAIN)),
@@ -87,6 +90,14 @@ CASES = {
     "many_blocks": Case("too many blocks for every program", MANY, HALF, tile(64, 16, 16, norm="table"), 2),
     "many_blocks_apply": Case("as many_blocks", MANY, HALF,
                               tile(64, 16, 32, norm="apply"), 3),
+    "boxes": Case("descriptors of rows, several to a tile, beyond the image", replace(BOXES, height=6), HALF,
+                  tile(64, 32, 16, tma=True), 1),
+    "boxes_of_images": Case("descriptors of images, the last absent", replace(BOXES, n=3, height=4, width=4), HALF,
+                            tile(64, 32, 16, 3, tma=True), 1),
+    "boxes_of_a_row": Case("descriptors of half a row", replace(BOXES, height=2, width=128), HALF,
+                           tile(64, 32, 16, tma=True, norm="apply"), 2),
+    "boxes_upsampled": Case("descriptors of phases", Example(1, 4, 4, 32, 40, 16, groups=4, upsample=True), HALF,
+                            tile(16, 32, 16, tma=True), 2),
     "empty": Case("nothing to do", Example(0, 4, 4, 8, 8), HALF, None, 0),
 }  # fmt: skip
 

@@ -56,7 +56,10 @@ def configurations(kind: str) -> Iterator[Tile]:
     block_k = {"fp32": 16, "tf32": 32}.get(kind, 64)
     shapes = FMA_SHAPES if kind == "fp32" else TENSOR_SHAPES
     for (m, n, warps), (splits, one), norm in itertools.product(shapes, SPLIT, NORMS):
-        yield Tile(m, n, block_k, splits, one, warps, 4, norm)
+        tile = Tile(m, n, block_k, splits, one, warps, 4, norm)
+        yield tile
+        if one and norm != "table" and kind != "fp32":
+            yield replace(tile, pdl=True, tma=True)
 
 
 def compile_all(targets: Sequence[str], kinds: Sequence[str], jobs: int = 1) -> list[dict[str, Any]]:
@@ -65,6 +68,8 @@ def compile_all(targets: Sequence[str], kinds: Sequence[str], jobs: int = 1) -> 
         (kind, layer, tile, target)
         for target, kind, layer in itertools.product(targets, kinds, LAYERS)
         for tile in configurations(kind)
+        if (layer == "block" or (tile.norm == "merge" and tile.one_launch and tile.splits > 1))
+        and not (tile.tma and target in ("sm_80", "sm_89"))
     ]
     if jobs == 1:
         found = [_compile_one(*item) for item in work]
@@ -81,7 +86,7 @@ def _compile_one(kind: str, layer: str, tile: Tile, target: str) -> list[dict[st
 
     o = operands_of(LAYERS[layer], DTYPES[kind], kind == "tf32")
     problem = problem_of(o)
-    limit = 99 * 1024 if target == "sm_89" else SHARED
+    limit = {"sm_80": SHARED, "sm_89": 99 * 1024}.get(target, 227 * 1024)
     tile = replace(tile, num_stages=most_stages(problem, tile.block_m, tile.block_n, tile.block_k, limit))
     if tile.num_stages < 2 or tile.why_not(problem) is not None:
         return []
@@ -102,7 +107,7 @@ def _compile_one(kind: str, layer: str, tile: Tile, target: str) -> list[dict[st
 
 def _name(tile: Tile) -> str:
     split = "" if tile.splits == 1 else f", split {'1' if tile.one_launch else '2'}"
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.norm}{split}"
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.norm}{split}{', tma' if tile.tma else ''}"
 
 
 def random(name: str, *shape: int) -> Tensor:
@@ -133,7 +138,7 @@ def check_all(kinds: Sequence[str], device: torch.device, every: int = 1) -> lis
         conv_(**eager, backend="eager")
         exact, plain = results(truth), results(eager)
         for index, tile in enumerate(configurations(kind)):
-            tile = replace(tile, block_k=min(tile.block_k, 16))
+            tile = replace(tile, block_k=min(tile.block_k, 16), pdl=False)  # the interpreter has no such launches
             call = example.call(values, dtype)
             o = Operands(**call, allow_tf32=kind == "tf32")
             if index % every or tile.why_not(problem_of(o)) is not None:

@@ -21,6 +21,22 @@ from fastddpm_kernels.device.tensor_float import to_tf32
 
 
 @triton.jit
+def _normalised(a, table, row_stride, total, relative, c, C, mask, SILU: tl.constexpr, IMAGES: tl.constexpr):
+    """Return the normalised and activated a, and zero where the mask is not set."""
+    if IMAGES:
+        place = table + relative[:, None] * row_stride + c[None, :]
+        scale = tl.load(place, mask=mask, other=0.0)
+        shift = tl.load(place + total, mask=mask, other=0.0)
+    else:
+        scale = tl.load(table + c, mask=c < C, other=0.0)[None, :]
+        shift = tl.load(table + total + c, mask=c < C, other=0.0)[None, :]
+    v = a.to(tl.float32) * scale + shift
+    if SILU:
+        v = silu(v)
+    return tl.where(mask, v, 0.0).to(a.dtype)
+
+
+@triton.jit
 def _accumulate(
     acc, x, weight, begin, low, high, table, row_stride, total, relative, at, iy, ix, exists, column, H, W, C,
     weight_row, weight_tap,
@@ -52,17 +68,40 @@ def _accumulate(
             b = tl.load(weights + (tap * weight_tap + c)[:, None], mask=(c < C)[:, None], other=0.0)
         a = tl.load(x + row[:, None] + ((dy * W + dx) * C + c)[None, :], mask=mask, other=0.0)
         if NORM:
-            if IMAGES:
-                place = table + relative[:, None] * row_stride + c[None, :]
-                scale = tl.load(place, mask=mask, other=0.0)
-                shift = tl.load(place + total, mask=mask, other=0.0)
-            else:
-                scale = tl.load(table + c, mask=c < C, other=0.0)[None, :]
-                shift = tl.load(table + total + c, mask=c < C, other=0.0)[None, :]
-            v = a.to(tl.float32) * scale + shift
-            if SILU:
-                v = silu(v)
-            a = tl.where(mask, v, 0.0).to(a.dtype)
+            a = _normalised(a, table, row_stride, total, relative, c, C, mask, SILU, IMAGES)
+        if PRECISION == "tf32" and a.dtype == tl.float32:
+            a = to_tf32(a)
+            b = to_tf32(b)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _accumulate_boxes(
+    acc, x, weight, begin, low, high, table, row_stride, total, relative, iy, ix, exists, n0, y0, x0, first_row, first,
+    H, W, C, weight_tap,
+    KERNEL: tl.constexpr, INSIDE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, IMAGES: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return what `_accumulate` does, by descriptors: `x` of boxes of pixels and channels, `weight` of rows.
+
+    The tile is a rectangle, or whole images. `n0`, `y0` and `x0` are the first pixel of tap 0, `first_row` the tile's
+    first row of the weight, and `first` the source's first channel in it. What is outside of the image is read as zero.
+    """
+    steps = KERNEL * KERNEL * tl.cdiv(C, BLOCK_K)
+    for step in range(tl.maximum(low, begin) - begin, tl.minimum(high, begin + steps) - begin):
+        tap = step % (KERNEL * KERNEL)
+        c0 = (step // (KERNEL * KERNEL)) * BLOCK_K
+        dy = tap // KERNEL
+        dx = tap % KERNEL
+        a = tl.reshape(x.load([n0, y0 + dy, x0 + dx, c0]), (BLOCK_M, BLOCK_K))
+        b = tl.trans(weight.load([first_row, tap * weight_tap + first + c0]))
+        if NORM:
+            inside = exists
+            if not INSIDE:
+                inside &= (iy + dy >= 0) & (iy + dy < H) & (ix + dx >= 0) & (ix + dx < W)
+            c = c0 + tl.arange(0, BLOCK_K)
+            a = _normalised(a, table, row_stride, total, relative, c, C, inside[:, None], SILU, IMAGES)
         if PRECISION == "tf32" and a.dtype == tl.float32:
             a = to_tf32(a)
             b = to_tf32(b)
@@ -80,7 +119,7 @@ def conv_kernel(
     NORM: tl.constexpr, SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, IN_SPAN: tl.constexpr,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    GROUP_M: tl.constexpr, PDL: tl.constexpr,
+    GROUP_M: tl.constexpr, PDL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     IMAGES: tl.constexpr = PIXELS < BLOCK_M
     P = GH * GW
@@ -113,7 +152,8 @@ def conv_kernel(
         iy += py
         ix += px
         place = (relative * 2 * GH + 2 * oy + py) * 2 * GW + 2 * ox + px
-        own += (part % 4).to(tl.int64) * CO * taps * weight_tap
+        if not TMA:
+            own += (part % 4).to(tl.int64) * CO * taps * weight_tap
     at = (relative * H + iy) * W + ix
     base = n0.to(tl.int64) * H * W
 
@@ -145,31 +185,63 @@ def conv_kernel(
         low = split * each
         high = tl.minimum(low + each, all_steps)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = _accumulate(
-        acc, x + base * C, own, 0, low, high, row, row_stride, C + C2, relative, at, iy, ix, exists, column, H, W, C,
-        taps * weight_tap, weight_tap, KERNEL, INSIDE, EVEN, NORM, SILU, IMAGES, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    if x2 is not None:
-        row2 = row
-        if NORM:
-            row2 += C
-        acc = _accumulate(
-            acc, x2 + base * C2, own + C, steps, low, high, row2, row_stride, C + C2, relative, at, iy, ix, exists,
-            column, H, W, C2, taps * weight_tap, weight_tap, KERNEL, INSIDE, EVEN, NORM, SILU, IMAGES, PRECISION,
-            BLOCK_K,
+    row2 = row
+    if NORM:
+        row2 += C
+    if TMA:
+        y0 = start // GW
+        x0 = start - y0 * GW
+        y1 = y0 * STRIDE - PADDING
+        x1 = x0 * STRIDE - PADDING
+        first_row = column0
+        if UPSAMPLE:
+            y1 += py
+            x1 += px
+            first_row += (part % 4) * CO
+        acc = _accumulate_boxes(
+            acc, x, weight, 0, low, high, row, row_stride, C + C2, relative, iy, ix, exists, n0, y1, x1, first_row, 0,
+            H, W, C, weight_tap, KERNEL, INSIDE, NORM, SILU, IMAGES, PRECISION, BLOCK_M, BLOCK_K,
         )  # fmt: skip
-    if shortcut is not None:
-        here = n0.to(tl.int64) * P
-        acc = _accumulate(
-            acc, shortcut + here * D, shortcut_weight, steps + steps2, low, high, row, row_stride, 0, relative, place,
-            iy, ix, exists, column, GH, GW, D, D + D2, 0, 1, True, EVEN, False, False, IMAGES, PRECISION, BLOCK_K,
-        )  # fmt: skip
-        if shortcut2 is not None:
-            acc = _accumulate(
-                acc, shortcut2 + here * D2, shortcut_weight + D, steps + steps2 + steps3, low, high, row, row_stride, 0,
-                relative, place, iy, ix, exists, column, GH, GW, D2, D + D2, 0, 1, True, EVEN, False, False, IMAGES,
-                PRECISION, BLOCK_K,
+        if x2 is not None:
+            acc = _accumulate_boxes(
+                acc, x2, weight, steps, low, high, row2, row_stride, C + C2, relative, iy, ix, exists, n0, y1, x1,
+                first_row, C, H, W, C2, weight_tap, KERNEL, INSIDE, NORM, SILU, IMAGES, PRECISION, BLOCK_M, BLOCK_K,
             )  # fmt: skip
+        if shortcut is not None:
+            acc = _accumulate_boxes(
+                acc, shortcut, shortcut_weight, steps + steps2, low, high, row, row_stride, 0, relative, iy, ix, exists,
+                n0, y0, x0, column0, 0, GH, GW, D, 0, 1, True, False, False, IMAGES, PRECISION, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            if shortcut2 is not None:
+                acc = _accumulate_boxes(
+                    acc, shortcut2, shortcut_weight, steps + steps2 + steps3, low, high, row, row_stride, 0, relative,
+                    iy, ix, exists, n0, y0, x0, column0, D, GH, GW, D2, 0, 1, True, False, False, IMAGES, PRECISION,
+                    BLOCK_M, BLOCK_K,
+                )  # fmt: skip
+    else:
+        acc = _accumulate(
+            acc, x + base * C, own, 0, low, high, row, row_stride, C + C2, relative, at, iy, ix, exists, column, H, W,
+            C, taps * weight_tap, weight_tap, KERNEL, INSIDE, EVEN, NORM, SILU, IMAGES, PRECISION, BLOCK_K,
+        )  # fmt: skip
+        if x2 is not None:
+            acc = _accumulate(
+                acc, x2 + base * C2, own + C, steps, low, high, row2, row_stride, C + C2, relative, at, iy, ix, exists,
+                column, H, W, C2, taps * weight_tap, weight_tap, KERNEL, INSIDE, EVEN, NORM, SILU, IMAGES, PRECISION,
+                BLOCK_K,
+            )  # fmt: skip
+        if shortcut is not None:
+            here = n0.to(tl.int64) * P
+            acc = _accumulate(
+                acc, shortcut + here * D, shortcut_weight, steps + steps2, low, high, row, row_stride, 0, relative,
+                place, iy, ix, exists, column, GH, GW, D, D + D2, 0, 1, True, EVEN, False, False, IMAGES, PRECISION,
+                BLOCK_K,
+            )  # fmt: skip
+            if shortcut2 is not None:
+                acc = _accumulate(
+                    acc, shortcut2 + here * D2, shortcut_weight + D, steps + steps2 + steps3, low, high, row,
+                    row_stride, 0, relative, place, iy, ix, exists, column, GH, GW, D2, D + D2, 0, 1, True, EVEN, False,
+                    False, IMAGES, PRECISION, BLOCK_K,
+                )  # fmt: skip
     Q = P * 4 if UPSAMPLE else P
     if SPLITS == 1:
         finish(
