@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
     )
     info.add_argument(
         "--fusion", choices=FUSION, default="full",
-        help="how the layers of the step that is counted are divided into kernels: whole layers (full, the default), the "
+        help="how the layers of the step that is counted are divided: whole layers (full, the default), the "
         "vendor's convolutions with norms between them (parts), or as measured on a device (auto: parts here)",
     )  # fmt: skip
     info.add_argument("--json", action="store_true", help="print only the counts of --model, as JSON")

@@ -437,7 +437,7 @@ def test_whole_layers_need_a_gpu_or_their_name() -> None:
 
 @torch.no_grad()
 def test_a_table_decides_layer_by_layer() -> None:
-    """ "auto" takes whole layers where a tuned table names a tile, and the vendor's elsewhere; the result is the same."""
+    """By "auto" a layer is whole where a tuned table names a tile, and else the vendor's; the result is the same."""
     unet = make_unet("padding_0")
     x, labels = make_inputs(unet, "padding_0")
     expected = unet(x, TIMESTEPS[1], labels)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels.conv.statistics import span_of, statistics_shape
+from fastddpm_kernels.conv.statistics import statistics_shape
 from fastddpm_kernels.conv.triton import finish_launch
 from fastddpm_kernels.conv.triton_parts import finish, write_coefficients
 from fastddpm_kernels.device.variant import Launch, Variant, run_launches
@@ -33,15 +33,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attention_block(
-    y, x, weight, bias, scores, scores_bias, values, values_bias, given, table, statistics, N, P, eps, units, plane_in,
-    plane,
+    y, x, weight, bias, scores, scores_bias, values, values_bias, given, table, statistics, blocks,
+    arrivals, N, P, eps, units, plane_in, plane,
     C: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    SPAN: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = C // GROUPS
-    blocks = tl.cdiv(P, BLOCK_M)
-    n = tl.program_id(0) // blocks
+    n = tl.program_id(0) // tl.cdiv(P, BLOCK_M)
+    block = tl.program_id(0) % tl.cdiv(P, BLOCK_M)
     whole = x
     x += n.to(tl.int64) * P * C
     c = tl.arange(0, BLOCK_C)
@@ -53,7 +53,7 @@ def _attention_block(
         coefficients += tl.program_id(0).to(tl.int64) * (2 * (C + GROUPS))
         write_coefficients(
             coefficients, given, plane_in, units, None, 0, 0, weight, bias, None, None, 0, 0, eps, n, P, 0, GROUPS,
-            SIZE, C, 0, SPAN, BLOCK_G, COLUMNS, 128,
+            SIZE, C, 0, BLOCK_G, COLUMNS, 128,
         )  # fmt: skip
         a = tl.load(coefficients + c, mask=mask_c, other=0.0)
         b = tl.load(coefficients + C + c, mask=mask_c, other=0.0)
@@ -77,7 +77,7 @@ def _attention_block(
         a = row(weight, 0, 0, c, mask_c) * to_channels(tl.rsqrt(variance + eps), member)
         b = row(bias, 0, 0, c, mask_c) - group_mean * a
 
-    p = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    p = block * BLOCK_M + tl.arange(0, BLOCK_M)
     own = tl.minimum(p, P - 1)  # pixels beyond the end are computed from the last one, and not stored
     k = tl.arange(0, BLOCK_K)
     q = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -125,8 +125,8 @@ def _attention_block(
             sums, tl.load(at, mask=mask_c[:, None] & inside[None, :], other=0.0), input_precision=PRECISION
         )  # fmt: skip
         finish(
-            out, y, values_bias, None, 0, whole, statistics, plane, n, own * 0, (tl.program_id(0) % blocks) * BLOCK_M,
-            p < P, p, first, N, P, C, False, BLOCK_M, SPAN, UNIT,
+            out, y, values_bias, None, 0, whole, statistics, blocks, arrivals, plane, n, own * 0, block * BLOCK_M,
+            p < P, p, first, N, P, C, block, tl.cdiv(P, BLOCK_M), P, False, BLOCK_M, UNIT,
         )  # fmt: skip
 
 
@@ -145,14 +145,14 @@ class Tile:
 def choose_tile(pixels: int, channels: int, itemsize: int, programs_of_64: int, processors: int, unit: int = 0) -> Tile:
     """Return tiles that fit shared memory: a stage of a loop holds at most 32 KiB of pixels or of a matrix.
 
-    All programs of a sample read as much, so 64 own pixels are best where that leaves no processor idle. One program
-    writes the statistics of a block of pixels and of `unit` channels, where they are wanted.
+    All programs of a sample read as much, so 64 own pixels are best where that leaves no processor idle. A tile
+    of the result has `unit` channels or more, those of a block of statistics.
     """
     width = max(triton.next_power_of_2(channels), 16)
     wide = 32 * 1024 // (width * itemsize)
     step = min(max(wide, 16), 64, width)
-    block_m = min(max(triton.next_power_of_2(pixels), 16), 64 if itemsize == 2 or unit else 32)
-    while not unit and block_m > 16 and 2 * programs_of_64 * (64 // block_m) <= processors:
+    block_m = min(max(triton.next_power_of_2(pixels), 16), 64 if itemsize == 2 else 32)
+    while block_m > 16 and 2 * programs_of_64 * (64 // block_m) <= processors:
         block_m //= 2
     return Tile(block_m, step, step, max(step, unit), 8 if width >= 256 else 4, 2)
 
@@ -165,22 +165,28 @@ def make_launch(
     """Return the only launch, also for ahead-of-time compilation (meta tensors suffice)."""
     n, channels, height, width = x.shape
     pixels = height * width
-    unit = 0 if statistics is None else channels // statistics.shape[3]
+    unit = 0 if statistics is None else channels // statistics.shape[2]
     tile = choose_tile(pixels, channels, x.itemsize, n * triton.cdiv(pixels, 64), processors, unit)
     programs, table, columns = n * triton.cdiv(pixels, tile.block_m), None, 1
     if given is not None:
         table = torch.empty(programs * 2 * (channels + num_groups), dtype=torch.float32, device=x.device)
-        columns = min(triton.next_power_of_2(given.shape[2] * given.shape[3] // num_groups), 32)
+        columns = min(triton.next_power_of_2(given.shape[2] // num_groups), 32)
+    blocks = arrivals = None
+    parts = triton.cdiv(pixels, tile.block_m)
+    if statistics is not None and parts > 1:
+        blocks = torch.empty(2 * n * parts * statistics.shape[2], dtype=torch.float32, device=x.device)
+        arrivals = torch.zeros(n * triton.cdiv(channels, tile.block_o), dtype=torch.int32, device=x.device)
     args = {"y": y, "x": x, "weight": weight, "bias": bias, "scores": scores, "scores_bias": scores_bias,
             "values": values, "values_bias": values_bias, "given": given, "table": table, "statistics": statistics,
-            "N": n, "P": pixels, "eps": float(eps), "units": 0 if given is None else given.shape[3],
+            "blocks": blocks, "arrivals": arrivals,
+            "N": n, "P": pixels, "eps": float(eps), "units": 0 if given is None else given.shape[2],
             "plane_in": 0 if given is None else given[0].numel(),
             "plane": 0 if statistics is None else statistics[0].numel()}  # fmt: skip
     precise = x.dtype == torch.float32 and not allow_tf32
     constexprs = {"C": channels, "GROUPS": num_groups, "PRECISION": "ieee" if precise else "tf32",
                   "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_O": tile.block_o,
                   "BLOCK_C": max(triton.next_power_of_2(channels), 16),
-                  "BLOCK_G": triton.next_power_of_2(num_groups), "SPAN": span_of(height, width),
+                  "BLOCK_G": triton.next_power_of_2(num_groups),
                   "UNIT": max(unit, 1), "COLUMNS": columns}  # fmt: skip
     options = {"num_stages": tile.num_stages, **OPTIONS}
     return Launch("attention_block", _attention_block, programs, args, constexprs, tile.num_warps, options), tile

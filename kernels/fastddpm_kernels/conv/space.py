@@ -107,7 +107,8 @@ def _compile_one(kind: str, layer: str, tile: Tile, target: str) -> list[dict[st
 
 def _name(tile: Tile) -> str:
     split = "" if tile.splits == 1 else f", split {'1' if tile.one_launch else '2'}"
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.norm}{split}{', tma' if tile.tma else ''}"
+    split += ", tma" if tile.tma else ""
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.norm}{split}"
 
 
 def random(name: str, *shape: int) -> Tensor:
