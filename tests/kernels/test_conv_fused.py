@@ -5,7 +5,12 @@ The kernels run in triton's interpreter where there is no GPU.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +29,8 @@ from fastddpm_kernels.conv import (
 )
 from fastddpm_kernels.conv.examples import Example, results
 from fastddpm_kernels.conv.formula import statistics_by_torch
+from fastddpm_kernels.conv.plan import Problem, likely_tile
+from fastddpm_kernels.conv.space import HARD, TARGETS, check_all, failures, write
 from fastddpm_kernels.testing import assert_close, check_op, check_refuses, poisoned_memory
 from fastddpm_kernels.tuned import Key
 from torch import Tensor
@@ -282,3 +289,87 @@ def test_bad_input_of_triton(on_triton: torch.device) -> None:
     check_refuses(statistics_shape, ValueError, "unit is 3", x=(2, 6, 4, 4), unit=3)
     check_refuses(conv_epilogue_, ValueError, "bias has shape", y=GOOD["y"], x=GOOD["y"], bias=meta(3))
     check_refuses(conv_epilogue_, ValueError, "residual has shape", y=GOOD["y"], x=GOOD["y"], residual=GOOD["x"])
+
+
+# The search space. `benchmarks/results/conv_space.json` has all of it; here is a sample.
+
+SPACE = Path(__file__).parents[2] / "benchmarks" / "results" / "conv_space.json"
+
+
+def test_a_sample_of_the_search_space_is_right(on_triton: torch.device) -> None:
+    rows = check_all(["fp16"], on_triton, every=19)
+    assert {row["shape"] for row in rows} == set(HARD)
+    assert failures(rows) == []
+
+
+def test_the_whole_search_space_was_checked_and_compiled() -> None:
+    content = json.loads(SPACE.read_text(encoding="utf-8"))
+    assert failures(content["compile"]) + failures(content["check"]) == []
+    assert {row["target"] for row in content["compile"]} == set(TARGETS)
+    assert {(row["dtype"], row["shape"]) for row in content["check"]} == {
+        (d, s) for d in ("fp16", "fp32") for s in HARD
+    }
+    tensor = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+    for row in content["compile"]:
+        if "128x128" in row["variant"]:
+            assert row[tensor[row["target"]]] > 0, row
+
+
+@pytest.mark.slow
+def test_a_sample_of_the_search_space_compiles() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["-m", "fastddpm_kernels.conv.space", "compile", "--target", "sm_80", "sm_100", "--every", "61"]
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "0 of them fail" in run.stdout
+
+
+def test_what_fails_is_told(tmp_path: Path) -> None:
+    good, bad = {"of_bound": 0.5, "tile": "a"}, {"of_bound": float("nan"), "tile": "b"}
+    assert failures([good, {"spills": 8}]) == []
+    assert len(failures([good, bad, {"of_bound": 1.5}, {"error": "no"}])) == 3
+    for value in (1, 2):  # the second replaces the first
+        write(str(tmp_path / "a.json"), "check", [{"shape": "s", "dtype": "fp16", "tile": "a", "of_bound": value}])
+    write(str(tmp_path / "a.json"), "compile", [{"variant": "v", "target": "sm_90"}])
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert [row["of_bound"] for row in content["check"]] == [2]
+    assert len(content["compile"]) == 1
+
+
+# The division into programs.
+
+
+def problem(n: int, side: int, channels: int, **changed: Any) -> Problem:
+    from fastddpm_kernels.conv.triton import operands_of, problem_of
+
+    return problem_of(operands_of(Example(n, side, side, channels, channels, groups=32, **changed), HALF))
+
+
+def test_small_calls_are_split_until_they_fill_the_gpu() -> None:
+    for n, side, channels in ((1, 32, 128), (1, 16, 256), (1, 8, 256), (1, 4, 256), (1, 64, 320), (1, 8, 1280)):
+        own = problem(n, side, channels)
+        tile = likely_tile(own, 132)
+        assert tile.programs(own) >= 64, (side, tile)
+        assert tile.why_not(own) is None
+    large = problem(256, 32, 128)
+    tile = likely_tile(large, 132)
+    assert (tile.block_m, tile.block_n, tile.splits) == (128, 128, 1)
+
+
+def test_a_tile_fits_the_memory_of_its_gpu() -> None:
+    from fastddpm_kernels.conv.fused_tuning import tiles_of
+
+    for shared in (64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024):
+        own = problem(64, 32, 128, channels2=128, shortcut=True)
+        tile = likely_tile(own, 100, shared)
+        assert tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * 2 <= shared
+        tiles = list(tiles_of(own, shared))
+        assert tile in tiles
+        assert any(tile.tma for tile in tiles) is (shared > 220 * 1024)
+
+
+def test_units_divide_every_group_that_reads_a_tensor() -> None:
+    assert statistics_unit(128, (4, 0), (12, 256)) == 4
+    assert statistics_unit(320, (10, 0), (30, 640)) == 2
+    assert statistics_unit(1280, (40, 0), (80, 1280)) == 8
+    assert statistics_unit(96) == 32

@@ -1,6 +1,6 @@
 """Compile, or check in triton's interpreter, every configuration of the search space of `conv_`.
 
-    python -m fastddpm_kernels.conv.space compile [--target sm_90 ...] [--dtype fp16 ...] [--json PATH] [--jobs N]
+    python -m fastddpm_kernels.conv.space compile [--target sm_90 ...] [--dtype fp16 ...] [--json PATH]
     TRITON_INTERPRET=1 python -m fastddpm_kernels.conv.space check [--dtype fp16 fp32] [--json PATH]
 
 `compile` reports registers, spills, shared memory and the products of the tensor cores (instructions of PTX) of every
@@ -62,15 +62,15 @@ def configurations(kind: str) -> Iterator[Tile]:
             yield replace(tile, pdl=True, tma=True)
 
 
-def compile_all(targets: Sequence[str], kinds: Sequence[str], jobs: int = 1) -> list[dict[str, Any]]:
-    """Return a row for every kernel, configuration and target."""
+def compile_all(targets: Sequence[str], kinds: Sequence[str], jobs: int = 1, every: int = 1) -> list[dict[str, Any]]:
+    """Return a row for every kernel, configuration and target; `every`: only for each such one, as a sample."""
     work = [
         (kind, layer, tile, target)
         for target, kind, layer in itertools.product(targets, kinds, LAYERS)
         for tile in configurations(kind)
         if (layer == "block" or (tile.norm == "merge" and tile.one_launch and tile.splits > 1))
         and not (tile.tma and target in ("sm_80", "sm_89"))
-    ]
+    ][::every]
     if jobs == 1:
         found = [_compile_one(*item) for item in work]
     else:
@@ -168,12 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["fp16"], choices=list(DTYPES))
     parser.add_argument("--json", metavar="PATH", help="add the rows to a file, in place of those that it has of them")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take only each Nth configuration, a sample")
     options = parser.parse_args(arguments)
 
     if options.what == "compile":
-        rows = compile_all(options.target, options.dtype, options.jobs)
+        rows = compile_all(options.target, options.dtype, options.jobs, options.every)
     else:
-        rows = check_all(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        rows = check_all(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.every)
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if options.json:
