@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,15 @@ from fastddpm.cli.options import device_name, integer, wide_console
 if TYPE_CHECKING:
     from rich.table import Table
 
+FUSION = ("auto", "full", "parts")
+OF_STEP = 2  # kernels outside the network
 # Kinds of instructions and their work.
 KINDS = {
     "time": "rows of the time table, made before the first step",
-    "conv": "convolutions, upsampling folded in",
+    "conv": "convolutions, upsampling folded in; whole ones with norm, sums, shortcut and statistics",
     "norm": "GroupNorm with time embedding, FiLM, SiLU, residual and skip connection",
     "pointwise": "1x1 convolutions: shortcuts with bias and residual, projections of the attention",
-    "attention": "softmax(q k) v",
+    "attention": "softmax(q k) v, or the whole block of one head",
     "residual": "residuals and biases before a convolution that pads, with the padding",
     "other": "the bias of the last convolution, and rare layers",
 }
@@ -40,6 +43,12 @@ def add_commands(commands: Any) -> None:
     info.add_argument(
         "--batch-size", type=integer(1), metavar="B", help="of the step that is counted, with --model (default: 1)"
     )
+    info.add_argument(
+        "--fusion", choices=FUSION, default="full",
+        help="how the layers of the step that is counted are divided: whole layers (full, the default), the "
+        "vendor's convolutions with norms between them (parts), or as measured on a device (auto: parts here)",
+    )  # fmt: skip
+    info.add_argument("--json", action="store_true", help="print only the counts of --model, as JSON")
     add_model_options(info)
     info.set_defaults(run=_info)
 
@@ -50,7 +59,13 @@ def _info(options: argparse.Namespace) -> None:
 
     kernels = None  # counted first, because the model may be invalid
     if options.model is not None:
-        kernels = _kernels(options, options.batch_size or 1)
+        unet = open_model(options, latents=True).unet
+        if options.json:
+            print(json.dumps(_counts(unet, options), indent=1))
+            return
+        kernels = _kernels(unet, options)
+    elif options.json:
+        raise ValueError("--json is given but --model is not; it prints the counts of a model's step")
     elif options.batch_size is not None:
         raise ValueError(f"--batch-size is {options.batch_size} but --model is not given; it is of a model's step")
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -133,14 +148,34 @@ def _graphs(device: Any) -> Table:
     return _table("CUDA graphs", ("loop", "can be used"), [(mode, why_not(mode, device) or "yes") for mode in MODES])
 
 
-def _kernels(options: argparse.Namespace, batch_size: int) -> Table:
+def _counts(unet: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Return how many kernels one step launches: by kind, and for each way to divide layers."""
+    from fastddpm.networks.frozen import cuda_instructions
+
+    batch_size, by_fusion = options.batch_size or 1, {}
+    for fusion in FUSION[1:]:
+        found = cuda_instructions(unet, batch_size, fusion=fusion)
+        kinds = {kind: sum(i.kernels for i in found if i.kind == kind) for kind in KINDS}
+        by_fusion[fusion] = {kind: count for kind, count in kinds.items() if count} | {"step": OF_STEP}
+    chosen = "parts" if options.fusion == "auto" else options.fusion
+    return {
+        "model": options.model or "the bundled model", "batch_size": batch_size, "dtype": "float16", "fusion": chosen,
+        "launches_per_step": sum(by_fusion[chosen].values()),
+        "launches_per_step_by_fusion": {name: sum(kinds.values()) for name, kinds in by_fusion.items()},
+        "launches_by_kind": by_fusion[chosen],
+    }  # fmt: skip
+
+
+def _kernels(unet: Any, options: argparse.Namespace) -> Table:
     """Return a table of the kernels that one step launches, by kind."""
     from rich.table import Table
 
     from fastddpm.networks.frozen import cuda_instructions
 
-    instructions = cuda_instructions(open_model(options, latents=True).unet, batch_size)
-    table = Table(title=f"One step of {options.model or 'the bundled model'} on CUDA, float16, batch {batch_size}")
+    batch_size = options.batch_size or 1
+    instructions = cuda_instructions(unet, batch_size, fusion=options.fusion)
+    title = f"One step of {options.model or 'the bundled model'} on CUDA, float16, batch {batch_size}"
+    table = Table(title=f"{title}, fusion {options.fusion}")
     table.title_justify = "left"
     for name in ("what", "kernels", "GFLOP", "MB", ""):
         table.add_column(name, justify="right" if name in ("kernels", "GFLOP", "MB") else "left")
@@ -149,13 +184,13 @@ def _kernels(options: argparse.Namespace, batch_size: int) -> Table:
         flops, size = sum(i.flops for i in chosen), sum(i.bytes for i in chosen)
         return sum(i.kernels for i in chosen), f"{flops / 1e9:.3f}", f"{size / 1e6:.2f}"
 
-    total = 2
+    total = OF_STEP
     for kind, text in KINDS.items():
         kernels, flops, size = sums([instruction for instruction in instructions if instruction.kind == kind])
         total += kernels
         if kernels:
             table.add_row(kind, str(kernels), flops, size, text)
-    table.add_row("step", "2", "", "", "reverse_step, and the counter")
+    table.add_row("step", str(OF_STEP), "", "", "reverse_step, and the counter")
     table.add_section()
     _, flops, size = sums(instructions)
     table.add_row("all", str(total), flops, size, "bytes: all operands once, weights too")

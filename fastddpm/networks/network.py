@@ -133,6 +133,7 @@ class Network:
         weight_dtype: torch.dtype | None = None,
         freeze: bool = False,
         frozen: FrozenUNet | None = None,
+        fusion: str = "auto",
     ) -> None:
         """See `Sampler` for the arguments.
 
@@ -152,7 +153,7 @@ class Network:
         else:
             self.device, self.dtype = _place(model, device, dtype)
         if freeze and frozen is None and backend != "reference":
-            self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32, weight_dtype)
+            self.frozen = _frozen(model, self.dtype, self.device, backend, allow_tf32, weight_dtype, fusion)
         if self.frozen is None and weight_dtype is not None:
             raise ValueError(
                 f"weight_dtype is {weight_dtype}, must be None: the model is called as it is, not prepared"
@@ -280,7 +281,7 @@ class ModelOnBuffers:
 
 def _frozen(
     model: Callable[..., Any], dtype: torch.dtype, device: torch.device, backend: str, allow_tf32: bool,
-    weight_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None, fusion: str,
 ) -> FrozenUNet | None:  # fmt: skip
     """Return the model's U-Net prepared for sampling, or None if it cannot be."""
     unet = model.to_freeze() if isinstance(model, UNetWrapper) else model
@@ -289,7 +290,9 @@ def _frozen(
         return None
     reason = why_not(unet, device)
     if reason is None and isinstance(unet, nn.Module):
-        frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype)
+        frozen = FrozenUNet(
+            unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype, fusion=fusion
+        )
         reason = frozen.differs() if frozen.blueprint.foreign else None
         if reason is None and frozen.device.type == "cuda" and frozen.backend == "triton" and backend == "auto":
             reason = proving.why_not("network", frozen.device, PROOFS)

@@ -104,6 +104,8 @@ class Sampler:
         weight_dtype: "float16" stores the weights of convolutions in float16, for half the bytes to read, where a
             network runs natively on the CPU in float32: each is rounded by up to 2^-11 of itself, which is part of the
             result. None for the network's dtype.
+        fusion: how a prepared U-Net is divided into kernels on CUDA: "full", "parts" or "auto", see
+            `fastddpm.networks.frozen.freeze`.
         self_condition: give the model the x0 it predicted in the step before, zeros at first (Chen et al. 2022): as
             `x_self_cond` if it has a parameter of that name, else as channels before those of x.
         **settings: further settings of the method. Where one is None, the method's own default holds.
@@ -158,6 +160,7 @@ class Sampler:
         classifier_fn: ClassifierFn | None = None,
         classifier_scale: float = 1.0,
         weight_dtype: torch.dtype | str | None = None,
+        fusion: str = "auto",
         self_condition: bool = False,
         **settings: Any,
     ) -> None:
@@ -212,8 +215,9 @@ class Sampler:
             )
             stored = None if weight_dtype is None else torch.float16
             self.network = Network(
-                model, device, chosen, backend, allow_tf32=self._tf32 is True, weight_dtype=stored, freeze=True
-            )
+                model, device, chosen, backend, allow_tf32=self._tf32 is True, weight_dtype=stored, freeze=True,
+                fusion=fusion,
+            )  # fmt: skip
         if self._tf32 is None and self.network.frozen is not None and self.network.dtype == torch.float32:
             self._tf32 = False  # its convolutions ignore torch's switches, so its products must too
         self.model, self.config = self.network.model, self.network.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,10 @@ def test_a_trainers_file(trainer_file: str, refused: Refused, capsys: pytest.Cap
     capsys.readouterr()
     assert main(["info", "--model", *given]) == 0
     assert "One step of model-3.pt on CUDA" in capsys.readouterr().out
+    assert main(["info", "--json", "--fusion", "parts", "--model", *given]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["launches_per_step"] == counts["launches_per_step_by_fusion"]["parts"]
+    assert counts["launches_per_step"] == sum(counts["launches_by_kind"].values()) > 20
     for options, words in (
         ([], "error: --image-size is missing, must be given"),
         (["--image-size", "7"], "--image-size is '7', must be one or two multiples of 2"),

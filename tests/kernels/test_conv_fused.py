@@ -78,7 +78,7 @@ CASES = {
                              tile(64, 16, 16), 1),
     "one_pixel": Case("an image of a pixel, all of it borders", Example(3, 1, 1, 8, 8, groups=2)),
     "one_channel": Case("every size is one", Example(1, 1, 1, 1, 1, groups=1)),
-    "odd": Case("the last span has one pixel", Example(2, 13, 5, 8, 10, groups=2)),
+    "odd": Case("the last tile has one pixel", Example(2, 13, 5, 8, 10, groups=2)),
     "two_tiles": Case("tiles in both directions, the last not full", Example(1, 9, 11, 16, 40, groups=4), HALF,
                       tile(64, 32, 16)),
     "padding_after": Case("zeros are after the norm, whose bias is not", Example(1, 3, 3, 8, 8, groups=1, silu=False)),
@@ -89,21 +89,21 @@ CASES = {
     "to_image_channels": Case("fewer columns than a tile has", Example(2, 6, 8, 20, 3, groups=4, time=False)),
     "downsample": Case("padded below and to the right alone", Example(2, 6, 8, 12, 20, stride=2)),
     "downsample_odd": Case("padded on every side, an odd height", Example(2, 7, 8, 12, 20, stride=2, padding=1)),
-    "upsample": Case("four phases, then statistics", Example(2, 5, 3, 12, 20, upsample=True), HALF, None, 2),
+    "upsample": Case("the last of four phases merges", Example(2, 5, 3, 12, 20, upsample=True), HALF, None, 1),
     "upsample_norm": Case("phases of a normalised image", Example(1, 4, 4, 12, 20, upsample=True, groups=4)),
     "upsample_alone": Case("without statistics", Example(1, 5, 3, 12, 20, upsample=True, statistics=False)),
     "split": Case("three parts, the tile's last program adds up", TWO, HALF, tile(64, 16, 16, 3), 1),
     "split_single": Case("as split", TWO, SINGLE, tile(64, 16, 16, 3), 1),
     "split_two": Case("a second launch adds up", TWO, HALF, tile(64, 16, 16, 3, False), 2),
-    "split_upsample": Case("each phase is split", UP, HALF, tile(16, 32, 16, 4), 2),
+    "split_upsample": Case("each phase is split", UP, HALF, tile(16, 32, 16, 4), 1),
     "split_upsample_two": Case("as split_upsample", UP, SINGLE,
                                tile(16, 32, 16, 4, False), 2),
     "table": Case("coefficients from a launch before", TWO, HALF, tile(64, 32, 16, norm="table"), 2),
     "apply": Case("the norm in a launch before", TWO, HALF, tile(64, 32, 16, norm="apply"), 2),
     "apply_split": Case("as apply, split", TWO, SINGLE, tile(64, 32, 16, 2, False, norm="apply"), 3),
-    "many_blocks": Case("too many blocks for every program", MANY, HALF, tile(64, 16, 16, norm="table"), 2),
-    "many_blocks_apply": Case("as many_blocks", MANY, HALF,
-                              tile(64, 16, 32, norm="apply"), 3),
+    "many_tiles": Case("the last of 18 tiles merges their statistics", MANY, HALF, tile(64, 16, 16, norm="table"), 2),
+    "many_tiles_apply": Case("as many_tiles", MANY, HALF,
+                              tile(64, 16, 32, norm="apply"), 2),
     "boxes": Case("descriptors of rows, several to a tile, beyond the image", replace(BOXES, height=6), HALF,
                   tile(64, 32, 16, tma=True), 1),
     "boxes_of_images": Case("descriptors of images, the last absent", replace(BOXES, n=3, height=4, width=4), HALF,
@@ -111,7 +111,7 @@ CASES = {
     "boxes_of_a_row": Case("descriptors of half a row", replace(BOXES, height=2, width=128), HALF,
                            tile(64, 32, 16, tma=True, norm="apply"), 2),
     "boxes_upsampled": Case("descriptors of phases", Example(1, 4, 4, 32, 40, 16, groups=4, upsample=True), HALF,
-                            tile(16, 32, 16, tma=True), 2),
+                            tile(16, 32, 16, tma=True), 1),
     "empty": Case("nothing to do", Example(0, 4, 4, 8, 8), HALF, None, 0),
 }  # fmt: skip
 
@@ -198,7 +198,8 @@ def test_statistics_do_not_cancel(backend: str, device: torch.device) -> None:
     conv_epilogue_(y, x, statistics=values, backend=backend)
     statistics_by_torch(truth, x.double())
     assert torch.equal(x, y)
-    assert_close(values[1], truth[1], eager=truth[1] * (1 + 1e-6), name="deviation")
+    # The means of two tiles, a tenth of a deviation apart, have 24 bits each, ten of which are the mean's.
+    assert_close(values[1], truth[1], eager=truth[1] * (1 + 5e-6), name="deviation")
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)

@@ -18,11 +18,19 @@ pytest.importorskip("triton")
 RUNS = Path(__file__).parents[1] / "shared" / "fake_cuda_runs.py"
 sys.path.insert(0, str(RUNS.parent))
 CASES = (
-    "plain", "float32", "tf32", "auto", "step", "unrolled", "while", "batch_auto", "progress", "trajectory", "callback",
+    "plain", "float32", "full", "full_step", "tf32", "auto", "step", "unrolled", "while", "batch_auto", "progress",
+    "trajectory", "callback",
     "host_noise", "inpainting", "multistep", "threshold", "classes", "guidance", "guidance_interval",
     "learned_variance", "film", "heads", "self_condition", "condition", "lucidrains", "own",
 )  # fmt: skip
-MODES = {"plain": "plain", "float32": "plain", "tf32": "plain", "unrolled": "unrolled", "while": "while"}
+MODES = {
+    "plain": "plain",
+    "float32": "plain",
+    "full": "plain",
+    "tf32": "plain",
+    "unrolled": "unrolled",
+    "while": "while",
+}
 NOT_FUSED = {"own"}
 # Waits that an option is made of: the user's function sees x, or gives noise, on the host.
 WAITS = {"host_noise": "aten::copy_ at batch.py"}

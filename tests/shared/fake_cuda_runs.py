@@ -63,6 +63,8 @@ HOST_NOISE = {"noise": torch.zeros(2, 2, 3, 8, 8), "x_T": torch.zeros(2, 3, 8, 8
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "plain": (unet, {"cuda_graph": False}, {}),
     "float32": (unet, {"cuda_graph": False, "dtype": "float32"}, {}),
+    "full": (unet, {"cuda_graph": False, "fusion": "full"}, {}),
+    "full_step": (unet, {"fusion": "full"}, {}),
     "tf32": (unet, {"cuda_graph": False, "dtype": "tf32"}, {}),
     "auto": (unet, {"dtype": "auto"}, {}),
     "step": (unet, {}, {}),
@@ -91,7 +93,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
     "lucidrains": (lucidrains, {}, IMAGE),
     "own": (Own, {}, IMAGE),
 }
-COMPUTED = ("plain", "while", "lucidrains")  # compared with the CPU; a foreign network is compared with itself, too
+COMPUTED = (
+    "plain",
+    "full",
+    "while",
+    "lucidrains",
+)  # compared with the CPU; a foreign network is compared with itself, too
 
 
 def main(names: list[str]) -> None:
@@ -102,7 +109,7 @@ def main(names: list[str]) -> None:
         model = make().eval().requires_grad_(False)
         prepared[name] = model, None
         if name in COMPUTED:
-            of_cpu = {k: v for k, v in settings.items() if k not in ("cuda_graph", "dtype")}
+            of_cpu = {k: v for k, v in settings.items() if k not in ("cuda_graph", "dtype", "fusion")}
             prepared[name] = model, sample(model, {**of_cpu, "backend": "eager"}, arguments)
     fake_cuda.install()
     for name in names:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fastddpm_kernels import tuned
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
+from fastddpm.networks.frozen import whole_instructions as whole
 from fastddpm.networks.frozen.builder import Activation
 from fastddpm.networks.frozen.residual import ResidualBuilder
 
@@ -33,6 +35,54 @@ class TransformerBuilder(ResidualBuilder):
         )  # fmt: skip
         x.residual = None
         return target
+
+    def normed_linear(
+        self, norm: nn.LayerNorm, h: Activation, name: str, layers: Sequence[nn.Linear], *, gate: bool = False
+    ) -> int:
+        """Emit a layer norm of `h` and linear layers of its result, side by side, with GEGLU if `gate`.
+
+        The slot of `h` holds the sum with its residual afterwards. Return the slot of the result.
+        """
+        outputs = sum(layer.out_features for layer in layers) // (2 if gate else 1)
+        if h.residual is not None or not self.takes_normed_linear(h, outputs, gate):
+            normed = self.layer_norm(norm, h)
+            if not gate:
+                return self.joined(name, normed, layers)
+            (layer,) = layers
+            return self.geglu(name.removesuffix(".proj"), self.linear(name, normed, layer.weight, layer.bias))
+        target = self.new(outputs, *self.shapes[h.slot][1:])
+
+        def weight() -> Tensor:
+            joined = torch.cat(tuple(layer.weight for layer in layers))
+            return joined if norm.weight is None else joined.double() * norm.weight.double()
+
+        def bias() -> Tensor:
+            shift = None if norm.bias is None else norm.bias.double()
+            parts = []
+            for layer in layers:
+                own = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+                parts.append(own.double() if shift is None else own.double() + layer.weight.double() @ shift)
+            return torch.cat(parts)
+
+        own = self.put(f"{name}.normed", weight)
+        sums = self.put(f"{name}.sums", lambda: own.double().sum(1), self.vector_dtype)
+        self.emit(
+            name, "pointwise", [h.slot], [target],
+            whole.layer_norm_linear(
+                self.m, h.slot, target, own, sums, self.put(f"{name}.normed_bias", bias, self.vector_dtype), norm.eps,
+                gate,
+            ),
+            flops=2 * self.pixels(target) * own.numel(), weights=own.numel(),
+        )  # fmt: skip
+        return target
+
+    def takes_normed_linear(self, h: Activation, outputs: int, gate: bool) -> bool:
+        """Return whether a layer norm and a product are one kernel, by the fusion or the tuned table."""
+        if self.fusion != "auto":
+            return self.fusion == "full"
+        shape = (self.pixels(h.slot), self.shapes[h.slot][0], outputs, int(gate), int(self.m.allow_tf32))
+        choice = tuned.choice("layer_norm_linear", self.device, self.dtype, shape)
+        return choice is not None and choice["implementation"] == "one"
 
     def attend(
         self, name: str, source: int, channels: int, heads: int, pair: int | None = None, mask: Tensor | None = None
@@ -71,6 +121,6 @@ class TransformerBuilder(ResidualBuilder):
         """
         assert h.residual is None
         assert h.bias is None
-        if self.m.native or complete:
+        if self.m.native or complete or self.fusion == "full":
             return self.pointwise(name, source, weight, bias, h.slot, target=h.slot)
         return Activation(self.linear(name, source, weight, bias), None, h.slot)

@@ -34,6 +34,8 @@ def check_conv(
             raise ValueError(f"weight is packed for upsample={weight.upsample}, must be for {upsample}")
     else:
         shape = tuple(weight.shape)
+        if upsample and len(shape) == 5 and (shape[0], *shape[2:4]) == (4, 2, 2):  # from `phase_weight`
+            shape = (shape[1], shape[4], 3, 3)
     if len(shape) != 4 or shape[0] < 1 or shape[1] != inner or shape[2] < 1 or shape[2] != shape[3]:
         raise ValueError(f"weight has shape {shape}, must be [O, {inner}, k, k]")
     out, kernel = shape[0], shape[2]
@@ -131,7 +133,7 @@ def check_statistics(name: str, statistics: Tensor, x: Tensor) -> int:
     """Check the statistics of `x`; return their unit."""
     if not isinstance(statistics, Tensor) or statistics.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} is {getattr(statistics, 'dtype', type(statistics).__name__)}, must be float32")
-    units = statistics.shape[3] if statistics.ndim == 4 else 0
+    units = statistics.shape[2] if statistics.ndim == 3 else 0
     unit = x.shape[1] // units if units else 0
     if unit not in UNITS or x.shape[1] % unit or tuple(statistics.shape) != statistics_shape(x, unit):
         wanted = f"statistics_shape({tuple(x.shape)}, unit)"

@@ -24,8 +24,8 @@ class Problem(NamedTuple):
         stride: of the convolution.
         upsample: whether there are four phases.
         shortcut, shortcut2: channels of the shortcut, 0 without.
-        span, unit: of y's statistics; unit is 0 without.
-        columns: spans and units of a group that the norm merges; 0 without a norm.
+        unit: of y's statistics; 0 without.
+        columns: units of a group that the norm merges; 0 without a norm.
         groups: of the norm.
         source: pixels of x.
         itemsize: bytes of a value.
@@ -43,7 +43,6 @@ class Problem(NamedTuple):
     upsample: bool
     shortcut: int
     shortcut2: int
-    span: int
     unit: int
     columns: int
     groups: int
@@ -109,15 +108,16 @@ class Tile:
 
     def finishes(self, problem: Problem) -> bool:
         """Return whether the kernel itself writes the result; else a second launch does it."""
-        return (self.splits == 1 or self.one_launch) and not (problem.upsample and problem.unit)
+        return self.splits == 1 or self.one_launch
+
+    def parts(self, problem: Problem) -> int:
+        """Return the tiles of rows of a sample."""
+        return -(-problem.pixels // self.pixels(problem)) * (4 if problem.upsample else 1)
 
     def why_not(self, problem: Problem) -> str | None:
         """Return why the tile cannot run a problem, or None."""
-        if problem.unit and self.finishes(problem):
-            if self.block_m < problem.span:
-                return f"block_m is {self.block_m}, must be at least a span, {problem.span}"
-            if self.block_n < problem.unit:
-                return f"block_n is {self.block_n}, must be at least a unit, {problem.unit}"
+        if problem.unit and self.finishes(problem) and self.block_n < problem.unit:
+            return f"block_n is {self.block_n}, must be at least a unit, {problem.unit}"
         if self.norm == "merge" and problem.columns > MERGED:
             return f"{problem.columns} columns of statistics are too many to merge in every program"
         if self.splits > problem.steps(self.block_k):
@@ -164,14 +164,17 @@ class Tile:
             return apply_programs(problem)
         return self.programs(problem) * (self.block_m // self.pixels(problem))
 
-    def workspace(self, problem: Problem) -> tuple[int, int, int]:
-        """Return the float32 elements for norm coefficients, for the normalised input and for the sums of splits."""
+    def workspace(self, problem: Problem) -> tuple[int, int, int, int]:
+        """Return the float32 elements for norm coefficients, the normalised input, sums of splits, and statistics."""
         row = row_size(problem)
         applied = 0
         if problem.columns and self.norm == "apply":
             applied = problem.n * problem.source * (problem.channels + problem.channels2) * problem.itemsize
         sums = problem.n * problem.pixels * problem.out * (4 if problem.upsample else 1)
-        return self.rows(problem) * row, -(-applied // 16) * 4, self.splits * sums if self.splits > 1 else 0
+        blocks = 0
+        if problem.unit and self.finishes(problem) and self.parts(problem) > 1:
+            blocks = 2 * problem.n * self.parts(problem) * (problem.out // problem.unit)
+        return self.rows(problem) * row, -(-applied // 16) * 4, self.splits * sums if self.splits > 1 else 0, blocks
 
 
 def apply_programs(problem: Problem) -> int:
@@ -203,9 +206,12 @@ _MEMORY, _BYTES, _STEP, _PROGRAM, _ARRIVAL, _LAUNCH, _NORM = 2400, 64, 60, 1500,
 def likely_tile(problem: Problem, processors: int, shared: int = SHARED) -> Tile:
     """Return the tile of least predicted time on a GPU of so many processors and bytes of shared memory of a program.
 
-    The prediction is the cycles of the processor with the most programs, plus those of further launches.
+    The prediction is the cycles of the processor with the most programs, plus those of further launches. It is not
+    exact: among tiles within a tenth of the least, those with the fewest launches are preferred.
     """
-    return min(candidates(problem, shared), key=lambda tile: predicted_cycles(problem, tile, processors))
+    cycles = {tile: predicted_cycles(problem, tile, processors) for tile in candidates(problem, shared)}
+    most = 1.1 * min(cycles.values())
+    return min((c for c in cycles.items() if c[1] <= most), key=lambda c: (c[0].launches(problem), c[1]))[0]
 
 
 def candidates(problem: Problem, shared: int = SHARED) -> Iterator[Tile]:
@@ -255,7 +261,7 @@ def predicted_cycles(problem: Problem, tile: Tile, processors: int) -> float:
     own = steps * (max(multiply, read, norm) + _STEP) + bytes_out / _BYTES
     waves = -(-tile.programs(problem) // processors)
     total = waves * own + _PROGRAM
-    _, applied, sums = tile.workspace(problem)
+    _, applied, sums, _ = tile.workspace(problem)
     if tile.splits > 1 and tile.one_launch:
         total += tile.splits * m * n * 4 / _BYTES + _ARRIVAL
     if not tile.finishes(problem):

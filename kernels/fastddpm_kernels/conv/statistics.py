@@ -1,8 +1,9 @@
 """Describe the statistics that a convolution leaves for the norms that read its result.
 
-They are those of blocks: `unit` neighbouring channels by `span` neighbouring pixels of one sample, in row-major order.
-Each block has its mean and the sum of squared deviations from that mean, so that nothing cancels when a norm merges
-blocks (Chan, Golub & LeVeque 1979). One program writes each block: results are the same bits at every run.
+They are those of blocks: `unit` neighbouring channels of one sample, all its pixels. Each block has its mean and the
+sum of squared deviations from that mean, so that nothing cancels when a norm merges blocks (Chan, Golub & LeVeque
+1979). Where several programs write a block, the last one merges the statistics of all, in order: results are the same
+bits at every run.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-SPAN = 64  # pixels of a block, in larger images
 UNITS = tuple(2**k for k in range(7))  # the channels that a block may have
 
 
@@ -41,21 +40,16 @@ class Norm(NamedTuple):
     activation: str | None = "silu"
 
 
-def span_of(height: int, width: int) -> int:
-    """Return the pixels of a block: `SPAN`, or the power of two that holds a smaller image."""
-    return min(SPAN, 1 << max(height * width - 1, 0).bit_length())
-
-
-def statistics_shape(x: Tensor | tuple[int, ...], unit: int) -> tuple[int, int, int, int]:
-    """Return the shape of the statistics of `x` [N, C, H, W]: [2 (means, squared deviations), N, spans, C / unit].
+def statistics_shape(x: Tensor | tuple[int, ...], unit: int) -> tuple[int, int, int]:
+    """Return the shape of the statistics of `x` [N, C, H, W]: [2 (means, squared deviations), N, C / unit].
 
     Raises:
         ValueError: `unit` is not one of `UNITS`, or does not divide the channels.
     """
-    n, channels, height, width = x if isinstance(x, tuple) else x.shape
+    n, channels = (x if isinstance(x, tuple) else x.shape)[:2]
     if unit not in UNITS or channels % unit:
         raise ValueError(f"unit is {unit}, must be a power of two up to {UNITS[-1]} that divides {channels} channels")
-    return 2, n, -(-height * width // span_of(height, width)), channels // unit
+    return 2, n, channels // unit
 
 
 def statistics_unit(channels: int, *norms: tuple[int, int]) -> int:
@@ -67,10 +61,3 @@ def statistics_unit(channels: int, *norms: tuple[int, int]) -> int:
             which the tensor begins (0 for `x`, C for `x2`).
     """
     return math.gcd(UNITS[-1], channels, *(value for norm in norms for value in norm))
-
-
-def span_sizes(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the number of pixels in each span, int64."""
-    span = span_of(height, width)
-    starts = torch.arange(0, height * width, span, device=device)
-    return (height * width - starts).clamp_max(span)

@@ -28,7 +28,7 @@ from fastddpm_kernels.conv.plan import (
     likely_tile,
     row_size,
 )
-from fastddpm_kernels.conv.statistics import Norm, span_of
+from fastddpm_kernels.conv.statistics import Norm
 from fastddpm_kernels.conv.triton_kernels import apply_kernel, conv_kernel, finish_kernel, table_kernel
 from fastddpm_kernels.device.variant import Descriptor, Launch, Variant, packaged_variants, run_launches
 from fastddpm_kernels.group_norm_silu.plan import num_processors
@@ -67,7 +67,11 @@ class Operands(NamedTuple):
 
 def prepared(o: Operands) -> Operands:
     """Return operands whose weight is as the kernel reads it: [O][k][k][C], or with `upsample` [phase][O][2][2][C]."""
-    weight = phase_weight(o.weight) if o.upsample else o.weight.contiguous(memory_format=torch.channels_last)
+    weight = o.weight
+    if not o.upsample:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif weight.ndim == 4:
+        weight = phase_weight(weight)
     return o._replace(weight=weight)
 
 
@@ -82,10 +86,10 @@ def problem_of(o: Operands) -> Problem:
         members = (o.x.shape[1] + c2) // groups
         for values, channels in ((o.norm.statistics, o.x.shape[1]), (o.norm.statistics2, c2)):
             if values is not None:
-                columns = max(columns, values.shape[2] * (members * values.shape[3] // channels))
+                columns = max(columns, members * values.shape[2] // channels)
     return Problem(
-        n, height, width, o.x.shape[1], c2, out, o.kernel, o.stride, o.upsample, d, d2, span_of(*o.y.shape[2:]),
-        0 if o.statistics is None else out // o.statistics.shape[3], columns, groups, o.x.shape[2] * o.x.shape[3],
+        n, height, width, o.x.shape[1], c2, out, o.kernel, o.stride, o.upsample, d, d2,
+        0 if o.statistics is None else out // o.statistics.shape[2], columns, groups, o.x.shape[2] * o.x.shape[3],
         o.x.itemsize, HALF if o.x.itemsize == 2 else TF32 if o.allow_tf32 else FMA,
     )  # fmt: skip
 
@@ -98,10 +102,10 @@ def make_launches(o: Operands, tile: Tile, workspace: Tensor | None) -> list[Lau
     sizes = tile.workspace(problem)
     if workspace is None and sum(sizes):
         workspace = torch.empty(sum(sizes), dtype=torch.float32, device=o.x.device)
-    table = applied = sums = None
+    table = applied = sums = blocks = None
     if workspace is not None:
         parts = workspace[: sum(sizes)].split(sizes)
-        table, applied, sums = (part if size else None for part, size in zip(parts, sizes, strict=True))
+        table, applied, sums, blocks = (part if size else None for part, size in zip(parts, sizes, strict=True))
     launches = []
     if o.norm is not None and (tile.norm == "table" or problem.columns > MERGED):
         launches.append(_table_launch(o, o.norm, problem, tile, table))
@@ -111,17 +115,16 @@ def make_launches(o: Operands, tile: Tile, workspace: Tensor | None) -> list[Lau
         launches.append(_apply_launch(o, o.norm, problem, tile, table, h))
         o = o._replace(x=h, x2=None, norm=None)
         problem, table = problem_of(o), None
-    launches.append(_conv_launch(o, problem, tile, table, sums))
+    launches.append(_conv_launch(o, problem, tile, table, sums, blocks))
     if not tile.finishes(problem):
-        if sums is None or tile.one_launch:  # the result is there but for its statistics
-            rest = finish_launch(o.y, o.y, None, None, None, o.statistics, 1, tile.pdl)
-        else:
-            rest = finish_launch(o.y, sums, o.bias, o.time_bias, o.residual, o.statistics, tile.splits, tile.pdl)
-        launches.append(rest)
+        assert sums is not None
+        launches.append(finish_launch(o.y, sums, o.bias, o.time_bias, o.residual, o.statistics, tile.splits, tile.pdl))
     return launches
 
 
-def _conv_launch(o: Operands, problem: Problem, tile: Tile, table: Tensor | None, sums: Tensor | None) -> Launch:
+def _conv_launch(
+    o: Operands, problem: Problem, tile: Tile, table: Tensor | None, sums: Tensor | None, blocks: Tensor | None
+) -> Launch:
     c, c2, d, d2 = problem.channels, problem.channels2, problem.shortcut, problem.shortcut2
     pixels, whole = tile.pixels(problem), tile.finishes(problem)
     plain = tile.splits > 1 and not tile.one_launch  # what is to be added waits for the second launch
@@ -130,11 +133,14 @@ def _conv_launch(o: Operands, problem: Problem, tile: Tile, table: Tensor | None
         counters = torch.zeros(tile.programs(problem) // tile.splits, dtype=torch.int32, device=o.x.device)
     time_bias, time_stride = unit_rows(None if plain else o.time_bias)
     statistics = o.statistics if whole else None
+    arrivals = None
+    if statistics is not None and tile.parts(problem) > 1:
+        arrivals = _counters(problem.n, problem.out, tile.block_n, o.x.device)
     args: dict[str, Any] = {
         "y": None if plain else o.y, "sums": sums, "counters": counters, "x": o.x, "x2": o.x2,
         "weight": o.weight, "shortcut": o.shortcut, "shortcut2": o.shortcut2, "shortcut_weight": o.shortcut_weight,
         "bias": None if plain else o.bias, "time_bias": time_bias, "residual": None if plain else o.residual,
-        "statistics": statistics, "table": table,
+        "statistics": statistics, "blocks": None if arrivals is None else blocks, "arrivals": arrivals, "table": table,
         **_norm_args(o.norm, problem), "plane": _plane(statistics), "time_stride": time_stride,
         "N": problem.n, "H": o.x.shape[2], "W": o.x.shape[3], "GH": problem.height, "GW": problem.width,
         "C": c, "C2": c2, "D": d, "D2": d2, "CO": problem.out, "PADDING": o.padding,
@@ -150,9 +156,9 @@ def _conv_launch(o: Operands, problem: Problem, tile: Tile, table: Tensor | None
         "EVEN": all(value % tile.block_k == 0 for value in (c, c2, d, d2)),
         "NORM": o.norm is not None, "SILU": o.norm is not None and o.norm.activation == "silu",
         "MERGE": o.norm is not None and tile.norm == "merge",
-        "GROUPS": triton.next_power_of_2(max(problem.groups, 1)), "IN_SPAN": span_of(*o.x.shape[2:]),
+        "GROUPS": triton.next_power_of_2(max(problem.groups, 1)),
         "SPLITS": tile.splits, "PRECISION": "ieee" if problem.rate == FMA else "tf32", "PIXELS": pixels,
-        "SPAN": problem.span if statistics is not None else 1, "UNIT": problem.unit if statistics is not None else 1,
+        "UNIT": problem.unit if statistics is not None else 1,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "BLOCK_COLUMNS": _columns(problem), "GROUP_M": GROUP_M, "PDL": tile.pdl, "TMA": tile.tma,
         "PERSISTENT": tile.persistent,
@@ -195,8 +201,8 @@ def _norm_args(norm: Norm | None, problem: Problem) -> dict[str, Any]:
     first, second = norm.statistics, norm.statistics2
     return {
         "of_x": first, "of_x2": second, "gamma": norm.weight, "beta": norm.bias, "scale": scale, "shift": shift,
-        "row_stride": row_size(problem), "plane1": _plane(first), "plane2": _plane(second), "units1": first.shape[3],
-        "units2": 0 if second is None else second.shape[3], "scale_stride": scale_stride, "shift_stride": shift_stride,
+        "row_stride": row_size(problem), "plane1": _plane(first), "plane2": _plane(second), "units1": first.shape[2],
+        "units2": 0 if second is None else second.shape[2], "scale_stride": scale_stride, "shift_stride": shift_stride,
         "eps": float(norm.eps), "groups": norm.num_groups,
         "SIZE": (problem.channels + problem.channels2) // norm.num_groups,
     }  # fmt: skip
@@ -209,7 +215,7 @@ def _table_launch(o: Operands, norm: Norm, problem: Problem, tile: Tile, table: 
     args = {"table": table, **_norm_args(norm, problem), "P": o.x.shape[2] * o.x.shape[3], "C": problem.channels,
             "C2": problem.channels2}  # fmt: skip
     columns = min(1024 // groups, triton.next_power_of_2(problem.columns))
-    constexprs = {"GROUPS": groups, "IN_SPAN": span_of(*o.x.shape[2:]), "BLOCK_COLUMNS": columns, "PDL": tile.pdl}
+    constexprs = {"GROUPS": groups, "BLOCK_COLUMNS": columns, "PDL": tile.pdl}
     programs = problem.n * -(-norm.num_groups // groups)
     return Launch("conv.table", table_kernel, programs, args, constexprs, 4, _launch_options(tile.pdl))
 
@@ -219,7 +225,7 @@ def _apply_launch(o: Operands, norm: Norm, problem: Problem, tile: Tile, table: 
             "C": problem.channels, "C2": problem.channels2}  # fmt: skip
     constexprs = {
         "SILU": norm.activation == "silu", "MERGE": problem.columns <= MERGED,
-        "GROUPS": triton.next_power_of_2(norm.num_groups), "IN_SPAN": span_of(*o.x.shape[2:]),
+        "GROUPS": triton.next_power_of_2(norm.num_groups),
         "BLOCK_COLUMNS": _columns(problem), "BLOCK_P": APPLIED,
         "BLOCK_C": min(128, max(triton.next_power_of_2(h.shape[1]), 16)), "PDL": tile.pdl,
     }  # fmt: skip
@@ -232,18 +238,29 @@ def finish_launch(
 ) -> Launch:  # fmt: skip
     """Return the launch that adds up `splits` tensors of y's form, adds the rest and leaves the statistics."""
     n, out, height, width = y.shape
-    span, pixels = span_of(height, width), height * width
-    unit = 1 if statistics is None else out // statistics.shape[3]
-    block_m = max(span, 16)
+    pixels = height * width
+    unit = 1 if statistics is None else out // statistics.shape[2]
+    block_m = min(max(triton.next_power_of_2(pixels), 16), 64)
     block_n = max(unit, min(32, triton.next_power_of_2(out)))
     part = min(block_m, triton.next_power_of_2(pixels))
     tiles = -(-n // (block_m // part)) if part < block_m else n * -(-pixels // part)
     time_bias, time_stride = unit_rows(time_bias)
+    blocks = arrivals = None
+    if statistics is not None and pixels > part:
+        arrivals = _counters(n, out, block_n, y.device)
+        numel = 2 * n * -(-pixels // part) * (out // unit)
+        blocks = torch.empty(numel, dtype=torch.float32, device=y.device)
     args = {"y": y, "sums": sums, "bias": bias, "time_bias": time_bias, "residual": residual, "statistics": statistics,
-            "plane": _plane(statistics), "time_stride": time_stride, "N": n, "P": pixels, "CO": out}  # fmt: skip
-    constexprs = {"SPLITS": splits, "PIXELS": part, "SPAN": span, "UNIT": unit, "BLOCK_M": block_m, "BLOCK_N": block_n,
+            "blocks": blocks, "arrivals": arrivals, "plane": _plane(statistics), "time_stride": time_stride, "N": n,
+            "P": pixels, "CO": out}  # fmt: skip
+    constexprs = {"SPLITS": splits, "PIXELS": part, "UNIT": unit, "BLOCK_M": block_m, "BLOCK_N": block_n,
                   "PDL": pdl}  # fmt: skip
     return Launch("conv.finish", finish_kernel, tiles * -(-out // block_n), args, constexprs, 4, _launch_options(pdl))
+
+
+def _counters(n: int, out: int, block_n: int, device: torch.device) -> Tensor:
+    """Return zeros in which the tiles of each sample and block of columns count themselves; they reset it."""
+    return torch.zeros(n * -(-out // block_n), dtype=torch.int32, device=device)
 
 
 def _plane(statistics: Tensor | None) -> int:
@@ -265,7 +282,7 @@ def key_shape(o: Operands) -> tuple[int, ...]:
     return (
         n, height, width, c, c2, o.y.shape[1], 3 if o.upsample else o.weight.shape[2], o.stride, int(o.upsample),
         0 if o.norm is None else o.norm.num_groups, int(o.norm is not None and o.norm.activation == "silu"), d + d2,
-        0 if o.statistics is None else o.y.shape[1] // o.statistics.shape[3], int(o.allow_tf32),
+        0 if o.statistics is None else o.y.shape[1] // o.statistics.shape[2], int(o.allow_tf32),
     )  # fmt: skip
 
 

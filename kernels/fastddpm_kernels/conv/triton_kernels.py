@@ -113,12 +113,12 @@ def _accumulate_boxes(
 def _tile(
     index,
     y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics,
-    table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2, units1, units2,
-    scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, IN_SPAN: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, PIXELS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
+    blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2,
+    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Compute one part of K of one tile, and in a phase if there are any: the number `index` of all."""
     IMAGES: tl.constexpr = PIXELS < BLOCK_M
@@ -157,7 +157,6 @@ def _tile(
             own += (part % 4).to(tl.int64) * CO * taps * weight_tap
     at = (relative * H + iy) * W + ix
     base = n0.to(tl.int64) * H * W
-
     row = table
     if NORM:
         if MERGE:
@@ -166,8 +165,8 @@ def _tile(
                 if n0 + image < N:
                     write_coefficients(
                         row + image * row_stride, of_x, plane1, units1, of_x2, plane2, units2, gamma, beta, scale,
-                        shift, scale_stride, shift_stride, eps, n0 + image, H * W, 0, groups, SIZE, C, C2, IN_SPAN,
-                        GROUPS, BLOCK_COLUMNS, 128,
+                        shift, scale_stride, shift_stride, eps, n0 + image, H * W, 0, groups, SIZE, C, C2, GROUPS,
+                        BLOCK_COLUMNS, 128,
                     )  # fmt: skip
         else:
             row += n0.to(tl.int64) * row_stride
@@ -241,10 +240,16 @@ def _tile(
                     False, IMAGES, PRECISION, BLOCK_K,
                 )  # fmt: skip
     Q = P * 4 if UPSAMPLE else P
+    each = tl.cdiv(P, PIXELS)
+    block = start // PIXELS
+    parts = each
+    if UPSAMPLE:
+        block += part % 4 * each
+        parts = 4 * each
     if SPLITS == 1:
         finish(
-            acc, y, bias, time_bias, time_stride, residual, statistics, plane, n0, relative, start, exists, place,
-            column0, N, Q, CO, IMAGES, PIXELS, SPAN, UNIT,
+            acc, y, bias, time_bias, time_stride, residual, statistics, blocks, arrivals, plane, n0, relative, start,
+            exists, place, column0, N, Q, CO, block, parts, P, IMAGES, PIXELS, UNIT,
         )  # fmt: skip
     else:
         columns = column0 + tl.arange(0, BLOCK_N)
@@ -262,21 +267,21 @@ def _tile(
                     pointers += stride
                     acc += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
                 finish(
-                    acc, y, bias, time_bias, time_stride, residual, statistics, plane, n0, relative, start, exists,
-                    place, column0, N, Q, CO, IMAGES, PIXELS, SPAN, UNIT,
+                    acc, y, bias, time_bias, time_stride, residual, statistics, blocks, arrivals, plane, n0, relative,
+                    start, exists, place, column0, N, Q, CO, block, parts, P, IMAGES, PIXELS, UNIT,
                 )  # fmt: skip
 
 
 @triton.jit
 def conv_kernel(
     y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics,
-    table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2, units1, units2,
-    scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, IN_SPAN: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, PIXELS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, PDL: tl.constexpr,
-    TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+    blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2,
+    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, PDL: tl.constexpr, TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -287,25 +292,25 @@ def conv_kernel(
         for index in range(tl.program_id(0), total, tl.num_programs(0)):
             _tile(
                 index, y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias,
-                residual, statistics, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride,
-                plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2,
-                D, D2, CO, PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE, GROUPS, IN_SPAN, SPLITS,
-                PRECISION, PIXELS, SPAN, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
+                residual, statistics, blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane,
+                time_stride, row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE,
+                N, H, W, GH, GW, C, C2, D, D2, CO, PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE,
+                GROUPS, SPLITS, PRECISION, PIXELS, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias,
-            residual, statistics, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1,
-            plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO,
-            PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE, GROUPS, IN_SPAN, SPLITS, PRECISION,
-            PIXELS, SPAN, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
+            residual, statistics, blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride,
+            row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW,
+            C, C2, D, D2, CO, PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE, GROUPS, SPLITS,
+            PRECISION, PIXELS, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
         )  # fmt: skip
 
 
 @triton.jit
 def finish_kernel(
-    y, sums, bias, time_bias, residual, statistics, plane, time_stride, N, P, CO,
-    SPLITS: tl.constexpr, PIXELS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    y, sums, bias, time_bias, residual, statistics, blocks, arrivals, plane, time_stride, N, P, CO,
+    SPLITS: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add up the splits, in order, and finish."""
@@ -326,8 +331,8 @@ def finish_kernel(
         pointers += step
         acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     finish(
-        acc, y, bias, time_bias, time_stride, residual, statistics, plane, n0, relative, start, exists, place, column0,
-        N, P, CO, PIXELS < BLOCK_M, PIXELS, SPAN, UNIT,
+        acc, y, bias, time_bias, time_stride, residual, statistics, blocks, arrivals, plane, n0, relative, start,
+        exists, place, column0, N, P, CO, start // PIXELS, tl.cdiv(P, PIXELS), P, PIXELS < BLOCK_M, PIXELS, UNIT,
     )  # fmt: skip
 
 
@@ -335,7 +340,7 @@ def finish_kernel(
 def table_kernel(
     table, of_x, of_x2, gamma, beta, scale, shift, row_stride, plane1, plane2, units1, units2, scale_stride,
     shift_stride, eps, groups, SIZE, P, C, C2,
-    GROUPS: tl.constexpr, IN_SPAN: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the norm's coefficients for some groups of a sample."""
     parts = tl.cdiv(groups, GROUPS)
@@ -345,8 +350,8 @@ def table_kernel(
         gdc_launch_dependents()
     write_coefficients(
         table + n.to(tl.int64) * row_stride, of_x, plane1, units1, of_x2, plane2, units2, gamma, beta, scale, shift,
-        scale_stride, shift_stride, eps, n, P, (tl.program_id(0) - n * parts) * GROUPS, groups, SIZE, C, C2, IN_SPAN,
-        GROUPS, BLOCK_COLUMNS, 128,
+        scale_stride, shift_stride, eps, n, P, (tl.program_id(0) - n * parts) * GROUPS, groups, SIZE, C, C2, GROUPS,
+        BLOCK_COLUMNS, 128,
     )  # fmt: skip
 
 
@@ -354,7 +359,7 @@ def table_kernel(
 def apply_kernel(
     h, x, x2, table, of_x, of_x2, gamma, beta, scale, shift, row_stride, plane1, plane2, units1, units2, scale_stride,
     shift_stride, eps, groups, SIZE, P, C, C2,
-    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, IN_SPAN: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write silu(film(group_norm(concat(x, x2)))) to h."""
@@ -368,7 +373,7 @@ def apply_kernel(
         row = table + tl.program_id(0).to(tl.int64) * row_stride
         write_coefficients(
             row, of_x, plane1, units1, of_x2, plane2, units2, gamma, beta, scale, shift, scale_stride, shift_stride,
-            eps, n, P, 0, groups, SIZE, C, C2, IN_SPAN, GROUPS, BLOCK_COLUMNS, 128,
+            eps, n, P, 0, groups, SIZE, C, C2, GROUPS, BLOCK_COLUMNS, 128,
         )  # fmt: skip
     else:
         row = table + n.to(tl.int64) * row_stride

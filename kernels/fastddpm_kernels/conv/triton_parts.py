@@ -34,29 +34,25 @@ def pixels_of_tile(tile, N, P, BLOCK_M: tl.constexpr, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _blocks(values, plane, n, P, g, start, MEMBERS, first, units, channels, SPAN: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return (count, mean, squared deviations) [group, column] of some blocks of a tensor in each group of sample n.
+def _blocks(values, plane, n, g, start, MEMBERS, first, units, COLUMNS: tl.constexpr):
+    """Return (present, mean, squared deviations) [group, column] of some blocks of a tensor in each group of sample n.
 
-    A column is a span and one of the MEMBERS units that a group has; `first` is the unit of the concatenation at which
-    the tensor begins. Blocks that do not exist count zero.
+    `first` is the unit of the concatenation at which the tensor begins. Blocks that do not exist are zero.
     """
-    spans = tl.cdiv(P, SPAN)
     column = start + tl.arange(0, COLUMNS)
-    s = column // MEMBERS
-    unit = g[:, None] * MEMBERS + (column - s * MEMBERS)[None, :] - first
-    mask = (unit >= 0) & (unit < units) & (s < spans)[None, :]
-    place = (n.to(tl.int64) * spans + s[None, :]) * units + unit
+    unit = g[:, None] * MEMBERS + column[None, :] - first
+    mask = (unit >= 0) & (unit < units) & (column < MEMBERS)[None, :]
+    place = n.to(tl.int64) * units + unit
     mean = tl.load(values + place, mask=mask, other=0.0)
     deviation = tl.load(values + plane + place, mask=mask, other=0.0)
-    count = tl.where(mask, (tl.minimum(P - s * SPAN, SPAN) * (channels // units))[None, :].to(tl.float32), 0.0)
-    return count, mean, deviation
+    return mask.to(tl.float32), mean, deviation
 
 
 @triton.jit
 def write_coefficients(
     row, statistics, plane, units, statistics2, plane2, units2, weight, bias, scale, shift, scale_stride, shift_stride,
     eps, n, P, g0, groups, SIZE, C, C2,
-    SPAN: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write a and b, with film(group_norm(x)) = a x + b, for the channels of GROUPS groups of sample n.
 
@@ -66,37 +62,33 @@ def write_coefficients(
     tl.debug_barrier()  # every thread has read what an earlier tile of the program left there
     total = C + C2
     g = g0 + tl.arange(0, GROUPS)
-    spans = tl.cdiv(P, SPAN)
-    members = SIZE // (C // units)
+    unit = C // units
+    members = SIZE // unit
     sums = tl.zeros((GROUPS,), tl.float32)
-    for start in range(0, spans * members, COLUMNS):
-        count, mean, deviation = _blocks(statistics, plane, n, P, g, start, members, 0, units, C, SPAN, COLUMNS)
-        sums += tl.sum(count * mean, axis=1)
+    for start in range(0, members, COLUMNS):
+        present, mean, deviation = _blocks(statistics, plane, n, g, start, members, 0, units, COLUMNS)
+        sums += tl.sum(mean, axis=1) * unit
     if statistics2 is not None:
-        members2 = SIZE // (C2 // units2)
-        first2 = C // (C2 // units2)
-        for start in range(0, spans * members2, COLUMNS):
-            count, mean, deviation = _blocks(
-                statistics2, plane2, n, P, g, start, members2, first2, units2, C2, SPAN, COLUMNS
-            )
-            sums += tl.sum(count * mean, axis=1)
-    number = 1.0 * P * SIZE
-    centre = sums / number
+        unit2 = C2 // units2
+        members2 = SIZE // unit2
+        first2 = C // unit2
+        for start in range(0, members2, COLUMNS):
+            present, mean, deviation = _blocks(statistics2, plane2, n, g, start, members2, first2, units2, COLUMNS)
+            sums += tl.sum(mean, axis=1) * unit2
+    centre = sums / SIZE
     squares = tl.zeros((GROUPS,), tl.float32)
-    for start in range(0, spans * members, COLUMNS):
-        count, mean, deviation = _blocks(statistics, plane, n, P, g, start, members, 0, units, C, SPAN, COLUMNS)
-        mean -= centre[:, None]
-        squares += tl.sum(deviation + count * mean * mean, axis=1)
+    for start in range(0, members, COLUMNS):
+        present, mean, deviation = _blocks(statistics, plane, n, g, start, members, 0, units, COLUMNS)
+        mean = (mean - centre[:, None]) * present
+        squares += tl.sum(deviation / P + mean * mean * unit, axis=1)
     if statistics2 is not None:
-        for start in range(0, spans * members2, COLUMNS):
-            count, mean, deviation = _blocks(
-                statistics2, plane2, n, P, g, start, members2, first2, units2, C2, SPAN, COLUMNS
-            )
-            mean -= centre[:, None]
-            squares += tl.sum(deviation + count * mean * mean, axis=1)
+        for start in range(0, members2, COLUMNS):
+            present, mean, deviation = _blocks(statistics2, plane2, n, g, start, members2, first2, units2, COLUMNS)
+            mean = (mean - centre[:, None]) * present
+            squares += tl.sum(deviation / P + mean * mean * unit2, axis=1)
     means = row + 2 * total
     tl.store(means + g, centre, mask=g < groups)
-    tl.store(means + groups + g, tl.rsqrt(squares / number + eps), mask=g < groups)
+    tl.store(means + groups + g, tl.rsqrt(squares / SIZE + eps), mask=g < groups)
     tl.debug_barrier()
 
     end = tl.minimum((g0 + GROUPS) * SIZE, total)
@@ -118,14 +110,15 @@ def write_coefficients(
 
 @triton.jit
 def finish(
-    acc, y, bias, time_bias, time_stride, residual, statistics, plane, n0, relative, start, exists, place, column0, N,
-    P, CO,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr,
+    acc, y, bias, time_bias, time_stride, residual, statistics, blocks, arrivals, plane, n0, relative, start, exists,
+    place, column0, N, P, CO, part, parts, pixels,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Add bias, time row and residual to a tile, store it, and the statistics of what is stored.
+    """Add bias, time row and residual to a tile, store it, and leave the statistics of what is stored.
 
-    `place` is the pixel of y, relative to sample n0, that each row is stored to; with statistics it must be
-    `relative * P + p`.
+    `place` is the pixel of y, relative to sample n0, that each row is stored to. The tile is number `part` of the
+    `parts` that a sample has for these columns; the last one to arrive merges the statistics of all. If there are
+    several, each grid of `pixels` pixels (one, or four phases) begins with a new one.
     """
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
@@ -147,10 +140,10 @@ def finish(
     stored = acc.to(y.dtype.element_ty)
     tl.store(y + base + offsets, stored, mask=mask)
     if statistics is not None:
-        SEGMENTS: tl.constexpr = BLOCK_M // SPAN
+        SEGMENTS: tl.constexpr = BLOCK_M // PIXELS  # samples of the tile
         UNITS: tl.constexpr = BLOCK_N // UNIT
-        v = tl.reshape(tl.where(exists[:, None], stored.to(tl.float32), 0.0), (SEGMENTS, SPAN, BLOCK_N))
-        present = tl.reshape(exists, (SEGMENTS, SPAN))
+        v = tl.reshape(tl.where(exists[:, None], stored.to(tl.float32), 0.0), (SEGMENTS, PIXELS, BLOCK_N))
+        present = tl.reshape(exists, (SEGMENTS, PIXELS))
         number = tl.sum(present.to(tl.float32), axis=1)[:, None] * UNIT
         number = tl.where(number > 0.0, number, 1.0)
         mean = tl.sum(tl.reshape(tl.sum(v, axis=1), (SEGMENTS, UNITS, UNIT)), axis=2) / number
@@ -158,13 +151,55 @@ def finish(
         v = tl.where(present[:, :, None], v - centre[:, None, :], 0.0)
         squares = tl.sum(tl.reshape(tl.sum(v * v, axis=1), (SEGMENTS, UNITS, UNIT)), axis=2)
 
-        first = tl.arange(0, SEGMENTS) * SPAN  # row of the tile
-        n = n0 + first // PIXELS
-        pixel = start + first % PIXELS
-        spans = tl.cdiv(P, SPAN)
+        n = n0 + tl.arange(0, SEGMENTS)
         units = CO // UNIT
         unit = column0 // UNIT + tl.arange(0, UNITS)
-        place = (n.to(tl.int64) * spans + pixel // SPAN)[:, None] * units + unit[None, :]
-        there = ((n < N) & (pixel < P))[:, None] & (unit < units)[None, :]
-        tl.store(statistics + place, mean, mask=there)
-        tl.store(statistics + plane + place, squares, mask=there)
+        there = (n < N)[:, None] & (unit < units)[None, :]
+        if arrivals is None:
+            at = n.to(tl.int64)[:, None] * units + unit[None, :]
+            tl.store(statistics + at, mean, mask=there)
+            tl.store(statistics + plane + at, squares, mask=there)
+        else:
+            other = (n0 * 0 + N).to(tl.int64) * parts * units
+            at = blocks + (n.to(tl.int64) * parts + part)[:, None] * units + unit[None, :]
+            tl.store(at, mean, mask=there)
+            tl.store(at + other, squares, mask=there)
+            tl.debug_barrier()  # every thread has stored its part
+            counter = arrivals + n0 * tl.cdiv(CO, BLOCK_N) + column0 // BLOCK_N
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1:
+                tl.store(counter, 0)  # for the next call
+                for segment in range(0, SEGMENTS):
+                    if n0 + segment < N:
+                        sample = blocks + (n0 + segment).to(tl.int64) * parts * units
+                        _merge(
+                            statistics, sample, other, plane, n0 + segment, parts, pixels, unit, units, PIXELS, UNIT
+                        )  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    statistics, sample, other, plane, n, parts, pixels, unit, units, PIXELS: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Merge the statistics of all parts of a sample, for some units, in two passes: nothing cancels."""
+    each = tl.cdiv(pixels, PIXELS)
+    number = 1.0 * pixels * (parts // each)
+    total = tl.zeros((unit.shape[0],), tl.float32)
+    for first in range(0, parts, 16):
+        i = first + tl.arange(0, 16)
+        mask = (i < parts)[:, None] & (unit < units)[None, :]
+        count = tl.minimum(pixels - i % each * PIXELS, PIXELS).to(tl.float32)[:, None]
+        at = sample + i[:, None] * units + unit[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.0, cache_modifier=".cg") * count, axis=0)
+    mean = total / number
+    squares = tl.zeros((unit.shape[0],), tl.float32)
+    for first in range(0, parts, 16):
+        i = first + tl.arange(0, 16)
+        mask = (i < parts)[:, None] & (unit < units)[None, :]
+        count = tl.minimum(pixels - i % each * PIXELS, PIXELS).to(tl.float32)[:, None]
+        at = sample + i[:, None] * units + unit[None, :]
+        delta = tl.where(mask, tl.load(at, mask=mask, other=0.0, cache_modifier=".cg") - mean[None, :], 0.0)
+        squares += tl.sum(delta * delta * (count * UNIT), axis=0)
+        squares += tl.sum(tl.load(at + other, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
+    at = n.to(tl.int64) * units + unit
+    tl.store(statistics + at, mean, mask=unit < units)
+    tl.store(statistics + plane + at, squares, mask=unit < units)

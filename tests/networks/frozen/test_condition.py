@@ -11,7 +11,7 @@ import torch
 from fastddpm_kernels.testing import errors
 from torch import Tensor
 
-from fastddpm.networks.frozen import FrozenUNet, why_not
+from fastddpm.networks.frozen import FrozenUNet, cuda_instructions, why_not
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -139,11 +139,11 @@ OPTIONAL = {"sd15": ("encoder_attention_mask",), "karlo": ("attention_mask",), "
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_module_in_float64(case: str) -> None:
-    """In plain torch and by the fused plan, with what may be left out or without, in sizes of any factor."""
+    """In plain torch and by both fused plans, with what may be left out or without, in sizes of any factor."""
     unet = make_unet(case)
     assert why_not(unet) is None
-    for fused in (False, True):
-        frozen = FrozenUNet(unet, backend="eager", fused=fused)
+    for fused, fusion in ((False, "auto"), (True, "parts"), (True, "full")):
+        frozen = FrozenUNet(unet, backend="eager", fused=fused, fusion=fusion)
         assert frozen.differs() is None
         runs = [(1, (8, 8), ()), (3, (4, 12), OPTIONAL.get(case, ()))]
         if frozen.blueprint.any_size:
@@ -152,7 +152,7 @@ def test_equals_the_module_in_float64(case: str) -> None:
             given = Arguments(frozen, batch, size, optional)
             expected = given.theirs(frozen, TIMESTEPS[1])
             error = errors(given.ours(frozen, 1), expected)
-            assert max(error) < 1e-12, (fused, batch, size, error)
+            assert max(error) < 1e-12, (fused, fusion, batch, size, error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -289,3 +289,17 @@ def test_what_cannot_be_frozen_is_named() -> None:
         assert re.search(reason, found), found
         with pytest.raises(ValueError, match="unet has changed since it was frozen"):
             frozen.refresh()
+
+
+def test_launches_of_stable_diffusion() -> None:
+    """Whole layers: two kernels a residual block, nine a transformer."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    parts, full = ([*cuda_instructions(unet, 2, fusion=fusion)] for fusion in ("parts", "full"))
+    before, after = (sum(i.kernels for i in found) + 2 for found in (parts, full))
+    assert before == 390
+    assert after <= 0.55 * before
+    block = [i for i in full if i.name.startswith("mid_block.attentions.0.")]
+    assert len(block) == 9

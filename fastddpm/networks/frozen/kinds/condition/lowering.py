@@ -19,6 +19,7 @@ from fastddpm.networks.frozen.instructions import Instruction
 from fastddpm.networks.frozen.kinds.condition.embeddings import arguments_of
 from fastddpm.networks.frozen.residual import ResidualBlock
 from fastddpm.networks.frozen.transformer import TransformerBuilder
+from fastddpm.networks.frozen.whole_layers import NormBefore
 
 ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", nn.GELU: "gelu", nn.Mish: "mish", nn.ReLU: "relu"}
 LARGE = 2**26  # weights, from which on their memory counts
@@ -87,8 +88,7 @@ class Lowering(TransformerBuilder):
                     x = self._resnet(layer, x)
                 else:
                     x = self._upsample(layer, x, self.shapes[skips[-1].slot][1:] if forced else None)
-        x = self.norm(unet.conv_norm_out, x, activation=ACTIVATIONS[type(unet.conv_act)])
-        return self.conv_to_image(unet.conv_out, x).slot
+        return self.normed_conv_to_image(unet.conv_norm_out, unet.conv_out, x, ACTIVATIONS[type(unet.conv_act)]).slot
 
     def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
         """See `Builder.affordable`.
@@ -158,19 +158,50 @@ class Lowering(TransformerBuilder):
     def _attention(self, layer: Any, x: Activation) -> Activation:
         if type(layer).__name__ == "Attention":
             return self._simple_attention(layer, x)
-        name = self.names[layer]
-        h = self.norm(layer.norm, x, activation=None)
-        weight = layer.proj_in.weight.flatten(1)
-        h = Activation(self.linear(f"{name}.proj_in", h.slot, weight, layer.proj_in.bias))
-        blocks = list(layer.transformer_blocks)
-        for block in blocks:
-            h = self._transformer_block(block, h, last=block is blocks[-1])
-        bias = add(layer.proj_out.bias, x.bias)
-        y = self.pointwise(f"{name}.proj_out", h.slot, layer.proj_out.weight.flatten(1), bias, x.slot)
+        name, proj_in, blocks = self.names[layer], layer.proj_in, list(layer.transformer_blocks)
+        norm, width = NormBefore(layer.norm, None), proj_in.weight.shape[0]
+        whole = self.takes_whole(x, width, 1, norm=norm)
+        if whole:
+            h = self.whole_pointwise(f"{name}.proj_in", x, lambda: proj_in.weight, width, proj_in.bias, norm=norm)
+        else:
+            normed = self.norm(layer.norm, x, activation=None)
+            h = Activation(self.linear(f"{name}.proj_in", normed.slot, proj_in.weight.flatten(1), proj_in.bias))
+        for block in blocks[:-1]:
+            h, gated = self._transformer_block(block, h)
+            project = block.ff.net[2]
+            h = self.linear_add(f"{self.names[block]}.ff.net.2", gated, project.weight, project.bias, h)
+            self.done(block)
+        h, gated = self._transformer_block(blocks[-1], h)
+        y = (self._ends_whole if whole else self._ends)(layer, blocks[-1], h, gated, x)
+        self.done(blocks[-1])
         self.done(layer)
         return y
 
-    def _transformer_block(self, block: Any, h: Activation, *, last: bool) -> Activation:
+    def _ends(self, layer: Any, block: Any, h: Activation, gated: int, x: Activation) -> Activation:
+        """Emit the last product of the last block, and the projection that is added to `x`."""
+        name, project = self.names[layer], block.ff.net[2]
+        h = self.linear_add(
+            f"{self.names[block]}.ff.net.2", gated, project.weight, project.bias, h, complete=True
+        )  # fmt: skip
+        bias = add(layer.proj_out.bias, x.bias)
+        return self.pointwise(f"{name}.proj_out", h.slot, layer.proj_out.weight.flatten(1), bias, x.slot)
+
+    def _ends_whole(self, layer: Any, block: Any, h: Activation, gated: int, x: Activation) -> Activation:
+        """Emit the same as one product of h and the gated layer: nothing but a sum is between the two."""
+        project, out = block.ff.net[2], layer.proj_out
+
+        def weight() -> Tensor:
+            outer = out.weight.double().flatten(1)
+            return torch.cat((outer, outer @ project.weight.double()), dim=1)
+
+        bias = out.weight.double().flatten(1) @ project.bias.double()
+        return self.whole_pointwise(
+            f"{self.names[layer]}.proj_out", h, weight, len(out.weight), add(bias, out.bias), residual=x.slot,
+            second=Activation(gated),
+        )  # fmt: skip
+
+    def _transformer_block(self, block: Any, h: Activation) -> tuple[Activation, int]:
+        """Emit a block but for its last product. Return the slots of what that is added to, and of what it reads."""
         name = self.names[block]
         for norm, attention, crosses in (
             (block.norm1, block.attn1, block.only_cross_attention),
@@ -178,24 +209,19 @@ class Lowering(TransformerBuilder):
         ):
             if attention is None:
                 continue
-            normed, own = self.layer_norm(norm, h), self.names[attention]
+            own = self.names[attention]
             channels, heads = attention.inner_dim, attention.heads
             if crosses and attention.is_cross_attention:
-                projected = self.joined(f"{own}.to_q", normed, [attention.to_q])
+                projected = self.normed_linear(norm, h, f"{own}.to_q", [attention.to_q])
                 mask = self._mask("encoder_attention_mask") if attention is block.attn2 else None
                 out = self.attend(own, projected, channels, heads, self._text_pair(attention), mask)
             else:
-                projected = self.joined(f"{own}.to_qkv", normed, [attention.to_q, attention.to_k, attention.to_v])
+                layers = [attention.to_q, attention.to_k, attention.to_v]
+                projected = self.normed_linear(norm, h, f"{own}.to_qkv", layers)
                 out = self.attend(own, projected, channels, heads)
             project = attention.to_out[0]
             h = self.linear_add(f"{own}.to_out.0", out, project.weight, project.bias, h)
-        project_in, _, project_out = block.ff.net
-        normed = self.layer_norm(block.norm3, h)
-        gated = self.linear(f"{name}.ff.net.0.proj", normed, project_in.proj.weight, project_in.proj.bias)
-        gated = self.geglu(f"{name}.ff.net.0", gated)
-        y = self.linear_add(f"{name}.ff.net.2", gated, project_out.weight, project_out.bias, h, complete=last)
-        self.done(block)
-        return y
+        return h, self.normed_linear(block.norm3, h, f"{name}.ff.net.0.proj", [block.ff.net[0].proj], gate=True)
 
     def _simple_attention(self, attention: Any, x: Activation) -> Activation:
         """Emit one attention to the text and, unless `only_cross_attention`, to the image."""

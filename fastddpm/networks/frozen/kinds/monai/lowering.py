@@ -42,7 +42,7 @@ class Lowering(TransformerBuilder):
             if block.upsampler is not None:
                 x = self._upsample(block.upsampler, x)
         norm, _, conv = unet.out
-        return self.conv_to_image(conv.conv, self.norm(norm, x)).slot
+        return self.normed_conv_to_image(norm, conv.conv, x).slot
 
     def _resnet(self, block: Any, x: Activation, skip: Activation | None = None) -> Activation:
         resample = None
