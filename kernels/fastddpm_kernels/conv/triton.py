@@ -247,7 +247,8 @@ def finish_launch(
         numel = 2 * n * -(-pixels // part) * (out // unit)
         blocks = torch.empty(numel, dtype=torch.float32, device=y.device)
     args = {"y": y, "sums": sums, "bias": bias, "time_bias": time_bias, "residual": residual, "statistics": statistics,
-            "blocks": blocks, "arrivals": arrivals, "plane": _plane(statistics), "time_stride": time_stride, "N": n, "P": pixels, "CO": out}  # fmt: skip
+            "blocks": blocks, "arrivals": arrivals, "plane": _plane(statistics), "time_stride": time_stride, "N": n,
+            "P": pixels, "CO": out}  # fmt: skip
     constexprs = {"SPLITS": splits, "PIXELS": part, "UNIT": unit, "BLOCK_M": block_m, "BLOCK_N": block_n,
                   "PDL": pdl}  # fmt: skip
     return Launch("conv.finish", finish_kernel, tiles * -(-out // block_n), args, constexprs, 4, _launch_options(pdl))

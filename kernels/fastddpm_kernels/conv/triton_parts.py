@@ -159,16 +159,20 @@ def finish(
             tl.store(statistics + at, mean, mask=there)
             tl.store(statistics + plane + at, squares, mask=there)
         else:
-            sample = blocks + n0.to(tl.int64) * parts * units
             other = (n0 * 0 + N).to(tl.int64) * parts * units
-            at = sample + part * units + unit[None, :]
-            tl.store(at + n[:, None] * 0, mean, mask=there)
-            tl.store(at + other + n[:, None] * 0, squares, mask=there)
+            at = blocks + (n.to(tl.int64) * parts + part)[:, None] * units + unit[None, :]
+            tl.store(at, mean, mask=there)
+            tl.store(at + other, squares, mask=there)
             tl.debug_barrier()  # every thread has stored its part
             counter = arrivals + n0 * tl.cdiv(CO, BLOCK_N) + column0 // BLOCK_N
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1:
                 tl.store(counter, 0)  # for the next call
-                _merge(statistics, sample, other, plane, n0, parts, pixels, unit, units, PIXELS, UNIT)
+                for segment in range(0, SEGMENTS):
+                    if n0 + segment < N:
+                        sample = blocks + (n0 + segment).to(tl.int64) * parts * units
+                        _merge(
+                            statistics, sample, other, plane, n0 + segment, parts, pixels, unit, units, PIXELS, UNIT
+                        )  # fmt: skip
 
 
 @triton.jit
