@@ -32,7 +32,8 @@ from fastddpm_kernels import native, proving
 BACKENDS = ("triton", "native", "eager", "reference")
 OPS = (
     "q_sample", "reverse_step", "group_norm_silu", "layer_norm", "geglu", "pointwise_conv", "residual_add", "philox",
-    "conv", "attention", "cross_attention", "conv1d", "group_norm_mish",
+    "conv", "attention", "cross_attention", "conv1d", "group_norm_mish", "attention_block",
+    "layer_norm_linear",
 )  # fmt: skip
 TRITON_OPS = tuple(op for op in OPS if op not in ("attention", "cross_attention"))
 # On a GPU the vendor's convolutions and attention are hard to beat: "auto" leaves these to a table that measured them.

@@ -85,10 +85,14 @@ class Builder(ABC):
         self.loose: set[int] = set()
         self.vector_dtype = row.dtype  # of values per channel: biases, scales
         self.workspace_numel = 0
+        self.fusion = frozen.fusion
 
     @abstractmethod
     def lower(self) -> int:
         """Emit the instructions of the whole U-Net. Return the slot of its output, whose first channels count."""
+
+    def settle(self) -> None:  # noqa: B027 (nothing by default)
+        """Complete what depends on later layers; after `lower`."""
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -163,15 +167,18 @@ class Builder(ABC):
 
     def conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
         """Emit a convolution to the channels of an image, complete; the channels may be padded."""
-        name, out_channels = self.names[layer], layer.out_channels
-        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
-        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
-        x = self.conv(layer, x, out_channels=padded, padding=layer.kernel_size[0] // 2)
+        name = self.names[layer]
+        x = self.conv(layer, x, out_channels=self.image_channels(layer), padding=layer.kernel_size[0] // 2)
         if x.bias is not None:
             bias = self.put(f"{name}.pending", x.bias)
             self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
             x.bias = None
         return x
+
+    def image_channels(self, layer: nn.Conv2d) -> int:
+        """Return the channels of a convolution to an image, in whole vectors: with three it is slow, or cuDNN pads."""
+        out: int = layer.out_channels
+        return -(-out // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out
 
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
         """Emit a 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""

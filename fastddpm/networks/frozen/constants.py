@@ -13,7 +13,7 @@ class Constants:
     """Weights as the instructions read them, by name. Refilling them keeps their memory.
 
     Attributes:
-        refilling: whether `put` overwrites the weights it has.
+        refilling: whether `put` overwrites the weights it has, and only these.
         complete: whether the U-Net's own weights are released, so that nothing can be added.
     """
 
@@ -33,6 +33,8 @@ class Constants:
         if self.complete:
             raise ValueError(f"the U-Net's weights were released, and {name} is needed in another form for this size")
         values = (values if isinstance(values, Tensor) else values()).detach()
+        if tensor is None and self.refilling:  # of a form that nothing has read
+            return values
         if tensor is None:
             dtype = dtype or self.dtype
             if values.ndim == 1 and self.device.type == "cpu":  # such as packed weights

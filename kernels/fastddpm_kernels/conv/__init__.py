@@ -109,7 +109,8 @@ def conv_(
             `native` and `triton` all images must be channels-last, and on `native` C and C2 even in bfloat16 for all
             but winograd2.
         weight: `[O, C + C2, k, k]`, x's dtype, on `triton` channels-last (a contiguous one is copied at every call, or
-            once by `bind`); or, on `native`, a `PackedWeight` (else it is packed at every call).
+            once by `bind`); or, on `native`, a `PackedWeight` (else it is packed at every call). With
+            `upsample` also the phases `[4, O, 2, 2, C + C2]` of `phase_weight`, which are otherwise made by `bind`.
         x2: `[N, C2, H, W]`: the op acts as if on `torch.cat((x, x2), 1)`.
         bias: `[O]`, any floating dtype.
         residual: `[N, O, H', W']`, x's dtype; may be `y` itself.

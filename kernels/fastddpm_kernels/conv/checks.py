@@ -34,6 +34,8 @@ def check_conv(
             raise ValueError(f"weight is packed for upsample={weight.upsample}, must be for {upsample}")
     else:
         shape = tuple(weight.shape)
+        if upsample and len(shape) == 5 and (shape[0], *shape[2:4]) == (4, 2, 2):  # from `phase_weight`
+            shape = (shape[1], shape[4], 3, 3)
     if len(shape) != 4 or shape[0] < 1 or shape[1] != inner or shape[2] < 1 or shape[2] != shape[3]:
         raise ValueError(f"weight has shape {shape}, must be [O, {inner}, k, k]")
     out, kernel = shape[0], shape[2]

@@ -22,6 +22,9 @@ def conv_by_torch(
     h = (x if x2 is None else torch.cat((x, x2), 1)).to(dtype)
     if norm is not None:
         h = apply_norm(h, norm, x.shape[1])
+    if weight.ndim == 5:
+        value = _of_phases(h, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return add(value, None, time_bias, residual)
     if upsample:
         h = F.interpolate(h, scale_factor=2, mode="nearest")
     kernel = weight.shape[2]
@@ -33,6 +36,19 @@ def conv_by_torch(
         whole = shortcut if shortcut2 is None else torch.cat((shortcut, shortcut2), 1)
         value = value + F.conv2d(whole.to(dtype), shortcut_weight.to(dtype)[:, :, None, None])
     return add(value, None, time_bias, residual)
+
+
+def _of_phases(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the convolution of `h` upsampled by two, from the phases [4, O, 2, 2, C] of its weight."""
+    n, _, height, width = h.shape
+    phases = [
+        F.conv2d(F.pad(h, (1 - q, q, 1 - p, p)), weight[2 * p + q].permute(0, 3, 1, 2), bias)
+        for p in (0, 1)
+        for q in (0, 1)
+    ]
+    return torch.stack(phases, 2).view(n, -1, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3).reshape(
+        n, -1, 2 * height, 2 * width
+    )  # fmt: skip
 
 
 def add(value: Tensor, bias: Tensor | None, time_bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -87,8 +87,7 @@ class Lowering(TransformerBuilder):
                     x = self._resnet(layer, x)
                 else:
                     x = self._upsample(layer, x, self.shapes[skips[-1].slot][1:] if forced else None)
-        x = self.norm(unet.conv_norm_out, x, activation=ACTIVATIONS[type(unet.conv_act)])
-        return self.conv_to_image(unet.conv_out, x).slot
+        return self.normed_conv_to_image(unet.conv_norm_out, unet.conv_out, x, ACTIVATIONS[type(unet.conv_act)]).slot
 
     def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
         """See `Builder.affordable`.
