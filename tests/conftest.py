@@ -34,13 +34,21 @@ sys.path.insert(0, str(Path(__file__).parent / "shared"))  # objects that severa
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="run tests marked long too: every random case and compiled variant, other CPUs, whole benchmarks",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = {} if torch.cuda.is_available() else {"gpu": "needs a GPU"}
+    missing |= {} if config.getoption("--long") else {"long": "takes long, runs with --long"}
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for mark, reason in missing.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
