@@ -20,8 +20,8 @@ TASKS = ("edit", "inpaint", "interpolate", "upscale")
 WITH_COUNT = ("edit 3", "inpaint 3", "upscale 3", "evaluate", "evaluate --precision")
 SMALL = "--width 8 --batch-size 4 --steps 1 --device cpu"
 
-# (command, a word of the message). MODEL is a model of 8x8 images, PICTURES a folder of two classes, b.npz holds 4x4
-# images, net.pt is a network of features, old.json is no profile.
+# (command, a word of the message). MODEL is a model of 8x8 images, TWO one of two channels, PICTURES a folder of two
+# classes, b.npz holds 4x4 images, net.pt is a network of features, old.json is no profile.
 BAD = [
     ("sample --nonsense", "unrecognized arguments: --nonsense"),
     ("sample --steps 0", "--steps: '0' must be an integer of at least 1"),
@@ -76,6 +76,7 @@ BAD = [
     ("sample bare.pt --flags=--image_size", "must be names and values"),
     ("sample bare.pt --flags=\"'\"", "must be names and values"),
     ("sample bare.pt --image-size 8 --flags='--image_size 16'", "--image-size is 8 but --flags has it too"),
+    *[(f"sample TWO -o a{suffix}", "2 channels") for suffix in (".png", ".gif", "")],
     ("sample MODEL --image-size 8", "--image-size is given but MODEL is no file"),
     ("sample MODEL --variant fp16", "has neither diffusion_pytorch_model.fp16"),
     ("edit --strength 0", "'0' must be a number in (0, 1]"),
@@ -195,6 +196,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, feature_network: Path, tiny:
     """The files that the commands name."""
     folder = tmp_path_factory.mktemp("files")
     save_pretrained(folder / "MODEL", UNet(**tiny), NoiseSchedule.linear())
+    two = UNet(**tiny | {"in_channels": 2, "out_channels": 2})
+    save_pretrained(folder / "TWO", two, NoiseSchedule.linear())
     (folder / "net.pt").symlink_to(feature_network)
     torch.save({"time_embed.0.weight": torch.zeros(8, 2)}, folder / "bare.pt")
     np.savez(folder / "b.npz", np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4, 1))
