@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -34,13 +35,27 @@ sys.path.insert(0, str(Path(__file__).parent / "shared"))  # objects that severa
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="run tests marked long too: every random case and compiled variant, other CPUs, whole benchmarks",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = {} if torch.cuda.is_available() else {"gpu": "needs a GPU"}
+    missing |= {} if config.getoption("--long") else {"long": "takes long, runs with --long"}
     for item in items:
-        if item.get_closest_marker("gpu") is not None:  # not a keyword: folders have those, too
-            item.add_marker(skip)
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark) is not None:  # not a keyword: folders have those, too
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Take what thousands of tests and a dozen libraries consist of out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
