@@ -169,9 +169,9 @@ def check_norm(norm: Norm, x: Tensor, x2: Tensor | None) -> None:
         raise ValueError(f"norm.activation is {norm.activation!r}, must be 'silu' or None")
     if (norm.scale is None) != (norm.shift is None):
         raise ValueError(f"norm.{'scale' if norm.scale is None else 'shift'} is None, must be given with the other")
-    for name, value in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
-        if value is not None:
-            check_rows(name, value, x, channels)
+    for name, row in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
+        if row is not None:
+            check_rows(name, row, x, channels)
 
 
 def check_apart(y: Tensor, others: Mapping[str, Tensor | None]) -> None:

@@ -74,6 +74,7 @@ class Tile:
             program, by coefficients from a launch before. "apply": a launch before, once and not once for each tap.
         pdl: whether a launch may begin before the previous one ends, where the GPU can (sm_90).
         tma: whether tiles are copied by tensor descriptors, where the GPU can (sm_90).
+        persistent: whether there are no more programs than processors, each of which makes several tiles.
     """
 
     block_m: int
@@ -86,6 +87,7 @@ class Tile:
     norm: str = "merge"
     pdl: bool = False
     tma: bool = False
+    persistent: bool = False
 
     def choice(self) -> dict[str, Any]:
         return asdict(self)

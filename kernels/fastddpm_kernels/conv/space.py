@@ -59,7 +59,7 @@ def configurations(kind: str) -> Iterator[Tile]:
         tile = Tile(m, n, block_k, splits, one, warps, 4, norm)
         yield tile
         if one and norm != "table" and kind != "fp32":
-            yield replace(tile, pdl=True, tma=True)
+            yield replace(tile, pdl=True, tma=True, persistent=splits == 1)
 
 
 def compile_all(targets: Sequence[str], kinds: Sequence[str], jobs: int = 1, every: int = 1) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def _compile_one(kind: str, layer: str, tile: Tile, target: str) -> list[dict[st
 
 def _name(tile: Tile) -> str:
     split = "" if tile.splits == 1 else f", split {'1' if tile.one_launch else '2'}"
-    split += ", tma" if tile.tma else ""
+    split += (", tma" if tile.tma else "") + (", persistent" if tile.persistent else "")
     return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.norm}{split}"
 
 

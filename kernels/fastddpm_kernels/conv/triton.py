@@ -65,14 +65,16 @@ class Operands(NamedTuple):
         return 2 if self.upsample else self.weight.shape[2]
 
 
+def channels_last_weight(weight: Tensor, upsample: bool) -> Tensor:
+    """Return a weight as the kernel reads it, [O][k][k][C] or, with `upsample`, [phase][O][2][2][C]; or a copy."""
+    if upsample:
+        return weight if weight.ndim == 5 else phase_weight(weight)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
 def prepared(o: Operands) -> Operands:
-    """Return operands whose weight is as the kernel reads it: [O][k][k][C], or with `upsample` [phase][O][2][2][C]."""
-    weight = o.weight
-    if not o.upsample:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    elif weight.ndim == 4:
-        weight = phase_weight(weight)
-    return o._replace(weight=weight)
+    """Return operands whose weight is as the kernel reads it."""
+    return o._replace(weight=channels_last_weight(o.weight, o.upsample))
 
 
 def problem_of(o: Operands) -> Problem:
@@ -161,9 +163,13 @@ def _conv_launch(
         "UNIT": problem.unit if statistics is not None else 1,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "BLOCK_COLUMNS": _columns(problem), "GROUP_M": GROUP_M, "PDL": tile.pdl, "TMA": tile.tma,
+        "PERSISTENT": tile.persistent,
     }  # fmt: skip
     options = {"num_stages": tile.num_stages, **_launch_options(tile.pdl)}
-    return Launch("conv.tile", conv_kernel, tile.programs(problem), args, constexprs, tile.num_warps, options)
+    programs = tile.programs(problem)
+    if tile.persistent:
+        programs = min(programs, num_processors(o.x.device))
+    return Launch("conv.tile", conv_kernel, programs, args, constexprs, tile.num_warps, options)
 
 
 def _descriptors(o: Operands, problem: Problem, tile: Tile) -> dict[str, Descriptor | None]:
@@ -293,7 +299,7 @@ def tile_of(o: Operands, choice: tuned.Choice | None = None) -> Tile:
     if choice is not None and choice != VENDOR:
         tile = Tile(**choice)
         if tile.why_not(problem) is None:
-            return tile if _is_hopper(o.x.device) else replace(tile, pdl=False, tma=False)
+            return tile if _is_hopper(o.x.device) else replace(tile, pdl=False, tma=False, persistent=False)
     return likely_tile(problem, *processors_and_shared(o.x.device))
 
 
@@ -306,7 +312,7 @@ def processors_and_shared(device: torch.device) -> tuple[int, int]:
 
 
 def _is_hopper(device: torch.device) -> bool:
-    """Return whether a device has tensor descriptors and launches that begin before those they depend on end."""
+    """Return whether a device has tensor descriptors, and launches that begin before those they depend on end."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

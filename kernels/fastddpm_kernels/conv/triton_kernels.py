@@ -110,24 +110,25 @@ def _accumulate_boxes(
 
 
 @triton.jit
-def conv_kernel(
+def _tile(
+    index,
     y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics,
-    blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift,
-    plane, time_stride, row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE,
-    N, H, W, GH, GW, C, C2, D, D2, CO, PADDING,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr,
-    NORM: tl.constexpr, SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    GROUP_M: tl.constexpr, PDL: tl.constexpr, TMA: tl.constexpr,
+    blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2,
+    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
+    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """Compute one part of K of one tile, and in a phase if there are any: the number `index` of all."""
     IMAGES: tl.constexpr = PIXELS < BLOCK_M
     P = GH * GW
     tiles_m = tl.cdiv(N, BLOCK_M // PIXELS) if IMAGES else N * tl.cdiv(P, PIXELS)
     tiles_n = tl.cdiv(CO, BLOCK_N)
     tiles = tiles_m * tiles_n
-    part = tl.program_id(0) // tiles  # of K; or of K and the phases
-    tile = tl.program_id(0) - part * tiles
+    total = tiles * SPLITS * 4 if UPSAMPLE else tiles * SPLITS
+    part = index // tiles  # of K; or of K and the phases
+    tile = index - part * tiles
     group = tile // (GROUP_M * tiles_n)
     within = tile - group * (GROUP_M * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -157,9 +158,6 @@ def conv_kernel(
     at = (relative * H + iy) * W + ix
     base = n0.to(tl.int64) * H * W
 
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     row = table
     if NORM:
         if MERGE:
@@ -262,7 +260,7 @@ def conv_kernel(
         tl.store(pointers + split * stride, acc, mask=mask)
         if counters is not None:  # the last program of a tile adds up all its sums, in order
             tl.debug_barrier()  # every thread has stored its part
-            counter = counters + tl.program_id(0) - split * (tl.num_programs(0) // SPLITS)
+            counter = counters + index - split * (total // SPLITS)
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
                 tl.store(counter, 0)  # for the next call
                 acc = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
@@ -273,6 +271,41 @@ def conv_kernel(
                     acc, y, bias, time_bias, time_stride, residual, statistics, blocks, arrivals, plane, n0, relative,
                     start, exists, place, column0, N, Q, CO, block, parts, P, IMAGES, PIXELS, UNIT,
                 )  # fmt: skip
+
+
+@triton.jit
+def conv_kernel(
+    y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics,
+    blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2,
+    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
+    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if PERSISTENT:  # fewer programs than tiles; else each has one, in fewer registers
+        tiles_m = tl.cdiv(N, BLOCK_M // PIXELS) if PIXELS < BLOCK_M else N * tl.cdiv(GH * GW, PIXELS)
+        total = tiles_m * tl.cdiv(CO, BLOCK_N) * SPLITS * (4 if UPSAMPLE else 1)
+        for index in range(tl.program_id(0), total, tl.num_programs(0)):
+            _tile(
+                index, y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias,
+                residual, statistics, blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane,
+                time_stride, row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2,
+                D, D2, CO, PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE, GROUPS, SPLITS,
+                PRECISION, PIXELS, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias,
+            residual, statistics, blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride,
+            row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO,
+            PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE, GROUPS, SPLITS, PRECISION,
+            PIXELS, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
+        )  # fmt: skip
 
 
 @triton.jit
