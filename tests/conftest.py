@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -34,13 +35,27 @@ sys.path.insert(0, str(Path(__file__).parent / "shared"))  # objects that severa
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="run tests marked long too: every random case and compiled variant, other CPUs, whole benchmarks",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = {} if torch.cuda.is_available() else {"gpu": "needs a GPU"}
+    missing |= {} if config.getoption("--long") else {"long": "takes long, runs with --long"}
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark) is not None:  # not a keyword: folders have those, too
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Take what thousands of tests and a dozen libraries consist of out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +87,25 @@ def _interpreter_prepares_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", prepare_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_fuses_multiply_adds() -> Iterator[None]:
+    """Triton's interpreter rounds the product of an fma; no GPU does, and kernels count on that near zeros."""
+    if not HAS_TRITON or torch.cuda.is_available():
+        yield
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # A product of two float32 is exact in float64; of two float64 it is rounded, as before.
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
         yield
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -35,10 +38,20 @@ def test_results_can_be_read(path: Path) -> None:
     assert read(path)
 
 
-def test_the_readme_and_the_page_say_what_was_measured() -> None:
-    python("benchmarks/report.py", "--check")
-    cpu = ROOT / "benchmarks" / "results" / "cpu.json"
-    assert "within noise" in python("benchmarks/report.py", "--compare", cpu, cpu)
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return a script of `benchmarks/`, to be run in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+def test_the_readme_and_the_page_say_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = script("report", monkeypatch)
+    assert report.main(["--check"]) == 0
+    cpu = str(ROOT / "benchmarks" / "results" / "cpu.json")
+    assert report.main(["--compare", cpu, cpu]) == 0
+    assert "within noise" in capsys.readouterr().out
 
 
 def test_timing_from_the_command_line(tmp_path: Path) -> None:
@@ -59,9 +72,26 @@ def test_timing_from_the_command_line(tmp_path: Path) -> None:
     assert "normal 16x3x32x32: eager" in shown
 
 
+def test_cpu_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole calls and steps, in turn with a peer; --long runs every section."""
+    out = tmp_path / "cpu.json"
+    threads = torch.get_num_threads()
+    words = "--small --sections lucidrains,step --step-networks cifar10 --arms diffusers,fastddpm --batch-sizes 1"
+    words += f" --steps 2 --rounds 3 --step-rounds 3 --no-bfloat16 --threads {threads} --out {out}"
+    assert script("cpu_check", monkeypatch).main(words.split()) == 0
+    content = read(out)
+    assert {record["network"] for record in content["records"]} == {"lucidrains"}
+    assert all(record["images"]["largest"] < 1e-4 for record in content["records"])
+    steps = content["step"]["records"]
+    assert {record["arm"]: record["status"] for record in steps} == {"diffusers": "ok", "fastddpm": "ok"}
+    assert all(record["floor"]["seconds"] > 0 for record in steps)
+    assert "times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.long
 @pytest.mark.slow
 def test_gpu_check(tmp_path: Path) -> None:
-    """A section of each kind runs on the CPU; an interrupted run goes on where it ended and keeps what it had."""
+    """A section of each kind runs on the CPU. An interrupted run goes on where it ended and keeps what it had."""
     out = tmp_path / "gpu.json"
     command = ["benchmarks/gpu_check.py", "--device", "cpu", "--small", "--out", out, "--commit", "abc"]
     python(*command, "--section", "machine", "cifar10", "profile", "tune", "--budget", "500")
@@ -84,8 +114,9 @@ def test_gpu_check(tmp_path: Path) -> None:
     assert kept[lost["arm"]]["status"] == lost["status"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
-def test_cpu_check(tmp_path: Path) -> None:
+def test_cpu_check_whole(tmp_path: Path) -> None:
     """Every section runs, this version held against itself as another checkout, and says what it measured."""
     out = tmp_path / "cpu.json"
     shown = python(
@@ -96,13 +127,7 @@ def test_cpu_check(tmp_path: Path) -> None:
     )  # fmt: skip
     content = read(out)
     assert {record["network"] for record in content["records"]} == {"cifar10", "lucidrains"}
-    assert all(record["images"]["largest"] < 1e-4 for record in content["records"])
-    assert {record["arm"]: record["status"] for record in content["step"]["records"]} == {
-        "diffusers": "ok",
-        "fastddpm": "ok",
-    }
     assert "times as fast" in shown
-    assert all(record["floor"]["seconds"] > 0 for record in content["step"]["records"])
     avx2 = content["isa"]["avx2"]
     assert avx2["status"] == "unavailable" or avx2["ceilings"]["capability"] == "AVX2"
     crowd = {(r["network"], r["batch"], r["arm"]): r for r in content["crowd"]["records"]}

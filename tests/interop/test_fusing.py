@@ -114,8 +114,11 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(loaded(*inputs), model(*inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("style", ["shared_act", "film", "add_and_film", "branches"])
+@pytest.mark.parametrize(
+    ("style", "dtype"),
+    [("shared_act", torch.float64), ("film", torch.float16), ("add_and_film", torch.bfloat16), ("film", torch.float64),
+     ("branches", torch.float16), ("shared_act", torch.bfloat16)],
+)  # fmt: skip
 def test_dtypes(style: str, dtype: torch.dtype) -> None:
     model, inputs = STYLES[style][0](), example()
     exact = exactly(model)(*(value.double() for value in inputs))
@@ -169,7 +172,7 @@ def test_on_a_gpu(style: str) -> None:
     assert_close(new, exactly(model)(*(value.double() for value in inputs)), eager=plain, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("style", ["nested", "shared_act", "film", "branches", "upcast"])
+@pytest.mark.parametrize("style", ["shared_act", "film", "upcast"])
 def test_compiles(style: str) -> None:
     model, inputs = STYLES[style][0](), example()
     fused = fuse(model).model

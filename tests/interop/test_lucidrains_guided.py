@@ -19,7 +19,7 @@ def test_guided_samples_are_theirs(objective: str, steps: int | None) -> None:
     theirs = guided_diffusion(objective=objective, sampling_timesteps=steps)
     ours = fast(theirs)
     classes = torch.tensor([0, 4, 2])
-    scales = ((6.0, 0.7), (3.0, 0.0), (0.0, 1.0), (2.5, 0.3))
+    scales = ((6.0, 0.7), (3.0, 0.0), (0.0, 1.0))
     for cond_scale, rescaled_phi in scales if steps else scales[:2]:
         same(both(theirs, ours, "sample", classes, cond_scale=cond_scale, rescaled_phi=rescaled_phi), 5 * CLOSE)
     if steps is None:
@@ -93,10 +93,8 @@ def test_guidance_plus_plus(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("use_cfg_plus_plus is True: the original ddim_sample runs") == 1
     with pytest.raises(ValueError, match="seed is given but use_cfg_plus_plus is True"):
         ours.sample(classes, seed=1)
-    for objective in ("pred_x0", "pred_v"):
-        theirs.objective = objective
-        for options in ({}, {"freeze": False}):
-            same(both(theirs, fast(theirs, **options), "sample", classes), 5 * CLOSE)
+    for theirs.objective, options in (("pred_x0", {}), ("pred_v", {"freeze": False})):
+        same(both(theirs, fast(theirs, **options), "sample", classes), 5 * CLOSE)
 
 
 def test_guidance_of_a_network_that_takes_no_mask() -> None:

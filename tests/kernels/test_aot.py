@@ -24,14 +24,25 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.slow
-def test_all_variants_compile_for_both_vendors_without_spills(tmp_path: Path) -> None:
-    """For the GPU that is most tuned for, and for one of 64 threads to a warp; without --target it is all four."""
-    targets = ["sm_90", "gfx942"]
-    assert set(targets) < set(aot.TARGETS)
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.long)])
+def test_variants_compile_for_both_vendors_without_spills(every: int, tmp_path: Path) -> None:
+    """Of every op one variant in twelve, others for each GPU; with --long all."""
+    targets = ["sm_90", "gfx942", "sm_80", "sm_100"]
+    assert set(targets) == set(aot.TARGETS)
     report = tmp_path / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "fastddpm_kernels.aot", "--json", str(report), "--target", *targets],
+        [
+            sys.executable,
+            "-m",
+            "fastddpm_kernels.aot",
+            "--json",
+            str(report),
+            "--target",
+            *targets,
+            "--every",
+            str(every),
+        ],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 """The native kernels on aarch64: cross-compiled, run by an emulator, held to float64 (speed is not looked at).
 
     apt-get install g++-aarch64-linux-gnu qemu-user
-    pytest tests/kernels/test_native_aarch64.py
+    pytest --long tests/kernels/test_native_aarch64.py
 
 What an op would call is recorded here, its memory goes through a file, and `aarch64_run.cpp` calls it there.
 """
@@ -41,7 +41,7 @@ CASES = {
 }
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.usefixtures("native"),
     pytest.mark.skipif(not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"no {COMPILER} or {EMULATOR}"),
 ]

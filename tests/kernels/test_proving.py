@@ -122,6 +122,6 @@ def test_the_proofs_of_a_gpu_pass_in_the_interpreter(device: torch.device, monke
     pytest.importorskip("triton")
     found = [p for p in proofs(device, None, "triton") if "float16" not in p.variant or device.type == "cuda"]
     assert {p.op for p in found} == set(TRITON_OPS)
-    for proof in found:
+    for proof in {p.op: p for p in found}.values():  # `test_<op>` has every variant
         error, bound = proof.check()
         assert error <= bound, proof.name

@@ -331,7 +331,7 @@ def test_labels_that_are_not_wanted() -> None:
         UNet(**SMALL)(torch.zeros(1, 3, 8, 8), 0, torch.zeros(1, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("option", ["heads_of_8", "classes", "scale_shift", "channels"])
+@pytest.mark.parametrize("option", ["classes", "scale_shift"])
 @torch.no_grad()
 def test_to_and_from_diffusers(option: str) -> None:
     theirs, ours = pair(SMALL | OPTIONS[option])

@@ -10,7 +10,7 @@ import pytest
 GRID = runpy.run_path(str(Path(__file__).with_name("grid.py")))
 
 
-@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize("seed", [11, 12])
 def test_a_few_random_cases(seed: int) -> None:
     counts, cases = GRID["run"](8, seed)
     assert cases == []

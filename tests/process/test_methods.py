@@ -75,20 +75,20 @@ def single(algorithm: str, share: float) -> Case:
 
 
 CASES = [
-    *(dpm(algorithm, 0.02) for algorithm in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")),
-    *(single(algorithm, 0.1) for algorithm in ("dpmsolver++", "dpmsolver")),
-    Case("deis", "DEISMultistep", {**OF_SOLVERS, **ORDERS}, 0.2, 1e-8),
+    *(dpm(algorithm, 0.01) for algorithm in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")),
+    *(single(algorithm, 0.05) for algorithm in ("dpmsolver++", "dpmsolver")),
+    Case("deis", "DEISMultistep", {**OF_SOLVERS, **ORDERS}, 0.1, 1e-8),
     Case(
         "unipc", "UniPCMultistep",
         {**OF_SOLVERS, **ORDERS, "predict_x0": (True, False), "solver_type": ("bh1", "bh2"),
-         "disable_corrector": ((), (0, 2))}, 0.05, 1e-7,
+         "disable_corrector": ((), (0, 2))}, 0.025, 1e-7,
     ),
-    Case("euler", "EulerDiscrete", IN_SIGMA, 0.3),
-    Case("euler_a", "EulerAncestralDiscrete", OF_SOLVERS, 1.0),
-    Case("heun", "HeunDiscrete", {**IN_SIGMA, **STORES}, 0.1),
-    Case("lms", "LMSDiscrete", IN_SIGMA, 0.15, 1e-6),
-    Case("dpm2", "KDPM2Discrete", {**IN_SIGMA, **STORES}, 0.1, 3e-5, steps=(5, 20)),
-    Case("dpm2_a", "KDPM2AncestralDiscrete", {**IN_SIGMA, **STORES}, 0.1, 3e-5, steps=(5, 20)),
+    Case("euler", "EulerDiscrete", IN_SIGMA, 0.15),
+    Case("euler_a", "EulerAncestralDiscrete", OF_SOLVERS, 0.5),
+    Case("heun", "HeunDiscrete", {**IN_SIGMA, **STORES}, 0.05),
+    Case("lms", "LMSDiscrete", IN_SIGMA, 0.12, 1e-6),
+    Case("dpm2", "KDPM2Discrete", {**IN_SIGMA, **STORES}, 0.08, 3e-5, steps=(5, 12)),
+    Case("dpm2_a", "KDPM2AncestralDiscrete", {**IN_SIGMA, **STORES}, 0.08, 3e-5, steps=(5, 12)),
     Case("lcm", "LCM", {"prediction_type": (*PREDICTS, "sample")}, 1.0, 1e-6, steps=(1, 2, 4, 8)),
     Case(
         "plms", "PNDM", {"prediction_type": PREDICTS, "set_alpha_to_one": (False, True)}, 1.0, 1e-6,

@@ -8,7 +8,7 @@ Registers, spills and shared memory of the kernels themselves are held in `tests
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastddpm import GaussianDiffusion, NoiseSchedule, Sampler, UNet
+from fastddpm import NoiseSchedule, Sampler, UNet
 from fastddpm.networks.frozen import FrozenUNet, Program
 from fastddpm.networks.network import Network
 from fastddpm.process.tables import ddpm_table
@@ -268,20 +268,3 @@ def test_a_loop_on_the_cpu_does_the_same_in_every_step(backend: str) -> None:
     counted = [(after - before, size - old) for (before, old), (after, size) in pairwise(seen)]
     assert len(counted) == 23
     assert all(step == counted[0] for step in counted[:-1])  # the last adds no noise
-
-
-def breaks(function: Callable[..., Any], *args: Any) -> list[str]:
-    """Why torch.compile would leave `function` for Python, for every time that it would."""
-    torch._dynamo.reset()
-    found = torch._dynamo.explain(function)(*args)
-    assert found.graph_count == found.graph_break_count + 1, found
-    return [str(reason) for reason in found.break_reasons]
-
-
-def test_no_graph_breaks() -> None:
-    """One graph of the U-Net, and one of the training objective."""
-    unet = UNet(**SMALL)
-    assert breaks(unet, torch.randn(2, 3, 8, 8), torch.tensor([3, 700])) == []
-    diffusion = GaussianDiffusion(unet, NoiseSchedule.linear())
-    step = torch.tensor([5])
-    assert breaks(lambda x0: diffusion(x0, step=step), torch.rand(2, 3, 8, 8) * 2 - 1) == []

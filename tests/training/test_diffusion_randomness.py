@@ -148,7 +148,7 @@ def test_self_conditioning_comes_up_in_half_of_the_steps() -> None:
     diffusion = GaussianDiffusion(net, SCHEDULE)
     compiled = torch.compile(diffusion, backend="eager", fullgraph=True)
     conditioned: list[bool] = []
-    for step in range(60):
+    for step in range(40):
         net.seen.clear()
         loss = diffusion(X0[:2], step=step)
         conditioned.append(len(net.seen) == 2)
@@ -164,7 +164,7 @@ def test_self_conditioning_comes_up_in_half_of_the_steps() -> None:
         assert torch.equal(diffusion(X0[:1], step=step, first_sample=1), diffusion.losses(
             X0[:1], diffusion.sample_timesteps(1, step=step, first_sample=1)[0], step=step, first_sample=1,
             self_condition=conditioned[-1]).mean())  # fmt: skip  # the coin is the whole batch's
-    assert 18 <= sum(conditioned) <= 42
+    assert 10 <= sum(conditioned) <= 30
 
 
 def test_self_conditioning_by_concatenation() -> None:

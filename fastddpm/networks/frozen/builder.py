@@ -22,6 +22,7 @@ from fastddpm_kernels import tuned
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values, possible_algorithms
 from fastddpm_kernels.conv.upsampling import transposed_weight
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
+from fastddpm_kernels.native.memory import give_back
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
@@ -149,7 +150,8 @@ class Builder(ABC):
         target = self.new(outputs, (height + more) // stride + 1, (width + more) // stride + 1)
 
         def padded() -> Tensor:
-            return F.pad(layer.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+            weight: Tensor = layer.weight
+            return F.pad(weight, (0, 0, 0, 0, 0, more_in, 0, more_out)) if more_in or more_out else weight
 
         if isinstance(bias, str):
             own, pending = self.bias_of(layer, values)
@@ -264,11 +266,11 @@ class Builder(ABC):
     def shortcut(self, layer: nn.Conv2d, x: Activation, skip: Activation | None, h: Activation) -> Activation:
         """Emit a 1x1 convolution of concat(x, skip) that is added to `h` in place, with every pending bias."""
         width = self.shapes[x.slot][0]
-        weight = layer.weight.double().flatten(1)
+        weight = layer.weight.flatten(1)
         bias = add(layer.bias, h.bias)
         for part, activation in ((weight[:, :width], x), (weight[:, width:], skip)):
             if activation is not None and activation.bias is not None:
-                bias = add(bias, part @ activation.bias)
+                bias = add(bias, part.double() @ activation.bias)
         second = None if skip is None else skip.slot
         return self.pointwise(self.names[layer], x.slot, weight, bias, h.slot, second, h.slot)
 
@@ -390,10 +392,9 @@ class Builder(ABC):
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
         values = torch.empty(0)  # while weights are refilled that no size has used
         for kind in kinds:
-            values = self.put(
+            values = self.constants.put_packed(
                 f"{name}.{kind}",
                 functools.partial(_packed, weight, kind, upsample, self.dtype, channels2, self.weight_dtype),
-                self.weight_dtype,
             )
         return PackedWeight(values, [algorithm, *kinds][-1], inputs, outputs, kernel, upsample, channels2)
 
@@ -405,6 +406,7 @@ class Builder(ABC):
         """Note that constants hold all weights of a module: where they are to be released, its own go."""
         if self.releasing:
             release(module)
+            give_back()
 
     def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
         """Return whether to double an input of `size` and convolve it, and whether to use a transposed convolution.
@@ -447,9 +449,9 @@ class Builder(ABC):
 
 def _packed(
     weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int,
-    stored: torch.dtype | None,
+    stored: torch.dtype | None, values: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored)
+    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored, values=values)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

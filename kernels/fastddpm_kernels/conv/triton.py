@@ -65,14 +65,16 @@ class Operands(NamedTuple):
         return 2 if self.upsample else self.weight.shape[2]
 
 
+def channels_last_weight(weight: Tensor, upsample: bool) -> Tensor:
+    """Return a weight as the kernel reads it, [O][k][k][C] or, with `upsample`, [phase][O][2][2][C]; or a copy."""
+    if upsample:
+        return weight if weight.ndim == 5 else phase_weight(weight)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
 def prepared(o: Operands) -> Operands:
-    """Return operands whose weight is as the kernel reads it: [O][k][k][C], or with `upsample` [phase][O][2][2][C]."""
-    weight = o.weight
-    if not o.upsample:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    elif weight.ndim == 4:
-        weight = phase_weight(weight)
-    return o._replace(weight=weight)
+    """Return operands whose weight is as the kernel reads it."""
+    return o._replace(weight=channels_last_weight(o.weight, o.upsample))
 
 
 def problem_of(o: Operands) -> Problem:

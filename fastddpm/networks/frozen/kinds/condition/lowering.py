@@ -136,7 +136,9 @@ class Lowering(TransformerBuilder):
         name = self.names[layer]
         if not layer.use_conv:
             return self.resampled(halve, x, name)
-        return self.halved_by_conv(layer.conv, x, layer.padding, name)
+        y = self.halved_by_conv(layer.conv, x, layer.padding, name)
+        self.done(layer)
+        return y
 
     def _upsample(self, layer: Any, x: Activation, size: tuple[int, ...] | None) -> Activation:
         """Emit an upsampling by two, or to the size of the skip connection that follows."""
@@ -151,9 +153,12 @@ class Lowering(TransformerBuilder):
         if self.constants.refilling and any(key.startswith(plain) for key in self.constants.tensors):
             self.conv_same(conv, x, key="plain")
         if size is None or tuple(size) == (2 * height, 2 * width):
-            return self.conv_of_double(conv, x)
-        x = self.other(f"{name}.size", [x.slot], lambda v: F.interpolate(v, size=size, mode="nearest"))
-        return self.conv_same(conv, x, key="plain")
+            y = self.conv_of_double(conv, x)
+        else:
+            x = self.other(f"{name}.size", [x.slot], lambda v: F.interpolate(v, size=size, mode="nearest"))
+            y = self.conv_same(conv, x, key="plain")
+        self.done(layer)
+        return y
 
     def _attention(self, layer: Any, x: Activation) -> Activation:
         if type(layer).__name__ == "Attention":
