@@ -286,11 +286,9 @@ def _plan(y: Tensor, x: Tensor, weight: Tensor, options: dict[str, Any]) -> tupl
 
 def _measured_faster(y: Tensor, x: Tensor, weight: Tensor | PackedWeight, options: dict[str, Any]) -> bool:
     """Return whether a tuned table has a tile for this call, on a GPU where the kernel is trusted."""
-    if isinstance(weight, PackedWeight) or x.dtype == torch.float64 or unproved(("conv",), "cuda"):
-        return False
-    if why_not("triton", "cuda", "conv") is not None:
+    if isinstance(weight, PackedWeight) or x.dtype == torch.float64 or why_not("triton", "cuda", "conv") is not None:
         return False
     from fastddpm_kernels.conv.triton import VENDOR, Operands, tuned_choice
 
     choice = tuned_choice(Operands(y, x, weight, **options))
-    return choice is not None and choice != VENDOR
+    return choice is not None and choice != VENDOR and unproved(("conv",), "cuda") is None
