@@ -129,6 +129,44 @@ def test_algorithms(case: Case, dtype: torch.dtype, algorithm: str, upsample: bo
 
 
 @pytest.mark.parametrize(
+    ("backend", "dtype", "tile"),
+    [("native", SINGLE, 2), ("native", SINGLE, 4), ("native_bfloat16", BFLOAT, 2)],
+    indirect=["backend"],
+)
+@pytest.mark.usefixtures("backend")
+def test_weights_may_be_transformed_at_every_call(dtype: torch.dtype, tile: int) -> None:
+    """They give what weights that are transformed beforehand give, to rounding."""
+    algorithm = f"winograd{tile}"
+    # Parts of a panel's channels; two sources; one vector of a panel; many tiles; few.
+    for n, c, c2, o, h, w in (
+        (1, 320, 0, 48, 9, 7),
+        (2, 32, 64, 33, 17, 30),
+        (1, 64, 32, 16, 4, 4),
+        (3, 160, 96, 70, 6, 5),
+    ):
+        weight, bias = torch.randn(o, c + c2, 3, 3) / math.sqrt(9 * (c + c2)), torch.randn(o)
+        x, x2 = last(torch.randn(n, c, h, w).to(dtype)), last(torch.randn(n, c2, h, w).to(dtype)) if c2 else None
+        given = {"x": x, "x2": x2, "bias": bias, "residual": last(torch.randn(n, o, h, w).to(dtype))}
+        results = {
+            name: last(torch.empty(n, o, h, w)).to(dtype) for name in ("exact", "eager", "before", "at the call")
+        }
+        for name, backend in (("exact", "reference"), ("eager", "eager")):
+            results[name] = results[name].to(torch.float64 if name == "exact" else dtype)
+            own = {key: None if v is None else v.to(results[name].dtype) for key, v in given.items()}
+            conv_(results[name], weight=weight.to(results[name].dtype), **own, backend=backend)
+        for name, packed in (
+            ("before", pack(weight, algorithm, dtype=dtype, channels2=c2)),
+            ("at the call", pack(weight, "direct", dtype=dtype, channels2=c2, tile=tile)),
+        ):
+            conv_(results[name], weight=packed, **given)
+            mean, worst = (2 * error_factor(algorithm, worst=worst) for worst in (False, True))
+            assert_close(
+                results[name], results["exact"], eager=results["eager"], factor=mean, max_factor=worst, name=name
+            )
+    check_refuses(conv_, ValueError, "tile 3", y=results["eager"], **given, weight=replace(packed, tile=3))
+
+
+@pytest.mark.parametrize(
     ("backend", "dtype"), [("native", SINGLE), ("native_bfloat16", BFLOAT)], indirect=["backend"], ids=str
 )
 @pytest.mark.parametrize("case", OTHER_CASES.values(), ids=list(OTHER_CASES))

@@ -14,7 +14,8 @@ definition. Weights are transformed in float64 and rounded once. In bfloat16, on
 winograd4, whose error is too large; winograd2 takes 9 multiplications for 2x2 outputs after upsampling.
 
 Memory traffic: each input and output once. The packed weights of winograd4 are 4 times as large as those of the
-convolution, of winograd2 1.8 times. For few pixels this dominates, and `choose_algorithm` weighs both.
+convolution, of winograd2 1.8 times. For few pixels this dominates, and `choose_algorithm` weighs both. Where memory is
+scarce, weights stay as they are and are transformed at every call (`PackedWeight.tile`), by `likely_tile`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fastddpm_kernels.backend import resolve
 from fastddpm_kernels.checks import check_operands
-from fastddpm_kernels.conv.algorithm import choose_algorithm, likely_algorithm, possible_algorithms
+from fastddpm_kernels.conv.algorithm import choose_algorithm, likely_algorithm, likely_tile, possible_algorithms
 from fastddpm_kernels.conv.formula import conv_by_torch
 from fastddpm_kernels.conv.native import bind_conv as bind_native
 from fastddpm_kernels.conv.packing import (
@@ -36,6 +37,7 @@ from fastddpm_kernels.conv.packing import (
     pack,
     packed_values,
     why_not_packed,
+    why_not_tile,
 )
 from fastddpm_kernels.inplace import InPlace
 from fastddpm_kernels.layout import not_channels_last
@@ -48,6 +50,7 @@ __all__ = [
     "conv_",
     "error_factor",
     "likely_algorithm",
+    "likely_tile",
     "pack",
     "packed_values",
     "possible_algorithms",
@@ -172,7 +175,9 @@ def _check(
         fits = fits and (more == 1 if upsample else -stride < more < kernel)
     if not fits:
         raise ValueError(f"y has shape {tuple(y.shape)}, must be x's {tuple(x.shape)} convolved, with {out} channels")
-    if isinstance(weight, PackedWeight) and weight.algorithm != "direct":
+    if isinstance(weight, PackedWeight) and (weight.algorithm != "direct" or weight.tile):
+        if weight.tile and (reason := why_not_tile(weight)):
+            raise ValueError(f"weight has tile {weight.tile}: {reason}")
         same = upsample or y.shape[2:] == x.shape[2:]
         if (kernel, stride, padding) != (3, 1, 1) or not same:
             raise ValueError(f"weight is packed for {weight.algorithm}, must be for direct: stride or padding is not 1")
