@@ -75,6 +75,7 @@ KINDS = [
 ]
 OTHER_CASES = {
     "pointwise": Case("no borders", (2, 6, 10, 35, 5, 3), kernel=1, padding=0),
+    "rows_apart": Case("rows that meet in few sets of a cache are copied", (1, 1024, 0, 70, 9, 8), kernel=1, padding=0),
     "seven": Case("a kernel larger than the image is high", (2, 6, 10, 35, 5, 9), kernel=7, padding=3),
     "two": Case("an even kernel", (2, 6, 10, 35, 6, 8), kernel=2, stride=2, padding=0, out=(3, 4)),
     "downsample_0": Case("padded below and to the right alone", (2, 6, 10, 35, 6, 8), stride=2, padding=0, out=(3, 4)),

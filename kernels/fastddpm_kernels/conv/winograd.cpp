@@ -62,12 +62,14 @@ class Winograd {
 
     // Tiles of a block: few, so that the cache holds them, or, where it does not hold all weights, enough that one that
     // is read from memory is used often.
-    static constexpr long kCache = 4 << 20, kFewBytes = 128 << 10, kOwnBytes = 2 << 20;
+    static constexpr long kCache = 4 << 20, kFewBytes = 128 << 10, kOwnBytes = 2 << 20, kInputBytes = 10 << 20;
 
     void run() const {
         const long bytes = (c.taps ? 9 : kPoints) * panels * kPanel * depth * static_cast<long>(sizeof(*c.weight));
         const bool kept = bytes <= kCache;
         long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
+        // All input of a block is read once more for every panel. With packed weights fewer tiles would cost more.
+        if (c.taps) blocks = std::max<long>(blocks, kPoints * tiles * stride * static_cast<long>(sizeof(float)) / kInputBytes);
         // Few weights, or those of too few output channels for all threads, are read by every thread.
         if (tiles >= 2 * c.threads && (bytes <= kFewBytes || columns * blocks < c.threads))
             blocks = std::max<long>(blocks, c.threads);
