@@ -83,6 +83,7 @@ def sample_prompts(options: argparse.Namespace) -> None:
     """Draw pictures of the prompts and write them."""
     from fastddpm.common.images import grid
     from fastddpm.common.progress import progress_bar
+    from fastddpm.interop import hub
 
     for name, value in _OTHERS.items():
         if getattr(options, name) != value:
@@ -95,6 +96,7 @@ def sample_prompts(options: argparse.Namespace) -> None:
     if kind == ".gif":
         raise ValueError(f"--output is {options.output}, which shows states, but those of a pipeline are not kept")
     prompts = prompts_of(options)
+    hub.find_pipeline(options.model)  # before seconds go to importing diffusers
     device = chosen_device(options)
     fast = "float16" if device.type == "cuda" else "float32"
     wanted = options.dtype if options.dtype not in (None, "auto") else fast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,23 @@ def parse(name: str) -> tuple[str, str | None] | None:
     """Split `owner/name` or `owner/name@revision` into (owner/name, revision or None); None if `name` is neither."""
     match = _ID.fullmatch(name)
     return None if match is None else (match["id"], match["revision"])
+
+
+def find_pipeline(model: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """Return the (folder, None) of a pipeline that diffusers has written, or (owner/name, revision) of the hub.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise FileNotFoundError(f"{model} has no model_index.json, must be a folder that holds a pipeline")
+        return str(model), None
+    parsed = parse(str(model))
+    if parsed is None:
+        raise FileNotFoundError(f"{model} is not a folder, must be one of a pipeline, or owner/name of the hub")
+    return parsed
 
 
 def snapshot(name: str, files: Sequence[str]) -> Path:

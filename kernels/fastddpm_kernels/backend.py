@@ -32,10 +32,12 @@ from fastddpm_kernels import native, proving
 BACKENDS = ("triton", "native", "eager", "reference")
 OPS = (
     "q_sample", "reverse_step", "group_norm_silu", "layer_norm", "geglu", "pointwise_conv", "residual_add", "philox",
-    "conv", "attention", "cross_attention", "conv1d", "group_norm_mish",
+    "conv", "attention", "cross_attention", "conv1d", "group_norm_mish", "attention_block",
+    "layer_norm_linear",
 )  # fmt: skip
-# On a GPU the vendor's convolutions and attention are hard to beat.
-TRITON_OPS = tuple(op for op in OPS if op not in ("conv", "attention", "cross_attention"))
+TRITON_OPS = tuple(op for op in OPS if op not in ("attention", "cross_attention"))
+# On a GPU the vendor's convolutions and attention are hard to beat: "auto" leaves these to a table that measured them.
+_BY_NAME = ("conv",)
 NATIVE_OPS = (
     "group_norm_silu", "layer_norm", "geglu", "conv", "conv3x3", "attention", "cross_attention", "reverse_step_",
     "philox", "conv1d", "group_norm_mish",
@@ -178,6 +180,8 @@ def _automatic(
     """Return the backend that "auto" takes, and why it is not a faster one."""
     ops = (op, *others)
     reason: str | None = "slow or float64"
+    if device_type == "cuda" and op in _BY_NAME:
+        return "eager", "only its name or a tuned table selects the triton kernel"
     if device_type == "cuda" and dtype != torch.float64:
         reason = why_not("triton", device_type, op) or unproved(ops, device_type)
         return ("triton" if reason is None else "eager"), reason

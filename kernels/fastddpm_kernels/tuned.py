@@ -39,6 +39,7 @@ FOLDERS = {
     "rms_norm_silu_backward": "group_norm_silu",
     "pointwise_conv": "pointwise_conv",
     "upsample_conv": "conv",
+    "fused_conv": "conv",
     "reverse_step": "reverse_step",
     "q_sample": "q_sample",
     "residual_add": "residual_add",
@@ -334,7 +335,7 @@ def _version(package: str) -> str | None:
 def _kernels() -> str:
     """Return a digest of the sources that choose and run Triton kernels."""
     root, digest = Path(__file__).parent, hashlib.sha256()
-    for path in sorted([*root.glob("*/triton*.py"), *root.glob("device/*.py"), root / "group_norm_silu" / "plan.py"]):
+    for path in sorted([*root.glob("*/triton*.py"), *root.glob("device/*.py"), *root.glob("*/plan.py")]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 

@@ -99,7 +99,9 @@ class ElementwiseTask(Task):
     """
 
     def candidates(self) -> list[Choice]:
-        blocks = [{"block": 32 * warps * elements, "num_warps": warps} for warps in WARPS for elements in (2, 4, 8, 16)]
+        blocks = [
+            {"block": 32 * warps * elements, "num_warps": warps} for warps in WARPS for elements in (2, 4, 8, 16, 32)
+        ]
         return nearest_first(blocks, self.heuristic())
 
     def another(self, operands: Operands) -> Operands:
@@ -107,9 +109,17 @@ class ElementwiseTask(Task):
 
     def heuristic(self) -> Choice:
         """Return the choice without a table."""
-        from fastddpm_kernels.device.strided import BLOCK, NUM_WARPS
+        from fastddpm_kernels.device.strided import block_and_warps
 
-        return {"block": BLOCK, "num_warps": NUM_WARPS}
+        numel = self.named["channels"] * self.named["pixels"]
+        block, num_warps = block_and_warps(None, self.named["batch"], numel, self.device, self.most_block())
+        return {"block": block, "num_warps": num_warps}
+
+    def most_block(self) -> int:
+        """Return the most elements of a program without a table."""
+        from fastddpm_kernels.device.strided import MOST_BLOCK
+
+        return MOST_BLOCK
 
     @abstractmethod
     def launch(self, choice: Choice | None, operands: Operands) -> Any:
@@ -154,7 +164,9 @@ def tuned_ops(device: torch.device) -> tuple[str, ...]:
     def runs(op: str) -> bool:
         if op == "conv":
             return device.type == "cpu" and why_not("native", "cpu", "conv", torch.float32) is None
-        if op == "upsample_conv" and torch.version.hip is not None:  # where a frozen U-Net does not call cuDNN
+        if (
+            op in ("upsample_conv", "fused_conv") and torch.version.hip is not None
+        ):  # where a frozen U-Net does not call cuDNN
             return False
         return device.type == "cuda" and why_not("triton", "cuda") is None
 

@@ -77,6 +77,8 @@ BAD = [
     ("sample bare.pt --flags=\"'\"", "must be names and values"),
     ("sample bare.pt --image-size 8 --flags='--image_size 16'", "--image-size is 8 but --flags has it too"),
     *[(f"sample TWO -o a{suffix}", "2 channels") for suffix in (".png", ".gif", "")],
+    ("sample nowhere --prompt a", "nowhere is not a folder"),
+    ("sample empty --prompt a", "has no model_index.json"),
     ("sample MODEL --image-size 8", "--image-size is given but MODEL is no file"),
     ("sample MODEL --variant fp16", "has neither diffusion_pytorch_model.fp16"),
     ("edit --strength 0", "'0' must be a number in (0, 1]"),

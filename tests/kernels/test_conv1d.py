@@ -64,6 +64,9 @@ CASES = {
     "up_odd": Case("phases, two sources, odd channels, samples", 3, 5, 2, 9, 5, **UP),
     "horizon_64": Case("more rows than a tile", length=64, channels=16),
     "many": Case("more rows than an item, tiles that end with a sample", 9, 8, 0, 16, 20, 3),
+    "whole": Case("sequences that fit a tile, of more rows than an item, two sources", 9, 8, 6, 16, 8),
+    "whole_point": Case("the same of one tap", 70, 4, 0, 20, 12, 1),
+    "whole_three": Case("the same of three, few positions", 40, 6, 0, 16, 2, 3),
     "several_blocks": Case("more weights than are used together", channels=80, length=2),
     "empty": Case("nothing to do", 0),
 }

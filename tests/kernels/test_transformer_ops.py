@@ -10,6 +10,7 @@ import torch
 from fastddpm_kernels.cross_attention import cross_attention_
 from fastddpm_kernels.geglu import geglu_
 from fastddpm_kernels.layer_norm import layer_norm_
+from fastddpm_kernels.layer_norm_linear import layer_norm_linear_
 from fastddpm_kernels.testing import check_op, check_refuses, to_layout
 from torch import Tensor
 
@@ -91,6 +92,60 @@ def test_gelu_is_exact_in_its_tails(native: str) -> None:
     geglu_(y, x, backend=native)
     expected = 0.5 * gates.double() * torch.special.erfc(-gates.double() * 0.5**0.5)
     assert ((y.flatten() - expected).abs() <= 4e-6 * expected.abs() + 1e-37).all()
+
+
+@dataclass(frozen=True)
+class NormLinear:
+    why: str
+    shape: tuple[int, ...] = (2, 48, 3, 5)
+    out: int = 36
+    gate: bool = False
+    dtype: torch.dtype = torch.float32
+    offset: float = 0.0
+
+
+NORM_LINEARS = {
+    "plain": NormLinear("channels and columns that no tile divides"),
+    "gated": NormLinear("values and gates", gate=True),
+    "half": NormLinear("as a transformer's", (1, 320, 8, 8), 192, dtype=HALF),
+    "gated_half": NormLinear("two products in one loop", (1, 320, 4, 4), 160, True, HALF),
+    "bfloat16": NormLinear("as gated_half", (1, 320, 4, 4), 160, True, BFLOAT),
+    "several_tiles": NormLinear("tiles in both directions, the last not full", (1, 36, 13, 23), 150, dtype=HALF),
+    "far_from_zero": NormLinear("a mean beside which the deviations are small", offset=100.0),
+    "one_pixel": NormLinear("dimensions of size one", (1, 40, 1, 1)),
+    "one_channel": NormLinear("nothing is left but the bias", (2, 1, 2, 2)),
+    "empty": NormLinear("nothing to do", (0, 8, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"], indirect=True)
+@pytest.mark.parametrize("case", NORM_LINEARS.values(), ids=list(NORM_LINEARS))
+def test_layer_norm_linear(case: NormLinear, backend: str, device: torch.device) -> None:
+    rows, channels = case.out * (1 + case.gate), case.shape[1]
+    given = torch.randn(case.shape) + case.offset, channels**-0.5 * torch.randn(rows, channels), torch.randn(rows)
+    x, weight, bias = (value.to(device, case.dtype).double() for value in given)
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        own = to_layout(x.to(dtype), "channels_last")
+        y = torch.empty(len(x), *case.shape[2:], case.out, dtype=dtype, device=device).movedim(-1, 1)
+        sums = weight.sum(1) if dtype == torch.float64 else weight.sum(1).float()
+        layer_norm_linear_(y, own, weight.to(dtype), sums, bias, gate=case.gate, backend=backend)
+        return {"y": y}
+
+    check_op(run, backend, case.dtype, rounds=2e4 if case.offset or case.shape[1] == 1 else 6)
+
+
+def test_layer_norm_linear_refuses() -> None:
+    x, weight = torch.ones(1, 8, 2, 2), torch.ones(6, 8)
+    good = {"y": torch.empty(1, 6, 2, 2), "x": x, "weight": weight, "sums": weight.sum(1), "bias": torch.ones(6)}
+    for changes, message in (
+        ({"weight": torch.ones(6, 7)}, r"weight has shape \(6, 7\), must be \[O, 8\]"),
+        ({"weight": torch.ones(5, 8), "gate": True}, r"must be \[2 O, 8\]"),
+        ({"sums": torch.ones(5)}, r"sums has shape \(5,\), must be \[6\]"),
+        ({"gate": True}, r"y has shape .* must be \(1, 3, 2, 2\)"),
+        ({"eps": 0.0}, "eps is 0.0, must be positive"),
+    ):
+        check_refuses(layer_norm_linear_, ValueError, message, **{**good, **changes})
 
 
 @dataclass(frozen=True)

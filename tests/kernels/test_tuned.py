@@ -309,8 +309,12 @@ def test_element_wise_ops_run_as_their_tables_say_with_the_same_bits(
 def test_a_block_that_counts_too_far_is_not_taken() -> None:
     strided = pytest.importorskip("fastddpm_kernels.device.strided")
     choice = {"block": 8192, "num_warps": 1}
-    assert strided.block_and_warps(choice, 2**31 - 8192) == (8192, 1)
-    assert strided.block_and_warps(choice, 2**31 - 8191) == (strided.BLOCK, strided.NUM_WARPS)
+    assert strided.block_and_warps(choice, 1, 2**31 - 8192, CPU) == (8192, 1)
+    assert strided.block_and_warps(choice, 1, 2**31 - 8191, CPU) == (strided.MOST_BLOCK, strided.NUM_WARPS)
+    assert strided.block_and_warps(None, 1, 2**31 - 4095, CPU, 4096)[0] == 2048
+    # Few elements: as many programs as there can be.
+    assert strided.block_and_warps(None, 1, 3072, CPU)[0] == strided.BLOCK
+    assert strided.block_and_warps(None, 8, 3072, CPU)[0] == strided.MOST_BLOCK
     assert strided.launch_options(CPU, 8)["num_warps"] == 8
 
 

@@ -46,6 +46,7 @@ KEYS = {
     "noised, target given": Key("q_sample", torch.float32, (2, 3, 35, 1, 1, 0)),
     "residual, padded": Key("residual_add", torch.float16, (2, 6, 5, 7, 1, 1, 1, 1, 1)),
     "residual, contiguous": Key("residual_add", torch.float32, (2, 6, 5, 7, 0, 0, 1, 0, 0)),
+    "fused convolution": Key("fused_conv", torch.float16, (2, 5, 3, 20, 12, 24, 3, 1, 0, 8, 1, 32, 4, 0)),
     "pointwise": Key("pointwise_conv", torch.float32, (50, 24, 20, 0, 1, 0)),
     "pointwise, two sources": Key("pointwise_conv", torch.float16, (50, 24, 20, 12, 0, 0)),
 }

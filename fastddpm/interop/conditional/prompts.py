@@ -6,7 +6,6 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,10 +48,7 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     dtype, tf32 = parse_precision(precision, device)
-    parsed = None if Path(model).is_dir() else hub.parse(str(model))
-    if parsed is None and not Path(model).is_dir():
-        raise FileNotFoundError(f"{model} is not a folder, must be one of a pipeline, or owner/name of the hub")
-    name, revision = (str(model), None) if parsed is None else parsed
+    name, revision = hub.find_pipeline(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # later versions call it dtype

@@ -38,6 +38,7 @@ def freeze(
     backend: str = "auto",
     allow_tf32: bool = False,
     weight_dtype: torch.dtype | None = None,
+    fusion: str = "auto",
 ) -> FrozenUNet:
     """Prepare a U-Net for sampling at given timesteps. The U-Net itself does not change.
 
@@ -50,32 +51,40 @@ def freeze(
         backend: of the fused kernels: "auto", "triton", "eager" or "reference".
         allow_tf32: let tensor cores round float32 factors to TF32.
         weight_dtype: torch.float16 stores the weights of convolutions in it, for native kernels in float32.
+        fusion: how layers are divided into kernels on CUDA. "full": a convolution takes in the norm before it and all
+            that is added after it, and an attention block of one head is one kernel. "parts": the vendor's
+            convolutions, with norms between them. "auto": what is faster for each layer, as measured on the device
+            (`fastddpm tune`); "parts" for what is not measured.
 
     Raises:
         ValueError: the U-Net is of no known kind, has other layers or hooks, a device has no float64, or weights
             cannot be stored so.
         BackendError: the named backend cannot run on the device.
     """
-    frozen = FrozenUNet(unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype)
+    frozen = FrozenUNet(
+        unet, dtype, device, backend=backend, allow_tf32=allow_tf32, weight_dtype=weight_dtype, fusion=fusion
+    )
     frozen.timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device=frozen.device)
     return frozen
 
 
 def cuda_instructions(
-    unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, dtype: torch.dtype = torch.float16
-) -> list[Instruction]:
+    unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, dtype: torch.dtype = torch.float16, *,
+    fusion: str = "auto",
+) -> list[Instruction]:  # fmt: skip
     """Return the instructions that one step of the frozen U-Net runs on a CUDA GPU. No GPU is needed.
 
     Args:
         batch: N. With more samples, the norms need fewer splits to fill the GPU.
         size: (height, width) of the images; None for the config's.
         dtype: of the computation.
+        fusion: see `freeze`; without a GPU there is no tuned table, so that "auto" is "parts".
 
     Returns:
         The instructions, in order; the sum of their `kernels` is the number of kernels launched. Libraries may launch
         more inside a convolution; only a run shows these.
     """
-    frozen = FrozenUNet(copy.deepcopy(unet).to("meta"), dtype, "meta")
+    frozen = FrozenUNet(copy.deepcopy(unet).to("meta"), dtype, "meta", fusion=fusion)
     blueprint = frozen.blueprint
     inputs = frozen.new_input((batch, blueprint.in_channels, *(size or blueprint.sample_size)))
     timesteps = torch.empty(1000, dtype=torch.int64, device="meta")

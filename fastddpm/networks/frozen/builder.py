@@ -22,6 +22,7 @@ from fastddpm_kernels import tuned
 from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values, possible_algorithms
 from fastddpm_kernels.conv.upsampling import transposed_weight
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
+from fastddpm_kernels.native.memory import give_back
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
@@ -85,10 +86,14 @@ class Builder(ABC):
         self.loose: set[int] = set()
         self.vector_dtype = row.dtype  # of values per channel: biases, scales
         self.workspace_numel = 0
+        self.fusion = frozen.fusion
 
     @abstractmethod
     def lower(self) -> int:
         """Emit the instructions of the whole U-Net. Return the slot of its output, whose first channels count."""
+
+    def settle(self) -> None:  # noqa: B027 (nothing by default)
+        """Complete what depends on later layers; after `lower`."""
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -145,7 +150,8 @@ class Builder(ABC):
         target = self.new(outputs, (height + more) // stride + 1, (width + more) // stride + 1)
 
         def padded() -> Tensor:
-            return F.pad(layer.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+            weight: Tensor = layer.weight
+            return F.pad(weight, (0, 0, 0, 0, 0, more_in, 0, more_out)) if more_in or more_out else weight
 
         if isinstance(bias, str):
             own, pending = self.bias_of(layer, values)
@@ -163,15 +169,18 @@ class Builder(ABC):
 
     def conv_to_image(self, layer: nn.Conv2d, x: Activation) -> Activation:
         """Emit a convolution to the channels of an image, complete; the channels may be padded."""
-        name, out_channels = self.names[layer], layer.out_channels
-        # Use whole vectors of channels: a convolution to three is slow, or the library pads it itself.
-        padded = -(-out_channels // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out_channels
-        x = self.conv(layer, x, out_channels=padded, padding=layer.kernel_size[0] // 2)
+        name = self.names[layer]
+        x = self.conv(layer, x, out_channels=self.image_channels(layer), padding=layer.kernel_size[0] // 2)
         if x.bias is not None:
             bias = self.put(f"{name}.pending", x.bias)
             self.emit(f"{name}.bias", "other", [x.slot], [x.slot], ops.add_bias(self.m, x.slot, bias))
             x.bias = None
         return x
+
+    def image_channels(self, layer: nn.Conv2d) -> int:
+        """Return the channels of a convolution to an image, in whole vectors: with three it is slow, or cuDNN pads."""
+        out: int = layer.out_channels
+        return -(-out // 8) * 8 if self.m.static and self.dtype.itemsize == 2 else out
 
     def conv_of_double(self, layer: nn.Conv2d, x: Activation, *, bias: Tensor | str | None = "own") -> Activation:
         """Emit a 3x3 convolution of `x` upsampled by two; `bias` as for `conv`."""
@@ -257,11 +266,11 @@ class Builder(ABC):
     def shortcut(self, layer: nn.Conv2d, x: Activation, skip: Activation | None, h: Activation) -> Activation:
         """Emit a 1x1 convolution of concat(x, skip) that is added to `h` in place, with every pending bias."""
         width = self.shapes[x.slot][0]
-        weight = layer.weight.double().flatten(1)
+        weight = layer.weight.flatten(1)
         bias = add(layer.bias, h.bias)
         for part, activation in ((weight[:, :width], x), (weight[:, width:], skip)):
             if activation is not None and activation.bias is not None:
-                bias = add(bias, part @ activation.bias)
+                bias = add(bias, part.double() @ activation.bias)
         second = None if skip is None else skip.slot
         return self.pointwise(self.names[layer], x.slot, weight, bias, h.slot, second, h.slot)
 
@@ -383,10 +392,9 @@ class Builder(ABC):
             kinds = [kind for kind in ALGORITHMS if f"{name}.{kind}" in self.constants.tensors]
         values = torch.empty(0)  # while weights are refilled that no size has used
         for kind in kinds:
-            values = self.put(
+            values = self.constants.put_packed(
                 f"{name}.{kind}",
                 functools.partial(_packed, weight, kind, upsample, self.dtype, channels2, self.weight_dtype),
-                self.weight_dtype,
             )
         return PackedWeight(values, [algorithm, *kinds][-1], inputs, outputs, kernel, upsample, channels2)
 
@@ -398,6 +406,7 @@ class Builder(ABC):
         """Note that constants hold all weights of a module: where they are to be released, its own go."""
         if self.releasing:
             release(module)
+            give_back()
 
     def _ways_to_double(self, layer: nn.Conv2d, size: tuple[int, int], *weights: str) -> tuple[bool, bool]:
         """Return whether to double an input of `size` and convolve it, and whether to use a transposed convolution.
@@ -440,9 +449,9 @@ class Builder(ABC):
 
 def _packed(
     weight: Callable[[], Tensor], algorithm: str, upsample: bool, dtype: torch.dtype, channels2: int,
-    stored: torch.dtype | None,
+    stored: torch.dtype | None, values: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored)
+    return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored, values=values)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

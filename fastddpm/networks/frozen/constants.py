@@ -13,7 +13,7 @@ class Constants:
     """Weights as the instructions read them, by name. Refilling them keeps their memory.
 
     Attributes:
-        refilling: whether `put` overwrites the weights it has.
+        refilling: whether `put` overwrites the weights it has, and only these.
         complete: whether the U-Net's own weights are released, so that nothing can be added.
     """
 
@@ -30,12 +30,13 @@ class Constants:
         tensor = self.tensors.get(name)
         if tensor is not None and not self.refilling:
             return tensor
-        if self.complete:
-            raise ValueError(f"the U-Net's weights were released, and {name} is needed in another form for this size")
+        self._check(name)
         values = (values if isinstance(values, Tensor) else values()).detach()
+        if tensor is None and self.refilling:  # of a form that nothing has read
+            return values
         if tensor is None:
             dtype = dtype or self.dtype
-            if values.ndim == 1 and self.device.type == "cpu":  # such as packed weights
+            if values.ndim == 1 and self.device.type == "cpu":
                 tensor = empty(values.shape, dtype).copy_(values)
             else:
                 order = torch.channels_last if values.ndim == 4 else torch.contiguous_format
@@ -44,3 +45,15 @@ class Constants:
         else:
             tensor.copy_(values)
         return tensor
+
+    def put_packed(self, name: str, pack: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Store and return what `pack` returns: new memory for None, else the tensor that it is given to overwrite."""
+        tensor = self.tensors.get(name)
+        if tensor is None or self.refilling:
+            self._check(name)
+            tensor = self.tensors[name] = pack(tensor)
+        return tensor
+
+    def _check(self, name: str) -> None:
+        if self.complete:
+            raise ValueError(f"the U-Net's weights were released, and {name} is needed in another form for this size")

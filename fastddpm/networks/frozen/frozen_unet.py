@@ -20,6 +20,7 @@ from fastddpm.networks.frozen.kinds import KINDS, blueprint_of
 from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
 
+FUSION = ("auto", "full", "parts")
 # What a frozen U-Net runs on one backend besides norms.
 _OPS = (
     "conv", "attention", "pointwise_conv", "residual_add", "layer_norm", "geglu", "cross_attention", "conv1d",
@@ -56,6 +57,7 @@ class FrozenUNet:
             in float32 (and in bfloat16 if the CPU multiplies it), and if `backend` names them.
         static: whether activations have fixed addresses (CUDA, and native kernels).
         backend: of the fused kernels.
+        fusion: of the layers' parts, see `freeze`; "parts" where whole layers cannot run.
         weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
         cached: whether a CPU's last cache keeps all weights from step to step.
         timesteps: int64 [S], those of `freeze`, or None.
@@ -76,6 +78,7 @@ class FrozenUNet:
         backend: str = "auto",
         allow_tf32: bool = False,
         weight_dtype: torch.dtype | None = None,
+        fusion: str = "auto",
         fused: bool | None = None,
     ) -> None:
         """See `freeze`. `fused` overrides the choice that `backend` implies: a test runs fused plans in float64."""
@@ -110,6 +113,12 @@ class FrozenUNet:
         size = sum(p.numel() for p in unet.parameters()) * (weight_dtype or self.dtype).itemsize
         self.cached = 4 * size <= last_cache()  # packed weights may be larger, and others use the cache too
         self.static = self.fused and (self.backend == "native" or (gpu and torch.version.hip is None))
+        if fusion not in FUSION:
+            raise ValueError(f"fusion is {fusion!r}, must be one of {', '.join(map(repr, FUSION))}")
+        whole = self.fused and self.backend != "native" and torch.version.hip is None
+        if fusion == "full" and not whole:
+            raise ValueError(f"fusion is 'full', must be 'auto' or 'parts' on {self.device.type} with {self.backend}")
+        self.fusion = fusion if whole else "parts"
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -293,11 +302,12 @@ class FrozenUNet:
         row = torch.zeros(1, len(self.time_bias), dtype=self.row_dtype, device=self.device)
         size = self.blueprint.smallest_size or self.blueprint.factor
         conditions = self.blueprint.some_conditions(1, self.device, optional=True)
-        self.constants.refilling = True
+        before, self.constants.refilling = self.fusion, True
         try:
-            self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels, conditions).lower()
+            for self.fusion in ("parts",) if before == "parts" else ("parts", "full"):  # whichever a program has read
+                self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels, conditions).lower()
         finally:
-            self.constants.refilling = False
+            self.fusion, self.constants.refilling = before, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_settings")}

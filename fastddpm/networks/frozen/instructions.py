@@ -64,6 +64,7 @@ class Machine:
         allow_tf32: whether float32 products may be rounded to TF32.
         slots: the activations.
         fixed: the slots whose place in memory is the same at every run.
+        statistics: those of a slot's blocks, for the convolutions that normalise what they read.
         workspace: scratch for the fused kernels, float32.
         timesteps: int64 [S], those of the rows of the table.
         step: int64 [1], the table row of the present run.
@@ -75,6 +76,7 @@ class Machine:
     allow_tf32: bool = False
     slots: list[Any] = field(default_factory=list)
     fixed: set[int] = field(default_factory=set)
+    statistics: dict[int, Tensor] = field(default_factory=dict)
     workspace: Tensor | None = None
     timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
     step: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -84,10 +86,11 @@ class Machine:
         """Whether convolutions run on the native backend, which adds biases and residuals as it writes."""
         return self.backend == "native"
 
-    def place(self, slot: int, like: Tensor, channels: int) -> Tensor:
-        """Return the memory for the result of a fused kernel: the slot's own, or new memory."""
+    def place(self, slot: int, like: Tensor, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the memory for the result of a fused kernel: the slot's own, or new memory of the size of `like`."""
         if not self.static and slot not in self.fixed:
-            n, _, h, w = like.shape
+            n, _, *own = like.shape
+            h, w = size or own
             self.slots[slot] = like.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
         return self.slots[slot]
 

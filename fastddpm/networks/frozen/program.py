@@ -47,6 +47,7 @@ class Program:
         self._times = frozen.time_table(m, timesteps, labels, conditions, batch)
         builder = frozen.blueprint.builder(frozen, m, self._times.row, batch, (size[0], size[1]), channels, conditions)
         self._result = builder.lower()
+        builder.settle()
         self.instructions: list[Instruction] = self._times.instructions + builder.instructions
         self.call_instructions: list[Instruction] = builder.call_instructions
         m.slots = [None] * len(builder.shapes)

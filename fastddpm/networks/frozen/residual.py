@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastddpm.networks.frozen.builder import Activation, Builder, add
+from fastddpm.networks.frozen.builder import Activation, add
+from fastddpm.networks.frozen.whole_layers import NormBefore, Shortcut, WholeBuilder
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ResidualBlock:
     output_scale: float = 1.0
 
 
-class ResidualBuilder(Builder):
+class ResidualBuilder(WholeBuilder):
     """A `Builder` that knows DDPM's residual blocks and the layers that change the resolution."""
 
     def residual_block(self, block: ResidualBlock, x: Activation, skip: Activation | None = None) -> Activation:
@@ -48,21 +49,36 @@ class ResidualBuilder(Builder):
         if skip is not None and skip.residual is not None:
             self.complete(skip, f"{name}.skip")
         time = self.row[:, self.columns[name]]
-        h = self.norm(block.norm1, x, skip, activation=act)  # from here on x has no pending residual
-        conv1: Callable[..., Activation] = self.conv_same
-        if block.resample is not None and block.doubles:
-            x, conv1 = block.resample(x, name), self.conv_of_double
-        elif block.resample is not None:
-            h, x = block.resample(h, f"{name}.norm1"), block.resample(x, name)
-        if block.scale_shift:
-            h = conv1(block.conv1, h)
-            scale, shift = time.expand(self.batch, -1).chunk(2, dim=1)
-            h = self.norm(block.norm2, h, scale=scale, shift=shift, activation=act)
-        elif self.m.fused or len(time) > 1:  # the bias of conv1 is in the row
-            h = conv1(block.conv1, h, bias=None)
-            h = self.norm(block.norm2, h, time_bias=time.expand(self.batch, -1), activation=act)
+        scale, shift = time.expand(self.batch, -1).chunk(2, dim=1) if block.scale_shift else (None, None)
+        added = None if block.scale_shift else time.expand(self.batch, -1)
+        norm1, norm2 = NormBefore(block.norm1, act), NormBefore(block.norm2, act, scale, shift)
+        direct = act == "silu" and (block.resample is None or block.doubles)  # conv1 reads what norm1 writes
+        doubles = block.resample is not None and block.doubles
+        kernel = block.conv1.kernel_size[0]
+        if self.takes_whole(
+            x, block.conv1.out_channels, kernel, skip, norm1 if direct else None, upsample=doubles
+        ):  # fmt: skip
+            h, x = self._whole_conv1(block, x, skip, norm1 if direct else None, doubles, added)
+            added = None
         else:
-            h = self.norm(block.norm2, conv1(block.conv1, h, bias=time[0]), activation=act)
+            h = self.norm(block.norm1, x, skip, activation=act)  # from here on x has no pending residual
+            conv1: Callable[..., Activation] = self.conv_same
+            if block.resample is not None and block.doubles:
+                x, conv1 = block.resample(x, name), self.conv_of_double
+            elif block.resample is not None:
+                h, x = block.resample(h, f"{name}.norm1"), block.resample(x, name)
+            if block.scale_shift:
+                h = conv1(block.conv1, h)
+            elif self.m.fused or len(time) > 1:  # the bias of conv1 is in the row
+                h = conv1(block.conv1, h, bias=None)
+            else:
+                h, added = conv1(block.conv1, h, bias=time[0]), None
+        own = 0 if block.shortcut is None else block.shortcut.in_channels
+        if self.takes_whole(
+            h, block.conv2.out_channels, kernel, None, norm2 if act == "silu" else None, shortcut=own
+        ):  # fmt: skip
+            return self.divided(self._whole_conv2(block, h, norm2, added, x, skip), block.output_scale, name)
+        h = self.norm(block.norm2, h, time_bias=added, scale=scale, shift=shift, activation=act)
         h = self.conv_same(block.conv2, h)
         if block.shortcut is not None:
             y = self.shortcut(block.shortcut, x, skip, h)
@@ -70,6 +86,47 @@ class ResidualBuilder(Builder):
             assert skip is None  # a skip would make the block's input wider than its output
             y = Activation(h.slot, add(h.bias, x.bias), x.slot)
         return self.divided(y, block.output_scale, name)
+
+    def _whole_conv1(
+        self, block: ResidualBlock, x: Activation, skip: Activation | None, norm: NormBefore | None, doubles: bool,
+        time: Tensor | None,
+    ) -> tuple[Activation, Activation]:  # fmt: skip
+        """Emit norm1 and conv1 with the row of the time table. Return the result and the block's input, resampled."""
+        conv, name = block.conv1, self.names[block.conv1]
+        bias = conv.bias if block.scale_shift else None  # else it is in the row
+        h, second = x, skip
+        if norm is None:
+            h, second = self.norm(block.norm1, x, skip, activation=block.activation), None
+            if block.resample is not None and not doubles:
+                h = block.resample(h, f"{block.name}.norm1")
+        h = self.whole_conv(
+            name, h, lambda: conv.weight, conv.out_channels, kernel=conv.kernel_size[0],
+            padding=conv.kernel_size[0] // 2, second=second, norm=norm, bias=bias, time=time, upsample=doubles,
+        )  # fmt: skip
+        return h, x if block.resample is None else block.resample(x, block.name)
+
+    def _whole_conv2(
+        self, block: ResidualBlock, h: Activation, norm: NormBefore, time: Tensor | None, x: Activation,
+        skip: Activation | None,
+    ) -> Activation:  # fmt: skip
+        """Emit norm2 and conv2 with the block's input or its shortcut."""
+        conv, name = block.conv2, self.names[block.conv2]
+        before: NormBefore | None = norm
+        if block.activation != "silu":
+            h, before = self.norm(
+                block.norm2, h, time_bias=time, scale=norm.scale, shift=norm.shift, activation=block.activation
+            ), None  # fmt: skip
+        elif time is not None:
+            layer = norm.layer
+            self.measure(h, (layer.num_channels // layer.num_groups, 0), name, time)
+        shortcut, residual = None, x.slot
+        if block.shortcut is not None:
+            shortcut, residual = Shortcut(x, skip, block.shortcut.weight.double().flatten(1)), None
+        return self.whole_conv(
+            name, h, lambda: conv.weight, conv.out_channels, kernel=conv.kernel_size[0],
+            padding=conv.kernel_size[0] // 2, norm=before, residual=residual, shortcut=shortcut,
+            bias=self.bias_with(conv, block.shortcut, x, skip),
+        )  # fmt: skip
 
     def conv_same(self, layer: nn.Conv2d, x: Activation, **options: Any) -> Activation:
         """Emit a convolution that keeps the resolution; `options` as for `conv`."""
@@ -80,7 +137,7 @@ class ResidualBuilder(Builder):
         if padding != 0:
             self.complete(x, name)
             return self.conv(layer, x, stride=2, padding=padding)
-        if self.m.native:
+        if self.m.native or self.takes_whole(x, layer.out_channels, layer.kernel_size[0], stride=2):
             self.complete(x, name)
             return self.conv(layer, x, stride=2, padding=0, below=1)
         channels, height, width = self.shapes[x.slot]

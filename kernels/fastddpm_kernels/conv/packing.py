@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm_kernels import backend, native
+from fastddpm_kernels.native.binding import THREADS, bind
+from fastddpm_kernels.native.memory import empty
 
 ALGORITHMS = ("winograd4", "winograd2", "direct")
 TILE = {"winograd4": 4, "winograd2": 2}
@@ -73,23 +75,25 @@ def why_not_stored(stored: torch.dtype | None, dtype: torch.dtype) -> str | None
 @torch.no_grad()
 def packed_values(
     weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0,
-    stored: torch.dtype | None = None,
+    stored: torch.dtype | None = None, values: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the values of a `PackedWeight`, one-dimensional, on the CPU.
 
     Panels of neighbouring output channels, as many as the kernel's registers hold: [points or phases, panels, taps,
     C, panel]. In bfloat16 two input channels are next to each other: [.., C / 2, panel, 2]; for winograd2 of every 32
     those with even numbers come first, and x and x2 (the last `channels2`) are each filled up with zeros to as many.
-    Computed in float64 and rounded once.
+    Computed in float64 and rounded to float32, and to bfloat16 or float16 from that.
 
     Args:
-        weight: [O, C, k, k].
+        weight: [O, C, k, k], of any strides.
         algorithm, upsample, channels2: see `PackedWeight`.
         dtype: of the convolution.
         stored: the dtype of the values: None for `dtype`, or float16 where `dtype` is float32: half the bytes to read.
+        values: of an earlier call with such a weight, to be overwritten and returned; None for new memory.
 
     Raises:
-        ValueError: the algorithm does not compute such a convolution, or a value is beyond float16's range.
+        ValueError: the algorithm does not compute such a convolution, a value is beyond float16's range, or `values`
+            are others.
         BackendError: there is no native backend here, or none in `dtype`, or none that reads float16.
     """
     if reason := backend.why_not("native", "cpu", "conv", dtype) or why_not_stored(stored, dtype):
@@ -98,50 +102,43 @@ def packed_values(
         raise ValueError(f"algorithm is {algorithm!r}, must be one of {', '.join(ALGORITHMS)}")
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, must be [O, C, k, k]")
-    if (algorithm != "direct" or upsample) and weight.shape[2] != 3:
-        raise ValueError(f"weight is {weight.shape[2]}x{weight.shape[3]}, must be 3x3 for {algorithm} or upsampling")
-    if reason := why_not_packed(algorithm, weight.shape[1] - channels2, channels2, dtype):
+    out_channels, in_channels, kernel, _ = weight.shape
+    if (algorithm != "direct" or upsample) and kernel != 3:
+        raise ValueError(f"weight is {kernel}x{kernel}, must be 3x3 for {algorithm} or upsampling")
+    if reason := why_not_packed(algorithm, in_channels - channels2, channels2, dtype):
         raise ValueError(reason)
     if algorithm == "winograd2" and upsample and dtype == torch.float32:
         raise ValueError("algorithm is 'winograd2', must be 'winograd4' or 'direct' where the image is upsampled")
-    w = weight.detach().cpu().double()
-    out_channels = len(w)
-    if algorithm == "direct" and not upsample:
-        products = w.permute(2, 3, 0, 1).flatten(0, 1)[None]
-    elif algorithm == "direct":
-        taps = torch.tensor(_PHASES, dtype=torch.float64)
-        products = torch.einsum("pak,qbl,oikl->pqaboi", taps, taps, w).flatten(2, 3).flatten(0, 1)
-    else:
-        _, g, _ = _transforms(TILE[algorithm])
-        if upsample:
-            g = g[[point for point in range(len(g)) if point != _VANISHING]]
-        products = torch.einsum("ak,bl,oikl->aboi", g, g, w).flatten(0, 1)[:, None]
-    # [phases or points, taps, O, C] -> [.., panels, taps, C, panel]
-    panel = native.get().panel
-    panels = -(-out_channels // panel)
-    products = F.pad(products, (0, 0, 0, panels * panel - out_channels))
-    if dtype == torch.float32:
-        products = products.unflatten(2, (panels, panel)).permute(0, 2, 1, 4, 3)
-        values = products.to(stored or dtype).contiguous().flatten()
-        if stored is not None and not bool(values.isfinite().all()) and bool(w.isfinite().all()):
-            raise ValueError(
-                f"stored is {stored}, must be float32: packed weights reach {float(products.abs().max()):.3g}"
-            )
-        return values
+    w = weight.detach().cpu()
+    if w.dtype not in (torch.float32, torch.float64):
+        w = w.float()
+    matrix, taps = None, kernel
     if algorithm != "direct":
-        products = F.pad(products, (0, 1))[..., _order(weight.shape[1] - channels2, channels2)]
-    products = products.unflatten(2, (panels, panel)).unflatten(4, (-1, 2)).permute(0, 2, 1, 4, 3, 5)
-    return products.to(dtype).contiguous().flatten()
-
-
-def _order(channels: int, channels2: int) -> list[int]:
-    """Return the order in which winograd2 in bfloat16 reads channels; padding is one beyond the last."""
-    found = []
-    for begin, end in ((0, channels), (channels, channels + channels2)):
-        for group in range(begin, end, 32):
-            within = [*range(group, group + 32, 2), *range(group + 1, group + 32, 2)]
-            found += [channel if channel < end else channels + channels2 for channel in within]
-    return found
+        _, matrix, _ = _transforms(TILE[algorithm])
+        if upsample:
+            matrix = matrix[[point for point in range(len(matrix)) if point != _VANISHING]]
+        taps = 1
+    elif upsample:
+        matrix, taps = torch.tensor(_PHASES, dtype=torch.float64).flatten(0, 1), 2
+    rows = kernel if matrix is None else len(matrix)
+    half, grouped = dtype == torch.bfloat16, dtype == torch.bfloat16 and algorithm != "direct"
+    channels = in_channels - channels2
+    depth = -(-channels // 32) * 32 + -(-channels2 // 32) * 32 if grouped else in_channels
+    panel = native.get().panel
+    size = rows * rows * -(-out_channels // panel) * panel * depth
+    if values is None:
+        values = empty((size,), stored or dtype)
+    elif values.shape != (size,) or values.dtype != (stored or dtype):
+        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}, must be {stored or dtype} {(size,)}")
+    kind = 1 if half else 2 if stored == torch.float16 else 0
+    bind(
+        "fastddpm_conv_pack", values, w, None if matrix is None else matrix.contiguous(), *w.stride(), out_channels,
+        channels, channels2, kernel, rows, taps, grouped, w.dtype == torch.float64, kind, THREADS,
+    )()  # fmt: skip
+    if kind == 2 and not bool(values.isfinite().all()) and bool(w.isfinite().all()):
+        largest = float(packed_values(weight, algorithm, upsample, channels2=channels2).abs().max())
+        raise ValueError(f"stored is {stored}, must be float32: packed weights reach {largest:.3g}")
+    return values
 
 
 def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,3 +181,21 @@ def error_factor(algorithm: str, *, worst: bool = False) -> float:
     a, g, b = _transforms(TILE[algorithm])
     squares = (a * g.norm(dim=1) * b.norm(dim=1)).square().sum(1) / 3  # of the factor, for each output
     return float(squares.max() if worst else squares.mean())
+
+
+@torch.no_grad()
+def phase_weight(weight: Tensor) -> Tensor:
+    """Return the weights of the four 2x2 convolutions that are a 3x3 one of an image upsampled by two.
+
+    The result's pixel (2 i + p, 2 j + q) is phase 2 p + q at (i, j), whose first tap is at (i - 1 + p, j - 1 + q). Taps
+    are added up in float64 and rounded once.
+
+    Args:
+        weight: [O, C, 3, 3].
+
+    Returns:
+        [4, O, 2, 2, C], contiguous, of weight's dtype.
+    """
+    phases = torch.tensor(_PHASES, dtype=torch.float64, device=weight.device)  # [phase, tap, of 3]
+    folded = torch.einsum("pak,qbl,oikl->pqoabi", phases, phases, weight.double())
+    return folded.flatten(0, 1).to(weight.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""Tune 3x3 convolutions: the algorithm on a CPU; on a GPU, the transposed or two-step form for upsampled images."""
+"""Tune 3x3 convolutions: the algorithm on a CPU; on a GPU, fused ones and the form for upsampled images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm_kernels import conv
+from fastddpm_kernels.conv.fused_tuning import ALTERNATIVES, FIELDS, FusedConvTask
 from fastddpm_kernels.conv.upsampling import cudnn_conv, cudnn_conv_transpose, double_, transposed_weight
 from fastddpm_kernels.tuned import Choice, Tunable
 from fastddpm_kernels.tuning import Operands, Task, nearest_first
@@ -143,6 +144,7 @@ OPS = {
         UpsampleTask,
         kernels=None,
     ),
+    "fused_conv": Tunable(FIELDS, ALTERNATIVES, FusedConvTask),
     "conv": Tunable(  # threads are torch's
         ("batch", "height", "width", "channels", "out_channels", "upsample", "threads"),
         ({"algorithm": conv.ALGORITHMS},),

@@ -22,8 +22,6 @@ extern "C" void fastddpm_conv3x3_winograd(
 namespace fastddpm {
 namespace {
 
-typedef double Wide __attribute__((vector_size(kLanes * sizeof(double))));
-
 // Where element [o, c, i, j] of a weight lies: of either memory format, or seen as that of the convolution's adjoint.
 struct Strides {
     long out, in, row, column;
@@ -347,17 +345,6 @@ extern "C" void fastddpm_conv3x3_unpacked(
     with_tile(bfloat16, m, [&](auto arithmetic, auto tile) {
         convolve<decltype(arithmetic), tile>(
             y, x, x2, weight, strides, bias, n, height, width, channels, channels2, out_channels, threads);
-    });
-}
-
-// Into `packed`, as `fastddpm_conv3x3_winograd` reads it, for tiles of m x m.
-extern "C" void fastddpm_conv3x3_pack(
-    float* packed, const float* weight, long out, long in, long row, long column, long out_channels, long channels,
-    long channels2, int m, int bfloat16, int threads) {
-    using namespace fastddpm;
-    const Strides strides{out, in, row, column};
-    with_tile(bfloat16, m, [&](auto arithmetic, auto tile) {
-        pack<decltype(arithmetic), tile>(packed, weight, strides, out_channels, channels, channels2, threads);
     });
 }
 

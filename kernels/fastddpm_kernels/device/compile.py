@@ -51,11 +51,16 @@ def target(name: str) -> GPUTarget:
 
 
 def compile_variant(variant: Variant, target_name: str) -> Usage:
-    """Compile `variant` as the JIT does on such a GPU.
+    """Compile `variant` as the JIT does on such a GPU, and return what it uses.
 
     Raises:
         Exception: whatever triton raises for a kernel that does not compile.
     """
+    return usage(compiled(variant, target_name))
+
+
+def compiled(variant: Variant, target_name: str) -> triton.compiler.CompiledKernel:
+    """Return `variant` as compiled; see `compile_variant`."""
     names = variant.kernel.arg_names
     if wrong := set(names) ^ (set(variant.signature) | set(variant.constexprs)):
         raise ValueError(f"{variant.name}: arguments {sorted(wrong)} are in the kernel or in the variant, not in both")
@@ -72,10 +77,12 @@ def compile_variant(variant: Variant, target_name: str) -> Usage:
     if gpu.warp_size == 64:
         num_warps, num_stages = variant.num_warps_of_64 or num_warps, variant.num_stages_of_64 or num_stages
     options = {"num_warps": num_warps, "num_stages": num_stages, **variant.options}
-    compiled = triton.compile(source, target=gpu, options=options)
-    if "cubin" in compiled.asm:
-        return _nvidia_usage(compiled)
-    return _amd_usage(compiled)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def usage(kernel: triton.compiler.CompiledKernel) -> Usage:
+    """Return what a compiled kernel uses."""
+    return _nvidia_usage(kernel) if "cubin" in kernel.asm else _amd_usage(kernel)
 
 
 def _nvidia_usage(compiled: triton.compiler.CompiledKernel) -> Usage:

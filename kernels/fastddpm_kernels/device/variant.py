@@ -44,7 +44,13 @@ class Variant:
     target: str | None = None
 
 
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,10 @@ class Launch:
     args: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     num_warps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps)
+        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps, **self.options)
 
     def variant(self, tag: str) -> Variant:
         """Return the specialisation that the JIT would make for these arguments (meta tensors suffice)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import sys
@@ -23,8 +24,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if size < PAGE or sys.platform != "linux":
         return torch.empty(tuple(shape), dtype=dtype)
     block = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        block.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(block, dtype=torch.uint8)  # keeps the block
     first = -data.data_ptr() % PAGE
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        block.madvise(mmap.MADV_HUGEPAGE, first, size // PAGE * PAGE)  # the rest would fill a whole one
     return data[first : first + size].view(dtype).view(tuple(shape))
+
+
+def give_back() -> None:
+    """Return memory to the system that was freed but that the C library keeps."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

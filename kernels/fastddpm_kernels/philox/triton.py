@@ -16,39 +16,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastddpm_kernels.device.strided import AOT, BLOCK, launch_options, num_programs, on_device_of
+from fastddpm_kernels.device.strided import (
+    AOT,
+    MOST_BLOCK,
+    block_and_warps,
+    elements,
+    launch_options,
+    num_programs,
+    on_device_of,
+)
 from fastddpm_kernels.device.variant import Variant
+
+
+@triton.jit
+def _products(c0, c2):
+    """Return the halves of the 64-bit products of two words with Philox's multipliers: (hi0, lo0, hi2, lo2).
+
+    One wide product has both halves in one instruction, where a product and `umulhi` are two.
+    """
+    p0 = c0.to(tl.uint64) * 0xD2511F53
+    p2 = c2.to(tl.uint64) * 0xCD9E8D57
+    return (p0 >> 32).to(tl.uint32), p0.to(tl.uint32), (p2 >> 32).to(tl.uint32), p2.to(tl.uint32)
 
 
 @triton.jit
 def words(seed, index, step, stream, group):
     """Return the four words (uint32) of Philox-4x32-10 of every counter (group, index, step, stream).
 
-    `seed`, `index` and `step` are int64 scalars, `stream` an integer constant, `group` a block of int32.
+    `seed`, `index` and `step` are int64 scalars, `stream` an integer constant, `group` a block of int32. What does not
+    depend on `group` stays a scalar: the keys of all rounds, and half of the first two.
     """
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
     c0 = group.to(tl.uint32, bitcast=True)
-    zero = c0 * 0
-    return tl.philox(seed, c0, zero + index.to(tl.uint32), zero + step.to(tl.uint32), (zero + stream).to(tl.uint32))
+    c1 = index.to(tl.uint32)
+    c2 = step.to(tl.uint32)
+    c3 = tl.full((), stream, tl.uint32)
+    for _ in tl.static_range(10):
+        hi0, lo0, hi2, lo2 = _products(c0, c2)
+        c0 = hi2 ^ (c1 ^ k0)
+        c2 = hi0 ^ (c3 ^ k1)
+        c1 = lo2
+        c3 = lo0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def log_unit(u):
-    """Return the natural logarithm of a normal float32 in (0, 1], to 1 ulp, without cancellation near 1."""
+def radius_squared(u):
+    """Return -2 log(u) of a normal float32 in (0, 1], to 2 ulp, without cancellation near 1."""
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23  # u = m 2^exponent with m in [sqrt(1/2), sqrt(2))
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    # log(1 + f) = f + f^2 p(f), relative error 4.2e-9
-    p = tl.fma(f, -0.0762317031621933, 0.12914729118347168)
-    p = tl.fma(p, f, -0.13247500360012054)
-    p = tl.fma(p, f, 0.141805961728096)
-    p = tl.fma(p, f, -0.16608430445194244)
-    p = tl.fma(p, f, 0.20002013444900513)
-    p = tl.fma(p, f, -0.25001609325408936)
-    p = tl.fma(p, f, 0.33333325386047363)
-    p = tl.fma(p, f, -0.49999988079071045)
-    e = exponent.to(tl.float32)
-    # log(2) in two parts, the first so short that its product with the exponent is exact.
-    return tl.fma(e, 0.693359375, f + tl.fma(f * f, p, e * -2.12194440e-4))
+    exponent = (bits - 0x3F3504F3) & -0x800000  # of u = m 2^e with m in [sqrt(1/2), sqrt(2)): e 2^23
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    # -2 log(1 + f) = f p(f), relative error 3.0e-8
+    p = tl.fma(f, -0.17477846145629883, 0.2861574590206146)
+    p = tl.fma(p, f, -0.2983278036117554)
+    p = tl.fma(p, f, 0.33140608668327332)
+    p = tl.fma(p, f, -0.39924472570419312)
+    p = tl.fma(p, f, 0.50003552436828613)
+    p = tl.fma(p, f, -0.66667890548706055)
+    p = tl.fma(p, f, 0.99999982118606567)
+    p = tl.fma(p, f, -2.0)
+    # log(2) rounded to float32 is right to 2.7e-9.
+    return tl.fma(exponent.to(tl.float32), -1.6525916635146132e-07, f * p)
 
 
 @triton.jit
@@ -56,31 +87,29 @@ def box_muller(radius_word, angle_word):
     """Return two blocks of standard normals (float32) from two blocks of words: see `fastddpm_kernels.philox`."""
     u = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, 2^-33
     # The hardware's square root is accurate to 2^-23. A Newton step on its inverse nearly halves the error.
-    squared = -2.0 * log_unit(u)
+    squared = radius_squared(u)
     inverse = tl.rsqrt(tl.maximum(squared, 1e-30))  # 0 at u = 1 stays 0
     radius = squared * inverse
     radius = tl.fma(tl.fma(-radius, radius, squared), 0.5 * inverse, radius)
 
-    turns4 = angle_word.to(tl.float32) * 9.313225746154785e-10  # 2^-30: the angle in quarter turns, in [0, 4]
-    shifted = turns4 + 12582912.0  # 1.5 * 2^23: rounds to an integer, held in the lowest bits
-    quarter = shifted.to(tl.int32, bitcast=True)
-    f = turns4 - (shifted - 12582912.0)  # exact, in [-1/2, 1/2]
-    f2 = f * f
-    # sin(pi/2 f) = f s(f^2), relative error 2.8e-8 (nearly all of it the rounding of pi/2)
-    s = tl.fma(f2, -0.004685971885919571, 0.07971252501010895)
-    s = tl.fma(s, f2, -0.645966649055481)
-    s = tl.fma(s, f2, 1.5707963705062866)
-    s = s * f
-    # cos(pi/2 f) = 1 + f^2 c(f^2), relative error 4.4e-10
-    c = tl.fma(f2, 0.0008944863802753389, -0.020855596289038658)
-    c = tl.fma(c, f2, 0.25366854667663574)
-    c = tl.fma(c, f2, -1.2337005138397217)
-    c = tl.fma(c, f2, 1.0)
-
-    odd = (quarter & 1) != 0
-    cos = tl.where(odd, s, c).to(tl.int32, bitcast=True) ^ (((quarter + 1) & 2) << 30)
-    sin = tl.where(odd, c, s).to(tl.int32, bitcast=True) ^ ((quarter & 2) << 30)
-    return radius * cos.to(tl.float32, bitcast=True), radius * sin.to(tl.float32, bitcast=True)
+    # The angle is k half turns and h quarter turns, h in [-1, 1]; k changes the sign of both normals.
+    angle = angle_word.to(tl.float32)
+    shifted = tl.fma(angle, 9.313225746154785e-10, 25165824.0)  # 2^-30, 1.5 * 2^24: rounds to 2 k, k the lowest bit
+    h = tl.fma(angle, 9.313225746154785e-10, 25165824.0 - shifted)  # exact
+    h2 = h * h
+    # sin(pi/2 h) = h s(h^2), relative error 2.9e-8 (nearly all of it the rounding of pi/2)
+    s = tl.fma(h2, 0.000155929708853364, -0.004683104809373617)
+    s = tl.fma(s, h2, 0.0796959325671196)
+    s = tl.fma(s, h2, -0.6459650993347168)
+    s = tl.fma(s, h2, 1.5707963705062866)
+    # cos(pi/2 h) = (1 - h^2) c(h^2), relative error 5.0e-9: the zeros are in the factor, which is rounded once
+    c = tl.fma(h2, 2.3166903702076524e-05, -0.0008927236776798964)
+    c = tl.fma(c, h2, 0.019968155771493912)
+    c = tl.fma(c, h2, -0.2337004393339157)
+    c = tl.fma(c, h2, 1.0)
+    sign = shifted.to(tl.int32, bitcast=True) << 31
+    radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return (radius * tl.fma(-h, h, 1.0)) * c, (radius * h) * s
 
 
 @triton.jit
@@ -113,7 +142,7 @@ def _fill(result, keys, step, stream, numel, WORDS: tl.constexpr, BLOCK: tl.cons
     blocks = tl.cdiv(numel, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK
-    element = first + tl.arange(0, BLOCK)
+    element = elements(first, BLOCK)
     key = keys + 2 * n
     if WORDS:
         group = first // 4 + tl.arange(0, BLOCK // 4)
@@ -129,15 +158,16 @@ def fill(keys: Tensor, step: Tensor, stream: int, numel: int, dtype: torch.dtype
     result = torch.empty(keys.shape[0], numel, dtype=dtype, device=keys.device)
     if result.numel() == 0:
         return result
+    block, _ = block_and_warps(None, len(keys), numel, keys.device)
     with on_device_of(keys):
-        _fill[(num_programs(keys.shape[0], numel),)](
+        _fill[(num_programs(keys.shape[0], numel, block),)](
             result,
             keys.contiguous(),
             step,
             stream,
             numel,
             WORDS=dtype == torch.int64,
-            BLOCK=BLOCK,
+            BLOCK=block,
             **launch_options(keys.device),
         )
     return result
@@ -150,7 +180,7 @@ def aot_variants() -> list[Variant]:
             f"philox.fill[{name}]",
             _fill,
             {"result": pointer, "keys": "*i64", "step": "*i64", "stream": "i32", "numel": "i32"},
-            {"WORDS": name == "words", "BLOCK": BLOCK},
+            {"WORDS": name == "words", "BLOCK": MOST_BLOCK},
             divisible=("numel",),
             **AOT,
         )

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
+from fastddpm_kernels.device.tensor_float import to_tf32
 from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
 from fastddpm_kernels.layout import rows
@@ -30,14 +31,6 @@ NUM_STAGES_OF_64 = 2  # on GPUs with 64 threads to a warp: one tile in registers
 GROUP_M = 8  # tiles of rows that run side by side for all columns
 # Float32 products without tensor cores use fused multiply-adds. Nothing else in the kernel could be fused.
 OPTIONS = {"enable_fp_fusion": True}
-
-
-@triton.jit
-def _to_tf32(x):
-    """Return x rounded to TensorFloat-32, ties away from zero: the hardware would truncate and shrink every product."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)  # the carry could make a number of NaN
 
 
 @triton.jit
@@ -58,8 +51,8 @@ def _accumulate(
             a = tl.load(a_pointers, mask=inside[None, :], other=0.0)
             b = tl.load(b_pointers, mask=inside[:, None], other=0.0)
         if PRECISION == "tf32" and a.dtype == tl.float32:
-            a = _to_tf32(a)
-            b = _to_tf32(b)
+            a = to_tf32(a)
+            b = to_tf32(b)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         a_pointers += BLOCK_K
         b_pointers += BLOCK_K

@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
-from fastddpm_kernels.device.strided import AOT, BLOCK, aot, block_and_warps, num_programs, offsets, run, walkable
+from fastddpm_kernels.device.strided import (
+    AOT,
+    MOST_BLOCK,
+    aot,
+    block_and_warps,
+    elements,
+    num_programs,
+    offsets,
+    run,
+    walkable,
+)
 from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
 from fastddpm_kernels.philox import STREAM_Q_SAMPLE
 from fastddpm_kernels.philox.triton import normals
@@ -25,17 +35,17 @@ def _q_sample(
     x_t, target, x0, table, t, noise, keys, step,
     numel, P, num_rows,
     x0_sample, x0_channel, x0_pixel, y_sample, y_channel, y_pixel, noise_sample, noise_channel, noise_pixel,
-    X0_LINEAR: tl.constexpr, Y_LINEAR: tl.constexpr, NOISE_LINEAR: tl.constexpr,
+    X0_LINEAR: tl.constexpr, Y_LINEAR: tl.constexpr, NOISE_LINEAR: tl.constexpr, FOURS: tl.constexpr,
     STREAM: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(numel, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK
-    element = first + tl.arange(0, BLOCK)
-    mask = element < numel
-    x = tl.load(x0 + offsets(n, element, x0_sample, x0_channel, x0_pixel, P, X0_LINEAR), mask=mask).to(tl.float32)
+    mask = elements(first, BLOCK) < numel
+    at = offsets(n, first, x0_sample, x0_channel, x0_pixel, P, X0_LINEAR, FOURS, BLOCK)
+    x = tl.load(x0 + at, mask=mask).to(tl.float32)
     if noise is not None:
-        at = offsets(n, element, noise_sample, noise_channel, noise_pixel, P, NOISE_LINEAR)
+        at = offsets(n, first, noise_sample, noise_channel, noise_pixel, P, NOISE_LINEAR, FOURS, BLOCK)
         z = tl.load(noise + at, mask=mask).to(tl.float32)
     else:
         training_step = tl.full((), 0, tl.int64)
@@ -47,13 +57,18 @@ def _q_sample(
     valid = (row >= 0) & (row < num_rows)
     signal = tl.load(table + 2 * row, mask=valid, other=float("nan"))
     sigma = tl.load(table + 2 * row + 1, mask=valid, other=float("nan"))
-    at = offsets(n, element, y_sample, y_channel, y_pixel, P, Y_LINEAR)
+    at = offsets(n, first, y_sample, y_channel, y_pixel, P, Y_LINEAR, FOURS, BLOCK)
     tl.store(x_t + at, tl.fma(sigma, z, signal * x).to(x_t.dtype.element_ty), mask=mask)
     if target is not None:
         value = z
         if V:
             value = tl.fma(-sigma, x, signal * z)
         tl.store(target + at, value.to(target.dtype.element_ty), mask=mask)
+
+
+def most_block(itemsize: int) -> int:
+    """Return the most elements of a program: in 16 bits the kernel is bound by instructions with fewer."""
+    return 2 * MOST_BLOCK if itemsize == 2 else MOST_BLOCK
 
 
 def launch(
@@ -87,7 +102,7 @@ def make_launch(
         written = 0 if target is None else 2 if velocity else 1
         shape = (x_t.shape[0], x_t.shape[1], pixels, int(not y_walk.linear), source, written)
         choice = tuned.choice("q_sample", x_t.device, x_t.dtype, shape)
-    block, num_warps = block_and_warps(choice, numel)
+    block, num_warps = block_and_warps(choice, len(x_t), numel, x_t.device, most_block(x_t.itemsize))
     args: dict[str, Any] = {
         "x_t": x_t, "target": target, "x0": x0, "table": table.contiguous(), "t": t.contiguous(), "noise": noise,
         "keys": None if keys is None else keys.contiguous(), "step": step, "numel": numel, "P": pixels,
@@ -96,6 +111,7 @@ def make_launch(
     for name, walk in (("x0", x0_walk), ("y", y_walk), ("noise", noise_walk)):
         args |= {f"{name}_sample": walk.sample, f"{name}_channel": walk.channel, f"{name}_pixel": walk.pixel}
     constexprs = {"X0_LINEAR": x0_walk.linear, "Y_LINEAR": y_walk.linear, "NOISE_LINEAR": noise_walk.linear,
+                  "FOURS": pixels % 4 == 0,
                   "STREAM": STREAM_Q_SAMPLE, "V": velocity, "BLOCK": block}  # fmt: skip
     programs = num_programs(x_t.shape[0], numel, block)
     return Launch("q_sample", _q_sample, programs, args, constexprs, num_warps)
@@ -140,7 +156,8 @@ def _variant(
     flags = [name for name, on in (("v", v), ("given", given), ("channels_last", channels_last)) if on]
     pointer = f"*{dtype}"
     signature = {"x_t": pointer, "x0": pointer, "table": "*fp32", "t": "*i64"}
-    constexprs: dict[str, Any] = {"STREAM": STREAM_Q_SAMPLE, "V": v, "BLOCK": BLOCK}
+    constexprs: dict[str, Any] = {"STREAM": STREAM_Q_SAMPLE, "V": v, "FOURS": True}
+    constexprs["BLOCK"] = most_block(4 if dtype == "fp32" else 2)
     # The target of "epsilon" is the given noise itself, so nothing is written.
     if target and (v or not given):
         signature["target"] = pointer

@@ -34,6 +34,11 @@ class QSampleTask(ElementwiseTask):
             "target": self.image(None, channels) if self.named["target"] else None,
         }
 
+    def most_block(self) -> int:
+        from fastddpm_kernels.q_sample.triton import most_block
+
+        return most_block(self.key.dtype.itemsize)
+
     def launch(self, choice: Choice | None, operands: Operands) -> Any:
         from fastddpm_kernels.q_sample.triton import make_launch
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from fastddpm_kernels import tuned
 from fastddpm_kernels.device.strided import (
     AOT,
-    BLOCK,
+    MOST_BLOCK,
     aot,
     block_and_warps,
+    elements,
     num_programs,
     offsets,
     run,
@@ -46,22 +47,23 @@ def _reverse_step(
     known_sample, known_channel, known_pixel, mask_sample, mask_channel, mask_pixel,
     OUT_LINEAR: tl.constexpr, NET_LINEAR: tl.constexpr, KNOWN_LINEAR: tl.constexpr, MASK_LINEAR: tl.constexpr,
     SCALE_STRIDE: tl.constexpr, STREAM: tl.constexpr, KNOWN_STREAM: tl.constexpr, BLOCK: tl.constexpr,
-    HISTORY: tl.constexpr,
+    HISTORY: tl.constexpr, FOURS: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = 7 + HISTORY
     blocks = tl.cdiv(numel, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK
-    element = first + tl.arange(0, BLOCK)
+    element = elements(first, BLOCK)
     mask = element < numel
     here = n * numel + element
 
     # All wide loads come first, so that making the noise hides their latency.
     x_t = tl.load(x + here, mask=mask)
-    at = offsets(n, element, out_sample, out_channel, out_pixel, P, OUT_LINEAR)
+    at = offsets(n, first, out_sample, out_channel, out_pixel, P, OUT_LINEAR, FOURS, BLOCK)
     prediction = tl.load(out + at, mask=mask).to(tl.float32)
     if guidance_scale is not None:
-        at = offsets(n + batch, element, out_sample, out_channel, out_pixel, P, OUT_LINEAR)  # the conditional half
+        # The conditional half.
+        at = offsets(n + batch, first, out_sample, out_channel, out_pixel, P, OUT_LINEAR, FOURS, BLOCK)
         conditional = tl.load(out + at, mask=mask).to(tl.float32)
         scale = tl.load(guidance_scale + n * SCALE_STRIDE)
         prediction = tl.fma(scale, conditional - prediction, prediction)
@@ -128,19 +130,19 @@ def _reverse_step(
         else:
             if sigma != 0.0:
                 z2 = normals(keys + 2 * n, row, KNOWN_STREAM, first, BLOCK)
-        at = offsets(n, element, known_sample, known_channel, known_pixel, P, KNOWN_LINEAR)
+        at = offsets(n, first, known_sample, known_channel, known_pixel, P, KNOWN_LINEAR, FOURS, BLOCK)
         kept = tl.fma(sigma, z2, signal * tl.load(known + at, mask=mask))
-        at = offsets(n, element, mask_sample, mask_channel, mask_pixel, P, MASK_LINEAR)
+        at = offsets(n, first, mask_sample, mask_channel, mask_pixel, P, MASK_LINEAR, FOURS, BLOCK)
         keep = tl.load(known_mask + at, mask=mask)
         result = tl.fma(keep, kept, (1.0 - keep) * result)
 
     tl.store(x_next + here, result, mask=mask)
     if net_in is not None:
-        at = offsets(n, element, net_sample, net_channel, net_pixel, P, NET_LINEAR)
+        at = offsets(n, first, net_sample, net_channel, net_pixel, P, NET_LINEAR, FOURS, BLOCK)
         value = result.to(net_in.dtype.element_ty)
         tl.store(net_in + at, value, mask=mask)
         if guidance_scale is not None:
-            at = offsets(n + batch, element, net_sample, net_channel, net_pixel, P, NET_LINEAR)
+            at = offsets(n + batch, first, net_sample, net_channel, net_pixel, P, NET_LINEAR, FOURS, BLOCK)
             tl.store(net_in + at, value, mask=mask)
 
 
@@ -197,7 +199,7 @@ def make_launch(
             0 if known is None else 2 if o.known_noise is None else 1,
         )  # fmt: skip
         choice = tuned.choice("reverse_step", x.device, out.dtype, shape)
-    block, num_warps = block_and_warps(choice, numel)
+    block, num_warps = block_and_warps(choice, n, numel, x.device)
     args: dict[str, Any] = {
         "x_next": x_next, "x0": x0, "net_in": net_in, "x": x, "out": out, "table": table.contiguous(), "step": step,
         "history": history,
@@ -212,6 +214,7 @@ def make_launch(
         "OUT_LINEAR": out_walk.linear, "NET_LINEAR": net_walk.linear, "KNOWN_LINEAR": known_walk.linear,
         "MASK_LINEAR": mask_walk.linear, "SCALE_STRIDE": 0 if scale is None or scale.shape[0] == 1 else 1,
         "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": block, "HISTORY": table.shape[1] - 7,
+        "FOURS": numel // channels % 4 == 0,
     }  # fmt: skip
     return Launch("reverse_step", _reverse_step, num_programs(n, numel, block), args, constexprs, num_warps)
 
@@ -288,7 +291,8 @@ def _variant(dtype: str, flags: set[str]) -> Variant:
     }  # fmt: skip
     signature = {"x_next": "*fp32", "x": "*fp32", "out": f"*{dtype}", "table": "*fp32", "step": "*i64"}
     constexprs: dict[str, Any] = {
-        "SCALE_STRIDE": 0, "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": BLOCK,
+        "SCALE_STRIDE": 0, "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": MOST_BLOCK,
+        "FOURS": True,
         "HISTORY": 3 if "history" in flags else 0,
     }  # fmt: skip
     for name, (kind, needed) in optional.items():

@@ -87,8 +87,7 @@ class Lowering(TransformerBuilder):
                     x = self._resnet(layer, x)
                 else:
                     x = self._upsample(layer, x, self.shapes[skips[-1].slot][1:] if forced else None)
-        x = self.norm(unet.conv_norm_out, x, activation=ACTIVATIONS[type(unet.conv_act)])
-        return self.conv_to_image(unet.conv_out, x).slot
+        return self.normed_conv_to_image(unet.conv_norm_out, unet.conv_out, x, ACTIVATIONS[type(unet.conv_act)]).slot
 
     def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
         """See `Builder.affordable`.
@@ -136,7 +135,9 @@ class Lowering(TransformerBuilder):
         name = self.names[layer]
         if not layer.use_conv:
             return self.resampled(halve, x, name)
-        return self.halved_by_conv(layer.conv, x, layer.padding, name)
+        y = self.halved_by_conv(layer.conv, x, layer.padding, name)
+        self.done(layer)
+        return y
 
     def _upsample(self, layer: Any, x: Activation, size: tuple[int, ...] | None) -> Activation:
         """Emit an upsampling by two, or to the size of the skip connection that follows."""
@@ -151,9 +152,12 @@ class Lowering(TransformerBuilder):
         if self.constants.refilling and any(key.startswith(plain) for key in self.constants.tensors):
             self.conv_same(conv, x, key="plain")
         if size is None or tuple(size) == (2 * height, 2 * width):
-            return self.conv_of_double(conv, x)
-        x = self.other(f"{name}.size", [x.slot], lambda v: F.interpolate(v, size=size, mode="nearest"))
-        return self.conv_same(conv, x, key="plain")
+            y = self.conv_of_double(conv, x)
+        else:
+            x = self.other(f"{name}.size", [x.slot], lambda v: F.interpolate(v, size=size, mode="nearest"))
+            y = self.conv_same(conv, x, key="plain")
+        self.done(layer)
+        return y
 
     def _attention(self, layer: Any, x: Activation) -> Activation:
         if type(layer).__name__ == "Attention":

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels.attention_block import fold
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen.blueprint import Embeddings
@@ -37,6 +38,14 @@ def attention_projections(attention: Attention) -> tuple[Tensor, Tensor]:
         biases[2] = to_out @ biases[2] + out.bias.double()
         weights[2] = to_out @ weights[2]
     return torch.cat(weights), torch.cat(biases)
+
+
+def attention_matrices(attention: Attention) -> tuple[Tensor, ...]:
+    """Return the matrices and biases of `attention_block_` for a layer of one head."""
+    weight, bias = attention.qkv()
+    out = cast(nn.Linear, attention.to_out[0])
+    own = torch.zeros(len(out.weight)) if out.bias is None else out.bias
+    return fold(weight.double(), bias.double(), out.weight, own, attention.head_dim)
 
 
 def time_projections(unet: UNet) -> tuple[Tensor, Tensor, dict[str, slice]]:

@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels.attention_block import MOST_CHANNELS
 from torch import Tensor
 
 from fastddpm.networks.frozen import instructions as ops
 from fastddpm.networks.frozen.builder import Activation, add
 from fastddpm.networks.frozen.kinds.unet import folding
 from fastddpm.networks.frozen.residual import ResidualBlock, ResidualBuilder
+from fastddpm.networks.frozen.whole_layers import NormBefore
 from fastddpm.networks.unet import layers
 from fastddpm.networks.unet.layers import AdaResnetBlock, Block, ResnetBlock, double, halve
 from fastddpm.networks.unet.model import UNet
@@ -80,8 +82,7 @@ class Lowering(ResidualBuilder):
             elif isinstance(up, layers.UpBlock):
                 for layer in up.upsamplers:
                     x = self._resnet(layer, x) if isinstance(layer, ResnetBlock) else self._upsample(layer, x)
-        x = self.norm(unet.conv_norm_out, x)
-        x = self.conv_to_image(unet.conv_out, x)
+        x = self.normed_conv_to_image(unet.conv_norm_out, unet.conv_out, x)
         if image is not None:
             x = self.other("conv_out.image", [x.slot, image.slot], torch.add)
         if unet.config.time_embedding_type == "fourier":
@@ -178,14 +179,21 @@ class Lowering(ResidualBuilder):
         return self.norm(norm, x, skip, scale=scale, shift=shift, activation=activation)
 
     def _attention(self, layer: Any, x: Activation) -> Activation:
-        name = self.names[layer]
-        if layer.group_norm is None:
-            self.complete(x, name)
-            h = x
-        else:
-            h = self.norm(layer.group_norm, x, activation=None)
+        name, channels = self.names[layer], self.shapes[x.slot][0]
+        norm = None if layer.group_norm is None else NormBefore(layer.group_norm, None)
+        small = norm is not None and layer.heads == 1 and channels <= MOST_CHANNELS
+        if norm is not None and small and self.takes_block(x, norm.layer):
+            y = self.attention_block(name, norm.layer, x, partial(folding.attention_matrices, layer))
+            return self.divided(y, layer.output_scale, name)
         weight, bias = folding.attention_projections(layer)
-        qkv = self.linear(f"{name}.to_qkv", h.slot, weight, bias)
+        whole = norm is not None and self.takes_whole(x, len(bias), 1, norm=norm)
+        if whole:
+            qkv = self.whole_pointwise(f"{name}.to_qkv", x, weight, bias, norm=norm).slot
+        else:
+            if norm is None:
+                self.complete(x, name)
+            h = x if norm is None else self.norm(norm.layer, x, activation=None)
+            qkv = self.linear(f"{name}.to_qkv", h.slot, weight, bias)
         folded = folding.folds_output(layer)
         inner = layer.heads * layer.head_dim
         value_dim = (len(bias) - 2 * inner) // layer.heads
@@ -200,6 +208,10 @@ class Lowering(ResidualBuilder):
         )  # fmt: skip
         if folded:
             y = Activation(out, x.bias, x.slot)
+        elif whole:
+            y = self.whole_pointwise(
+                f"{name}.to_out.0", Activation(out), layer.to_out[0].weight, layer.to_out[0].bias, residual=x.slot
+            )
         else:
             projection = layer.to_out[0]
             y = self.pointwise(f"{name}.to_out.0", out, projection.weight, add(projection.bias, x.bias), x.slot)
