@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import unets
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from fastddpm_kernels import philox
 from torch import Tensor, nn
@@ -18,17 +19,7 @@ from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
 
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-    "attention_head_dim": None,
-}
+SMALL: dict[str, Any] = unets.SMALL | {"block_out_channels": (16, 32), "attention_head_dim": None}
 
 
 def small_unet(**changes: Any) -> UNet:
