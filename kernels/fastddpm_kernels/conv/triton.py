@@ -66,7 +66,7 @@ class Operands(NamedTuple):
 
 
 def channels_last_weight(weight: Tensor, upsample: bool) -> Tensor:
-    """Return a weight as the kernel reads it: [O][k][k][C], or with `upsample` [phase][O][2][2][C]; a copy if needed."""
+    """Return a weight as the kernel reads it, [O][k][k][C] or, with `upsample`, [phase][O][2][2][C]; or a copy."""
     if upsample:
         return weight if weight.ndim == 5 else phase_weight(weight)
     return weight.contiguous(memory_format=torch.channels_last)
