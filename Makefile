@@ -1,7 +1,10 @@
-.PHONY: test quick lint bench
+.PHONY: test long quick lint bench
 
-test:  ## everything that can run here
+test:  ## five minutes on two cores
 	pytest -n auto
+
+long:  ## and what takes minutes: every random case and compiled variant, native code for other CPUs, whole benchmarks
+	pytest -n auto --long
 
 # A thousand tests that touch every room.
 QUICK = tests/test_layout.py tests/common tests/process tests/kernels/test_backend.py tests/kernels/test_philox.py \

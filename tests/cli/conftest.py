@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from unets import TINY
 
 from fastddpm import NoiseSchedule, UNet, save_pretrained
 from fastddpm.cli import main
-
-TINY: dict[str, Any] = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from unets import TINY
 
 from fastddpm.common.images import to_uint8
 from fastddpm.evaluation.comparison import PrecisionReport, PrecisionResult, check_precisions, compare_precisions
@@ -156,17 +157,8 @@ def test_judge() -> None:
 
 def unet(**changes: Any) -> UNet:
     torch.manual_seed(0)
-    config: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8, 8),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-    }
-    return UNet(**{**config, **changes}).eval()
+    attends = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return UNet(**{**TINY, "block_out_channels": (8, 8), **attends, **changes}).eval()
 
 
 def test_unets_with_classes_guidance_and_variance() -> None:

@@ -15,19 +15,16 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from unets import TINY
 
 from fastddpm import GaussianDiffusion, NoiseSchedule, Trainer, UNet, accelerate, load_pretrained, save_pretrained
 
-CONFIG: dict[str, Any] = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
-}  # fmt: skip
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_pretrained(tmp_path / "model", UNet(**CONFIG), NoiseSchedule.linear(100))
+    save_pretrained(tmp_path / "model", UNet(**TINY), NoiseSchedule.linear(100))
     return tmp_path / "model"
 
 
@@ -67,7 +64,7 @@ def test_runs_and_their_checkpoints_lead_to_their_models(tmp_path: Path) -> None
     run = tmp_path / "run"
     data = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
     Trainer(
-        GaussianDiffusion(UNet(**CONFIG), NoiseSchedule.linear(20)), list(data), results_folder=str(run),
+        GaussianDiffusion(UNet(**TINY), NoiseSchedule.linear(20)), list(data), results_folder=str(run),
         train_num_steps=4, train_batch_size=4, save_every=2, num_workers=0, tensorboard=False, num_samples=1,
         ema_warmup=False, ema_decay=0.5, train_lr=1e-2,
     ).train()  # fmt: skip
@@ -89,7 +86,7 @@ def test_runs_and_their_checkpoints_lead_to_their_models(tmp_path: Path) -> None
 
 def edit_config(name: str, value: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        path = folder / ("unet/config.json" if name in CONFIG else "scheduler/scheduler_config.json")
+        path = folder / ("unet/config.json" if name in TINY else "scheduler/scheduler_config.json")
         path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
 
     return change
@@ -225,7 +222,7 @@ def test_levels_that_underflow_are_named() -> None:
     """Finite betas, of which float32 leaves levels of 0: the betas computed from those would be nan."""
     scheduler = DDPMScheduler(beta_start=0.01, beta_end=0.2)
     with pytest.raises(ValueError, match=r"beta_end is 0.2, so large that alphas_cumprod is 0 in float32"):
-        accelerate((UNet(**CONFIG).to_diffusers(), scheduler), allow_general=False)
+        accelerate((UNet(**TINY).to_diffusers(), scheduler), allow_general=False)
 
 
 def test_narrow_networks_are_named_by_their_width() -> None:
@@ -234,7 +231,7 @@ def test_narrow_networks_are_named_by_their_width() -> None:
             block_out_channels=(1,), norm_num_groups=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
         )
     with pytest.raises(ValueError, match="^timestep_channels is 1, must be at least 2"):
-        UNet(**CONFIG, timestep_channels=1)
+        UNet(**TINY, timestep_channels=1)
 
 
 def test_values_are_not_printed_whole() -> None:

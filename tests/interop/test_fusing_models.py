@@ -11,6 +11,7 @@ import torch
 from fastddpm_kernels.testing import assert_close
 from fusing_networks import ADD, FILM, PLAIN, done, exactly
 from torch import Tensor
+from unets import SMALL
 
 from fastddpm.interop.fusing import fuse
 from fastddpm.process.schedule import NoiseSchedule
@@ -18,15 +19,7 @@ from fastddpm.sampling.sampler import Sampler
 
 
 def unet(**options: Any) -> diffusers.UNet2DModel:
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 24),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        **options,
-    ).eval()
+    return diffusers.UNet2DModel(**SMALL, **options).eval()
 
 
 def conditional_unet() -> diffusers.UNet2DConditionModel:
@@ -53,7 +46,11 @@ RESNETS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", RESNETS)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [("default", "triton"), ("scale_shift", "eager"), ("scale_shift", "triton"), ("resnet_sampling", "eager")],
+    indirect=["backend"],
+)
 def test_unet2d(case: str, backend: str) -> None:
     options, second = RESNETS[case]
     model, (x, t) = unet(**options), unet_inputs()

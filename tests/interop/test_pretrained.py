@@ -10,25 +10,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from unets import TINY
 
 from fastddpm import NoiseSchedule, Sampler, UNet, load_pretrained, save_pretrained
 from fastddpm.interop.scheduler_config import load_scheduler
 
-CONFIG: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-}
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_pretrained(tmp_path / "model", UNet(**CONFIG), NoiseSchedule.linear(100))
+    save_pretrained(tmp_path / "model", UNet(**TINY), NoiseSchedule.linear(100))
     return tmp_path / "model"
 
 
@@ -44,7 +34,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.beta_schedule)
 def test_what_is_saved_is_loaded_here_and_by_diffusers(schedule: NoiseSchedule, tmp_path: Path) -> None:
-    unet = UNet(**CONFIG).eval()  # in training mode a CPU convolves in another way
+    unet = UNet(**TINY).eval()  # in training mode a CPU convolves in another way
     settings = {"prediction_type": "v_prediction", "variance_type": "fixed_large", "clip_sample_range": 2.0}
     save_pretrained(tmp_path, unet, schedule, **settings)  # type: ignore[arg-type]
     ours = load_pretrained(tmp_path)
@@ -64,7 +54,7 @@ def test_what_is_saved_is_loaded_here_and_by_diffusers(schedule: NoiseSchedule, 
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
 def test_what_diffusers_saves_is_loaded(kind: type, tmp_path: Path) -> None:
     scheduler = kind(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", steps_offset=1)
-    DDPMPipeline(UNet2DModel(**CONFIG), scheduler).save_pretrained(tmp_path)
+    DDPMPipeline(UNet2DModel(**TINY), scheduler).save_pretrained(tmp_path)
     model = load_pretrained(tmp_path)
     assert model.schedule.beta_schedule == "squaredcos_cap_v2"
     sampler = model.sampler(num_inference_steps=10)
@@ -128,7 +118,7 @@ def test_settings_can_be_overridden(folder: Path) -> None:
 
 
 def test_network_dtype(folder: Path) -> None:
-    unet = UNet(**CONFIG).half()
+    unet = UNet(**TINY).half()
     save_pretrained(folder, unet, NoiseSchedule.linear(10))
     assert load_pretrained(folder).unet.dtype == torch.float32
     assert load_pretrained(folder, dtype=None).unet.dtype == torch.float16
@@ -223,12 +213,12 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prediction_type is 'score'"):
-        save_pretrained(tmp_path / "model", UNet(**CONFIG), NoiseSchedule.linear(10), prediction_type="score")
+        save_pretrained(tmp_path / "model", UNet(**TINY), NoiseSchedule.linear(10), prediction_type="score")
     assert not (tmp_path / "model").exists()
 
 
 def test_old_folders_without_subfolders_are_loaded(tmp_path: Path) -> None:
-    DDPMPipeline(UNet2DModel(**CONFIG), DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path)
+    DDPMPipeline(UNet2DModel(**TINY), DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path)
     for path in [*tmp_path.glob("unet/*"), *tmp_path.glob("scheduler/*")]:
         path.rename(tmp_path / path.name)
     (tmp_path / "unet").rmdir()
@@ -243,7 +233,7 @@ def test_learned_variance_of_a_multistep_scheduler_is_read(folder: Path) -> None
     schedule, settings = load_scheduler(path)
     assert settings["variance_type"] == "learned_range"
     assert "clip_sample" not in settings  # that scheduler has no such field, and does not clip
-    two = UNet(**{**CONFIG, "out_channels": 2})
+    two = UNet(**{**TINY, "out_channels": 2})
     assert Sampler(two, schedule, **settings).clip_range is None
 
 

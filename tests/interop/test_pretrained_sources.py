@@ -14,22 +14,12 @@ from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
+from unets import TINY
 
 from fastddpm import NoiseSchedule, UNet, accelerate, load_pretrained, save_pretrained
 from fastddpm.interop import guided_diffusion, hub
 from fastddpm.interop.guided_diffusion import weights
 from fastddpm.interop.guided_diffusion.flags import model_flags, unet_config
-
-CONFIG: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-}
 
 
 def bias(model: Any) -> Any:
@@ -38,7 +28,7 @@ def bias(model: Any) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_pretrained(tmp_path / "model", UNet(**CONFIG), NoiseSchedule.linear(100))
+    save_pretrained(tmp_path / "model", UNet(**TINY), NoiseSchedule.linear(100))
     return tmp_path / "model"
 
 
@@ -47,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_averaged_weights_as_diffusers_saves_them(tmp_path: Path) -> None:
     """What its training example writes: checkpoints with both weights, and in the end a pipeline."""
-    model = UNet2DModel(**CONFIG)
+    model = UNet2DModel(**TINY)
     DDPMPipeline(model, DDPMScheduler(num_train_timesteps=30)).save_pretrained(tmp_path)
     average = EMAModel(model.parameters(), model_cls=UNet2DModel, model_config=model.config)
     average.shadow_params[-1].fill_(0.25)  # the bias of the last convolution
@@ -86,7 +76,7 @@ def latent(tmp_path: Path) -> Path:
         norm_num_groups=4,
         num_vq_embeddings=4,
     )
-    LDMPipeline(decoder, UNet2DModel(**CONFIG), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "latent")
+    LDMPipeline(decoder, UNet2DModel(**TINY), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "latent")
     return tmp_path / "latent"
 
 
@@ -135,7 +125,7 @@ def put(cache: Path, folder: Path, name: str, revision: str = "main", commit: st
 
 def test_models_in_the_local_cache_of_the_hub(cache: Path, folder: Path, tmp_path: Path) -> None:
     put(cache, folder, "someone/digits-8")
-    save_pretrained(tmp_path / "other", UNet(**CONFIG), NoiseSchedule.linear(50))
+    save_pretrained(tmp_path / "other", UNet(**TINY), NoiseSchedule.linear(50))
     put(cache, tmp_path / "other", "someone/digits-8", "v2", "b" * 40)
     model = load_pretrained("someone/digits-8")
     assert bias(model) == bias(load_pretrained(folder))

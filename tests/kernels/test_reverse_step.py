@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from fastddpm_kernels.philox import STREAM_KNOWN, STREAM_STEP, normal, sample_keys
@@ -222,69 +221,6 @@ def test_layouts(backend: str, device: torch.device) -> None:
         whole = arguments | {"known_mask": arguments["known_mask"].expand(2, 3, 6, 10).contiguous()}
         for one, other in zip(call(arguments, 2, backend), call(whole, 2, backend), strict=True):
             assert torch.equal(one, other)
-
-
-def diffusers_rows(scheduler: diffusers.DDPMScheduler, prediction_type: str, variance_type: str) -> tuple[Tensor, ...]:
-    """Return table and log-variances of ancestral sampling over the scheduler's steps (Ho et al. 2020, eq. 7)."""
-    abar = scheduler.alphas_cumprod
-    rows, log_variances = [], []
-    for t in scheduler.timesteps.tolist():
-        before = t - len(abar) // len(scheduler.timesteps)
-        now, previous = float(abar[t]), float(abar[before]) if before >= 0 else 1.0
-        beta = 1 - now / previous
-        a, b = {
-            "epsilon": (now**-0.5, -(((1 - now) / now) ** 0.5)),
-            "sample": (0.0, 1.0),
-            "v_prediction": (now**0.5, -((1 - now) ** 0.5)),
-        }[prediction_type]
-        small = max((1 - previous) / (1 - now) * beta, 1e-20)
-        std = {"fixed_small": small**0.5, "fixed_large": beta**0.5, "learned_range": 1.0}[variance_type]
-        c, d = previous**0.5 * beta / (1 - now), (1 - beta) ** 0.5 * (1 - previous) / (1 - now)
-        rows.append([a, b, c, d, 0.0, 0.0, std if t > 0 else 0.0])
-        log_variances.append([math.log(small), math.log(beta)])
-    return torch.tensor(rows), torch.tensor(log_variances)
-
-
-@pytest.mark.parametrize(
-    ("prediction_type", "variance_type", "clip"),
-    [
-        ("epsilon", "fixed_small", True),
-        ("epsilon", "learned_range", True),
-        ("epsilon", "fixed_large", False),
-        ("sample", "fixed_small", False),
-        ("sample", "learned_range", True),
-        ("v_prediction", "fixed_large", True),
-        ("v_prediction", "learned_range", False),
-        ("sample", "fixed_large", True),
-        ("v_prediction", "fixed_small", False),
-    ],
-)
-def test_agrees_with_diffusers(
-    backend: str, device: torch.device, prediction_type: str, variance_type: str, clip: bool
-) -> None:
-    scheduler = diffusers.DDPMScheduler(
-        1000, prediction_type=prediction_type, variance_type=variance_type, clip_sample=clip, clip_sample_range=1.0
-    )
-    scheduler.alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    scheduler.set_timesteps(50)
-    table, log_variance = diffusers_rows(scheduler, prediction_type, variance_type)
-    learned = variance_type == "learned_range"
-    for row in (0, 20, 48, 49):
-        x, out = torch.randn(2, 3, 8, 8), torch.randn(2, 6 if learned else 3, 8, 8).clamp(-1, 1)
-        expected = scheduler.step(
-            out.double(), int(scheduler.timesteps[row]), x.double(), generator=torch.Generator().manual_seed(row)
-        )
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(row), dtype=torch.float64)
-        x_next, x0 = reverse_step(
-            x.to(device), out.to(device), table.to(device), torch.tensor([row], device=device),
-            noise=noise.to(device), clip_range=1.0 if clip else None,
-            log_variance=log_variance.to(device) if learned else None, backend=backend,
-        )  # fmt: skip
-        assert_close(x_next, expected.prev_sample, name=f"x_next, row {row}")
-        # A*x and B*out nearly cancel where x is nearly noise: each is rounded as a table entry and as a product, and
-        # their sum once more, so that float32 allows 3 half units of what they were, not of what is left.
-        terms = (table[row, 0] * x).abs() + (table[row, 1] * out[:, :3]).abs()
-        assert ((x0.cpu() - expected.pred_original_sample).abs() <= 3.001 * 2.0**-24 * terms.double()).all()
 
 
 def test_nan_of_the_network_is_not_hidden(backend: str, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import unets
 from torch import Tensor, nn
 
 from fastddpm.networks import overflow
@@ -13,17 +14,7 @@ from fastddpm.networks.overflow import OverflowReport, activation_ranges, choose
 from fastddpm.networks.unet.model import UNet
 from fastddpm.process.schedule import NoiseSchedule
 
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-    "attention_head_dim": None,
-}
+SMALL: dict[str, Any] = unets.SMALL | {"block_out_channels": (16, 32), "attention_head_dim": None}
 SCHEDULE = NoiseSchedule.linear()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import unets
 from diffusers import UNet2DModel
 from fastddpm_kernels.testing import assert_close, errors
 from safetensors.torch import load_file, save_file
@@ -24,25 +25,11 @@ RESNETS: dict[str, Any] = {
     "block_out_channels": (16, 24, 8),
 }
 # What differs from SMALL. Whatever diffusers does with an option, so does fastddpm.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "heads_of_8": {},
-    "one_head": {"attention_head_dim": None},
-    "head_dim_not_a_divisor": {"attention_head_dim": 7},
-    "padding_0": {"downsample_padding": 0},
+OPTIONS: dict[str, dict[str, Any]] = unets.OPTIONS | {
     "original_sinusoids": {"flip_sin_to_cos": False, "freq_shift": 1},
     "odd_sinusoids": {"block_out_channels": (15, 25), "norm_num_groups": 5, "attention_head_dim": 5},
     "time_embedding_dim": {"time_embedding_dim": 20},
-    "classes": {"num_class_embeds": 5},
-    "class_timestep": {"class_embed_type": "timestep"},
-    "class_identity": {"class_embed_type": "identity"},
-    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
     "scale_shift_attn_groups": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 3},
-    "attn_groups": {"attn_norm_num_groups": 2, "norm_eps": 1e-2},
-    "mid_scale": {"mid_block_scale_factor": 1.7},
-    "no_mid_attention": {"add_attention": False, "attn_norm_num_groups": 7},
-    "no_mid_block": {"mid_block_type": None},
-    "centred": {"center_input_sample": True, "act_fn": "swish"},
-    "channels": {"in_channels": 1, "out_channels": 6, "layers_per_block": 2},
     "resnet_resampling": {"downsample_type": "resnet", "upsample_type": "resnet", **RESNETS},
     "resnet_resampling_scale_shift": {
         "resnet_time_scale_shift": "scale_shift",
@@ -52,17 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **RESNETS,
     },
     "resnet_resampling_in_some_blocks": {"upsample_type": "resnet", "layers_per_block": 2},
-    "one_level": {
-        "block_out_channels": (16,),
-        "down_block_types": ("AttnDownBlock2D",),
-        "up_block_types": ("AttnUpBlock2D",),
-    },
-    "three_levels": {
-        "block_out_channels": (8, 24, 16),
-        "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 2,
-    },
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from unets import TINY
 
 from fastddpm import NoiseSchedule, Sampler, UNet
 from fastddpm.process.tables import ddim_inversion_table, ddim_table, ddpm_table
@@ -37,21 +38,11 @@ def configured(**config: int) -> Callable[..., Tensor]:
     return model
 
 
-UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-}
 CLASSES = {"model": configured(num_class_embeds=4, null_class=3)}
 IDENTITY, TIMESTEP = (
-    {"model": UNet(**UNET, class_embed_type=kind), "num_samples": 3} for kind in ("identity", "timestep")
+    {"model": UNet(**TINY, class_embed_type=kind), "num_samples": 3} for kind in ("identity", "timestep")
 )
-FIVE = {"model": UNet(**UNET, num_class_embeds=5)}
+FIVE = {"model": UNet(**TINY, num_class_embeds=5)}
 MASK = {"known": torch.zeros(2, 4), "known_mask": torch.full((2, 4), 5.0)}
 
 # The settings of a sampler, then the arguments of `sample`; a part of the message. TypeError where it is marked.

@@ -119,13 +119,6 @@ def test_strength_is_the_share_of_steps_that_run(strength: float, steps: int) ->
     assert told == draw.timesteps.tolist()[-steps:]
 
 
-def test_seeds_make_results_independent_of_the_batch() -> None:
-    draw, images = sampler(), pictures(3)
-    together = image_to_image(draw, images, 0.5, seeds=[4, 5, 6])
-    alone = image_to_image(draw, images[1:2], 0.5, seeds=[5])
-    assert torch.equal(together[1:2], alone)
-
-
 @pytest.mark.parametrize("shape", [(2, 33), (3, 4, 5, 6), (17, 3)])
 def test_any_shape_of_data(shape: tuple[int, ...]) -> None:
     data = pictures(2, *shape)
@@ -147,32 +140,6 @@ def test_what_is_known_is_kept_exactly(method: str, resamples: int) -> None:
     assert rms((filled - images)[~keep]) > 0.3
     hidden = torch.where(keep, images, torch.nan)
     assert torch.equal(inpaint(draw, hidden, mask, jump_length=5, jump_n_sample=resamples, seed=1), filled)
-
-
-def test_steps_are_those_of_repaint() -> None:
-    from diffusers import RePaintScheduler
-
-    theirs = RePaintScheduler()
-    theirs.set_timesteps(50, jump_length=7, jump_n_sample=4)
-    walk = theirs.timesteps.tolist()
-    down = [t for before, t in zip([walk[0] + 1, *walk], walk, strict=False) if t < before]
-    told: list[int] = []
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        told.append(int(t[0]))
-        return gaussian(x, t)
-
-    rows: list[int] = []
-    inpaint(
-        sampler(model),
-        pictures(1),
-        torch.ones(1),
-        jump_length=7,
-        jump_n_sample=4,
-        callback=lambda index, t, x: rows.append(t) and None,
-    )
-    assert told == down
-    assert len(rows) == len(walk)
 
 
 def test_resampling_finds_the_conditional_distribution() -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler
 from guided_models import LINEAR, NULL, Labelled, doubled, label, toy
 from torch import Tensor
 
-from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.guidance import DynamicThreshold, learned_std
 from fastddpm.sampling.sampler import Sampler
 
@@ -117,27 +116,6 @@ def test_threshold_is_the_quantile(ratio: float, size: int) -> None:
     torch.testing.assert_close(DynamicThreshold(ratio, 4.0)(x0).double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++"])
-def test_dynamic_thresholding_is_that_of_diffusers(method: str) -> None:
-    thresholds: dict[str, Any] = {
-        "thresholding": True,
-        "dynamic_thresholding_ratio": 0.8,
-        "sample_max_value": 3.0,
-    }
-    kinds: dict[str, Any] = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
-    scheduler = kinds[method](1000, 1e-4, 0.02, "linear", **thresholds)
-    scheduler.set_timesteps(12)
-    x = x_T = 2 * torch.randn(3, 2, 6, 6)
-    noise = []
-    for index, t in enumerate(scheduler.timesteps):
-        more = {"generator": torch.Generator().manual_seed(index)} if method == "ddpm" else {}
-        noise.append(torch.randn(x.shape, generator=torch.Generator().manual_seed(index)))
-        x = scheduler.step(toy(x, t.expand(3)), t, x, **more).prev_sample
-    sampler = Sampler(toy, LINEAR, method, timesteps=scheduler.timesteps.tolist(), **thresholds)
-    images = sampler.sample(3, x_T=x_T, noise=torch.stack(noise))
-    torch.testing.assert_close(images, x, rtol=1e-4, atol=1e-4)
-
-
 def test_thresholding_under_guidance() -> None:
     """The threshold is that of the guided prediction."""
     model, labels = Labelled(), torch.tensor([0, 2])
@@ -156,37 +134,21 @@ def test_thresholding_under_guidance() -> None:
 # -- conditions -------------------------------------------------------------------------------------------------------
 
 
-def self_conditioned(x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-    x_self_cond = torch.zeros_like(x) if x_self_cond is None else x_self_cond
-    return torch.tanh(x + 0.7 * x_self_cond) + 0.1 * t.view(-1, *[1] * (x.ndim - 1)).to(x) / 1000
+def test_self_conditioning_by_name_and_by_channels_are_the_same() -> None:
+    """That by name is held to denoising_diffusion_pytorch's own loop in interop/test_lucidrains.py."""
 
-
-def test_self_conditioning_is_that_of_denoising_diffusion_pytorch() -> None:
-    """Its `p_sample_loop` (2.3.4), restated in float64: the clipped x_start goes into the next prediction."""
-    steps = 15
-    schedule = NoiseSchedule.cosine(steps)
-    betas, bar = schedule.betas, schedule.alphas_cumprod
-    bar_prev = torch.cat([torch.ones(1).double(), bar[:-1]])
-    x_T, noise = torch.randn(2, 1, 8, 8), torch.randn(steps, 2, 1, 8, 8)
-    img, x_start = x_T.double(), None
-    for index, t in enumerate(reversed(range(steps))):
-        pred_noise = self_conditioned(img, torch.full((2,), t), x_start)
-        x_start = ((1 / bar[t]).sqrt() * img - (1 / bar[t] - 1).sqrt() * pred_noise).clamp(-1, 1)
-        mean = betas[t] * bar_prev[t].sqrt() / (1 - bar[t]) * x_start
-        mean = mean + (1 - bar_prev[t]) * (1 - betas[t]).sqrt() / (1 - bar[t]) * img
-        log_variance = (betas[t] * (1 - bar_prev[t]) / (1 - bar[t])).clamp(min=1e-20).log()
-        img = mean + (0.5 * log_variance).exp() * noise[index] if t > 0 else mean
-    sampler = Sampler(self_conditioned, schedule, self_condition=True, convention="denoising_diffusion_pytorch")
-    images = sampler.sample(2, x_T=x_T, noise=noise)
-    torch.testing.assert_close(images.double(), img, rtol=0, atol=2e-5)
-    without = Sampler(self_conditioned, schedule).sample(2, x_T=x_T, noise=noise)
-    assert float((images - without).abs().max()) > 1e-2
+    def named(x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        return torch.tanh(x + 0.7 * (0 * x if x_self_cond is None else x_self_cond))
 
     def concatenated(x: Tensor, t: Tensor) -> Tensor:
-        return self_conditioned(x[:, 1:], t, x[:, :1])
+        return named(x[:, 1:], t, x[:, :1])
 
-    same = Sampler(concatenated, schedule, self_condition=True).sample(2, x_T=x_T, noise=noise)
-    torch.testing.assert_close(same, images, rtol=0, atol=1e-5)
+    one, other, without = (
+        Sampler(model, LINEAR, num_inference_steps=5, self_condition=told).sample(2, shape=(1, 8, 8))
+        for model, told in ((named, True), (concatenated, True), (named, False))
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert float((one - without).abs().max()) > 1e-2
 
 
 def test_self_condition_goes_to_both_halves() -> None:

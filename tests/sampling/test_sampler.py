@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+import unets
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from fastddpm_kernels import philox
 from torch import Tensor, nn
 
@@ -18,17 +19,7 @@ from fastddpm.process.repaint import repaint_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampling.sampler import Sampler
 
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-    "attention_head_dim": None,
-}
+SMALL: dict[str, Any] = unets.SMALL | {"block_out_channels": (16, 32), "attention_head_dim": None}
 
 
 def small_unet(**changes: Any) -> UNet:
@@ -101,54 +92,6 @@ def test_noise_tensor_and_callable_are_the_same() -> None:
 
     assert torch.equal(one, sampler.sample(3, x_T=x_T, noise=draw))
     assert calls == list(range(6))  # the last step adds no noise
-
-
-@pytest.mark.parametrize(
-    ("method", "kind", "theirs", "ours"),
-    [
-        ("ddim", DDIMScheduler, {}, {}),
-        ("ddim", DDIMScheduler, {"set_alpha_to_one": False, "steps_offset": 1}, {}),
-        ("ddim", DDIMScheduler, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}, {}),
-        ("dpmsolver++", DPMSolverMultistepScheduler, {}, {"timestep_spacing": "linspace", "clip_sample": False}),
-        (
-            "dpmsolver++",
-            DPMSolverMultistepScheduler,
-            {"solver_order": 1, "timestep_spacing": "trailing"},
-            {"clip_sample": False},
-        ),
-        (
-            "dpmsolver++",
-            DPMSolverMultistepScheduler,
-            {"timestep_spacing": "leading", "final_sigmas_type": "sigma_min", "lower_order_final": False},
-            {"clip_sample": False},
-        ),
-    ],
-)
-def test_equals_diffusers_schedulers(method: str, kind: Any, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    scheduler = kind(1000, 1e-4, 0.02, "linear", **theirs)
-    scheduler.set_timesteps(20)
-    x = x_T = torch.randn(2, 3, 8, 8)
-    for t in scheduler.timesteps:
-        x = scheduler.step(toy(x, t.expand(2)), t, x).prev_sample
-    sampler = Sampler(toy, NoiseSchedule.linear(), method, 20, **{**theirs, **ours})
-    assert sampler.timesteps.tolist() == scheduler.timesteps.tolist()
-    torch.testing.assert_close(sampler.sample(2, x_T=x_T), x, rtol=5e-6, atol=5e-5)
-
-
-@pytest.mark.parametrize("use_clipped_model_output", [False, True])
-def test_equals_stochastic_ddim(use_clipped_model_output: bool) -> None:
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(15)
-    noise = torch.randn(15, 2, 3, 8, 8)
-    x = x_T = torch.randn(2, 3, 8, 8)
-    for t, z in zip(scheduler.timesteps, noise, strict=True):
-        out = toy(x, t.expand(2))
-        step = scheduler.step(out, t, x, 0.7, use_clipped_model_output, variance_noise=z)
-        x = step.prev_sample
-    sampler = Sampler(
-        toy, NoiseSchedule.linear(), "ddim", 15, eta=0.7, use_clipped_model_output=use_clipped_model_output
-    )
-    torch.testing.assert_close(sampler.sample(2, x_T=x_T, noise=noise), x, rtol=0, atol=5e-5)
 
 
 def test_explicit_timesteps() -> None:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor
+from unets import TINY
 
 from fastddpm import NoiseSchedule, Sampler, UNet
 
-CONFIG: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-}
 SCHEDULE = NoiseSchedule.linear(40)
 
 
@@ -33,7 +22,7 @@ def labels(kind: str) -> Tensor:
 def test_real_labels(kind: str, of_diffusers: bool) -> None:
     """The samples of three networks that each have one of the labels built in."""
     torch.manual_seed(0)
-    theirs = UNet2DModel(**CONFIG, class_embed_type=kind).eval()
+    theirs = UNet2DModel(**TINY, class_embed_type=kind).eval()
     given = labels(kind)
     model = theirs if of_diffusers else UNet.from_diffusers(theirs)
     sampler = Sampler(model, SCHEDULE, num_inference_steps=5)

@@ -7,24 +7,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from unets import TINY
 
 from fastddpm import NoiseSchedule, Sampler, UNet, load_pretrained, save_pretrained
 
-TINY: dict[str, Any] = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
-    "num_class_embeds": 3,
-}  # fmt: skip
 Contents = dict[str, bytes]
 
 
 def tiny_unet() -> UNet:
     torch.manual_seed(0)
-    return UNet(**TINY)
+    return UNet(**TINY, num_class_embeds=3)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from unets import TINY
 
 from fastddpm import GaussianDiffusion, NoiseSchedule, Trainer, UNet
 
@@ -31,19 +32,8 @@ class Patterns(Dataset[Any]):
 def small(*, classes: bool = True, dropout: float = 0.0, **settings: Any) -> GaussianDiffusion:
     torch.manual_seed(3)
     fields: dict[str, Any] = {"num_class_embeds": 4, "null_class": 3} if classes else {}
-    unet = UNet(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-        add_attention=False,
-        dropout=dropout,
-        **fields,
-    )
+    changed = {"block_out_channels": (8, 8), "add_attention": False, "dropout": dropout}
+    unet = UNet(**TINY | changed | fields)
     return GaussianDiffusion(unet, NoiseSchedule.cosine(50), **settings)
 
 
