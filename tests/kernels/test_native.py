@@ -507,5 +507,5 @@ def test_which_ops_and_devices_have_native_kernels(native: str, monkeypatch: pyt
     ):
         with pytest.raises(BackendError, match=reason):
             resolve(op, native, device)
-    with pytest.raises(BackendError, match="there is no triton kernel of conv"):
-        resolve("conv", "triton", "cuda")
+    with pytest.raises(BackendError, match="there is no triton kernel of attention"):
+        resolve("attention", "triton", "cuda")
