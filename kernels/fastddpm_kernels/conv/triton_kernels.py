@@ -114,9 +114,9 @@ def _tile(
     index,
     y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics,
     blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2,
-    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -277,9 +277,9 @@ def _tile(
 def conv_kernel(
     y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias, residual, statistics,
     blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride, row_stride, plane1, plane2,
-    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-    SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO, PADDING,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, PDL: tl.constexpr,
     TMA: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -294,7 +294,8 @@ def conv_kernel(
             _tile(
                 index, y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias,
                 residual, statistics, blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane,
-                time_stride, row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2,
+                time_stride, row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE,
+                N, H, W, GH, GW, C, C2,
                 D, D2, CO, PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE, GROUPS, SPLITS,
                 PRECISION, PIXELS, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
             )  # fmt: skip
@@ -302,7 +303,8 @@ def conv_kernel(
         _tile(
             tl.program_id(0), y, sums, counters, x, x2, weight, shortcut, shortcut2, shortcut_weight, bias, time_bias,
             residual, statistics, blocks, arrivals, table, of_x, of_x2, gamma, beta, scale, shift, plane, time_stride,
-            row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW, C, C2, D, D2, CO,
+            row_stride, plane1, plane2, units1, units2, scale_stride, shift_stride, eps, groups, SIZE, N, H, W, GH, GW,
+            C, C2, D, D2, CO,
             PADDING, KERNEL, STRIDE, UPSAMPLE, INSIDE, EVEN, NORM, SILU, MERGE, GROUPS, SPLITS, PRECISION,
             PIXELS, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_COLUMNS, GROUP_M, TMA,
         )  # fmt: skip
