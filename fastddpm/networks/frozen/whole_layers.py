@@ -106,11 +106,11 @@ class WholeBuilder(Builder):
 
     def takes_block(self, x: Activation, norm: nn.GroupNorm) -> bool:
         """Return whether an attention of one head is emitted whole, by the fusion or the tuned table."""
-        if self.fusion != "auto":
-            return self.fusion == "full"
         channels, height, width = self.shapes[x.slot]
         shape = (self.batch, height * width, channels, norm.num_groups, int(self.m.allow_tf32))
         choice = tuned.choice("attention_block", self.device, self.dtype, shape)
+        if self.fusion != "auto":
+            return self.fusion == "full"
         return choice is not None and choice["implementation"] == "block"
 
     def whole_conv(
