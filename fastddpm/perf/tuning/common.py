@@ -24,7 +24,7 @@ BATCHES = {"cifar10": (1, 64), "stable-diffusion-1.5": (2,)}
 
 
 def common_keys(dtype: torch.dtype = torch.float16) -> dict[Key, int]:
-    """Return the shapes of whole layers of the published CIFAR-10 U-Net and, with diffusers, of Stable Diffusion 1.5."""
+    """Return the shapes of whole layers of the published CIFAR-10 U-Net and, with diffusers, Stable Diffusion 1.5."""
     with torch.device("meta"):
         models: dict[str, tuple[nn.Module, int]] = {"cifar10": (UNet(CIFAR10), 32)}
         try:
