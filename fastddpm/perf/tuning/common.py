@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from fastddpm_kernels import tuned
 from fastddpm_kernels.tuned import Key
-from torch import nn
 
 from fastddpm.networks.unet.config import UNetConfig
 from fastddpm.networks.unet.model import UNet
@@ -26,12 +28,10 @@ BATCHES = {"cifar10": (1, 64), "stable-diffusion-1.5": (2,)}
 def common_keys(dtype: torch.dtype = torch.float16) -> dict[Key, int]:
     """Return the shapes of whole layers of the published CIFAR-10 U-Net and, with diffusers, Stable Diffusion 1.5."""
     with torch.device("meta"):
-        models: dict[str, tuple[nn.Module, int]] = {"cifar10": (UNet(CIFAR10), 32)}
-        try:
+        models: dict[str, tuple[Any, int]] = {"cifar10": (UNet(CIFAR10), 32)}
+        with contextlib.suppress(ImportError):
             from diffusers import UNet2DConditionModel
-        except ImportError:
-            pass
-        else:
+
             models["stable-diffusion-1.5"] = UNet2DConditionModel(sample_size=64, cross_attention_dim=768), 64
     keys: dict[Key, int] = {}
     for name, (unet, size) in models.items():
