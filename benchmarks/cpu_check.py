@@ -9,6 +9,7 @@
     isa                   that beside diffusers where all are held to fewer instructions: AVX2, in a process of its own
     crowd                 a step of the loop, idle, beside a busy loop, and of two processes at once (`cpu/crowd.py`)
     start                 `fastddpm sample` from the start of its process, 100 digits and 1000 steps (`cpu/start.py`)
+    text_to_image         only if named: Stable Diffusion 1.5, SDXL and DeepFloyd IF (`cpu/text_to_image.py`)
 
 The arms of a section take turns, so that a ratio is one of the same minutes: medians, and the 20 % and 80 % quantiles
 of the rounds' ratios. Every arm is checked before it is timed. `--against` adds another checkout of fastddpm to crowd
@@ -34,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # for what it shares with gpu_check.py
 
 import torch
-from cpu import calls, crowd, start, step, tables
+from cpu import calls, crowd, start, step, tables, text_to_image
 from cpu.floor import Ceilings
 from fastddpm_kernels import backend as _backend
 from fastddpm_kernels.native.build import compiler
@@ -46,6 +47,7 @@ from fastddpm.common.files import read_json, write_json
 from fastddpm.perf.profiling.compare import CPU_SCHEMA
 
 SECTIONS = (*calls.NETWORKS, "step", "isa", "crowd", "start")
+ON_DEMAND = ("text_to_image",)  # sections that take ten minutes and 20 GB
 # Sets of instructions: what the compiler of the native library is told, and the variables that hold torch to the same.
 INSTRUCTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "avx2": (
@@ -100,6 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
                 content["threads"], ceilings, others,
             )  # fmt: skip
             content["crowd"] = {"rounds": options.crowd_rounds, "versions": step.versions(), "records": found}
+        elif section == "text_to_image":
+            names = ["tiny"] if options.small else ["sd15", "sdxl", "if1"]
+            arms = [name for name in options.arms if name in text_to_image.ARMS]
+            content[section] = text_to_image.run(names, arms, dtypes, options.rounds, content["threads"])
         else:
             found = start.measure(options.samples, options.sample_steps, options.start_rounds, others)
             content["start"] = {"samples": options.samples, "steps": options.sample_steps, "records": found}
@@ -117,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, help="write the figures there, as JSON")
     add("--quick", action="store_true", help="step and whole calls are left out, fewer rounds; at most 4 minutes")
-    add("--sections", type=_names, help=f"of {','.join(SECTIONS)} (default: all; of --quick the last 3)")
+    add(
+        "--sections", type=_names, help=f"of {','.join(SECTIONS + ON_DEMAND)} (default: all but the last; of --quick 3)"
+    )
     add(
         "--against", type=Path, action="append", default=[], metavar="PATH", help="another checkout, of crowd and start"
     )
@@ -149,7 +157,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.crowd_seconds = options.crowd_seconds or (0.25 if quick else 0.5)
     options.start_rounds = options.start_rounds or (1 if quick else 2)
     known = {
-        "sections": SECTIONS,
+        "sections": (*SECTIONS, *ON_DEMAND),
         "arms": tuple(step.ARMS),
         "isa": tuple(INSTRUCTIONS),
         "step_networks": ("cifar10", "digits"),
@@ -235,7 +243,10 @@ def _cases(options: argparse.Namespace) -> list[crowd.Case]:
 
 def _records(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return all records and sections that say how they ended."""
-    sections = [*content.get("isa", {}).values(), *(content.get(name, {}) for name in ("step", "crowd", "start"))]
+    sections = [
+        *content.get("isa", {}).values(),
+        *(content.get(name, {}) for name in ("step", "crowd", "start", "text_to_image")),
+    ]
     return [*sections, *(record for section in sections for record in section.get("records", []))]
 
 

@@ -1,6 +1,7 @@
 """One evaluation of text-to-image U-Nets of random weights on a CPU: time and memory, each arm in its own process.
 
     python benchmarks/cpu/text_to_image.py --out results.json [--networks sd15,sdxl,if1] [--rounds 3]
+    python benchmarks/cpu_check.py --sections text_to_image --out results.json
 
     diffusers       UNet2DConditionModel as called
     torch.compile   that under inductor, weights frozen
@@ -8,7 +9,8 @@
     fastddpm        `accelerate(unet)`, its weights in memory once
 
 A U-Net of a billion parameters does not fit into memory four times. So arms run one after another, each measures its
-peak, and each is held against the first, diffusers in float32, on one input: text and timestep are the same.
+peak, and each is held against diffusers in float32, which is measured first whatever is asked for, on one input: text
+and timestep are the same. `--out` adds a run to those of the file. torch.compile takes minutes to compile.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
+from gpu.results import commit_here
 
 XL: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280),
@@ -64,6 +69,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "tiny": ({"cross_attention_dim": 768, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 1}, 16, 77, 768),
 }
 ARMS = ("diffusers", "torch.compile", "openvino", "fastddpm")
+BASELINE = ("diffusers", "float32")
 BATCH, T = 2, 500
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}  # rms, of the rms of the output
 
@@ -81,6 +87,7 @@ def network(name: str, dtype: torch.dtype) -> tuple[Any, Tensor, dict[str, Any]]
     if config.get("addition_embed_type") == "text_time":
         ids = torch.tensor([[8.0 * size, 8.0 * size, 0, 0, 8.0 * size, 8.0 * size]]).expand(BATCH, -1)
         given["added_cond_kwargs"] = {"text_embeds": torch.randn(BATCH, 1280).to(dtype), "time_ids": ids.to(dtype)}
+    print(f"{sum(p.numel() for p in unet.parameters()) * dtype.itemsize / 2**30:.2f} GiB of weights", flush=True)
     return torch.nn.Module.to(unet, dtype), x.to(dtype), given
 
 
@@ -124,12 +131,12 @@ def child(name: str, kind: str, dtype: str, rounds: int, threads: int, out: Path
     """Measure an arm in this process; write its output and print its record."""
     torch.set_num_threads(threads)
     begin = time.perf_counter()
-    run = arm(name, kind, getattr(torch, dtype))
-    first = run().float()
+    call = arm(name, kind, getattr(torch, dtype))
+    first = call().float()
     ready, seconds = time.perf_counter() - begin, []
     for _ in range(rounds):
         start = time.perf_counter()
-        run()
+        call()
         seconds.append(time.perf_counter() - start)
     torch.save(first, out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -139,27 +146,38 @@ def child(name: str, kind: str, dtype: str, rounds: int, threads: int, out: Path
 def measure(name: str, arms: list[str], dtypes: list[str], rounds: int, threads: int) -> list[dict[str, Any]]:
     """Return a record for every arm and precision: seconds, peak memory, error and times as fast as diffusers."""
     records: list[dict[str, Any]] = []
+    asked = [(kind, dtype) for dtype in dtypes for kind in arms]
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "diffusers-float32.pt"
-        for dtype in dtypes:
-            for kind in arms:
-                out = Path(folder) / f"{kind}-{dtype}.pt"
-                words = ["--child", name, kind, dtype, str(rounds), str(threads), str(out)]
-                done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-                record: dict[str, Any] = {"network": name, "batch": BATCH, "arm": kind, "dtype": dtype}
-                if done.returncode:
-                    record |= {"status": "failed", "reason": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
-                else:
-                    record |= {"status": "ok", **json.loads(done.stdout.strip().splitlines()[-1])}
+        for kind, dtype in dict.fromkeys([BASELINE, *asked]):
+            out = Path(folder) / f"{kind}-{dtype}.pt"
+            words = ["--child", name, kind, dtype, str(rounds), str(threads), str(out)]
+            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+            record: dict[str, Any] = {"network": name, "batch": BATCH, "arm": kind, "dtype": dtype}
+            if done.returncode:
+                record |= {"status": "failed", "reason": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
+            else:
+                record |= {"status": "ok", **json.loads(done.stdout.strip().splitlines()[-1])}
+                if first.exists():
                     exact, own = torch.load(first), torch.load(out)
                     record["error"] = float((own - exact).square().mean().sqrt() / exact.square().mean().sqrt())
                     if not record["error"] <= BOUNDS[dtype]:
                         record["status"] = "wrong"
-                    if records and records[0]["status"] == "ok":
-                        record["times_as_fast"] = round(records[0]["seconds"] / record["seconds"], 2)
-                records.append(record)
-                print(json.dumps(record), flush=True)
+                if (records or [record])[0]["status"] == "ok":
+                    record["times_as_fast"] = round((records or [record])[0]["seconds"] / record["seconds"], 2)
+            records.append(record)
+            print(json.dumps(record), flush=True)
     return records
+
+
+def run(networks: list[str], arms: list[str], dtypes: list[str], rounds: int, threads: int) -> dict[str, Any]:
+    """Return the records of all networks, and what they were measured with."""
+    records = [record for name in networks for record in measure(name, arms, dtypes, rounds, threads)]
+    commit, dirty = commit_here()
+    return {
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit, "dirty": dirty,
+        "torch": torch.__version__, "threads": threads, "rounds": rounds, "records": records,
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -172,19 +190,17 @@ def main() -> int:
     add = parser.add_argument
     add("--out", type=Path, help="write the figures there, as JSON")
     add("--networks", default="sd15,sdxl,if1", help=f"of {','.join(NETWORKS)} (default: %(default)s)")
-    add("--arms", default=",".join(ARMS), help="the first is what others are held against (default: %(default)s)")
+    add("--arms", default=",".join(ARMS), help="besides diffusers in float32 (default: %(default)s)")
     add("--dtypes", default="float32,bfloat16", help="default: %(default)s")
     add("--rounds", type=int, default=3, help="evaluations of an arm (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
     options = parser.parse_args()
-    records = []
-    for name in options.networks.split(","):
-        arms, dtypes = options.arms.split(","), options.dtypes.split(",")
-        records += measure(name, arms, dtypes, options.rounds, options.threads)
+    names = (options.networks.split(","), options.arms.split(","), options.dtypes.split(","))
+    found = run(*names, options.rounds, options.threads)
     if options.out:
-        content = {"torch": torch.__version__, "threads": options.threads, "records": records}
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
-    return int(any(record["status"] != "ok" for record in records))
+        before = json.loads(options.out.read_text()) if options.out.exists() else {"runs": []}
+        options.out.write_text(json.dumps({"runs": [*before["runs"], found]}, indent=1) + "\n")
+    return int(any(record["status"] != "ok" for record in found["records"]))
 
 
 if __name__ == "__main__":

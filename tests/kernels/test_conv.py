@@ -75,6 +75,7 @@ KINDS = [
 ]
 OTHER_CASES = {
     "pointwise": Case("no borders", (2, 6, 10, 35, 5, 3), kernel=1, padding=0),
+    "rows_apart": Case("rows that meet in few sets of a cache are copied", (1, 1024, 0, 70, 9, 8), kernel=1, padding=0),
     "seven": Case("a kernel larger than the image is high", (2, 6, 10, 35, 5, 9), kernel=7, padding=3),
     "two": Case("an even kernel", (2, 6, 10, 35, 6, 8), kernel=2, stride=2, padding=0, out=(3, 4)),
     "downsample_0": Case("padded below and to the right alone", (2, 6, 10, 35, 6, 8), stride=2, padding=0, out=(3, 4)),
@@ -126,6 +127,44 @@ def check(case: Case, dtype: torch.dtype, algorithm: str, upsample: bool) -> Non
 @pytest.mark.usefixtures("backend")
 def test_algorithms(case: Case, dtype: torch.dtype, algorithm: str, upsample: bool) -> None:
     check(case, dtype, algorithm, upsample)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tile"),
+    [("native", SINGLE, 2), ("native", SINGLE, 4), ("native_bfloat16", BFLOAT, 2)],
+    indirect=["backend"],
+)
+@pytest.mark.usefixtures("backend")
+def test_weights_may_be_transformed_at_every_call(dtype: torch.dtype, tile: int) -> None:
+    """They give what weights that are transformed beforehand give, to rounding."""
+    algorithm = f"winograd{tile}"
+    # Parts of a panel's channels; two sources; one vector of a panel; many tiles; few.
+    for n, c, c2, o, h, w in (
+        (1, 320, 0, 48, 9, 7),
+        (2, 32, 64, 33, 17, 30),
+        (1, 64, 32, 16, 4, 4),
+        (3, 160, 96, 70, 6, 5),
+    ):
+        weight, bias = torch.randn(o, c + c2, 3, 3) / math.sqrt(9 * (c + c2)), torch.randn(o)
+        x, x2 = last(torch.randn(n, c, h, w).to(dtype)), last(torch.randn(n, c2, h, w).to(dtype)) if c2 else None
+        given = {"x": x, "x2": x2, "bias": bias, "residual": last(torch.randn(n, o, h, w).to(dtype))}
+        results = {
+            name: last(torch.empty(n, o, h, w)).to(dtype) for name in ("exact", "eager", "before", "at the call")
+        }
+        for name, backend in (("exact", "reference"), ("eager", "eager")):
+            results[name] = results[name].to(torch.float64 if name == "exact" else dtype)
+            own = {key: None if v is None else v.to(results[name].dtype) for key, v in given.items()}
+            conv_(results[name], weight=weight.to(results[name].dtype), **own, backend=backend)
+        for name, packed in (
+            ("before", pack(weight, algorithm, dtype=dtype, channels2=c2)),
+            ("at the call", pack(weight, "direct", dtype=dtype, channels2=c2, tile=tile)),
+        ):
+            conv_(results[name], weight=packed, **given)
+            mean, worst = (2 * error_factor(algorithm, worst=worst) for worst in (False, True))
+            assert_close(
+                results[name], results["exact"], eager=results["eager"], factor=mean, max_factor=worst, name=name
+            )
+    check_refuses(conv_, ValueError, "tile 3", y=results["eager"], **given, weight=replace(packed, tile=3))
 
 
 @pytest.mark.parametrize(

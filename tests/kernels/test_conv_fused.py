@@ -5,7 +5,12 @@ The kernels run in triton's interpreter where there is no GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +29,8 @@ from fastddpm_kernels.conv import (
 )
 from fastddpm_kernels.conv.examples import Example, results
 from fastddpm_kernels.conv.formula import statistics_by_torch
+from fastddpm_kernels.conv.plan import Problem, likely_tile
+from fastddpm_kernels.conv.space import HARD, TARGETS, check_all, failures, write
 from fastddpm_kernels.testing import assert_close, check_op, check_refuses, poisoned_memory
 from fastddpm_kernels.tuned import Key
 from torch import Tensor
@@ -40,15 +47,25 @@ class Case:
     launches: int | None = None
 
 
-def tile(m: int, n: int, k: int, splits: int = 1, one_launch: bool = True, norm: str = "merge") -> dict[str, Any]:
+def tile(
+    m: int,
+    n: int,
+    k: int,
+    splits: int = 1,
+    one_launch: bool = True,
+    norm: str = "merge",
+    tma: bool = False,
+    persistent: bool = False,
+) -> dict[str, Any]:
     return {"block_m": m, "block_n": n, "block_k": k, "splits": splits, "one_launch": one_launch, "num_warps": 4,
-            "num_stages": 3, "norm": norm, "pdl": False}  # fmt: skip
+            "num_stages": 3, "norm": norm, "pdl": False, "tma": tma, "persistent": persistent}  # fmt: skip
 
 
 PLAIN = {"bias": False, "time": False, "residual": False, "statistics": False}
 ALL = Example(2, 5, 7, 20, 24, 12, groups=4, film=True, shortcut=True)
 UP = Example(1, 5, 3, 32, 20, upsample=True)
 MANY = Example(1, 24, 48, 24, 8, 8, groups=1, film=True)
+BOXES = Example(1, 8, 16, 32, 40, 16, groups=4, shortcut=True)
 TWO = Example(2, 5, 7, 20, 24, 12, groups=8, shortcut=True)  # groups straddle the sources, channels no tile
 CASES = {
     "plain": Case("a product alone", Example(2, 5, 7, 24, 20, **PLAIN)),
@@ -87,6 +104,14 @@ CASES = {
     "many_blocks": Case("too many blocks for every program", MANY, HALF, tile(64, 16, 16, norm="table"), 2),
     "many_blocks_apply": Case("as many_blocks", MANY, HALF,
                               tile(64, 16, 32, norm="apply"), 3),
+    "boxes": Case("descriptors of rows, several to a tile, beyond the image", replace(BOXES, height=6), HALF,
+                  tile(64, 32, 16, tma=True), 1),
+    "boxes_of_images": Case("descriptors of images, the last absent", replace(BOXES, n=3, height=4, width=4), HALF,
+                            tile(64, 32, 16, 3, tma=True), 1),
+    "boxes_of_a_row": Case("descriptors of half a row", replace(BOXES, height=2, width=128), HALF,
+                           tile(64, 32, 16, tma=True, norm="apply"), 2),
+    "boxes_upsampled": Case("descriptors of phases", Example(1, 4, 4, 32, 40, 16, groups=4, upsample=True), HALF,
+                            tile(16, 32, 16, tma=True), 2),
     "empty": Case("nothing to do", Example(0, 4, 4, 8, 8), HALF, None, 0),
 }  # fmt: skip
 
@@ -211,6 +236,21 @@ def test_the_same_bits_at_every_run_and_in_any_batch(name: str, on_triton: torch
     assert torch.equal(run_case(one, "triton", case.dtype, alone)["y"], first["y"][-1:])
 
 
+def test_a_program_may_have_several_tiles(on_triton: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, whether three programs share the tiles, merging statistics for each, or each has its own."""
+    from fastddpm_kernels.conv import triton
+
+    example = replace(ALL, n=5, shortcut=False)
+    values = {n: v.to(on_triton) for n, v in example.make(random).items()}
+    found = []
+    for persistent in (False, True):
+        monkeypatch.setattr(triton, "num_processors", lambda device: 3)
+        case = Case("", example, HALF, tile(64, 16, 16, 2, persistent=persistent), 1)
+        found.append(results(run_case(case, "triton", HALF, values)))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
 def test_auto_takes_the_kernel_only_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastddpm_kernels import backend
 
@@ -270,3 +310,87 @@ def test_bad_input_of_triton(on_triton: torch.device) -> None:
     check_refuses(statistics_shape, ValueError, "unit is 3", x=(2, 6, 4, 4), unit=3)
     check_refuses(conv_epilogue_, ValueError, "bias has shape", y=GOOD["y"], x=GOOD["y"], bias=meta(3))
     check_refuses(conv_epilogue_, ValueError, "residual has shape", y=GOOD["y"], x=GOOD["y"], residual=GOOD["x"])
+
+
+# The search space. `benchmarks/results/conv_space.json` has all of it; here is a sample.
+
+SPACE = Path(__file__).parents[2] / "benchmarks" / "results" / "conv_space.json"
+
+
+def test_a_sample_of_the_search_space_is_right(on_triton: torch.device) -> None:
+    rows = check_all(["fp16"], on_triton, every=61)
+    assert {row["shape"] for row in rows} == set(HARD)
+    assert failures(rows) == []
+
+
+def test_the_whole_search_space_was_checked_and_compiled() -> None:
+    content = json.loads(SPACE.read_text(encoding="utf-8"))
+    assert failures(content["compile"]) + failures(content["check"]) == []
+    assert {row["target"] for row in content["compile"]} == set(TARGETS)
+    assert {(row["dtype"], row["shape"]) for row in content["check"]} == {
+        (d, s) for d in ("fp16", "fp32") for s in HARD
+    }
+    tensor = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+    for row in content["compile"]:
+        if "128x128" in row["variant"]:
+            assert row[tensor[row["target"]]] > 0, row
+
+
+@pytest.mark.slow
+def test_a_sample_of_the_search_space_compiles() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["-m", "fastddpm_kernels.conv.space", "compile", "--target", "sm_80", "sm_100", "--every", "61"]
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "0 of them fail" in run.stdout
+
+
+def test_what_fails_is_told(tmp_path: Path) -> None:
+    good, bad = {"of_bound": 0.5, "tile": "a"}, {"of_bound": float("nan"), "tile": "b"}
+    assert failures([good, {"spills": 8}]) == []
+    assert len(failures([good, bad, {"of_bound": 1.5}, {"error": "no"}])) == 3
+    for value in (1, 2):  # the second replaces the first
+        write(str(tmp_path / "a.json"), "check", [{"shape": "s", "dtype": "fp16", "tile": "a", "of_bound": value}])
+    write(str(tmp_path / "a.json"), "compile", [{"variant": "v", "target": "sm_90"}])
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert [row["of_bound"] for row in content["check"]] == [2]
+    assert len(content["compile"]) == 1
+
+
+# The division into programs.
+
+
+def problem(n: int, side: int, channels: int, **changed: Any) -> Problem:
+    from fastddpm_kernels.conv.triton import operands_of, problem_of
+
+    return problem_of(operands_of(Example(n, side, side, channels, channels, groups=32, **changed), HALF))
+
+
+def test_small_calls_are_split_until_they_fill_the_gpu() -> None:
+    for n, side, channels in ((1, 32, 128), (1, 16, 256), (1, 8, 256), (1, 4, 256), (1, 64, 320), (1, 8, 1280)):
+        own = problem(n, side, channels)
+        tile = likely_tile(own, 132)
+        assert tile.programs(own) >= 64, (side, tile)
+        assert tile.why_not(own) is None
+    large = problem(256, 32, 128)
+    tile = likely_tile(large, 132)
+    assert (tile.block_m, tile.block_n, tile.splits) == (128, 128, 1)
+
+
+def test_a_tile_fits_the_memory_of_its_gpu() -> None:
+    from fastddpm_kernels.conv.fused_tuning import tiles_of
+
+    for shared in (64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024):
+        own = problem(64, 32, 128, channels2=128, shortcut=True)
+        tile = likely_tile(own, 100, shared)
+        assert tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * 2 <= shared
+        tiles = list(tiles_of(own, shared))
+        assert tile in tiles
+        assert any(tile.tma for tile in tiles) is (shared > 220 * 1024)
+
+
+def test_units_divide_every_group_that_reads_a_tensor() -> None:
+    assert statistics_unit(128, (4, 0), (12, 256)) == 4
+    assert statistics_unit(320, (10, 0), (30, 640)) == 2
+    assert statistics_unit(1280, (40, 0), (80, 1280)) == 8
+    assert statistics_unit(96) == 32

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from fastddpm.interop.edm.accelerated import AcceleratedDenoiser, AcceleratedRegression, Options
+from fastddpm.interop.edm.accelerated import Options
+from fastddpm.interop.edm.denoiser import AcceleratedDenoiser
 from fastddpm.interop.edm.preconditioning import REGRESSIONS, kind_of, why_not
+from fastddpm.interop.edm.regression import AcceleratedRegression
 from fastddpm.interop.shared import not_supported
 
 __all__ = ["AcceleratedDenoiser", "AcceleratedRegression", "accelerate", "takes"]

@@ -12,14 +12,22 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels import tuned
-from fastddpm_kernels.conv import ALGORITHMS, PackedWeight, choose_algorithm, packed_values, possible_algorithms
+from fastddpm_kernels.conv import (
+    ALGORITHMS,
+    PackedWeight,
+    choose_algorithm,
+    likely_tile,
+    packed_values,
+    possible_algorithms,
+)
+from fastddpm_kernels.conv.packing import why_not_tile
 from fastddpm_kernels.conv.upsampling import transposed_weight
 from fastddpm_kernels.group_norm_silu import group_norm_silu_launches, group_norm_silu_workspace
 from fastddpm_kernels.native.memory import give_back
@@ -56,6 +64,7 @@ class Builder(ABC):
     """
 
     INPUT = 0
+    compact = False  # whether native convolutions transform weights at every step rather than keep more than there are
 
     def __init__(
         self, frozen: FrozenUNet, machine: Machine, row: Tensor, batch: int, size: tuple[int, int], in_channels: int,
@@ -382,7 +391,8 @@ class Builder(ABC):
             self.batch, *size, inputs, outputs, kernel=kernel, stride=stride, padding=padding, upsample=upsample,
             dtype=self.dtype, stored=self.weight_dtype, cached=self.cached,
         )  # fmt: skip
-        algorithm = self.affordable(algorithm, (2 * size[0], 2 * size[1]) if upsample else size)
+        written = (2 * size[0], 2 * size[1]) if upsample else size
+        algorithm = self.affordable(algorithm, written, upsample=upsample)
         if algorithm not in possible_algorithms(upsample, self.dtype):
             algorithm = "direct"
         if self.constants.complete and f"{name}.{algorithm}" not in self.constants.tensors:
@@ -396,9 +406,13 @@ class Builder(ABC):
                 f"{name}.{kind}",
                 functools.partial(_packed, weight, kind, upsample, self.dtype, channels2, self.weight_dtype),
             )
-        return PackedWeight(values, [algorithm, *kinds][-1], inputs, outputs, kernel, upsample, channels2)
+        own, tile = [algorithm, *kinds][-1], 0
+        if self.compact and own == "direct" and (kernel, stride, padding, upsample) == (3, 1, 1, False):
+            tile = likely_tile(self.batch, *size, inputs, outputs, self.dtype)
+        weight_ = PackedWeight(values, own, inputs, outputs, kernel, upsample, channels2, tile)
+        return replace(weight_, tile=0) if tile and why_not_tile(weight_) else weight_
 
-    def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
+    def affordable(self, algorithm: str, size: tuple[int, int], *, upsample: bool) -> str:
         """Return the algorithm of a native convolution to images of `size`, or one whose packed weights are smaller."""
         return algorithm
 

@@ -97,6 +97,9 @@ inline Vec masked(Vec value, long key, long pixels, float other) {
 }
 
 inline float sum_of(Vec value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)value);
+#endif
     float total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
     return total;

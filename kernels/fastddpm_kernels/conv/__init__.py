@@ -20,7 +20,8 @@ definition. Weights are transformed in float64 and rounded once. In bfloat16, on
 winograd4, whose error is too large; winograd2 takes 9 multiplications for 2x2 outputs after upsampling.
 
 Memory traffic: each input and output once. The packed weights of winograd4 are 4 times as large as those of the
-convolution, of winograd2 1.8 times. For few pixels this dominates, and `choose_algorithm` weighs both.
+convolution, of winograd2 1.8 times. For few pixels this dominates, and `choose_algorithm` weighs both. Where memory is
+scarce, weights stay as they are and are transformed at every call (`PackedWeight.tile`), by `likely_tile`.
 
 On a GPU the triton backend is an implicit matrix product on tensor cores, with norm, sums and statistics in the same
 kernel. Only its name selects it, or a tuned table that measured it.
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from fastddpm_kernels.backend import resolve, unproved, why_not
 from fastddpm_kernels.checks import check_operands
-from fastddpm_kernels.conv.algorithm import choose_algorithm, likely_algorithm, possible_algorithms
+from fastddpm_kernels.conv.algorithm import choose_algorithm, likely_algorithm, likely_tile, possible_algorithms
 from fastddpm_kernels.conv.checks import (
     check_added,
     check_conv,
@@ -70,6 +71,7 @@ __all__ = [
     "conv_workspace",
     "error_factor",
     "likely_algorithm",
+    "likely_tile",
     "pack",
     "packed_values",
     "possible_algorithms",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels.checks import check_device, check_operands, not_float64, same_memory
-from fastddpm_kernels.conv.packing import PackedWeight
+from fastddpm_kernels.conv.packing import PackedWeight, why_not_tile
 from fastddpm_kernels.conv.statistics import UNITS, Norm, statistics_shape
 from fastddpm_kernels.layout import is_channels_last
 
@@ -52,7 +52,9 @@ def check_conv(
         fits = fits and (more == 1 if upsample else -stride < more < kernel)
     if not fits:
         raise ValueError(f"y has shape {tuple(y.shape)}, must be x's {tuple(x.shape)} convolved, with {out} channels")
-    if isinstance(weight, PackedWeight) and weight.algorithm != "direct":
+    if isinstance(weight, PackedWeight) and (weight.algorithm != "direct" or weight.tile):
+        if weight.tile and (reason := why_not_tile(weight)):
+            raise ValueError(f"weight has tile {weight.tile}: {reason}")
         same = upsample or y.shape[2:] == x.shape[2:]
         if (kernel, stride, padding) != (3, 1, 1) or not same:
             raise ValueError(f"weight is packed for {weight.algorithm}, must be for direct: stride or padding is not 1")
@@ -169,9 +171,9 @@ def check_norm(norm: Norm, x: Tensor, x2: Tensor | None) -> None:
         raise ValueError(f"norm.activation is {norm.activation!r}, must be 'silu' or None")
     if (norm.scale is None) != (norm.shift is None):
         raise ValueError(f"norm.{'scale' if norm.scale is None else 'shift'} is None, must be given with the other")
-    for name, value in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
-        if value is not None:
-            check_rows(name, value, x, channels)
+    for name, row in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
+        if row is not None:
+            check_rows(name, row, x, channels)
 
 
 def check_apart(y: Tensor, others: Mapping[str, Tensor | None]) -> None:

@@ -40,6 +40,7 @@ class Direct {
     static constexpr long kBlock = 4 * kRows;  // output pixels of an item
 
     static constexpr long kFewWords = 8;  // of a pixel: rows are then gathered before they are multiplied
+    static constexpr long kApart = 2048;  // bytes: rows that begin multiples of this apart meet in few sets of a cache
     static constexpr int kFewChannels = 4, kPixels = 4;
     static constexpr long kAhead = 128;  // rows of a panel that are asked for before they are multiplied
 
@@ -154,7 +155,8 @@ class Direct {
         const Gathered rows = gather(p, zeros, first, count, again);
         const Element* const* starts = rows.starts;
         long segments = taps * (c.channels2 ? 2 : 1), words[2] = {c.channels / A::kDeep, c.channels2 / A::kDeep};
-        if (depth < kFewWords && segments > 1) {
+        const bool meet = segments == 1 && depth * static_cast<long>(sizeof(float)) % kApart == 0 && end - begin > kColumns;
+        if ((depth < kFewWords && segments > 1) || meet) {
             starts = put_together(starts, segments, count, again);
             segments = 1;
             words[0] = taps * depth;
@@ -182,10 +184,10 @@ class Direct {
         }
     }
 
-    // The words of all segments of a row, next to each other. Returns where the rows begin.
+    // The words of all segments of a row, next to each other, and a gap behind them. Returns where the rows begin.
     const Element* const* put_together(const Element* const* starts, long segments, long count, bool again) const {
         const long sources = c.channels2 ? 2 : 1;
-        float* together = scratch<float>(Slot::kInput, count * taps * depth);
+        float* together = scratch<float>(Slot::kInput, count * (taps * depth + kLanes));
         const Element** begins = scratch<const Element*>(Slot::kPacked, count);
         if (again) return begins;
         for (long r = 0; r < count; ++r) {
@@ -193,8 +195,10 @@ class Direct {
             for (long segment = 0; segment < segments; ++segment) {
                 const float* from = reinterpret_cast<const float*>(starts[segment * count + r]);
                 const long words = words_of(segment, sources);
-                for (long k = 0; k < words; ++k) *together++ = load_word(from + k);
+                std::memcpy(together, from, words * sizeof(float));
+                together += words;
             }
+            together += kLanes;
         }
         return begins;
     }

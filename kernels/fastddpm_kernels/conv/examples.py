@@ -108,9 +108,10 @@ class Example:
                 own[name] = own[name].contiguous(memory_format=torch.channels_last)
         like = own["x"]
         wide = torch.promote_types(dtype, torch.float32)
-        norm = {name[5:]: own.pop(name) for name in list(own) if name.startswith("norm.")}
+        norm: dict[str, Any] = {name[5:]: own.pop(name) for name in list(own) if name.startswith("norm.")}
         if self.groups:
-            size, given = (self.channels + self.channels2) // self.groups, {}
+            size = (self.channels + self.channels2) // self.groups
+            given: dict[str, Any] = {}
             for name, image, begin in (("statistics", like, 0), ("statistics2", own.get("x2"), self.channels)):
                 if image is not None:
                     unit = statistics_unit(image.shape[1], (size, begin))

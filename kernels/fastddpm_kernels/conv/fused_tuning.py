@@ -37,7 +37,8 @@ _SIDES = tuple(2**k for k in range(4, 9))
 ALTERNATIVES: tuple[dict[str, Any], ...] = (
     {"implementation": ("vendor",)},
     {"block_m": _SIDES, "block_n": _SIDES, "block_k": _SIDES[:4], "splits": range(1, 33), "one_launch": (True, False),
-     "num_warps": (2, 4, 8), "num_stages": range(1, 7), "norm": NORMS, "pdl": (True, False)},
+     "num_warps": (2, 4, 8), "num_stages": range(1, 7), "norm": NORMS, "pdl": (True, False), "tma": (True, False),
+     "persistent": (True, False)},
 )  # fmt: skip
 MOST = 120  # tiles to try, those of least predicted time
 
@@ -171,8 +172,13 @@ def tiles_of(problem: Problem, shared: int) -> Iterator[Tile]:
                 tile = Tile(m, n, block_k, splits, one, min(warps * more, 8), stages, norm)
                 if tile.why_not(problem) is None and not (more == 2 and warps == 8):
                     yield tile
-                    if shared > 220 * 1024:  # a GPU that has it
-                        yield replace(tile, pdl=True)
+                    for hopper in (
+                        replace(tile, pdl=True),
+                        replace(tile, pdl=True, tma=True),
+                        replace(tile, pdl=True, tma=True, persistent=True),
+                    ):
+                        if shared > 220 * 1024 and hopper.why_not(problem) is None:  # a GPU that has both
+                            yield hopper
 
 
 def _like(x: Tensor, channels: int) -> Tensor:

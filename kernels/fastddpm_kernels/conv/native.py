@@ -23,14 +23,14 @@ def bind_conv(
     kind = 1 if x.dtype == torch.bfloat16 else 2 if weight.values.dtype == torch.float16 else 0
     tensors = (y, x, x2, weight.values, bias, residual)
     channels2, outputs = _channels(x2), y.shape[1]
-    if weight.algorithm == "direct":
+    if weight.algorithm == "direct" and not weight.tile:
         return bind(
             "fastddpm_conv_direct", *tensors, n, height, width, channels, channels2, *y.shape[2:], outputs,
             weight.kernel, stride, padding, weight.upsample, kind, THREADS,
         )  # fmt: skip
     return bind(
-        "fastddpm_conv3x3_winograd", *tensors, n, *y.shape[2:], channels, channels2, outputs, TILE[weight.algorithm],
-        weight.upsample, kind, THREADS,
+        "fastddpm_conv3x3_winograd", *tensors, n, *y.shape[2:], channels, channels2, outputs,
+        weight.tile or TILE[weight.algorithm], weight.upsample, weight.tile > 0, kind, THREADS,
     )  # fmt: skip
 
 

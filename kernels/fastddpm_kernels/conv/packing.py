@@ -33,6 +33,7 @@ class PackedWeight:
         in_channels, out_channels, kernel: of the weight [out_channels, in_channels, kernel, kernel].
         upsample: whether it is to be applied to an image upsampled by two.
         channels2: the number of `in_channels` that belong to x2.
+        tile: 2 or 4: compute by winograd2 or winograd4, transforming the weight, packed as for "direct", at every call.
     """
 
     values: Tensor
@@ -42,16 +43,17 @@ class PackedWeight:
     kernel: int
     upsample: bool = False
     channels2: int = 0
+    tile: int = 0
 
 
 def pack(
     weight: Tensor, algorithm: str, upsample: bool = False, *, dtype: torch.dtype = torch.float32, channels2: int = 0,
-    stored: torch.dtype | None = None,
+    stored: torch.dtype | None = None, tile: int = 0,
 ) -> PackedWeight:  # fmt: skip
-    """Return a weight [O, C + C2, k, k] packed for an algorithm. See `packed_values`."""
+    """Return a weight [O, C + C2, k, k] packed for an algorithm. See `packed_values`, and `PackedWeight` for `tile`."""
     out_channels, in_channels, kernel, _ = weight.shape
     values = packed_values(weight, algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored)
-    return PackedWeight(values, algorithm, in_channels, out_channels, kernel, upsample, channels2)
+    return PackedWeight(values, algorithm, in_channels, out_channels, kernel, upsample, channels2, tile)
 
 
 def why_not_packed(algorithm: str, channels: int, channels2: int, dtype: torch.dtype) -> str | None:
@@ -60,6 +62,18 @@ def why_not_packed(algorithm: str, channels: int, channels2: int, dtype: torch.d
         return f"there are {channels} + {channels2} input channels, must be even numbers in bfloat16 for 'direct'"
     if dtype == torch.bfloat16 and algorithm == "winograd4":
         return "algorithm is 'winograd4', must be 'winograd2' or 'direct' in bfloat16"
+    return None
+
+
+def why_not_tile(weight: PackedWeight) -> str | None:
+    """Return why the weight of a 3x3 convolution cannot be transformed at every call, or None."""
+    if weight.algorithm != "direct" or weight.upsample or weight.values.dtype == torch.float16:
+        return "it must be packed for direct, not for an upsampled image, not in float16"
+    if weight.values.dtype == torch.float32:
+        return None if weight.tile in (2, 4) else "it must be 2 or 4"
+    channels = weight.in_channels - weight.channels2
+    if weight.tile != 2 or channels % 32 or weight.channels2 % 32:
+        return "in bfloat16 it must be 2, and channels of x and x2 multiples of 32"
     return None
 
 

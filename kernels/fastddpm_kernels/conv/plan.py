@@ -21,6 +21,7 @@ class Problem(NamedTuple):
         n, height, width: of the result's grid: y, or with `upsample` one of its four phases, of x's size.
         channels, channels2, out: C, C2 and O.
         kernel: its side; 2 with `upsample`.
+        stride: of the convolution.
         upsample: whether there are four phases.
         shortcut, shortcut2: channels of the shortcut, 0 without.
         span, unit: of y's statistics; unit is 0 without.
@@ -38,6 +39,7 @@ class Problem(NamedTuple):
     channels2: int
     out: int
     kernel: int
+    stride: int
     upsample: bool
     shortcut: int
     shortcut2: int
@@ -72,6 +74,8 @@ class Tile:
         norm: who normalises. "merge": every program, which also merges the statistics for itself. "table": every
             program, by coefficients from a launch before. "apply": a launch before, once and not once for each tap.
         pdl: whether a launch may begin before the previous one ends, where the GPU can (sm_90).
+        tma: whether tiles are copied by tensor descriptors, where the GPU can (sm_90).
+        persistent: whether there are no more programs than processors, each of which makes several tiles.
     """
 
     block_m: int
@@ -83,6 +87,8 @@ class Tile:
     num_stages: int = 3
     norm: str = "merge"
     pdl: bool = False
+    tma: bool = False
+    persistent: bool = False
 
     def choice(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,9 +122,30 @@ class Tile:
             return f"{problem.columns} columns of statistics are too many to merge in every program"
         if self.splits > problem.steps(self.block_k):
             return f"splits is {self.splits}, there are only {problem.steps(self.block_k)} steps"
+        if self.tma and (reason := self._why_no_boxes(problem)):
+            return reason
         if self.block_m * self.block_n > 128 * 256:
             return f"a tile of {self.block_m} x {self.block_n} is too large for the registers"
         return None
+
+    def _why_no_boxes(self, problem: Problem) -> str | None:
+        """Return why descriptors cannot copy the tiles of a problem, or None."""
+        sources = (problem.channels, problem.channels2, problem.shortcut, problem.shortcut2)
+        if problem.stride != 1 or any(c % self.block_k for c in sources):
+            return f"tma takes stride 1 and channels that are multiples of block_k, {self.block_k}"
+        if self.box(problem) is None:
+            return f"tma takes tiles that are rectangles, which {self.block_m} of {problem.width} pixels are not"
+        return None
+
+    def box(self, problem: Problem) -> tuple[int, int, int] | None:
+        """Return the images, rows and columns of a tile, if it is a box of them."""
+        rows, width = self.pixels(problem), problem.width
+        if rows < self.block_m or rows == problem.pixels:
+            whole = rows == problem.pixels and width & (width - 1) == 0
+            return (self.block_m // rows, rows // width, width) if whole else None
+        if width % rows == 0:
+            return 1, 1, rows
+        return (1, rows // width, width) if rows % width == 0 else None
 
     def launches(self, problem: Problem) -> int:
         """Return the number of kernels of a call."""

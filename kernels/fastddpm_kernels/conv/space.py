@@ -1,6 +1,6 @@
 """Compile, or check in triton's interpreter, every configuration of the search space of `conv_`.
 
-    python -m fastddpm_kernels.conv.space compile [--target sm_90 ...] [--dtype fp16 ...] [--json PATH] [--jobs N]
+    python -m fastddpm_kernels.conv.space compile [--target sm_90 ...] [--dtype fp16 ...] [--json PATH]
     TRITON_INTERPRET=1 python -m fastddpm_kernels.conv.space check [--dtype fp16 fp32] [--json PATH]
 
 `compile` reports registers, spills, shared memory and the products of the tensor cores (instructions of PTX) of every
@@ -56,16 +56,21 @@ def configurations(kind: str) -> Iterator[Tile]:
     block_k = {"fp32": 16, "tf32": 32}.get(kind, 64)
     shapes = FMA_SHAPES if kind == "fp32" else TENSOR_SHAPES
     for (m, n, warps), (splits, one), norm in itertools.product(shapes, SPLIT, NORMS):
-        yield Tile(m, n, block_k, splits, one, warps, 4, norm)
+        tile = Tile(m, n, block_k, splits, one, warps, 4, norm)
+        yield tile
+        if one and norm != "table" and kind != "fp32":
+            yield replace(tile, pdl=True, tma=True, persistent=splits == 1)
 
 
-def compile_all(targets: Sequence[str], kinds: Sequence[str], jobs: int = 1) -> list[dict[str, Any]]:
-    """Return a row for every kernel, configuration and target."""
+def compile_all(targets: Sequence[str], kinds: Sequence[str], jobs: int = 1, every: int = 1) -> list[dict[str, Any]]:
+    """Return a row for every kernel, configuration and target; `every`: only for each such one, as a sample."""
     work = [
         (kind, layer, tile, target)
         for target, kind, layer in itertools.product(targets, kinds, LAYERS)
         for tile in configurations(kind)
-    ]
+        if (layer == "block" or (tile.norm == "merge" and tile.one_launch and tile.splits > 1))
+        and not (tile.tma and target in ("sm_80", "sm_89"))
+    ][::every]
     if jobs == 1:
         found = [_compile_one(*item) for item in work]
     else:
@@ -81,7 +86,7 @@ def _compile_one(kind: str, layer: str, tile: Tile, target: str) -> list[dict[st
 
     o = operands_of(LAYERS[layer], DTYPES[kind], kind == "tf32")
     problem = problem_of(o)
-    limit = 99 * 1024 if target == "sm_89" else SHARED
+    limit = {"sm_80": SHARED, "sm_89": 99 * 1024}.get(target, 227 * 1024)
     tile = replace(tile, num_stages=most_stages(problem, tile.block_m, tile.block_n, tile.block_k, limit))
     if tile.num_stages < 2 or tile.why_not(problem) is not None:
         return []
@@ -102,6 +107,7 @@ def _compile_one(kind: str, layer: str, tile: Tile, target: str) -> list[dict[st
 
 def _name(tile: Tile) -> str:
     split = "" if tile.splits == 1 else f", split {'1' if tile.one_launch else '2'}"
+    split += (", tma" if tile.tma else "") + (", persistent" if tile.persistent else "")
     return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.norm}{split}"
 
 
@@ -133,7 +139,7 @@ def check_all(kinds: Sequence[str], device: torch.device, every: int = 1) -> lis
         conv_(**eager, backend="eager")
         exact, plain = results(truth), results(eager)
         for index, tile in enumerate(configurations(kind)):
-            tile = replace(tile, block_k=min(tile.block_k, 16))
+            tile = replace(tile, block_k=min(tile.block_k, 16), pdl=False)  # the interpreter has no such launches
             call = example.call(values, dtype)
             o = Operands(**call, allow_tf32=kind == "tf32")
             if index % every or tile.why_not(problem_of(o)) is not None:
@@ -162,12 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["fp16"], choices=list(DTYPES))
     parser.add_argument("--json", metavar="PATH", help="add the rows to a file, in place of those that it has of them")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take only each Nth configuration, a sample")
     options = parser.parse_args(arguments)
 
     if options.what == "compile":
-        rows = compile_all(options.target, options.dtype, options.jobs)
+        rows = compile_all(options.target, options.dtype, options.jobs, options.every)
     else:
-        rows = check_all(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        rows = check_all(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.every)
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if options.json:

@@ -30,7 +30,7 @@ from fastddpm_kernels.conv.plan import (
 )
 from fastddpm_kernels.conv.statistics import Norm, span_of
 from fastddpm_kernels.conv.triton_kernels import apply_kernel, conv_kernel, finish_kernel, table_kernel
-from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants, run_launches
+from fastddpm_kernels.device.variant import Descriptor, Launch, Variant, packaged_variants, run_launches
 from fastddpm_kernels.group_norm_silu.plan import num_processors
 from fastddpm_kernels.group_norm_silu.triton_tile import unit_rows
 
@@ -90,7 +90,7 @@ def problem_of(o: Operands) -> Problem:
             if values is not None:
                 columns = max(columns, values.shape[2] * (members * values.shape[3] // channels))
     return Problem(
-        n, height, width, o.x.shape[1], c2, out, o.kernel, o.upsample, d, d2, span_of(*o.y.shape[2:]),
+        n, height, width, o.x.shape[1], c2, out, o.kernel, o.stride, o.upsample, d, d2, span_of(*o.y.shape[2:]),
         0 if o.statistics is None else out // o.statistics.shape[3], columns, groups, o.x.shape[2] * o.x.shape[3],
         o.x.itemsize, HALF if o.x.itemsize == 2 else TF32 if o.allow_tf32 else FMA,
     )  # fmt: skip
@@ -145,6 +145,8 @@ def _conv_launch(o: Operands, problem: Problem, tile: Tile, table: Tensor | None
         "N": problem.n, "H": o.x.shape[2], "W": o.x.shape[3], "GH": problem.height, "GW": problem.width,
         "C": c, "C2": c2, "D": d, "D2": d2, "CO": problem.out, "PADDING": o.padding,
     }  # fmt: skip
+    if tile.tma:
+        args |= _descriptors(o, problem, tile)
     below, right = (
         (a - 1) * o.stride + o.kernel - o.padding - b for a, b in zip(o.y.shape[2:], o.x.shape[2:], strict=True)
     )
@@ -158,10 +160,33 @@ def _conv_launch(o: Operands, problem: Problem, tile: Tile, table: Tensor | None
         "SPLITS": tile.splits, "PRECISION": "ieee" if problem.rate == FMA else "tf32", "PIXELS": pixels,
         "SPAN": problem.span if statistics is not None else 1, "UNIT": problem.unit if statistics is not None else 1,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "BLOCK_COLUMNS": _columns(problem), "GROUP_M": GROUP_M, "PDL": tile.pdl,
+        "BLOCK_COLUMNS": _columns(problem), "GROUP_M": GROUP_M, "PDL": tile.pdl, "TMA": tile.tma,
+        "PERSISTENT": tile.persistent,
     }  # fmt: skip
     options = {"num_stages": tile.num_stages, **_launch_options(tile.pdl)}
-    return Launch("conv.tile", conv_kernel, tile.programs(problem), args, constexprs, tile.num_warps, options)
+    programs = tile.programs(problem)
+    if tile.persistent:
+        programs = min(programs, num_processors(o.x.device))
+    return Launch("conv.tile", conv_kernel, programs, args, constexprs, tile.num_warps, options)
+
+
+def _descriptors(o: Operands, problem: Problem, tile: Tile) -> dict[str, Descriptor | None]:
+    """Return descriptors of the images, [N, H, W, C], and of the weights, [O, K]."""
+    box = tile.box(problem)
+    assert box is not None
+
+    def image(x: Tensor | None) -> Descriptor | None:
+        return None if x is None else Descriptor(x.permute(0, 2, 3, 1), (*box, tile.block_k))
+
+    def rows(weight: Tensor | None) -> Descriptor | None:
+        return None if weight is None else Descriptor(weight, (tile.block_n, tile.block_k))
+
+    k = o.kernel**2 * (problem.channels + problem.channels2)
+    weight = o.weight if o.upsample else o.weight.permute(0, 2, 3, 1)
+    return {
+        "x": image(o.x), "x2": image(o.x2), "shortcut": image(o.shortcut), "shortcut2": image(o.shortcut2),
+        "weight": rows(weight.reshape(-1, k)), "shortcut_weight": rows(o.shortcut_weight),
+    }  # fmt: skip
 
 
 def _norm_args(norm: Norm | None, problem: Problem) -> dict[str, Any]:
@@ -261,7 +286,7 @@ def tile_of(o: Operands, choice: tuned.Choice | None = None) -> Tile:
     if choice is not None and choice != VENDOR:
         tile = Tile(**choice)
         if tile.why_not(problem) is None:
-            return tile if _has_pdl(o.x.device) else replace(tile, pdl=False)
+            return tile if _is_hopper(o.x.device) else replace(tile, pdl=False, tma=False, persistent=False)
     return likely_tile(problem, *processors_and_shared(o.x.device))
 
 
@@ -273,8 +298,8 @@ def processors_and_shared(device: torch.device) -> tuple[int, int]:
     return num_processors(device), int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
 
 
-def _has_pdl(device: torch.device) -> bool:
-    """Return whether a launch on the device may begin before the one that it depends on ends."""
+def _is_hopper(device: torch.device) -> bool:
+    """Return whether a device has tensor descriptors, and launches that begin before those they depend on end."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

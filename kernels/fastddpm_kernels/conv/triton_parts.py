@@ -63,6 +63,7 @@ def write_coefficients(
     `row` is float32 memory: a [C + C2], b [C + C2], means [groups], reciprocal deviations [groups]. Every thread may
     read it when the function returns. Blocks are merged in two passes, so that nothing cancels.
     """
+    tl.debug_barrier()  # every thread has read what an earlier tile of the program left there
     total = C + C2
     g = g0 + tl.arange(0, GROUPS)
     spans = tl.cdiv(P, SPAN)

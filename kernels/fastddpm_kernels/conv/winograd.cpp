@@ -8,6 +8,9 @@
 //
 // Where the input is an image upsampled by two (nearest neighbour), rows 2i and 2i + 1 are equal, and point -1, whose
 // row of B^T takes their differences, gives zero: m = 4 needs only 25 of its 36 products.
+//
+// Weights are transformed beforehand; or, in a quarter of the memory for m = 4, by every thread as it multiplies: a part
+// of a panel, which stays in its cache for all tiles of a block.
 
 #include <type_traits>
 
@@ -30,6 +33,7 @@ struct Conv {
     const float* bias;
     const Element* residual;
     long n, height, width, channels, channels2, out_channels;  // of y, in space
+    bool taps;  // whether the weight is [panels, 9 taps, words of C and C2, kPanel], not transformed
     int threads;
 };
 
@@ -58,12 +62,14 @@ class Winograd {
 
     // Tiles of a block: few, so that the cache holds them, or, where it does not hold all weights, enough that one that
     // is read from memory is used often.
-    static constexpr long kCache = 4 << 20, kFewBytes = 128 << 10, kOwnBytes = 2 << 20;
+    static constexpr long kCache = 4 << 20, kFewBytes = 128 << 10, kOwnBytes = 2 << 20, kInputBytes = 10 << 20;
 
     void run() const {
-        const long bytes = kPoints * panels * kPanel * depth * static_cast<long>(sizeof(*c.weight));
+        const long bytes = (c.taps ? 9 : kPoints) * panels * kPanel * depth * static_cast<long>(sizeof(*c.weight));
         const bool kept = bytes <= kCache;
         long blocks = ceil_div(tiles, (kept ? 2 : 6) * kRows);
+        // All input of a block is read once more for every panel. With packed weights fewer tiles would cost more.
+        if (c.taps) blocks = std::max<long>(blocks, kPoints * tiles * stride * static_cast<long>(sizeof(float)) / kInputBytes);
         // Few weights, or those of too few output channels for all threads, are read by every thread.
         if (tiles >= 2 * c.threads && (bytes <= kFewBytes || columns * blocks < c.threads))
             blocks = std::max<long>(blocks, c.threads);
@@ -187,7 +193,8 @@ class Winograd {
         const float* input, long input_rows, long row, long first, long count, long begin, long end) const {
         const long width = kPanel + kLanes, panel = begin / kColumns, channel0 = begin * kLanes;
         float* products = scratch<float>(Slot::kOutput, kPoints * count * width);
-        for (long point = 0; point < kPoints; ++point) {
+        if (c.taps) multiply_taps(input, input_rows, row, count, begin, end, products, width);
+        for (long point = 0; point < kPoints && !c.taps; ++point) {
             const float* a = input + (point * input_rows + row) * stride;
             float* out = products + point * count * width;
             const typename A::Weight* weights =
@@ -208,6 +215,63 @@ class Winograd {
                 transform_output(
                     products + tile * width + channel - channel0, count * width, at, channel,
                     std::min<long>(kLanes, end_channel - channel));
+        }
+    }
+
+    // The products of `multiply`, of weights that are transformed here.
+    void multiply_taps(
+        const float* input, long input_rows, long row, long count, long begin, long end, float* products, long width) const {
+        if constexpr (!kUpsample && std::is_same_v<typename A::Weight, float>) {
+            constexpr long kPart = M == 4 ? 64 : 128;  // words
+            const long panel = begin / kColumns, first = begin % kColumns * kLanes, last = first + (end - begin) * kLanes;
+            float* weights = scratch<float>(Slot::kPacked, kPoints * kPart * kPanel);
+            for (long start = 0; start < depth; start += kPart) {
+                const long deep = std::min(kPart, depth - start);
+                for (long lane = first; lane < last; lane += kLanes)
+                    transform_taps(c.weight + (panel * 9 * depth + start) * kPanel + lane, deep, weights + lane);
+                for (long point = 0; point < kPoints; ++point) {
+                    const float* a = input + (point * input_rows + row) * stride + start;
+                    float* out = products + point * count * width;
+                    with_columns((end - begin) * kLanes, [&](auto columns) {
+                        for_row_tiles(count, [&](long r, auto rows) {
+                            multiply_tile<A, rows, columns>(
+                                a + r * stride, stride, weights + point * deep * kPanel + first, deep, out + r * width, width, 0,
+                                start > 0);
+                        });
+                    });
+                }
+            }
+        }
+    }
+
+    // G w G^T of `deep` words of a vector of output channels: [taps, depth, kPanel] to [points, deep, kPanel].
+    void transform_taps(const float* weight, long deep, float* out) const {
+        // In bfloat16 the input's words hold the even and the odd ones of four neighbouring channels.
+        for (long word = 0; word < deep; word += A::kDeep) {
+            Vec values[A::kDeep][A::kDeep][kSize * kSize];  // [even, odd][of a word]
+#pragma GCC unroll 2
+            for (int of = 0; of < A::kDeep; ++of)
+#pragma GCC unroll 2
+                for (int index = 0; index < A::kDeep; ++index) {
+                    Vec w[9], half[kSize][3];
+#pragma GCC unroll 9
+                    for (int tap = 0; tap < 9; ++tap)
+                        w[tap] = A::value(load(weight + (tap * depth + word + index) * kPanel), of);
+#pragma GCC unroll 3
+                    for (int j = 0; j < 3; ++j) Transform<M>::weight(w + j, 3, &half[0][j], 3);
+#pragma GCC unroll 6
+                    for (int i = 0; i < kSize; ++i) Transform<M>::weight(half[i], 1, &values[of][index][i * kSize], 1);
+                }
+            const long group = word / kLanes * kLanes, within = word % kLanes / A::kDeep;
+#pragma GCC unroll 2
+            for (int of = 0; of < A::kDeep; ++of) {
+                const long place = A::kDeep == 1 ? word : group + within + of * (kLanes / 2);
+                for (int point = 0; point < kSize * kSize; ++point) {
+                    Vec words[A::kDeep];
+                    for (int index = 0; index < A::kDeep; ++index) words[index] = values[of][index][point];
+                    store(out + (point * deep + place) * kPanel, A::combine(words));
+                }
+            }
         }
     }
 
@@ -243,11 +307,12 @@ class Winograd {
 
 // y [N, H, W, O] = conv3x3(concat(x [N, H, W, C], x2 [N, H, W, C2])) + bias [O] + residual [N, H, W, O]; H and W are
 // those of y, twice those of x where `upsample`. bias, residual and x2 (C2 = 0) may be null. weight is packed,
-// [points, ceil(O / panel), words of C and C2, panel], for tiles of m x m. `kind`: 0 all are floats;
-// 1 y, x, x2 and residual are bfloat16 (m = 2); 2 weight is float16.
+// [points, ceil(O / panel), words of C and C2, panel], for tiles of m x m; with `taps` as `fastddpm_conv_direct` reads it
+// (not for `upsample`; C and C2 multiples of 32 in bfloat16). `kind`: 0 all are floats; 1 y, x, x2 and residual are
+// bfloat16 (m = 2); 2 weight is float16 (without `taps`).
 extern "C" void fastddpm_conv3x3_winograd(
     void* y, const void* x, const void* x2, const void* weight, const float* bias, const void* residual, long n,
-    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int kind,
+    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int taps, int kind,
     int threads) {
     using namespace fastddpm;
     const auto convolve = [&](auto arithmetic, auto tile) {
@@ -256,7 +321,7 @@ extern "C" void fastddpm_conv3x3_winograd(
         const Conv<A> conv{
             static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
             static_cast<const typename A::Weight*>(weight), bias, static_cast<const Element*>(residual), n, height,
-            width, channels, channels2, out_channels, pieces(threads)};
+            width, channels, channels2, out_channels, taps != 0, pieces(threads)};
         if (upsample)
             Winograd<A, tile, true>(conv).run();
         else

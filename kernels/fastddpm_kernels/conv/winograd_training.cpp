@@ -16,8 +16,8 @@
 
 extern "C" void fastddpm_conv3x3_winograd(
     void* y, const void* x, const void* x2, const float* weight, const float* bias, const void* residual, long n,
-    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int bfloat16,
-    int threads);
+    long height, long width, long channels, long channels2, long out_channels, int m, int upsample, int taps,
+    int bfloat16, int threads);
 
 namespace fastddpm {
 namespace {
@@ -325,7 +325,7 @@ void convolve(
     float* packed = scratch<float>(Slot::kPacked, kPoints * panels * depth * kPanel);
     pack<A, M>(packed, weight, strides, out_channels, channels, channels2, threads);
     fastddpm_conv3x3_winograd(
-        y, x, x2, packed, bias, nullptr, n, height, width, channels, channels2, out_channels, M, 0, A::kDeep == 2,
+        y, x, x2, packed, bias, nullptr, n, height, width, channels, channels2, out_channels, M, 0, 0, A::kDeep == 2,
         threads);
 }
 

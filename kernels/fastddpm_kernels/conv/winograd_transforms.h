@@ -4,11 +4,18 @@
 // of `out` at out[t * i]. `T` is a vector: of floats, or of doubles for weights.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "native/simd.h"
 
 namespace fastddpm {
 
 constexpr float kPoint = 0.625f;  // a: for the least error, and exact
+
+// A constant as values of T have it.
+template <class T>
+using Scalar = std::remove_reference_t<decltype(std::declval<T&>()[0])>;
 
 template <int M>
 struct Transform;
@@ -31,7 +38,8 @@ struct Transform<2> {
     // G x
     template <class T>
     static void weight(const T* x, int s, T* out, int t) {
-        const T even = 0.5 * (x[0] + x[2 * s]), odd = 0.5 * x[s];
+        constexpr Scalar<T> half = 0.5;
+        const T even = half * (x[0] + x[2 * s]), odd = half * x[s];
         out[0] = -x[0];
         out[t] = even + odd;
         out[2 * t] = even - odd;
@@ -77,10 +85,12 @@ struct Transform<4> {
     }
     template <class T>
     static void weight(const T* x, int s, T* out, int t) {
-        constexpr double a = kPoint, aa = a * a, one = 1 / (2 * (1 - aa)), two = 1 / (2 * aa * (aa - 1));
+        constexpr double a = kPoint, aa = a * a;
+        constexpr Scalar<T> zero = 1 / aa, one = 1 / (2 * (1 - aa)), two = 1 / (2 * aa * (aa - 1)), square = aa;
+        constexpr Scalar<T> odd = a / (2 * aa * (aa - 1));
         const T even1 = one * (x[0] + x[2 * s]), odd1 = one * x[s];
-        const T even2 = two * (x[0] + aa * x[2 * s]), odd2 = two * a * x[s];
-        out[0] = x[0] * (1 / aa);
+        const T even2 = two * (x[0] + square * x[2 * s]), odd2 = odd * x[s];
+        out[0] = x[0] * zero;
         out[t] = even1 + odd1;
         out[2 * t] = even1 - odd1;
         out[3 * t] = even2 + odd2;

@@ -2,8 +2,8 @@
 // positions, and 250 million weights. Reading the weights is the cost, so every thread reads its own part of them once,
 // in the order of memory, and asks for what comes next ahead of time.
 //
-// A sequence that fits a tile is read in place. Others are transposed first, [words of channels, positions]: of a word, the
-// rows of a tile are then adjacent for every tap, and no tap needs a copy.
+// The sequence is transposed first, [words of channels, positions]: of a word, the rows of a tile are then adjacent for
+// every tap, and no tap needs a copy.
 
 #include "native/arithmetic.h"
 #include "native/gemm.h"
@@ -25,26 +25,6 @@ constexpr int kMostTaps = 64;
 // In bfloat16 a tile of two columns is faster: it loads fewer words for as many products.
 template <class A>
 constexpr int kMostRows = A::kDeep == 2 ? std::min(kTallest, 12) : kTallest;
-// Lengths for which there are tiles that know where their sequence ends.
-constexpr bool has_whole_tile(long rows) { return rows <= 8 || (rows <= kTallest && rows % 4 == 0); }
-
-template <int I>
-using Constant = std::integral_constant<int, I>;
-
-// f(Constant<tap>) for every tap.
-template <int... Tap, class F>
-inline __attribute__((always_inline)) void with_taps(std::integer_sequence<int, Tap...>, const F& f) {
-    (f(Constant<Tap>{}), ...);
-}
-
-// Holds a value in a register. GCC else loads a weight for each of its products, and loads become the limit.
-inline void keep(Vec& value) {
-#if defined(__x86_64__)
-    asm("" : "+v"(value));
-#elif defined(__aarch64__)
-    asm("" : "+w"(value));
-#endif
-}
 
 // Vectors of a panel that a tile of R rows computes at once.
 constexpr int columns_of(int rows) { return rows * 4 <= kSums ? 4 : rows * 2 <= kSums ? 2 : 1; }
@@ -81,15 +61,12 @@ class Sequences {
 
     void run() const {
         const long all = words + words2;
-        float* transposed = nullptr;
-        if (!is_whole()) {
-            transposed = scratch<float>(Slot::kShared, c.n * all * places);
-            for_each(c.n, c.threads, [&](long n) { transpose(n, transposed + n * all * places); });
-        }
-        const long unit = is_whole() ? rows : 1, units = c.n * rows / unit, blocks = ceil_div(c.n * rows, kTogether);
+        float* transposed = scratch<float>(Slot::kShared, c.n * all * places);
+        for_each(c.n, c.threads, [&](long n) { transpose(n, transposed + n * all * places); });
+        const long blocks = ceil_div(c.n * rows, kTogether);
         for_each(phases * panels * blocks, c.threads, [&](long i) {
             const long block = i % blocks, panel = i / blocks % panels, phase = i / blocks / panels;
-            multiply(transposed, phase, panel, units * block / blocks * unit, units * (block + 1) / blocks * unit);
+            multiply(transposed, phase, panel, c.n * rows * block / blocks, c.n * rows * (block + 1) / blocks);
         });
     }
 
@@ -134,26 +111,19 @@ class Sequences {
         long offsets[kMostTaps];
         for (long tap = 0; tap < taps; ++tap) offsets[tap] = offset(phase, tap);
         const long vectors = std::min<long>(kVectors, ceil_div(c.out_channels - panel * kWide, kLanes));
-        for_blocks(deep, [&](long word, long count) {
-            const float* block = weight + word * taps * kWide;
+        for (long word = 0; word < all; word += deep) {
+            const long count = std::min(deep, all - word);
             for_tiles(first, last, [&](long row, auto height) {
+                const float* x = transposed + (row / rows * all + word) * places + row % rows;
                 constexpr int R = height, C = columns_of(R);
-                float* sums = total + (row - first) * kWide;
+                const float* block = weight + word * taps * kWide;
                 // The first tile asks for the next block, line by line.
                 const float* next = row == first ? block + count * taps * kWide : block;
-                for (long j = 0; j < vectors; j += C, next += count * taps * C * kLanes) {
-                    const Block<C> some{block + j * kLanes, next, count, sums + j * kLanes};
-                    with_whole<R>([&](auto kernel) {
-                        if constexpr (kernel == 0) {
-                            const float* x = transposed + (row / rows * all + word) * places + row % rows;
-                            tile<R>(x, offsets, some);
-                        } else {
-                            whole_tile<R, kernel>(words_at(row / rows, word), word < words ? words : words2, some);
-                        }
-                    });
-                }
+                for (long j = 0; j < vectors; j += C, next += count * taps * C * kLanes)
+                    tile<R, C>(
+                        x, offsets, block + j * kLanes, next, count, total + (row - first) * kWide + j * kLanes);
             });
-        });
+        }
         for (long row = first; row < last; ++row) {
             const long place = (row / rows * c.out_length + row % rows * phases + phase) * c.out_channels;
             for (long j = 0; j < vectors; ++j) {
@@ -162,20 +132,6 @@ class Sequences {
                 store_some(c.y + place + channel, load(total + (row - first) * kWide + j * kLanes) + bias, lanes);
             }
         }
-    }
-
-    // f(first, count) for blocks of words, at most `deep` many, of x and then of x2.
-    template <class F>
-    void for_blocks(long deep, const F& f) const {
-        for (long word = 0; word < words; word += deep) f(word, std::min(deep, words - word));
-        for (long word = 0; word < words2; word += deep) f(words + word, std::min(deep, words2 - word));
-    }
-
-    // Word `word` of sample `n` at position 0, where words are as in memory.
-    const float* words_at(long n, long word) const {
-        const Element* x = word < words ? c.x + (n * c.length * words + word) * A::kDeep
-                                        : c.x2 + (n * c.length * words2 + word - words) * A::kDeep;
-        return reinterpret_cast<const float*>(x);
     }
 
     // f(row, std::integral_constant<int, rows>) for tiles that lie in one sample each.
@@ -191,80 +147,27 @@ class Sequences {
         }
     }
 
-    // Whether a tile is a whole sequence, which a kernel of odd size keeps as long as it is.
-    bool is_whole() const {
-        return !c.transposed && c.stride == 1 && taps == 2 * c.padding + 1 && taps <= 5 && rows <= kMostRows<A> &&
-               has_whole_tile(rows) && c.channels % A::kDeep == 0 && c.channels2 % A::kDeep == 0;
-    }
-
-    // f(Constant<taps>) if a tile of R rows is a whole sequence, else f(Constant<0>).
-    template <int R, class F>
-    void with_whole(const F& f) const {
-        if constexpr (has_whole_tile(R))
-            if (is_whole()) return taps == 1 ? f(Constant<1>{}) : taps == 3 ? f(Constant<3>{}) : f(Constant<5>{});
-        f(Constant<0>{});
-    }
-
-    // A block of weights for C vectors of a panel, and what is asked for meanwhile.
-    template <int C>
-    struct Block {
-        const float *weight, *next;
-        long count;  // of words
-        float* total;
-    };
-
     template <int R, int C>
-    __attribute__((noinline)) void tile(const float* x, const long* offsets, Block<C> block) const {
+    __attribute__((noinline)) void tile(
+        const float* x, const long* offsets, const float* weight, const float* next, long count, float* total) const {
         Vec sums[R][C] = {};
-        for (long word = 0; word < block.count; ++word, x += places)
-            for (long tap = 0; tap < taps; ++tap) multiply_tap<0, R>(sums, x + offsets[tap], 1, block);
-        add(sums, block.total);
-    }
-
-    // The same for a whole sequence, read in place, `stride` words between positions. Products with what lies outside of it
-    // are left out: of 4 positions and 5 taps 6 of 20.
-    template <int R, int K, int C>
-    __attribute__((noinline)) void whole_tile(const float* x, long stride, Block<C> block) const {
-        Vec sums[R][C] = {};
-        for (long word = 0; word < block.count; ++word, ++x)
-            with_taps(std::make_integer_sequence<int, K>{}, [&](auto tap) __attribute__((always_inline)) {
-                constexpr int ahead = tap - K / 2, begin = std::max(0, -ahead), end = std::min(R, R - ahead);
-                if constexpr (begin < end)
-                    multiply_tap<begin, end>(sums, x + ahead * stride, stride, block);
-                else
-                    skip(block);
-            });
-        add(sums, block.total);
-    }
-
-    // sums[r] += a row of weights times the word of row r, for rows from `begin` to `end`.
-    template <int begin, int end, int R, int C>
-    static inline __attribute__((always_inline)) void multiply_tap(
-        Vec (&sums)[R][C], const float* x, long stride, Block<C>& block) {
-        Vec weights[C];
+        for (long word = 0; word < count; ++word, x += places)
+            for (long tap = 0; tap < taps; ++tap, weight += kWide) {
+                const float* from = x + offsets[tap];
+                Vec weights[C];
 #pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) {
-            weights[j] = load(block.weight + j * kLanes);
-            keep(weights[j]);
-            __builtin_prefetch(block.next + j * kLanes);
-        }
-        skip(block);
+                for (int j = 0; j < C; ++j) {
+                    weights[j] = load(weight + j * kLanes);
+                    __builtin_prefetch(next + j * kLanes);
+                }
+                next += C * kLanes;
 #pragma GCC unroll 16
-        for (int r = begin; r < end; ++r) {
-            const float value = load_word(x + r * stride);
+                for (int r = 0; r < R; ++r) {
+                    const float value = load_word(from + r);
 #pragma GCC unroll 4
-            for (int j = 0; j < C; ++j) sums[r][j] = A::multiply_add(sums[r][j], weights[j], value);
-        }
-    }
-
-    template <int C>
-    static void skip(Block<C>& block) {
-        block.weight += kWide;
-        block.next += C * kLanes;
-    }
-
-    template <int R, int C>
-    static void add(const Vec (&sums)[R][C], float* total) {
+                    for (int j = 0; j < C; ++j) sums[r][j] = A::multiply_add(sums[r][j], weights[j], value);
+                }
+            }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

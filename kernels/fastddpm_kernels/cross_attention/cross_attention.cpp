@@ -47,9 +47,31 @@ inline Vec exp2_negative(Vec x) {
 }
 
 inline float largest_of(Vec value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)value);
+#endif
     float most = value[0];
     for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, value[lane]);
     return most;
+}
+
+// Half a vector, of which a processor with long ones multiplies two at a time: heads of 40 channels need no third.
+constexpr int kHalf = kLanes / 2;
+typedef float HalfVector __attribute__((vector_size(kHalf * sizeof(float))));
+
+inline HalfVector load_half(const float* p) {
+    HalfVector value;
+    std::memcpy(&value, p, sizeof(value));
+    return value;
+}
+
+template <class A>
+inline HalfVector multiply_add_half(HalfVector sum, HalfVector words, float word) {
+#if defined(__AVX512BF16__)
+    if constexpr (A::kDeep == 2)
+        return (HalfVector)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_ps(word), (__m256bh)(__m256)words);
+#endif
+    return sum + words * word;
 }
 
 template <class A>
@@ -59,6 +81,7 @@ class Attending {
     const CrossAttention<A>& a;
     const long depth, columns, keys_size, block_size;  // words of a head; panels of its channels; floats of a packed block
     const long blocks[2];                              // of keys, of each source
+    const bool narrow;  // whether the values of a key are one panel and half a vector, next to each other
 
   public:
     explicit Attending(const CrossAttention<A>& args)
@@ -67,7 +90,8 @@ class Attending {
           columns(ceil_div(a.width, kPanel)),
           keys_size(kKeys * depth),
           block_size(keys_size + columns * ceil_div(kKeys, A::kDeep) * kPanel),
-          blocks{ceil_div(a.sources[0].keys, kKeys), ceil_div(a.sources[1].keys, kKeys)} {}
+          blocks{ceil_div(a.sources[0].keys, kKeys), ceil_div(a.sources[1].keys, kKeys)},
+          narrow(kLanes == 16 && a.width > kPanel && a.width <= kPanel + kHalf) {}
 
     void run() const {
         const long all = a.n * a.heads, size = (blocks[0] + blocks[1]) * block_size, items = ceil_div(a.queries, kQueries);
@@ -102,7 +126,19 @@ class Attending {
         const Packing<A> packing(keys.count);
         const long at = (head / a.heads * keys.source.keys + keys.first) * keys.source.row + head % a.heads * a.width;
         packing.keys(keys.source.k + at, keys.source.row, a.width, packed + block * block_size);
-        packing.values(keys.source.v + at, keys.source.row, a.width, packed + block * block_size + keys_size);
+        float* values = packed + block * block_size + keys_size;
+        if (!narrow) return packing.values(keys.source.v + at, keys.source.row, a.width, values);
+        for (long word = 0; word < packing.words; ++word, values += kPanel + kHalf)
+            for (long channel = 0; channel < a.width; channel += kLanes) {  // the last half is the next word's
+                Vec of_keys[A::kDeep];
+                for (int index = 0; index < A::kDeep; ++index) {
+                    const long key = word * A::kDeep + index;
+                    of_keys[index] = key < keys.count
+                                         ? load_some(keys.source.v + at + key * keys.source.row + channel, a.width - channel)
+                                         : zero();
+                }
+                store(values + channel, A::combine(of_keys));
+            }
     }
 
     void attend(long head, long item, const float* packed) const {
@@ -154,6 +190,12 @@ class Attending {
             sums[r] += exponentials(own, count, most[r]);
         }
         const float* values = packed + keys_size;
+        if (narrow) {
+            constexpr int kFirst = (R + 1) / 2;
+            add_narrow_values<kFirst>(scores, values, words, out, out_row);
+            if constexpr (R > kFirst) add_narrow_values<R - kFirst>(scores + kFirst * row, values, words, out + kFirst * out_row, out_row);
+            return;
+        }
         for (long panel = 0; panel < columns; ++panel)
             with_columns(a.width - panel * kPanel, [&](auto vectors) {
                 add_values<R, vectors>(
@@ -174,6 +216,36 @@ class Attending {
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int j = 0; j < C; ++j) store(out + r * out_row + j * kLanes, sums[r][j]);
+    }
+
+    // The same of values that are `narrow`.
+    template <int R>
+    static void add_narrow_values(const float* rows, const float* values, long words, float* out, long out_row) {
+        constexpr long row = kKeys + kLanes, step = kPanel + kHalf;
+        for (long start = 0; start < words; start += kDepth) {
+            Vec sums[R][2] = {};
+            HalfVector halves[R] = {};
+            const float* value = values + start * step;
+            for (long word = start; word < std::min(words, start + kDepth); ++word, value += step) {
+                const Vec first = load(value), second = load(value + kLanes);
+                const HalfVector last = load_half(value + 2 * kLanes);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    const float weight = load_word(rows + r * row + word);
+                    sums[r][0] = A::multiply_add(sums[r][0], first, weight);
+                    sums[r][1] = A::multiply_add(sums[r][1], second, weight);
+                    halves[r] = multiply_add_half<A>(halves[r], last, weight);
+                }
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                float* place = out + r * out_row;
+                store(place, load(place) + sums[r][0]);
+                store(place + kLanes, load(place + kLanes) + sums[r][1]);
+                halves[r] += load_half(place + 2 * kLanes);
+                std::memcpy(place + 2 * kLanes, &halves[r], sizeof(HalfVector));
+            }
+        }
     }
 
     // Scales a row of scores to exponents of two, adds the mask. Returns the largest; beyond the last key they are least.
@@ -198,7 +270,7 @@ class Attending {
             Vec value = exp2_negative(load(scores + key) - most);
             if (key + kLanes > count) value = masked(value, key, count, 0.0f);
             store(rounded + key, value);
-            sum += load(rounded + key);
+            sum += A::kDeep == 1 ? value : load(rounded + key);
         }
         return sum_of(sum);
     }

@@ -54,6 +54,28 @@ _POINTERS = {
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """A tensor that a kernel reads in blocks, by a tensor descriptor.
+
+    Attributes:
+        tensor: its last dimension contiguous.
+        block: the shape of a block.
+    """
+
+    tensor: Tensor
+    block: tuple[int, ...]
+
+    def made(self) -> Any:
+        """Return the kernel's argument."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(self.tensor, list(self.block))
+
+    def signature(self) -> str:
+        return f"tensordesc<{_POINTERS[self.tensor.dtype][1:]}{list(self.block)}>"
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch. Ahead-of-time compilation uses the same record, so it compiles exactly what runs."""
 
@@ -66,7 +88,8 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.args, **self.constexprs, num_warps=self.num_warps, **self.options)
+        args = {name: value.made() if isinstance(value, Descriptor) else value for name, value in self.args.items()}
+        self.kernel[(self.programs,)](**args, **self.constexprs, num_warps=self.num_warps, **self.options)
 
     def variant(self, tag: str) -> Variant:
         """Return the specialisation that the JIT would make for these arguments (meta tensors suffice)."""
@@ -78,6 +101,8 @@ class Launch:
                 constexprs[name] = value
             elif isinstance(value, Tensor):
                 signature[name] = _POINTERS[value.dtype]
+            elif isinstance(value, Descriptor):
+                signature[name] = value.signature()
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:

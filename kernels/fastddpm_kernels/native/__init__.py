@@ -21,7 +21,7 @@ from fastddpm_kernels.native.machine import threads
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "fastddpm_conv3x3_winograd": [_P] * 6 + [_L] * 6 + [_I] * 4,
+    "fastddpm_conv3x3_winograd": [_P] * 6 + [_L] * 6 + [_I] * 5,
     "fastddpm_conv3x3_unpacked": [_P] * 4 + [_L] * 4 + [_P] + [_L] * 6 + [_I] * 3,
     "fastddpm_conv_pack": [_P] * 3 + [_L] * 10 + [_I] * 4,
     "fastddpm_conv3x3_weight_gradient": [_P] + [_L] * 4 + [_P] * 4 + [_L] * 6 + [_I] * 2,

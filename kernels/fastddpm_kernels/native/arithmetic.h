@@ -31,6 +31,7 @@ struct Float32 {
     // The words that hold the values, and the sum of the values in each.
     static Vec combine(const Vec* values) { return values[0]; }
     static Vec total(Vec words) { return words; }
+    static Vec value(Vec words, int) { return words; }  // of each word
     static Vec multiply_add(Vec sum, Vec words, float word) { return sum + words * word; }
     static Vec multiply_add(Vec sum, Vec words, Vec others) { return sum + words * others; }
 };
@@ -74,6 +75,7 @@ struct Bfloat16 {
         return (Vec)(low | high << 16);
     }
     static Vec total(Vec words) { return first(words) + second(words); }
+    static Vec value(Vec words, int index) { return index ? second(words) : first(words); }
     static Vec multiply_add(Vec sum, Vec words, float word) {
         const __m512bh pair = (__m512bh)_mm512_set1_ps(word);
         return (Vec)_mm512_dpbf16_ps((__m512)sum, pair, (__m512bh)(__m512)words);

@@ -51,10 +51,12 @@ inline __attribute__((always_inline)) void multiply_add_blocks(
     }
 }
 
-// c[R][kPanel] = a[R][depth] x panel[depth][kPanel], the blocks added in c; of a row the first C vectors.
+// c[R][kPanel] = a[R][depth] x panel[depth][kPanel], the blocks added in c; of a row the first C vectors. `more`: added to
+// what is in c.
 template <class A, int R, int C = kColumns>
 void multiply_tile(
-    const float* a, long a_stride, const typename A::Weight* panel, long depth, float* c, long c_stride, long ahead = 0) {
+    const float* a, long a_stride, const typename A::Weight* panel, long depth, float* c, long c_stride, long ahead = 0,
+    bool more = false) {
     for (long start = 0; start < depth; start += kDepth) {
         Vec sums[R][C] = {};
         multiply_add<A>(
@@ -65,7 +67,7 @@ void multiply_tile(
 #pragma GCC unroll 8
             for (int j = 0; j < C; ++j) {
                 float* place = c + r * c_stride + j * kLanes;
-                store(place, start ? load(place) + sums[r][j] : sums[r][j]);
+                store(place, start || more ? load(place) + sums[r][j] : sums[r][j]);
             }
     }
 }

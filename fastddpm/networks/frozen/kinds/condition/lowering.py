@@ -48,7 +48,7 @@ class Lowering(TransformerBuilder):
     def lower(self) -> int:
         self._text_slot: int | None = None
         self._masks: dict[str, Tensor] = {}
-        self._large = sum(weight.numel() for weight in self.unet.parameters()) > LARGE
+        self.compact = sum(weight.numel() for weight in self.unet.parameters()) > LARGE
         unet = self.unet
         x = Activation(self.INPUT)
         if unet.config.center_input_sample:
@@ -89,19 +89,15 @@ class Lowering(TransformerBuilder):
                     x = self._upsample(layer, x, self.shapes[skips[-1].slot][1:] if forced else None)
         return self.normed_conv_to_image(unet.conv_norm_out, unet.conv_out, x, ACTIVATIONS[type(unet.conv_act)]).slot
 
-    def affordable(self, algorithm: str, size: tuple[int, int]) -> str:
+    def affordable(self, algorithm: str, size: tuple[int, int], *, upsample: bool) -> str:
         """See `Builder.affordable`.
 
-        Winograd's algorithm saves products with every pixel but stores its weights in 1.8 or 4 times the memory. Large
-        U-Nets have nearly all their weights at the low resolutions: there memory is worth more.
+        Winograd's algorithm stores its weights in 1.8 or 4 times the memory (1 or 1.6 times that of "direct" after
+        upsampling). Large U-Nets have nearly all their weights at the low resolutions: there memory is worth more.
         """
-        if not self._large:
-            return algorithm
         pixels = self.shapes[self.INPUT][1] * self.shapes[self.INPUT][2]
         fewer = pixels / max(size[0] * size[1], 1)
-        if fewer < 2 or algorithm == "direct":
-            return algorithm
-        return "winograd2" if fewer < 8 else "direct"
+        return algorithm if not self.compact or fewer < (8 if upsample else 2) else "direct"
 
     def _given(self, name: str, x: Activation) -> Activation:
         """Emit the sum of `x` and a condition that may change at every step."""
