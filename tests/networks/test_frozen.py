@@ -432,7 +432,7 @@ def test_a_table_decides_layer_by_layer() -> None:
             "num_stages": 3, "norm": "merge", "pdl": False}  # fmt: skip
     for chosen in ([keys[0]], keys[1:3], keys):
         with tuned.using(
-            torch.device("cpu"), dict.fromkeys(keys, {"implementation": "vendor"}) | dict.fromkeys(chosen, tile)
+            torch.device("cpu"), {key: {"implementation": "vendor"} for key in keys} | dict.fromkeys(chosen, tile)
         ):
             fewer = bound()
         assert len(fewer) < len(norms)
