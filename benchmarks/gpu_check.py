@@ -4,6 +4,7 @@
     python benchmarks/gpu_check.py --section ops profile      # some of them
     python benchmarks/gpu_check.py --skip tune                # all but some
     python benchmarks/gpu_check.py --resume                   # only what is not there yet, of the same sources
+    python benchmarks/gpu_check.py --call 1                   # the first half, in six and a half minutes; then --call 2
     python benchmarks/gpu_check.py --device cpu --small --out /tmp/x.json    # the same code on a tiny network
 
 fastddpm is installed, or PYTHONPATH names the repository and its folder `kernels`. The sections `ops`, `cifar10` and
@@ -27,7 +28,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from gpu import children, precompile, summary, tune
+from gpu import children, plans, precompile, summary, tune
 from gpu.results import Record, Results, Section, commit_here, source_digest
 from measuring import ROOT
 from networks import make_problem
@@ -38,10 +39,16 @@ from fastddpm.perf.profiling import ceilings
 from fastddpm.perf.profiling.timing import first_lines, release
 
 # Section -> its share of the time; what one leaves over goes to those after it. Tests are the first and have time to
-# end: nothing else counts if they fail. `tune` is the last, because it runs what nobody has run before.
-SHARES = {"tests": 155, "machine": 15, "ops": 75, "cifar10": 145, "celeba256": 35, "profile": 40, "tune": 55}
+# end: nothing else counts if they fail. Then comes batch 1 with each choice of plans, which decides what to do next.
+# `tune` is the last, because it runs what nobody has run before.
+SHARES = {
+    "tests": 200, "plans": 90, "machine": 20, "profile": 60, "ops": 75, "cifar10": 165, "celeba256": 45, "tune": 55,
+}  # fmt: skip
 TESTS_S = 150  # at least
 BUDGET_S = 530
+# Where a GPU comes in pieces: two calls of six and a half minutes, thirteen in all.
+CALLS = {1: ("tests", "plans", "machine", "profile"), 2: ("ops", "cifar10", "celeba256", "tune")}
+CALL_S = 390
 PRECOMPILE_S = 45  # at most, before loops are timed
 TESTS = {
     "marked gpu": ["-m", "gpu", "tests"],
@@ -124,6 +131,8 @@ def run_section(section: Section, device: torch.device, small: bool) -> None:
             run_profile(section, device, small)
         elif section.name == "tune":
             tune.run(section, device, small)
+        elif section.name == "plans":
+            plans.run(section, device, small)
         else:
             size = "small" if small else "full"
             run_benchmarks(section, [*(SMALL_BENCHMARKS if small else BENCHMARKS)[section.name], "--bench-size", size])
@@ -261,12 +270,17 @@ def _parse(arguments: list[str] | None) -> Any:
     parser.add_argument("--section", nargs="+", choices=list(SHARES), default=list(SHARES), help="which to run")
     parser.add_argument("--skip", nargs="+", choices=list(SHARES), default=[], help="which not to run")
     parser.add_argument("--resume", action="store_true", help="keep what the file holds of the same source and device")
+    parser.add_argument("--call", type=int, choices=list(CALLS), help=f"sections and {CALL_S} s of one of two calls")
     parser.add_argument("--out", type=Path, help="the results file; must be given with --small")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help=f"seconds in all, {BUDGET_S} by default")
+    parser.add_argument("--budget", type=float, help=f"seconds in all, {BUDGET_S} by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--small", action="store_true", help="a tiny network and few steps, to try the code")
     parser.add_argument("--commit", help="which commit this is, where git cannot tell")
     options = parser.parse_args(arguments)
+    if options.call is not None:
+        options.section, options.resume = list(CALLS[options.call]), options.resume or options.call > 1
+    if options.budget is None:
+        options.budget = BUDGET_S if options.call is None else CALL_S
     if options.budget <= 0:
         parser.error(f"--budget is {options.budget}, must be positive")
     if options.out is not None and options.out.is_dir():

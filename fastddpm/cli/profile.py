@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # For each kind of device: batch sizes, and those of --quick.
 BATCHES = {"cuda": ((1, 8, 64, 256), (1, 64)), "mps": ((1, 8, 32), (1, 8)), "cpu": ((1, 4, 16), (1, 8))}
+GPUS = ("4090", "a100", "h100", "h200")  # of which a time can be predicted
 BUDGET_S, QUICK_S = 240.0, 35.0
 
 
@@ -73,7 +74,24 @@ def add_commands(commands: Any) -> None:
     add("--compare", type=Path, nargs="+", metavar="OLD.json",
         help="also hold it against an earlier profile, as a Markdown table with ratios and their noise; with a second "
              "file, hold that one against the first and measure nothing")  # fmt: skip
+    add("--predict", choices=GPUS, metavar="GPU",
+        help=f"measure nothing; predict a step in fp16 on {', '.join(GPUS)} from counts, at --batch (default: 1 256), "
+             "beside the profile that --compare names")  # fmt: skip
     parser.set_defaults(run=_profile)
+
+
+def _predict(options: argparse.Namespace, earlier: dict[str, Any] | None) -> None:
+    from fastddpm.cli.profile_predict import prediction, show
+    from fastddpm.common.files import write_json
+    from fastddpm.networks.frozen import blueprint_of
+
+    model = open_model(options, latents=True)
+    if blueprint_of(model.unet) is None:
+        raise ValueError(f"--predict needs a U-Net that can be frozen, and {type(model.unet).__name__} cannot")
+    content = prediction(model, options.predict, sorted(set(options.batch or [1, 256])))
+    if options.json is not None:
+        write_json(options.json, content)
+    show(content, wide_console(), earlier)
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -94,6 +112,8 @@ def _profile(options: argparse.Namespace) -> None:
     if earlier and earlier[0]["schema"] != SCHEMA:
         raise ValueError(f"--compare is {options.compare[0]}, which `fastddpm profile` did not write")
     _check_outputs(options)
+    if options.predict is not None:
+        return _predict(options, earlier[0] if earlier else None)
     content = _measure(options)
     path = options.json or _free_name(f"profile-{content['device']['slug']}")
     write_json(path, content)  # before printing, because printing may fail

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from dataclasses import field as field_of
 from typing import Any
 
+import torch
 from fastddpm_kernels import philox
 from torch import Tensor
 
@@ -236,9 +237,32 @@ def check_noise(
     return source
 
 
-def give_noise(buffer: Tensor, source: NoiseSource, index: int, rows: slice, name: str) -> None:
-    """Put the noise that the user gives for the row `index` and the samples `rows` into `buffer` [n, ...]."""
-    shape = tuple(buffer.shape)
-    noise = source[index, rows] if isinstance(source, Tensor) else source(index, shape)
-    checks.floating(noise, shape, f"{name} of step {index}")
-    buffer.copy_(noise)
+class Giver:
+    """Puts noise that the user gives into a loop's buffers [n, ...].
+
+    The host's noise goes to CUDA through two page-locked buffers: the copy of one step need not have ended when the
+    host draws the next, so the host waits only where it is two steps ahead.
+    """
+
+    def __init__(self) -> None:
+        self._locked: dict[int, list[tuple[Tensor, torch.cuda.Event]]] = {}  # by the address of the buffer
+
+    def give(self, buffer: Tensor, source: NoiseSource, index: int, rows: slice, name: str) -> None:
+        """Put the noise for the row `index` and the samples `rows` into `buffer`."""
+        shape = tuple(buffer.shape)
+        noise = source[index, rows] if isinstance(source, Tensor) else source(index, shape)
+        checks.floating(noise, shape, f"{name} of step {index}")
+        if buffer.device.type != "cuda" or noise.device.type != "cpu":
+            buffer.copy_(noise)
+            return
+        locked = self._locked.setdefault(buffer.data_ptr(), [])
+        if len(locked) < 2:
+            place, copied = torch.empty(shape, dtype=buffer.dtype, pin_memory=True), torch.cuda.Event(blocking=True)
+        else:
+            place, copied = locked.pop(0)
+            if not copied.query():
+                copied.synchronize()
+        place.copy_(noise)
+        buffer.copy_(place, non_blocking=True)
+        copied.record(torch.cuda.current_stream(buffer.device))
+        locked.append((place, copied))

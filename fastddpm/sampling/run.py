@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastddpm.common.progress import Bar, Report, check_progress, progress_bar
 from fastddpm.process.tables import StepTable
-from fastddpm.sampling.batch import Batch, NoiseSource, give_noise
+from fastddpm.sampling.batch import Batch, Giver, NoiseSource
 from fastddpm.sampling.batch_size import BatchSizes, log_halving
 from fastddpm.sampling.loop import Body, Loop, Shapes, buffer_shapes
 from fastddpm.sampling.memory import is_out_of_memory, not_even_one, release_memory
@@ -160,9 +160,10 @@ class Run:
         """Take some of the samples through the table, and put them into `images`."""
         with self.pool.lease(self.shapes(rows)) as runner:
             loop = self._load(rows, runner)
+            giver = Giver()
             moments = _Moments(self, rows, loop)
             for kind, first, steps in segments(loop.bodies, self.start, self.periods(loop.x.device)):
-                self._give_noise(first, rows, loop)
+                self._give_noise(giver, first, rows, loop)
                 runner.advance(kind, steps)
                 if moments.passed(first + steps - 1, steps):
                     break
@@ -230,12 +231,12 @@ class Run:
         runner.load(self.table, x, batch, self.start, only_most=only_most)
         return runner.loop
 
-    def _give_noise(self, row: int, rows: slice, loop: Loop) -> None:
+    def _give_noise(self, giver: Giver, row: int, rows: slice, loop: Loop) -> None:
         """Put the user's noise for a row into the loop, if that row uses it."""
         if self.noise is not None and self.table.rows[row, 6] != 0:
-            give_noise(loop.buffers["noise"], self.noise, row, rows, "noise")
+            giver.give(loop.buffers["noise"], self.noise, row, rows, "noise")
         if self.known_noise is not None and self.table.levels[row, 1] != 0:
-            give_noise(loop.buffers["known_noise"], self.known_noise, row, rows, "known_noise")
+            giver.give(loop.buffers["known_noise"], self.known_noise, row, rows, "known_noise")
 
 
 class _Moments:

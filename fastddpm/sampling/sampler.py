@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastddpm.common import checks
 from fastddpm.common.progress import Report
+from fastddpm.networks import weights
 from fastddpm.networks.network import Network
 from fastddpm.networks.overflow import choose_dtype
 from fastddpm.networks.precision import tf32
@@ -412,7 +413,7 @@ class Sampler:
             callback=callback,
             recorder=recorder,
         )
-        with self.network.evaluating(), self._rounding():
+        with self.network.evaluating(), self._rounding(), weights.summed_once():
             images = run.draw(self._sizes, batch_size, progress)
             self._check_finite(images, run)
         return images if recorder is None else recorder.trajectory(stores_x0=table.stores == "x0")

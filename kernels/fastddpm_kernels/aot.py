@@ -2,8 +2,9 @@
 
     python -m fastddpm_kernels.aot [--target sm_90 ...] [--op NAME ...] [--json PATH] [--jobs N] [--every N]
 
-The command prints registers, spills, shared memory and the widest load and store of every variant. It exits with 1 if a
-variant spills or does not compile: a spill adds traffic to kernels that are already bound by device memory.
+The command prints registers, spills, shared memory, the widest load and store and the number of instructions of every
+variant. It exits with 1 if a variant spills or does not compile: a spill adds traffic to kernels that are already bound
+by device memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from fastddpm_kernels.backend import TRITON_OPS as OPS
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-COLUMNS = ("registers", "spills", "shared", "load_bits", "store_bits")
+COLUMNS = ("registers", "spills", "shared", "load_bits", "store_bits", "instructions", "matrix", "per_element")
 
 
 def compile_all(
@@ -38,7 +39,8 @@ def compile_all(
 
     Returns:
         One row per variant and target: `variant`, `target`, and either the fields of
-        `fastddpm_kernels.device.compile.Usage` or `error`, the first line of what the compiler said.
+        `fastddpm_kernels.device.compile.Usage` and `per_element` (`Variant.per_element`) or `error`, the first line of
+        what the compiler said.
     """
     # The interpreter's stand-ins for kernels cannot be compiled, and are chosen when triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -66,7 +68,8 @@ def _compile_one(op: str, index: int, target: str) -> dict[str, Any]:
     variant = variants(op)[index]
     row: dict[str, Any] = {"variant": variant.name, "target": target}
     try:
-        return row | compile_variant(variant, target).as_dict()
+        used = compile_variant(variant, target)
+        return row | used.as_dict() | {"per_element": variant.per_element(used.instructions)}
     except Exception as error:  # whatever the compiler raises is a row of the report, and fails the run
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return row | {"error": f"{type(error).__name__}: {lines[-1]}"}
@@ -100,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     rows = compile_all(options.target, options.op, options.jobs, options.every)
     width = max(len(row["variant"]) for row in rows)
-    print(f"{'variant':{width}}  {'target':7}  " + "  ".join(f"{name:>10}" for name in COLUMNS))
+    print(f"{'variant':{width}}  {'target':7}  " + "  ".join(f"{name:>12}" for name in COLUMNS))
     for row in rows:
-        values = row.get("error") or "  ".join(f"{row[name]:>10}" for name in COLUMNS)
+        values = row.get("error") or "  ".join(f"{row[name] or 0:>12}" for name in COLUMNS)
         print(f"{row['variant']:{width}}  {row['target']:7}  {values}")
     if options.json:
         write_json(options.json, rows)

@@ -95,10 +95,12 @@ def test_gpu_check(tmp_path: Path) -> None:
     """A section of each kind runs on the CPU. An interrupted run goes on where it ended and keeps what it had."""
     out = tmp_path / "gpu.json"
     command = ["benchmarks/gpu_check.py", "--device", "cpu", "--small", "--out", out, "--commit", "abc"]
-    python(*command, "--section", "machine", "cifar10", "profile", "tune", "--budget", "500")
+    python(*command, "--section", "machine", "plans", "cifar10", "profile", "tune", "--budget", "500")
     content = read(out)
     sections = content["sections"]
     assert {section["status"] for section in sections.values()} <= {"done", "partial", "skipped"}
+    (plans,) = sections["plans"]["records"]
+    assert plans["us_per_step"]["median"] > 0, plans
     groups = {record["group"] for record in sections["cifar10"]["records"]}
     assert groups == {"loop ddim 50 steps fp32 batch 4"}
     (ours,) = (record for record in sections["cifar10"]["records"] if record["arm"] == "fused")

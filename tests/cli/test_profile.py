@@ -51,6 +51,20 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def test_a_prediction_measures_nothing(folder: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = written / "predicted.json"
+    words = ["profile", str(folder), "--predict", "h200", "--batch", "1", "4", "--json", str(out)]
+    assert main([*words, "--compare", str(written / "p.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "predicted for NVIDIA H200, fp16; nothing of it is measured" in shown
+    assert "measured on" in shown
+    content = read(out)
+    assert content["schema"] == "fastddpm.prediction/1"
+    one, four = content["batches"]
+    assert 0 < one["us_per_step"] <= four["us_per_step"]
+    assert {row["bound"] for row in one["rows"]} == {"latency"}
+
+
 def test_a_profile_says_all_that_it_should(written: Path) -> None:
     content = read(written / "p.json")
     assert content["schema"] == model.SCHEMA

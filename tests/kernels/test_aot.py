@@ -1,7 +1,8 @@
 """Every kernel compiles for GPUs that are not here: without spills, and with no more of anything than before.
 
-`benchmarks/results/aot.json` is the limit: registers and shared memory of every variant for every target. Where a
-kernel is meant to take more, or is new, `python -m fastddpm_kernels.aot --json benchmarks/results/aot.json` writes it.
+`benchmarks/results/aot.json` is the limit: registers, shared memory and instructions of every variant for every target.
+Where a kernel is meant to take more, or is new, `python -m fastddpm_kernels.aot --json benchmarks/results/aot.json`
+writes it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from fastddpm_kernels import aot
 
 LIMITS = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.json"
 # What another version of triton than that of the limits may take above them: its compiler allots registers otherwise.
-OTHER_VERSION = {"registers": (1.25, 8), "shared": (1.0, 2048)}  # times, and plus
+OTHER_VERSION = {"registers": (1.25, 8), "shared": (1.0, 2048), "instructions": (1.25, 40)}  # times, and plus
+# Instructions of the elements at which a kernel takes as long to issue as its bytes to come, on an H200: 132 processors
+# issue 4 times 32 a cycle at 1.755 GHz, and copies run at 4.3 TB/s. Below it, memory is the bound.
+H200_RATIO = 132 * 4 * 32 * 1.755e9 / 4.3e12
+BOUND_BY_MEMORY = {  # bytes of an element
+    "reverse_step[fp16,clip,net_in,philox]": 12,
+    "reverse_step[fp16,channels_last,clip,net_in,philox]": 12,
+    "reverse_step[fp32,clip,net_in,philox]": 16,
+    "q_sample[fp16]": 6,
+    "q_sample[fp32]": 12,
+}
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -86,12 +97,21 @@ def test_the_limits_are_of_every_variant_and_target() -> None:
     assert aot.failures(rows) == []
 
 
+def test_kernels_that_make_noise_are_bound_by_memory() -> None:
+    rows = {(row["variant"], row["target"]): row for row in json.loads(LIMITS.read_text())["rows"]}
+    for name, size in BOUND_BY_MEMORY.items():
+        assert rows[name, "sm_90"]["per_element"] <= size * H200_RATIO, name
+
+
 def test_more_of_anything_is_beyond_the_limit() -> None:
-    limit = {"variant": "a", "target": "sm_90", "registers": 40, "shared": 2048}
+    limit = {"variant": "a", "target": "sm_90", "registers": 40, "shared": 2048, "instructions": 400}
     assert beyond([limit], [limit], same_version=True) == []
     assert beyond([{**limit, "registers": 41}], [limit], same_version=True) == ["a for sm_90: 41 registers, at most 40"]
     assert beyond([{**limit, "shared": 4096}], [limit], same_version=True) == ["a for sm_90: 4096 shared, at most 2048"]
-    other = {**limit, "registers": 58, "shared": 4096}
+    assert beyond([{**limit, "instructions": 401}], [limit], same_version=True) == [
+        "a for sm_90: 401 instructions, at most 400"
+    ]
+    other = {**limit, "registers": 58, "shared": 4096, "instructions": 540}
     assert beyond([other], [limit], same_version=False) == []
     assert beyond([{**other, "registers": 59}], [limit], same_version=False) == [
         "a for sm_90: 59 registers, at most 58"

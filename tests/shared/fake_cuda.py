@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -33,6 +34,7 @@ CUDA = torch.device("cuda", 0)
 computes = True
 waits: list[str] = []
 launches: list[tuple[str, str]] = []  # the kernel, and what it is compiled for
+_locked: set[int] = set()  # addresses of the host's page-locked memory
 _graph: list[Callable[[], object]] | None = None  # the operations of the capture under way
 
 _TO_HOST = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
@@ -172,14 +174,19 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     own = [leaf for leaf in tensors if isinstance(leaf, OnDevice)]
     device = kwargs.get("device")
     if not own and not _is_cuda(device):
-        return func(*args, **kwargs)
+        if not kwargs.pop("pin_memory", False):
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        _locked.add(made.data_ptr())
+        return made
     others = [leaf for leaf in tensors if not isinstance(leaf, OnDevice) and leaf.ndim > 0]
     if own and others and name not in _ACROSS | _INDEXING:
         raise RuntimeError(f"{name} has operands on cuda:0 and on cpu, at {_place()}")
     if name in _TO_HOST:
         _wait(name)
     to_host = name == "aten::_to_copy" and device is not None and not _is_cuda(device)
-    if to_host or (name in _ACROSS and others):
+    waits_not = name == "aten::copy_" and len(args) > 2 and args[2] and args[1].data_ptr() in _locked
+    if to_host or (name in _ACROSS and others and not waits_not):
         _wait(name)
     if name == "aten::_fused_sdp_choice":
         return 0
@@ -372,7 +379,10 @@ class _Generator:
 
 
 def install() -> None:
-    """Put the device in the place of torch's, for the rest of the process. Triton must run through its interpreter."""
+    """Put the device in the place of torch's, for the rest of the process.
+
+    Triton runs through its interpreter, or the caller has replaced its driver.
+    """
     about = types.SimpleNamespace(
         multi_processor_count=4, warp_size=32, major=9, minor=0, name="a pretended GPU", total_memory=140 << 30,
         L2_cache_size=60 << 20, gcnArchName="", shared_memory_per_block_optin=232448, regs_per_multiprocessor=65536,
@@ -419,7 +429,8 @@ def install() -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     _on_device(torch, "tensor")
     _on_device(torch, "as_tensor")
-    _run_kernels()
+    if triton.knobs.runtime.interpret:
+        _run_kernels()
     from fastddpm.sampling.cuda_graph import captured, while_graph
 
     while_graph.WhileGraph = WhileGraph  # type: ignore[assignment, misc]

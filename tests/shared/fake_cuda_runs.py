@@ -9,15 +9,19 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-os.environ |= {"TRITON_INTERPRET": "1", "FASTDDPM_TUNED": "0", "FASTDDPM_VERIFY": "0"}
+os.environ |= {"FASTDDPM_TUNED": "0", "FASTDDPM_VERIFY": "0"}
+if "FAKE_CUDA_COMPILES" not in os.environ:  # `fake_cuda_compile` imports this file
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import fake_cuda
 import torch
 from torch import nn
 
 from fastddpm import NoiseSchedule, Sampler, UNet
+from fastddpm.networks.frozen import program
 
 torch.set_num_threads(1)
+MOST_ELEMENTS = program.MOST_ELEMENTS
 SMALL: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (16, 32),
@@ -58,7 +62,7 @@ class Own(nn.Module):
 CLASSES = {"num_class_embeds": 3, "null_class": 2}
 IMAGE = {"shape": (3, 8, 8)}
 LABELS = {"class_labels": [0, 1]}
-HOST_NOISE = {"noise": torch.zeros(2, 2, 3, 8, 8), "x_T": torch.zeros(2, 3, 8, 8)}
+HOST_NOISE = {"noise": torch.zeros(5, 2, 3, 8, 8), "x_T": torch.zeros(2, 3, 8, 8)}
 # The network, the settings of the sampler, the arguments of `sample`.
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "plain": (unet, {"cuda_graph": False}, {}),
@@ -74,7 +78,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
     "progress": (unet, {}, {"progress": lambda done, total: None}),
     "trajectory": (unet, {}, {"return_trajectory": 1}),
     "callback": (unet, {}, {"callback": lambda row, timestep, x: None}),
-    "host_noise": (unet, {}, HOST_NOISE),
+    "host_noise": (unet, {"num_inference_steps": 5}, HOST_NOISE),
+    "too_many_elements": (unet, {}, {"num_samples": 6, "batch_size": "auto"}),
     "inpainting": (unet, {}, {"known": torch.zeros(1, 3, 8, 8), "known_mask": torch.ones(1, 1, 8, 8)}),
     "multistep": (unet, {"method": "dpmsolver++"}, {}),
     "threshold": (unet, {"clip_sample": False, "thresholding": True}, {}),
@@ -116,6 +121,7 @@ def main(names: list[str]) -> None:
         model, expected = prepared[name]
         _, settings, arguments = CASES[name]
         fake_cuda.computes = name in COMPUTED
+        program.MOST_ELEMENTS = 3 * 64 * 64 if name == "too_many_elements" else MOST_ELEMENTS
         fake_cuda.waits.clear()
         fake_cuda.launches.clear()
         report: dict[str, Any] = {"name": name}

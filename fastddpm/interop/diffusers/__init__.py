@@ -175,7 +175,10 @@ class _Accelerated:
             arguments["x_T"] = randn_tensor(shape, generator=generator, **place) * table.init_noise_sigma
             of_steps = None if latents else generator
             draws = recognised.draws(table.timesteps, eta)
-            noise = StepNoise(draws, lambda: randn_tensor(shape, generator=of_steps, device=device, dtype=dtype))
+            # What the CPU draws the sampler copies, which need not wait for it.
+            first = of_steps[0] if isinstance(of_steps, list) else of_steps
+            drawn_on = device if first is None else first.device
+            noise = StepNoise(draws, lambda: randn_tensor(shape, generator=of_steps, device=drawn_on, dtype=dtype))
             if any(draws):
                 arguments["noise"] = noise
         with self.progress_bar(total=len(table)) as bar:

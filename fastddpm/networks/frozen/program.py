@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fastddpm.networks.frozen.frozen_unet import FrozenUNet
 
 ALIGNMENT = 256  # bytes, as the allocator's own
+# cuDNN is called without torch's own check, which cuts larger batches into pieces.
+MOST_ELEMENTS = 2**31 - 1
 
 
 class Program:
@@ -148,6 +150,12 @@ class Program:
             m.slots[slot] = own_memory(slot)
         for slot, place in self._kept.items():
             m.slots[slot] = place
+        largest = max((math.prod(builder.shapes[slot]) for slot in first), default=0)
+        if m.static and not m.native and batch * largest > MOST_ELEMENTS:
+            raise torch.OutOfMemoryError(
+                f"{batch} samples at a time make an activation of {batch * largest} elements, and cuDNN's convolutions "
+                f"count to {MOST_ELEMENTS}: batch_size must be at most {MOST_ELEMENTS // largest}"
+            )
         placed = set(first) - bordered - builder.loose if m.static else set()
         sizes = {slot: batch * math.prod(builder.shapes[slot]) * dtype.itemsize for slot in placed}
         offsets, total = plan_memory(sizes, first, last)

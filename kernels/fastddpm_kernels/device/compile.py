@@ -25,6 +25,8 @@ class Usage:
             bytes of scratch on AMD; 0 is what one wants.
         shared: bytes of shared memory (LDS) per program.
         load_bits, store_bits: the widest access to global memory by one thread.
+        instructions: in the machine code, both ways of every branch counted and loops once (NVIDIA; 0 on AMD).
+        matrix: those of them for matrix products (HMMA, HGMMA, UTCHMMA and their like).
     """
 
     registers: int
@@ -32,6 +34,8 @@ class Usage:
     shared: int
     load_bits: int
     store_bits: int
+    instructions: int = 0
+    matrix: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -91,12 +95,26 @@ def _nvidia_usage(compiled: triton.compiler.CompiledKernel) -> Usage:
         cubin.write_bytes(compiled.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
         report = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        tool = triton.knobs.nvidia.nvdisasm.path
+        code = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     accesses = re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d+))?\.[bfus](\d+)\b", compiled.asm["ptx"])
     width = {"ld": 0, "st": 0}
     for kind, lanes, bits in accesses:
         width[kind] = max(width[kind], int(lanes or 1) * int(bits))
-    return Usage(used["REG"], used["LOCAL"] + used["STACK"], compiled.metadata.shared, width["ld"], width["st"])
+    names = instructions(code)
+    return Usage(
+        used["REG"], used["LOCAL"] + used["STACK"], compiled.metadata.shared, width["ld"], width["st"], len(names),
+        sum(re.match(r"(H|I|D|Q|UTC[HIQ])G?MMA\b", name) is not None for name in names),
+    )  # fmt: skip
+
+
+def instructions(code: str) -> list[str]:
+    """Return the names of a kernel's instructions from what nvdisasm prints, without the padding at its end."""
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
+    while names and names[-1].partition(".")[0] in ("NOP", "BRA"):  # a jump to itself, and whole lines of cache
+        names.pop()
+    return names
 
 
 def _amd_usage(compiled: triton.compiler.CompiledKernel) -> Usage:

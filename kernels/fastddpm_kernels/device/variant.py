@@ -43,6 +43,14 @@ class Variant:
     divisible: tuple[str, ...] = ()
     target: str | None = None
 
+    def per_element(self, instructions: int) -> float | None:
+        """Return the instructions of a thread for each element of its program's block, None without such a block.
+
+        Each way of a branch counts, and a loop over tiles once.
+        """
+        block = self.constexprs.get("BLOCK", self.constexprs.get("BLOCK_P", 0) * self.constexprs.get("BLOCK_C", 0))
+        return round(instructions * 32 * self.num_warps / block, 1) if block and instructions else None
+
 
 _POINTERS = {
     torch.float32: "*fp32",

@@ -20,6 +20,7 @@ class Limits:
         one_pass_elements: the largest slab that a program holds in registers.
         tile_elements: the elements of a tile where a program loops over several.
         thread_elements: the elements of a tile per thread (of a warp of 32), which sets the number of warps.
+        few_elements: the same where the programs are fewer than processors, so that what a thread does is waited for.
         max_splits: the most splits of the pixels, where a slab is larger; every program of the second pass reads the
             results of all splits of the first.
     """
@@ -28,9 +29,11 @@ class Limits:
     tile_elements: int
     thread_elements: int
     max_splits: int
+    few_elements: int = 8
 
-    def num_warps(self, elements: int) -> int:
-        return min(max(elements // (32 * self.thread_elements), 1), 16)
+    def num_warps(self, elements: int, few: bool) -> int:
+        each = min(self.few_elements, self.thread_elements) if few else self.thread_elements
+        return min(max(elements // (32 * each), 1), 16)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _make_plan(
         splits = max(splits, min(-(-2 * processors // programs), all_tiles))
         tiles = -(-all_tiles // min(splits, limits.max_splits))
         splits = -(-all_tiles // tiles)
-    num_warps = limits.num_warps(block_p * width(slab))
+    num_warps = limits.num_warps(block_p * width(slab), batch * slabs(slab) * splits < processors)
     return Plan(one_pass, slabs(slab), slab, width(slab), block_p, splits, tiles, num_warps)
 
 

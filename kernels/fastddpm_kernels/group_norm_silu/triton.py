@@ -31,6 +31,7 @@ from fastddpm_kernels.group_norm_silu.triton_tile import (
     silu,
     slab_channels,
     slab_groups,
+    sum_groups,
     to_channels,
     to_groups,
     unit_rows,
@@ -71,16 +72,15 @@ def _one_pass(
     mask = (p < (BLOCK_P if ALL_PIXELS else P))[:, None] & mask_c[None, :]
 
     tile = _load(x, x2, residual, total, n, p, c, mask, P, C1, C2, CHANNELS_LAST)
-    sums = tl.sum(tile, axis=0)
+    mean = sum_groups(tile, SIZE, BLOCK_G) / (P * SIZE)
     if time_bias is not None:
         moved = row(time_bias, n, time_stride, c, mask_c)
-        mean = to_groups(sums / P + moved, member) / SIZE
+        mean += to_groups(moved, member) / SIZE
         centre = to_channels(mean, member) - moved
     else:
-        mean = to_groups(sums / P, member) / SIZE
         centre = to_channels(mean, member)
     tile = tl.where(mask, tile - centre[None, :], 0.0)
-    variance = to_groups(tl.sum(tile * tile, axis=0) / P, member) / SIZE
+    variance = sum_groups(tile * tile, SIZE, BLOCK_G) / (P * SIZE)
     rstd = tl.rsqrt(variance + eps)
 
     a, b = affine(weight, bias, scale, shift, n, scale_stride, shift_stride, c, mask_c)
