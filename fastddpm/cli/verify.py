@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.cli.model import MODEL_HELP
-from fastddpm.cli.options import device_name
+from fastddpm.cli.options import device_name, parsed
 from fastddpm.cli.outputs import Unfinished, check_output
+
+MEASURE_S = 120.0
+budget = parsed(float, "a number of seconds", lambda value: 0 <= value < float("inf"))
 
 
 def add_commands(commands: Any) -> None:
@@ -23,6 +26,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"prove this model's network, too: {MODEL_HELP}")
     parser.add_argument("--device", metavar="D", help="cuda, cuda:1 or cpu (default: all of this machine)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file, for a bug report")
+    parser.add_argument(
+        "--measure", type=budget, default=MEASURE_S, metavar="SECONDS",
+        help="on a GPU without a tuned table, measure whole layers against their parts in so many seconds, and use "
+        f"what wins; 0: do not (default: {MEASURE_S:.0f})",
+    )  # fmt: skip
     parser.set_defaults(run=_verify)
 
 
@@ -52,12 +60,26 @@ def _verify(options: argparse.Namespace) -> None:
         bad = sum(v.verdict != proving.PASSED for v in verdicts)
         failed += bad
         print(f"{len(verdicts)} checks on {device}, {bad} not passed")
+        if device.type == "cuda" and options.measure > 0:
+            _measure(device, options.measure)
         report.append({"device": tuned.header(device), "verdicts": [v._asdict() for v in verdicts]})
     if options.json is not None:
         write_json(options.json, {"devices": report})
         print(f"wrote {options.json}")
     if failed:
         raise Unfinished(f"{failed} checks did not pass; fastddpm does not use these kernels here")
+
+
+def _measure(device: Any, budget: float) -> None:
+    """Measure the layers of well-known U-Nets where there is no table, and say what won."""
+    from fastddpm_kernels.tuning import tuned_ops
+
+    from fastddpm.perf.tuning.common import measure_common
+    from fastddpm.perf.tuning.search import summary
+
+    outcomes = measure_common(device, budget) if "fused_conv" in tuned_ops(device) else None
+    if outcomes is not None:
+        print(f"whole layers of CIFAR-10 and Stable Diffusion U-Nets: {summary(outcomes)}")
 
 
 def line(verdict: Any) -> str:

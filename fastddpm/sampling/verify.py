@@ -1,6 +1,7 @@
 """Prove a frozen network and each kind of CUDA graph on a device: a child process of `fastddpm_kernels.proving`.
 
 network         a small U-Net frozen with the kernels that "auto" takes, against itself in float64
+whole network   the same in whole layers, which a tuned table may choose
 graph MODE      8 steps of DDPM captured, against the same steps one by one: equal bits
 """
 
@@ -35,6 +36,8 @@ def proofs_of(unet: nn.Module, device: torch.device) -> Iterator[Proof]:
     kernels = "native" if device.type == "cpu" else "triton"
     for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16):
         yield _network(unet, dtype, device, kernels)
+        if device.type == "cuda" and torch.version.hip is None:
+            yield _network(unet, dtype, device, kernels, "full")
     for mode in reversed(MODES):  # the simplest first
         if why_no_graph(mode, device) is None:
             yield Proof(f"graph {mode}", f"{STEPS} steps", lambda mode=mode: _graph(unet, mode, device))  # type: ignore[misc]
@@ -54,13 +57,16 @@ def _small() -> UNet:
     ).eval()
 
 
-def _network(unet: nn.Module, dtype: torch.dtype, device: torch.device, kernels: str) -> Proof:
+def _network(
+    unet: nn.Module, dtype: torch.dtype, device: torch.device, kernels: str, fusion: str = "parts"
+) -> Proof:  # fmt: skip
     def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         place = torch.device("cpu") if backend == "reference" else device
         own = unet.double() if backend == "reference" else unet.float()
         if reason := why_not(own, place):
             raise ValueError(f"the model is not prepared for sampling: {reason}")
-        frozen = FrozenUNet(own, dtype, place, backend="eager" if backend == "reference" else backend)
+        how = fusion if backend == "triton" else "auto"
+        frozen = FrozenUNet(own, dtype, place, backend="eager" if backend == "reference" else backend, fusion=how)
         blueprint = frozen.blueprint
         generator = torch.Generator().manual_seed(1)
         shape = (2, blueprint.in_channels, *blueprint.sample_size[: blueprint.dims])
@@ -71,7 +77,8 @@ def _network(unet: nn.Module, dtype: torch.dtype, device: torch.device, kernels:
         program = frozen.bind(inputs, timesteps, blueprint.some_labels(2, place))
         return {"prediction": program(torch.zeros_like(timesteps)).clone()}
 
-    return of_op("network", type(unet).__name__, kernels, dtype, run, factor=4.0)
+    subject = "whole network" if fusion == "full" else "network"
+    return of_op(subject, type(unet).__name__, kernels, dtype, run, factor=4.0)
 
 
 def _graph(unet: nn.Module, mode: str, device: torch.device) -> tuple[float, float]:

@@ -40,6 +40,8 @@ FOLDERS = {
     "pointwise_conv": "pointwise_conv",
     "upsample_conv": "conv",
     "fused_conv": "conv",
+    "attention_block": "attention_block",
+    "layer_norm_linear": "layer_norm_linear",
     "reverse_step": "reverse_step",
     "q_sample": "q_sample",
     "residual_add": "residual_add",

@@ -19,6 +19,8 @@ Operands = dict[str, Any]  # tensors, or None
 WARPS = (1, 2, 4, 8, 16)
 # At least four elements each, those of one counter of the noise. Results are the same bits.
 ELEMENTWISE: tuple[dict[str, Sequence[Any]], ...] = ({"block": tuple(2**k for k in range(5, 14)), "num_warps": WARPS},)
+# Those that a frozen U-Net runs where it calls cuDNN, or in its place.
+OF_CUDA = ("upsample_conv", "fused_conv", "attention_block", "layer_norm_linear")
 CHECKED = 3  # samples that are compared with float64: the first, one in the middle, the last
 
 
@@ -164,9 +166,7 @@ def tuned_ops(device: torch.device) -> tuple[str, ...]:
     def runs(op: str) -> bool:
         if op == "conv":
             return device.type == "cpu" and why_not("native", "cpu", "conv", torch.float32) is None
-        if (
-            op in ("upsample_conv", "fused_conv") and torch.version.hip is not None
-        ):  # where a frozen U-Net does not call cuDNN
+        if op in OF_CUDA and torch.version.hip is not None:
             return False
         return device.type == "cuda" and why_not("triton", "cuda") is None
 

@@ -54,6 +54,7 @@ def test_the_readme_and_the_page_say_what_was_measured(
     assert "within noise" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_timing_from_the_command_line(tmp_path: Path) -> None:
     """A row for every arm that runs here, with all that is to be said of it."""
     out = tmp_path / "out.json"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,10 +219,3 @@ def test_bad_input(command: str, words: str, files: Path, here: Path, refused: C
     for path in files.iterdir():
         Path(path.name).symlink_to(path)
     assert words in refused(*shlex.split(command))
-
-
-def test_the_installed_command_runs() -> None:
-    bad = subprocess.run([sys.executable, "-m", "fastddpm", "sample", "nowhere"], capture_output=True, text=True)
-    assert bad.returncode == 2
-    assert "nowhere is not a folder" in bad.stderr
-    assert "Traceback" not in bad.stderr

@@ -211,7 +211,7 @@ def test_compiles_to_one_graph() -> None:
     _, ours = pair(SMALL | OPTIONS["classes"] | OPTIONS["scale_shift"])
     x, t, labels = inputs(ours.config)
     x = x.float()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")  # a training step has aot_eager
     expected = torch.autograd.grad(ours(x, t, labels).square().sum(), ours.conv_in.weight)[0]
     actual = torch.autograd.grad(compiled(x, t, labels).square().sum(), ours.conv_in.weight)[0]
     assert_close(compiled(x, t, labels), ours(x, t, labels))

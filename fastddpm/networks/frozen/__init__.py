@@ -70,7 +70,7 @@ def freeze(
 
 def cuda_instructions(
     unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, dtype: torch.dtype = torch.float16, *,
-    fusion: str = "auto",
+    fusion: str = "auto", allow_tf32: bool = False,
 ) -> list[Instruction]:  # fmt: skip
     """Return the instructions that one step of the frozen U-Net runs on a CUDA GPU. No GPU is needed.
 
@@ -78,13 +78,14 @@ def cuda_instructions(
         batch: N. With more samples, the norms need fewer splits to fill the GPU.
         size: (height, width) of the images; None for the config's.
         dtype: of the computation.
+        allow_tf32: see `freeze`.
         fusion: see `freeze`; without a GPU there is no tuned table, so that "auto" is "parts".
 
     Returns:
         The instructions, in order; the sum of their `kernels` is the number of kernels launched. Libraries may launch
         more inside a convolution; only a run shows these.
     """
-    frozen = FrozenUNet(copy.deepcopy(unet).to("meta"), dtype, "meta", fusion=fusion)
+    frozen = FrozenUNet(copy.deepcopy(unet).to("meta"), dtype, "meta", fusion=fusion, allow_tf32=allow_tf32)
     blueprint = frozen.blueprint
     inputs = frozen.new_input((batch, blueprint.in_channels, *(size or blueprint.sample_size)))
     timesteps = torch.empty(1000, dtype=torch.int64, device="meta")

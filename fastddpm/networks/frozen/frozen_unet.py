@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from fastddpm_kernels.backend import resolve
+from fastddpm_kernels import proving
+from fastddpm_kernels.backend import resolve, unproved
 from fastddpm_kernels.conv.packing import why_not_stored
 from fastddpm_kernels.native.machine import last_cache
 from torch import Tensor, nn
 
+from fastddpm.common.proofs import PROOFS
 from fastddpm.networks import weights
 from fastddpm.networks.comparing import changed, difference, evaluating, settings_of, some_noise
 from fastddpm.networks.frozen.constants import Constants
@@ -21,6 +23,7 @@ from fastddpm.networks.frozen.program import Program
 from fastddpm.networks.frozen.time_table import TimeTable
 
 FUSION = ("auto", "full", "parts")
+_WHOLE = ("conv", "attention_block", "layer_norm_linear")  # the ops of whole layers
 # What a frozen U-Net runs on one backend besides norms.
 _OPS = (
     "conv", "attention", "pointwise_conv", "residual_add", "layer_norm", "geglu", "cross_attention", "conv1d",
@@ -118,6 +121,9 @@ class FrozenUNet:
         whole = self.fused and self.backend != "native" and torch.version.hip is None
         if fusion == "full" and not whole:
             raise ValueError(f"fusion is 'full', must be 'auto' or 'parts' on {self.device.type} with {self.backend}")
+        if fusion == "auto" and whole and self.device.type == "cuda":  # trusted where proven
+            reason = unproved(_WHOLE, "cuda") or proving.why_not("whole network", self.device, PROOFS)
+            whole = reason is None
         self.fusion = fusion if whole else "parts"
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None

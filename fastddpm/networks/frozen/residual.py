@@ -119,12 +119,13 @@ class ResidualBuilder(WholeBuilder):
         elif time is not None:
             layer = norm.layer
             self.measure(h, (layer.num_channels // layer.num_groups, 0), name, time)
-        shortcut, residual = None, x.slot
+        shortcut = None
         if block.shortcut is not None:
-            shortcut, residual = Shortcut(x, skip, block.shortcut.weight.double().flatten(1)), None
+            shortcut = Shortcut(x, skip, block.shortcut.weight.double().flatten(1))
         return self.whole_conv(
             name, h, lambda: conv.weight, conv.out_channels, kernel=conv.kernel_size[0],
-            padding=conv.kernel_size[0] // 2, norm=before, residual=residual, shortcut=shortcut,
+            padding=conv.kernel_size[0] // 2, norm=before, residual=x.slot if shortcut is None else None,
+            shortcut=shortcut,
             bias=self.bias_with(conv, block.shortcut, x, skip),
         )  # fmt: skip
 

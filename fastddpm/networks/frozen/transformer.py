@@ -78,10 +78,10 @@ class TransformerBuilder(ResidualBuilder):
 
     def takes_normed_linear(self, h: Activation, outputs: int, gate: bool) -> bool:
         """Return whether a layer norm and a product are one kernel, by the fusion or the tuned table."""
-        if self.fusion != "auto":
-            return self.fusion == "full"
         shape = (self.pixels(h.slot), self.shapes[h.slot][0], outputs, int(gate), int(self.m.allow_tf32))
         choice = tuned.choice("layer_norm_linear", self.device, self.dtype, shape)
+        if self.fusion != "auto":
+            return self.fusion == "full"
         return choice is not None and choice["implementation"] == "one"
 
     def attend(

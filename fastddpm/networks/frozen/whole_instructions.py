@@ -40,9 +40,8 @@ def norm_of(m: Machine, slots: Slots, constants: NormConstants | None) -> Norm |
     """Return the norm of what a convolution reads, with its statistics."""
     if constants is None:
         return None
-    weight, bias, groups, *rest = constants
     second = None if slots.second is None else m.statistics[slots.second]
-    return Norm(weight, bias, groups, m.statistics[slots.source], second, *rest)
+    return Norm(statistics=m.statistics[slots.source], statistics2=second, **constants._asdict())
 
 
 def whole_conv(
@@ -55,7 +54,7 @@ def whole_conv(
         x = m.slots[slots.source]
         images = {"x2": slots.second, "residual": slots.residual, "shortcut": slots.shortcut,
                   "shortcut2": slots.shortcut2}  # fmt: skip
-        given = {name: None if slot is None else m.slots[slot] for name, slot in images.items()}
+        given: dict[str, Any] = {name: None if slot is None else m.slots[slot] for name, slot in images.items()}
         return conv_.bind(
             m.place(slots.target, x, outputs, size), x, weight, **given, **options, norm=norm_of(m, slots, norm),
             statistics=m.statistics.get(slots.target), workspace=m.workspace, allow_tf32=m.allow_tf32,

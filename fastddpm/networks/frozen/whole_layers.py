@@ -106,11 +106,11 @@ class WholeBuilder(Builder):
 
     def takes_block(self, x: Activation, norm: nn.GroupNorm) -> bool:
         """Return whether an attention of one head is emitted whole, by the fusion or the tuned table."""
-        if self.fusion != "auto":
-            return self.fusion == "full"
         channels, height, width = self.shapes[x.slot]
         shape = (self.batch, height * width, channels, norm.num_groups, int(self.m.allow_tf32))
         choice = tuned.choice("attention_block", self.device, self.dtype, shape)
+        if self.fusion != "auto":
+            return self.fusion == "full"
         return choice is not None and choice["implementation"] == "block"
 
     def whole_conv(
@@ -270,7 +270,9 @@ class WholeBuilder(Builder):
         self.measure(x, (channels // norm.num_groups, 0), name)
         target, folded = self.new(channels, height, width), functools.cache(matrices)
         kept = [
-            self.put(f"{name}.block.{part}", lambda i=i: folded()[i], None if i in (0, 2) else self.vector_dtype)
+            self.put(
+                f"{name}.block.{part}", functools.partial(_part, folded, i), None if i in (0, 2) else self.vector_dtype
+            )
             for i, part in enumerate(("scores", "scores_bias", "values", "values_bias"))
         ]
         own_norm = self._constants_of(NormBefore(norm, None))
@@ -318,3 +320,7 @@ def _padded(values: Tensor, outputs: int, inputs: int | None = None) -> Tensor:
     if values.ndim == 1:
         return F.pad(values, (0, more))
     return F.pad(values, (0, 0, 0, 0, 0, (inputs or values.shape[1]) - values.shape[1], 0, more))
+
+
+def _part(parts: Callable[[], tuple[Tensor, ...]], index: int) -> Tensor:
+    return parts()[index]

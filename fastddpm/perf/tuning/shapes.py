@@ -11,11 +11,14 @@ from fastddpm_kernels import tuned
 from fastddpm_kernels.tuned import Key
 from torch import nn
 
+from fastddpm.networks.frozen import cuda_instructions
 from fastddpm.networks.network import Network
 from fastddpm.perf.profiling.layers import Evaluation, evaluation
 from fastddpm.training.objective import GaussianDiffusion
 
 Bound = TypeVar("Bound")
+WHOLE = ("fused_conv", "attention_block", "layer_norm_linear")
+LOOK_UPS = {"fused_conv": 2}  # of a call, when its launches and its workspace are counted
 _WHEN_BOUND = ("conv", "upsample_conv")  # look up a choice once, to prepare weights for it; the others at every run
 
 
@@ -37,7 +40,31 @@ def network_keys(
         with ready.running():
             ready()
 
-    return recorded(lambda: evaluation(network, shape, torch.tensor([0]), labels, precision), run, ops)
+    found = recorded(lambda: evaluation(network, shape, torch.tensor([0]), labels, precision), run, ops)
+    if frozen is not None and frozen.fusion == "auto" and frozen.blueprint.dims == 2:
+        found |= whole_keys(frozen.unet, (int(shape[0]), *shape[-2:]), network.dtype, ops, tf32=frozen.allow_tf32)
+    return found
+
+
+def whole_keys(
+    unet: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, ops: Collection[str], *, tf32: bool = False
+) -> dict[Key, int]:
+    """Count how often a step runs each shape of `ops` if all its layers are whole (`freeze(fusion="full")`).
+
+    Args:
+        unet: of a kind that can be frozen.
+        shape: [N, H, W] of the batch.
+        dtype: of the computation.
+        ops: names of `tuned.OPS`.
+        tf32: whether float32 products may be rounded.
+    """
+    with tuned.recording() as seen:
+        cuda_instructions(unet, shape[0], (shape[1], shape[2]), dtype, fusion="full", allow_tf32=tf32)
+    calls: dict[Key, int] = {}
+    for key, count in seen.items():
+        if key.op in ops and key.op in WHOLE:
+            calls[key] = max(count // LOOK_UPS.get(key.op, 1), 1)
+    return calls
 
 
 def sampler_keys(sampler: Any, batch: int, ops: Collection[str], precision: str | None = None) -> dict[Key, int]:

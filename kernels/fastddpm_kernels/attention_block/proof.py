@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def proofs(backend: str, dtype: torch.dtype, device: torch.device) -> Iterator[P
         def run(
             backend: str, dtype: torch.dtype, wide: dict[str, Tensor] = wide, groups: int = groups
         ) -> dict[str, Tensor]:
-            own = {name: value.to(dtype) for name, value in wide.items()}
+            own: dict[str, Any] = {name: value.to(dtype) for name, value in wide.items()}
             x = channels_last(own.pop("x"))
             y = torch.empty_like(x)
             weight, bias = own.pop("weight").float(), own.pop("bias").float()
