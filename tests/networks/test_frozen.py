@@ -395,7 +395,7 @@ def test_launches_of_cifar10() -> None:
             sum(i.kernels for i in cuda_instructions(unet, batch, fusion=fusion)) + 2 for fusion in ("auto", "full")
         )
         assert parts == (137 if batch < 4 else 136), f"{batch}: the README says otherwise"
-        assert full == 61, f"{batch}: docs/sampling.md says otherwise"
+        assert full == (61 if batch < 1024 else 62), f"{batch}: docs/sampling.md says otherwise"
     whole = cuda_instructions(unet, 1, fusion="full")
     of_block = [i for i in whole if i.name.startswith("down_blocks.1.resnets.0.")]
     assert [(i.name.rpartition(".")[2], i.kernels) for i in of_block] == [("conv1", 1), ("conv2", 1)]
