@@ -10,7 +10,7 @@ from typing import Any
 import checkouts
 import pytest
 import torch
-from test_edm import close, drawing
+from edm_restated import close, drawing
 from torch import Tensor
 
 from fastddpm.interop import accelerate

@@ -90,7 +90,7 @@ def physicsnemo(module: str) -> Any:
         folder_of("FASTDDPM_PHYSICSNEMO"), f"physicsnemo.{module}",
         bare=("physicsnemo", *(f"physicsnemo.{name}" for name in packages)),
         empty=("physicsnemo.diffusion.multi_diffusion", "apex", "cftime", "h5py", "jaxtyping", "nvtx", "s3fs",
-               "termcolor", "timm", "transformer_engine", "treelib", "warp", "zarr"),
+               "tensordict", "termcolor", "timm", "transformer_engine", "treelib", "warp", "zarr"),
     )  # fmt: skip
 
 
