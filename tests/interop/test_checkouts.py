@@ -58,7 +58,6 @@ def test_edm_samplers(precond: str, model: dict[str, Any]) -> None:
 
 def test_physicsnemo_samplers() -> None:
     preconditioners = checkouts.physicsnemo("diffusion.preconditioners.legacy")
-    checkouts.physicsnemo("models.diffusion_unets.song_unet")
     net = randomised(preconditioners.EDMPrecondSuperResolution(SIZE, 4, 3, model_type="SongUNet", **SMALL))
     fast, latents, weather = accelerate(net), torch.randn(2, 3, SIZE, SIZE), torch.randn(2, 4, SIZE, SIZE)
     for kind in ("stochastic", "deterministic"):

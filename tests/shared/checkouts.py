@@ -81,7 +81,6 @@ def physicsnemo(module: str) -> Any:
     packages = (
         "core",
         "models",
-        "models.diffusion_unets",
         "diffusion",
         "diffusion.preconditioners",
         "diffusion.samplers",
