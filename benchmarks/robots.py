@@ -6,6 +6,7 @@
     fastddpm        `fastddpm.interop.accelerate((network, scheduler))`
 
     python benchmarks/robots.py --json benchmarks/results/robots_cpu.json
+    python benchmarks/robots.py --floor     # a step's time over that of reading its weights
 
 Default widths of lerobot (512, 1024, 2048; kernel 5; 252 million weights), an observation of 132 values, actions of 2.
 10 and 16 steps are DDIM's, 100 are DDPM's. Every arm starts from the same draws, and its plan is held against the
@@ -18,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +35,7 @@ os.environ.setdefault("CI", "true")  # OpenVINO then does not report its use
 
 import policies_restated as restated
 from diffusers import DDIMScheduler, DDPMScheduler
+from fastddpm_kernels.native.memory import empty
 
 from fastddpm.interop import accelerate
 
@@ -171,6 +174,28 @@ def read_rate(size: int = 2**28) -> float:
     return size / best
 
 
+def measure_floor(unet: Any, horizon: int, cond: Tensor, precision: str, seconds: float) -> dict[str, Any]:
+    """Return the share of a step in which its weights can be read: both take turns, the rate changes within seconds."""
+    draw = arms(unet, {"fastddpm": {"dtype": precision}}, 10, horizon, cond)["fastddpm"]
+    layers = [m for m in unet.modules() if isinstance(m, (torch.nn.Conv1d, torch.nn.ConvTranspose1d))]
+    size = sum(m.weight.numel() for m in layers) * (4 if precision == "float32" else 2)
+    values = empty((size // 4,), torch.float32).fill_(1.0)
+
+    def read() -> float:
+        begin = time.perf_counter()
+        values.sum()
+        return time.perf_counter() - begin
+
+    shares, steps, reads, end = [], [], [read()], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(steps) < 3:
+        steps.append(seconds_of(draw, len(steps)) / 10)
+        reads.append(read())
+        shares.append((reads[-2] + reads[-1]) / 2 / steps[-1])
+    middle = {"share": shares, "step_s": steps, "read_s": reads}
+    found = {name: statistics.median(some) for name, some in middle.items()}
+    return {"precision": precision, "horizon": horizon, "bytes": size, "rounds": len(steps), **found}
+
+
 ARMS = (
     "original float32", "torch.compile float32", "openvino float32", "openvino bfloat16", "fastddpm float32",
     "fastddpm bfloat16",
@@ -186,6 +211,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="that an arm may take for one row of the table")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--floor", action="store_true", help="only compare steps with reads of as many bytes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -197,6 +223,13 @@ def main() -> None:
     }  # fmt: skip
     if options.json and options.json.exists():
         result["records"] = json.loads(options.json.read_text())["records"]
+    if options.floor:
+        result = json.loads(options.json.read_text()) if options.json and options.json.exists() else result
+        result["floor"] = [measure_floor(unet, 16, cond, name, min(options.seconds, 60)) for name in WITHIN]
+        print(json.dumps(result["floor"], indent=1))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        return
     for horizon in options.horizon:
         evaluates = networks(unet, options.arms, horizon)
         for steps in options.steps:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from edm_restated import EDM, PHYSICSNEMO, heun, of_paths
+from edm_restated import EDM, PHYSICSNEMO, close, drawing, heun, of_paths
 from torch import Tensor
 
 from fastddpm.interop import accelerate
@@ -40,18 +40,6 @@ def karras(net: Any, steps: int, low: float, high: float, rho: float = 7, dtype:
     ramp = torch.arange(steps, dtype=dtype) / (steps - 1)
     sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     return torch.cat([net.round_sigma(sigmas), torch.zeros(1, dtype=dtype)])
-
-
-def drawing(seed: int) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda like: torch.randn(like.shape, generator=generator, dtype=like.dtype)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    error = (actual - expected).double().square().mean().sqrt() / expected.double().square().mean().sqrt()
-    assert error <= tolerance, f"differs by {error:.1e} of the rms"
 
 
 @pytest.mark.parametrize(

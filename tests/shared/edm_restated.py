@@ -524,3 +524,18 @@ def of_paths(
             second = slope(x + alpha * h * first, t + alpha * h)
             x = x + h * ((1 - 1 / (2 * alpha)) * first + second / (2 * alpha))
     return x
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def drawing(seed: int) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda like: torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    error = (actual - expected).double().square().mean().sqrt() / expected.double().square().mean().sqrt()
+    assert error <= tolerance, f"differs by {error:.1e} of the rms"

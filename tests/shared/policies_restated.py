@@ -1,21 +1,19 @@
 """The networks and policies of lerobot and diffusion_policy, restated from their contracts, under their own names.
 
-Their packages need much that tests do not. A checkout is used in their place where a variable names its folder:
-FASTDDPM_DIFFUSION_POLICY (of real-stanford/diffusion_policy) and FASTDDPM_LEROBOT (of huggingface/lerobot, its `src`).
+Their packages need much that tests do not. Where a variable names a checkout, its networks are used in their place: see
+`checkouts`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-import sys
-import types
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import checkouts
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -350,40 +348,10 @@ def lerobot_config(**changed: Any) -> Any:
 def _load_checkouts() -> None:
     """Take the networks of a checkout in place of those restated here."""
     names = globals()
-    if folder := os.environ.get("FASTDDPM_DIFFUSION_POLICY"):
-        sys.path.insert(0, folder)
-        module = importlib.import_module(OF_POLICY + "conditional_unet1d")
-        names["ConditionalUnet1D"] = module.ConditionalUnet1D
-    if folder := os.environ.get("FASTDDPM_LEROBOT"):
-        names["DiffusionConditionalUnet1d"] = _lerobots_module(folder).DiffusionConditionalUnet1d
-
-
-def _lerobots_module(folder: str) -> Any:
-    """Return lerobot's module, with empty modules for what it imports of the rest of the package and torchvision."""
-
-    class Anything(types.ModuleType):
-        __path__ = ()
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return nn.Module if name[0].isupper() and not name.isupper() else False
-
-    package = "lerobot.policies.diffusion"
-    parents = ("lerobot", "lerobot.policies", package, "lerobot.utils")
-    others = ("lerobot.utils.constants", "lerobot.utils.import_utils", "lerobot.policies.pretrained",
-              "lerobot.policies.utils", f"{package}.configuration_diffusion", "torchvision")  # fmt: skip
-    absent = [name for name in (*parents, *others) if name not in sys.modules]
-    sys.modules.update({name: Anything(name) for name in absent})
-    place = os.path.join(folder, *OF_LEROBOT.split(".")) + ".py"
-    spec = importlib.util.spec_from_file_location(OF_LEROBOT, place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in absent:
-        del sys.modules[name]
-    return module
+    if os.environ.get("FASTDDPM_DIFFUSION_POLICY"):
+        names["ConditionalUnet1D"] = checkouts.diffusion_policy().ConditionalUnet1D
+    if os.environ.get("FASTDDPM_LEROBOT"):
+        names["DiffusionConditionalUnet1d"] = checkouts.lerobot().DiffusionConditionalUnet1d
 
 
 _load_checkouts()
