@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.device.variant import Launch
-from fastddpm_kernels.group_norm_silu.plan import num_processors
 from fastddpm_kernels.layout import Strides, walk
 
 # The choice without a table.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels import tuned
+from fastddpm_kernels.device.processors import num_processors as num_processors
 
 
 @dataclass(frozen=True)
@@ -119,15 +120,6 @@ def _make_plan(
         splits = -(-all_tiles // tiles)
     num_warps = limits.num_warps(block_p * width(slab), batch * slabs(slab) * splits < processors)
     return Plan(one_pass, slabs(slab), slab, width(slab), block_p, splits, tiles, num_warps)
-
-
-@functools.lru_cache(maxsize=64)
-def num_processors(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors (compute units on AMD)."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    # An H100's for ahead-of-time compilation; few for the interpreter, which runs programs one by one.
-    return 132 if device.type == "meta" else 4
 
 
 # The limits of the forward kernels of `group_norm_silu`.
