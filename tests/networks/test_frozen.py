@@ -227,6 +227,27 @@ def test_equals_the_unet_in_float64(option: str) -> None:
             assert_within(program(torch.tensor([row])), expected[row], 1e-12)
 
 
+@pytest.mark.usefixtures("default_float64", "cudnn")
+@pytest.mark.parametrize("option", ALL)
+@torch.no_grad()
+def test_changed_weights_reach_every_plan(option: str) -> None:
+    """A weight that is read in two forms, as parts and in a whole layer, has a name for each."""
+    unet = make_unet(option)
+    x, labels = make_inputs(unet, option)
+    programs = []
+    for fusion in ("auto", "full"):
+        frozen = FrozenUNet(unet, backend="eager", fused=True, fusion=fusion)
+        frozen.timesteps = TIMESTEPS
+        inputs = frozen.new_input(x.shape)
+        programs.append(frozen.bind(inputs.copy_(x), labels=labels))
+    for parameter in unet.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    expected = theirs(unet, option, x, int(TIMESTEPS[2]), labels)
+    for program in programs:
+        program.load()
+        assert_within(program(torch.tensor([2])), expected, 1e-10)
+
+
 @torch.no_grad()
 def test_equals_the_unet_of_cifar10() -> None:
     unet = make_unet(CIFAR10)

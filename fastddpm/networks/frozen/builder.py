@@ -96,6 +96,12 @@ class Builder(ABC):
         self.vector_dtype = row.dtype  # of values per channel: biases, scales
         self.workspace_numel = 0
         self.fusion = frozen.fusion
+        self.mixed = False  # whether some layers are whole by a tuned table, and others parts
+        # The names of the biases that a vector is the sum of, by its identity. Sums are kept: an identity is one's own.
+        self._terms: dict[int, tuple[str, ...]] = {
+            id(p): (name,) for name, p in self.unet.named_parameters() if p.ndim == 1
+        }
+        self._sums: list[Tensor] = []
 
     @abstractmethod
     def lower(self) -> int:
@@ -276,10 +282,10 @@ class Builder(ABC):
         """Emit a 1x1 convolution of concat(x, skip) that is added to `h` in place, with every pending bias."""
         width = self.shapes[x.slot][0]
         weight = layer.weight.flatten(1)
-        bias = add(layer.bias, h.bias)
+        bias = self.add(layer.bias, h.bias)
         for part, activation in ((weight[:, :width], x), (weight[:, width:], skip)):
             if activation is not None and activation.bias is not None:
-                bias = add(bias, part.double() @ activation.bias)
+                bias = self.add(bias, self.through(part, activation.bias))
         second = None if skip is None else skip.slot
         return self.pointwise(self.names[layer], x.slot, weight, bias, h.slot, second, h.slot)
 
@@ -438,7 +444,28 @@ class Builder(ABC):
         return plain, not plain
 
     def put(self, name: str, values: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        return self.constants.put(name, values, dtype)
+        """Store values. Sums of biases are named by what they are of: that differs from plan to plan."""
+        terms = self._terms.get(id(values), (name,))
+        return self.constants.put(name if terms == (name,) else f"{name}[{'+'.join(terms)}]", values, dtype)
+
+    def add(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        """Return the sum of two biases in float64. Either may be missing."""
+        given = [v for v in (a, b) if v is not None]
+        if not given:
+            return None
+        total = sum((v.double() for v in given[1:]), given[0].double())
+        return self._named(total, tuple(term for v in given for term in self._terms.get(id(v), ("?",))))
+
+    def through(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return the product of a matrix and a bias, in float64."""
+        return self._named(
+            weight.double() @ bias.double(), tuple(f"*{term}" for term in self._terms.get(id(bias), ("?",)))
+        )
+
+    def _named(self, values: Tensor, terms: tuple[str, ...]) -> Tensor:
+        self._sums.append(values)
+        self._terms[id(values)] = terms
+        return values
 
     def new(self, channels: int, height: int, width: int) -> int:
         self.shapes.append((channels, height, width))
@@ -466,9 +493,3 @@ def _packed(
     stored: torch.dtype | None, values: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return packed_values(weight(), algorithm, upsample, dtype=dtype, channels2=channels2, stored=stored, values=values)
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Return the sum of two biases in float64. Either may be missing."""
-    given = [v.double() for v in (a, b) if v is not None]
-    return sum(given[1:], given[0]) if given else None

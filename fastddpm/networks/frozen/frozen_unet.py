@@ -125,6 +125,9 @@ class FrozenUNet:
             reason = unproved(_WHOLE, "cuda") or proving.why_not("whole network", self.device, PROOFS)
             whole = reason is None
         self.fusion = fusion if whole else "parts"
+        self.mixed: set[tuple[int, tuple[int, int]]] = (
+            set()
+        )  # batches and sizes at which some layers are whole, others not
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -310,8 +313,10 @@ class FrozenUNet:
         conditions = self.blueprint.some_conditions(1, self.device, optional=True)
         before, self.constants.refilling = self.fusion, True
         try:
-            for self.fusion in ("parts",) if before == "parts" else ("parts", "full"):  # whichever a program has read
-                self.blueprint.builder(self, machine, row, 1, (size, size), self.in_channels, conditions).lower()
+            plans = [("parts", 1, (size, size)), ("full", 1, (size, size))]  # whichever a program has read
+            plans += [("auto", *at) for at in sorted(self.mixed)]
+            for self.fusion, batch, at in plans[:1] if before == "parts" else plans:
+                self.blueprint.builder(self, machine, row, batch, at, self.in_channels, conditions).lower()
         finally:
             self.fusion, self.constants.refilling = before, False
 

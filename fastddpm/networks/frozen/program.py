@@ -50,6 +50,8 @@ class Program:
         builder = frozen.blueprint.builder(frozen, m, self._times.row, batch, (size[0], size[1]), channels, conditions)
         self._result = builder.lower()
         builder.settle()
+        if builder.mixed:
+            frozen.mixed.add((batch, (size[0], size[1])))
         self.instructions: list[Instruction] = self._times.instructions + builder.instructions
         self.call_instructions: list[Instruction] = builder.call_instructions
         m.slots = [None] * len(builder.shapes)

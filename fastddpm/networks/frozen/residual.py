@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastddpm.networks.frozen.builder import Activation, add
+from fastddpm.networks.frozen.builder import Activation
 from fastddpm.networks.frozen.whole_layers import NormBefore, Shortcut, WholeBuilder
 
 
@@ -84,7 +84,7 @@ class ResidualBuilder(WholeBuilder):
             y = self.shortcut(block.shortcut, x, skip, h)
         else:
             assert skip is None  # a skip would make the block's input wider than its output
-            y = Activation(h.slot, add(h.bias, x.bias), x.slot)
+            y = Activation(h.slot, self.add(h.bias, x.bias), x.slot)
         return self.divided(y, block.output_scale, name)
 
     def _whole_conv1(

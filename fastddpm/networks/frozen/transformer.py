@@ -82,7 +82,7 @@ class TransformerBuilder(ResidualBuilder):
         choice = tuned.choice("layer_norm_linear", self.device, self.dtype, shape)
         if self.fusion != "auto":
             return self.fusion == "full"
-        return choice is not None and choice["implementation"] == "one"
+        return self._noted(choice is not None and choice["implementation"] == "one")
 
     def attend(
         self, name: str, source: int, channels: int, heads: int, pair: int | None = None, mask: Tensor | None = None

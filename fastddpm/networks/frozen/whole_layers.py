@@ -25,7 +25,7 @@ from fastddpm_kernels.conv.statistics import UNITS
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import whole_instructions as ops
-from fastddpm.networks.frozen.builder import Activation, Builder, add
+from fastddpm.networks.frozen.builder import Activation, Builder
 from fastddpm.networks.frozen.instructions import Instruction
 
 
@@ -101,7 +101,7 @@ class WholeBuilder(Builder):
             key = (*shape, unit, int(self.m.allow_tf32))
             choice = tuned.choice("fused_conv", self.device, self.dtype, key)
             if choice is not None:
-                return choice.get("implementation") != "vendor"
+                return self._noted(choice.get("implementation") != "vendor")
         return False
 
     def takes_block(self, x: Activation, norm: nn.GroupNorm) -> bool:
@@ -111,7 +111,11 @@ class WholeBuilder(Builder):
         choice = tuned.choice("attention_block", self.device, self.dtype, shape)
         if self.fusion != "auto":
             return self.fusion == "full"
-        return choice is not None and choice["implementation"] == "block"
+        return self._noted(choice is not None and choice["implementation"] == "block")
+
+    def _noted(self, whole: bool) -> bool:
+        self.mixed |= whole
+        return whole
 
     def whole_conv(
         self, name: str, x: Activation, weight: Callable[[], Tensor], outputs: int, *, kernel: int = 3,
@@ -292,12 +296,12 @@ class WholeBuilder(Builder):
     def bias_with(self, layer: nn.Conv2d, shortcut: nn.Conv2d | None, x: Activation, skip: Activation | None) -> Any:
         """Return the sum of the biases of a convolution, its shortcut, and what is pending in what that reads."""
         if shortcut is None:
-            return add(layer.bias, x.bias)
-        bias, width = add(layer.bias, shortcut.bias), self.shapes[x.slot][0]
+            return self.add(layer.bias, x.bias)
+        bias, width = self.add(layer.bias, shortcut.bias), self.shapes[x.slot][0]
         weight = shortcut.weight.double().flatten(1)
         for part, activation in ((weight[:, :width], x), (weight[:, width:], skip)):
             if activation is not None and activation.bias is not None:
-                bias = add(bias, part @ activation.bias)
+                bias = self.add(bias, self.through(part, activation.bias))
         return bias
 
     def _constants_of(self, norm: NormBefore) -> ops.NormConstants:

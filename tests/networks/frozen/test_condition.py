@@ -155,6 +155,25 @@ def test_equals_the_module_in_float64(case: str) -> None:
             assert max(error) < 1e-12, (fused, fusion, batch, size, error)
 
 
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_changed_weights_reach_every_plan(case: str) -> None:
+    """A weight that is read in two forms, as parts and in a whole layer, has a name for each."""
+    unet = make_unet(case)
+    plans = [FrozenUNet(unet, backend="eager", fused=True, fusion=fusion) for fusion in ("auto", "full")]
+    given = Arguments(plans[0], 1, (8, 8), ())
+    programs = []
+    for frozen in plans:
+        inputs = frozen.new_input(given.x.shape)
+        programs.append(frozen.bind(inputs.copy_(given.x), TIMESTEPS, given.labels, given.conditions))
+    for parameter in unet.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    expected = given.theirs(plans[0], TIMESTEPS[1])
+    for program in programs:
+        program.load()
+        assert max(errors(program(torch.tensor([1])), expected)) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["sd15", "sdxl", "if_1", "if_2", "karlo", "lcm"])
 def test_native_loses_no_more_than_eager(case: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:

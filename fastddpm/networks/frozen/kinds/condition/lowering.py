@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
-from fastddpm.networks.frozen.builder import Activation, add
+from fastddpm.networks.frozen.builder import Activation
 from fastddpm.networks.frozen.instructions import Instruction
 from fastddpm.networks.frozen.kinds.condition.embeddings import arguments_of
 from fastddpm.networks.frozen.residual import ResidualBlock
@@ -184,7 +184,7 @@ class Lowering(TransformerBuilder):
         h = self.linear_add(
             f"{self.names[block]}.ff.net.2", gated, project.weight, project.bias, h, complete=True
         )  # fmt: skip
-        bias = add(layer.proj_out.bias, x.bias)
+        bias = self.add(layer.proj_out.bias, x.bias)
         return self.pointwise(f"{name}.proj_out", h.slot, layer.proj_out.weight.flatten(1), bias, x.slot)
 
     def _ends_whole(self, layer: Any, block: Any, h: Activation, gated: int, x: Activation) -> Activation:
@@ -197,7 +197,7 @@ class Lowering(TransformerBuilder):
 
         bias = out.weight.double().flatten(1) @ project.bias.double()
         return self.whole_pointwise(
-            f"{self.names[layer]}.proj_out", h, weight, len(out.weight), add(bias, out.bias), residual=x.slot,
+            f"{self.names[layer]}.proj_out", h, weight, len(out.weight), self.add(bias, out.bias), residual=x.slot,
             second=Activation(gated),
         )  # fmt: skip
 
@@ -240,7 +240,7 @@ class Lowering(TransformerBuilder):
                 raise ValueError(f"a mask of tokens is given, which diffusers does not take for its layer {name}")
             mask = self._padded_mask(mask, height * width)
         out = self.attend(name, projected, channels, attention.heads, pair, mask)
-        y = self.pointwise(f"{name}.to_out.0", out, project.weight, add(project.bias, x.bias), x.slot)
+        y = self.pointwise(f"{name}.to_out.0", out, project.weight, self.add(project.bias, x.bias), x.slot)
         self.done(attention)
         return y
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.networks.frozen import instructions as ops
-from fastddpm.networks.frozen.builder import Activation, Builder, add
+from fastddpm.networks.frozen.builder import Activation, Builder
 from fastddpm.networks.frozen.kinds.edm.instructions import add_doubled
 from fastddpm.networks.frozen.kinds.edm.parts import (
     attention_of,
@@ -106,7 +106,7 @@ class Lowering(Builder):
             h = self.conv(self._view(block.conv1, 1 / x.scale), h)
             if own is not None:
                 x = self._resampled(own, x)
-            y = Scaled(h.slot, add(h.bias, x.bias), x.slot, scale * x.scale)
+            y = Scaled(h.slot, self.add(h.bias, x.bias), x.slot, scale * x.scale)
         else:
             target = wanted / scale if heads else wanted
             h = self.conv(self._view(block.conv1, scale / target), h)
@@ -127,9 +127,9 @@ class Lowering(Builder):
         if not is_mean(layer):
             self.complete(x, f"{self.names[layer]}.input")
         weight, name = view.weight.double().flatten(1), self.names[view]
-        bias = add(h.bias, view.bias)
+        bias = self.add(h.bias, view.bias)
         if x.bias is not None:
-            bias = add(bias, weight @ x.bias)
+            bias = self.add(bias, self.through(weight, x.bias))
         small = self.pointwise(name, x.slot, weight, None, None)
         if not is_mean(layer):
             return Scaled(h.slot, bias, self._resampled(layer, Scaled(small.slot)).slot, target)
@@ -159,7 +159,7 @@ class Lowering(Builder):
         )  # fmt: skip
         if heads == 1:
             return Scaled(values, x.bias, x.slot, scale * x.scale)
-        y = self.pointwise(f"{name}.to_out", values, out, add(of_out, x.bias), x.slot)
+        y = self.pointwise(f"{name}.to_out", values, out, self.add(of_out, x.bias), x.slot)
         return Scaled(y.slot, scale=scale * x.scale)
 
     def _conv(self, layer: Any, x: Scaled) -> Scaled:
@@ -191,7 +191,7 @@ class Lowering(Builder):
         self.names[view] = name
         padding = weight.shape[-1] // 2 + (taps.shape[-1] - 1) // 2
         y = self.conv(view, image, stride=2, padding=padding, in_channels=self.shapes[image.slot][0])
-        return Scaled(y.slot, add(y.bias, x.bias), x.slot, x.scale * math.sqrt(0.5))
+        return Scaled(y.slot, self.add(y.bias, x.bias), x.slot, x.scale * math.sqrt(0.5))
 
     def _resampled(self, layer: Any, x: Scaled) -> Scaled:
         """Emit the filter of a convolution that halves or doubles, alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from fastddpm.networks.frozen.builder import Activation, add
+from fastddpm.networks.frozen.builder import Activation
 from fastddpm.networks.frozen.residual import ResidualBlock
 from fastddpm.networks.frozen.transformer import TransformerBuilder
 from fastddpm.networks.unet.layers import double, halve
@@ -73,13 +73,14 @@ class Lowering(TransformerBuilder):
             out, project = self._attended(layer.attn, h.slot), layer.attn.out_proj
             if not layer.attn.include_fc:
                 return Activation(out, x.bias, x.slot)
-            return self.pointwise(f"{name}.attn.out_proj", out, project.weight, add(project.bias, x.bias), x.slot)
+            bias = self.add(project.bias, x.bias)
+            return self.pointwise(f"{name}.attn.out_proj", out, project.weight, bias, x.slot)
         proj_in, proj_out = layer.proj_in.conv, layer.proj_out.conv
         h = Activation(self.linear(f"{name}.proj_in", h.slot, proj_in.weight.flatten(1), proj_in.bias))
         blocks = list(layer.transformer_blocks)
         for block in blocks:
             h = self._transformer_block(block, h, last=block is blocks[-1])
-        bias = add(proj_out.bias, x.bias)
+        bias = self.add(proj_out.bias, x.bias)
         return self.pointwise(f"{name}.proj_out", h.slot, proj_out.weight.flatten(1), bias, x.slot)
 
     def _transformer_block(self, block: Any, h: Activation, *, last: bool) -> Activation:

@@ -12,7 +12,7 @@ from fastddpm_kernels.attention_block import MOST_CHANNELS
 from torch import Tensor
 
 from fastddpm.networks.frozen import instructions as ops
-from fastddpm.networks.frozen.builder import Activation, add
+from fastddpm.networks.frozen.builder import Activation
 from fastddpm.networks.frozen.kinds.unet import folding
 from fastddpm.networks.frozen.residual import ResidualBlock, ResidualBuilder
 from fastddpm.networks.frozen.whole_layers import NormBefore
@@ -170,7 +170,7 @@ class Lowering(ResidualBuilder):
         if block.conv_shortcut is not None:
             return self.shortcut(block.conv_shortcut, x, skip, h)
         assert skip is None
-        return Activation(h.slot, add(h.bias, x.bias), x.slot)
+        return Activation(h.slot, self.add(h.bias, x.bias), x.slot)
 
     def _ada_norm(
         self, norm: layers.AdaGroupNorm, x: Activation, skip: Activation | None, activation: str
@@ -216,7 +216,7 @@ class Lowering(ResidualBuilder):
             )  # fmt: skip
         else:
             projection = layer.to_out[0]
-            y = self.pointwise(f"{name}.to_out.0", out, projection.weight, add(projection.bias, x.bias), x.slot)
+            y = self.pointwise(f"{name}.to_out.0", out, projection.weight, self.add(projection.bias, x.bias), x.slot)
         return self.divided(y, layer.output_scale, name)
 
     def _downsample(self, layer: Any, x: Activation) -> Activation:
