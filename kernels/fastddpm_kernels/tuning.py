@@ -18,7 +18,7 @@ Operands = dict[str, Any]  # tensors, or None
 
 WARPS = (1, 2, 4, 8, 16)
 # At least four elements each, those of one counter of the noise. Results are the same bits.
-ELEMENTWISE: tuple[dict[str, Sequence[Any]], ...] = ({"block": tuple(2**k for k in range(5, 14)), "num_warps": WARPS},)
+ELEMENTWISE: tuple[dict[str, Sequence[Any]], ...] = ({"block": tuple(2**k for k in range(5, 15)), "num_warps": WARPS},)
 # Those that a frozen U-Net runs where it calls cuDNN, or in its place.
 OF_CUDA = ("upsample_conv", "fused_conv", "attention_block", "layer_norm_linear")
 CHECKED = 3  # samples that are compared with float64: the first, one in the middle, the last

@@ -18,6 +18,7 @@ def proofs(backend: str, dtype: torch.dtype, device: torch.device) -> Iterator[P
     for variant, gate, c, o, size in (("64x64", False, 320, 960, 32), ("gated", True, 320, 640, 8)):
         rows = o * (1 + gate)
         wide = exact(dtype, device, x=(2, c, size, size), weight=(rows, c), bias=(rows,))
+        wide["weight"] /= 16  # as in a network: near 1 / sqrt(c), so that the product is about as large as the bias
 
         def run(
             backend: str, dtype: torch.dtype, wide: dict[str, Tensor] = wide, gate: bool = gate, o: int = o
