@@ -444,6 +444,10 @@ def test_a_table_decides_layer_by_layer() -> None:
         frozen.timesteps = TIMESTEPS
         assert_within(run(frozen, x, 1, labels), expected, 1e-12)
         program = frozen.bind(frozen.new_input(x.shape), labels=labels)
+        for factor in (1.25, 0.8):  # weights that change reach whole layers and parts, too
+            for parameter in unet.parameters():
+                parameter.mul_(factor)
+            assert_within(run(frozen, x, 1, labels), unet(x, TIMESTEPS[1], labels), 1e-12)
         return [one.name for one in program.instructions if one.kind == "norm"]
 
     with tuned.recording() as seen:
