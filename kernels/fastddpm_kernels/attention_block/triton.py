@@ -146,7 +146,9 @@ def choose_tile(pixels: int, channels: int, itemsize: int, programs_of_64: int, 
     """Return tiles that fit shared memory: a stage of a loop holds at most 32 KiB of pixels or of a matrix.
 
     All programs of a sample read as much, so 64 own pixels are best where that leaves no processor idle. A tile
-    of the result has `unit` channels or more, those of a block of statistics.
+    of the result has `unit` channels or more, those of a block of statistics. A block has no
+    more keys than pixels, and a step no more channels than twice its own pixels: otherwise blocks of 16 own pixels
+    spill for sm_80 or sm_100. The keys do not depend on the batch, so the softmax has the same steps in every batch.
     """
     width = max(triton.next_power_of_2(channels), 16)
     wide = 32 * 1024 // (width * itemsize)
@@ -154,7 +156,8 @@ def choose_tile(pixels: int, channels: int, itemsize: int, programs_of_64: int, 
     block_m = min(max(triton.next_power_of_2(pixels), 16), 64 if itemsize == 2 else 32)
     while block_m > 16 and 2 * programs_of_64 * (64 // block_m) <= processors:
         block_m //= 2
-    return Tile(block_m, step, step, max(step, unit), 8 if width >= 256 else 4, 2)
+    block_n = min(step, max(triton.next_power_of_2(pixels), 16))
+    return Tile(block_m, block_n, min(step, 2 * block_m), max(step, unit), 8 if width >= 256 else 4, 2)
 
 
 def make_launch(

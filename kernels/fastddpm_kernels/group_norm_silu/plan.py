@@ -240,6 +240,9 @@ def _in_place_plan(
     concat = channels > shape[1] and (itemsize == 4 or elements > limits.one_pass_elements * 3 // 4)
     if plan.one_pass and (concat or pixels & (pixels - 1)):
         plan = plan_within(replace(limits, one_pass_elements=limits.one_pass_elements // 2))
+    if plan.one_pass and itemsize == 4 and plan.block_p * plan.block_c > limits.one_pass_elements // 2:
+        # With 16 warps a thread has 128 registers, all of them for both tiles of float32. With 8 it has 255.
+        plan = replace(plan, num_warps=min(plan.num_warps, 8))
     return plan
 
 

@@ -166,6 +166,11 @@ def launch(
         run(make_launch(x_next, x0, net_in, x, out, table, step, options, history=history), x)
 
 
+def most_block(known: bool, linear: bool) -> int:
+    """Return the most elements of a program: with more, known images and a strided network spill."""
+    return MOST_BLOCK // 2 if known and not linear else MOST_BLOCK
+
+
 # Read without strides.
 _READ_WHOLE = ("keys", "noise", "x0_prev", "log_variance", "guidance_scale", "known_table", "known_noise", "threshold")
 
@@ -199,7 +204,8 @@ def make_launch(
             0 if known is None else 2 if o.known_noise is None else 1,
         )  # fmt: skip
         choice = tuned.choice("reverse_step", x.device, out.dtype, shape)
-    block, num_warps = block_and_warps(choice, n, numel, x.device)
+    most = most_block(known is not None, out_walk.linear and net_walk.linear)
+    block, num_warps = block_and_warps(choice, n, numel, x.device, most)
     args: dict[str, Any] = {
         "x_next": x_next, "x0": x0, "net_in": net_in, "x": x, "out": out, "table": table.contiguous(), "step": step,
         "history": history,
@@ -291,8 +297,8 @@ def _variant(dtype: str, flags: set[str]) -> Variant:
     }  # fmt: skip
     signature = {"x_next": "*fp32", "x": "*fp32", "out": f"*{dtype}", "table": "*fp32", "step": "*i64"}
     constexprs: dict[str, Any] = {
-        "SCALE_STRIDE": 0, "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN, "BLOCK": MOST_BLOCK,
-        "FOURS": True,
+        "SCALE_STRIDE": 0, "STREAM": STREAM_STEP, "KNOWN_STREAM": STREAM_KNOWN,
+        "BLOCK": most_block("known" in flags, "channels_last" not in flags), "FOURS": True,
         "HISTORY": 3 if "history" in flags else 0,
     }  # fmt: skip
     for name, (kind, needed) in optional.items():

@@ -47,6 +47,11 @@ class ReverseStepTask(ElementwiseTask):
             "known_noise": state(6, named["known"] == 1),
         }  # fmt: skip
 
+    def most_block(self) -> int:
+        from fastddpm_kernels.reverse_step.triton import most_block
+
+        return most_block(bool(self.named["known"]), not self.named["channels_last"])
+
     def launch(self, choice: Choice | None, operands: Operands) -> Any:
         from fastddpm_kernels.reverse_step.triton import make_launch
 
