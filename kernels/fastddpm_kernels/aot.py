@@ -44,13 +44,11 @@ def compile_all(
     """
     # The interpreter's stand-ins for kernels cannot be compiled, and are chosen when triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
-    work = [
-        (op, index, name)
-        for place, name in enumerate(targets)
-        for op in ops
-        for index, variant in enumerate(variants(op))
-        if variant.target in (None, name) and (index + place) % every == 0
-    ]
+    work = []
+    for place, name in enumerate(targets):
+        for op in ops:
+            own = [index for index, variant in enumerate(variants(op)) if variant.target in (None, name)]
+            work += [(op, index, name) for index in own[-place % every :: every]]
     if jobs == 1:
         return [_compile_one(*item) for item in work]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
