@@ -295,7 +295,7 @@ extern "C" void fastddpm_conv_direct(
         const Conv<A> conv{
             static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
             static_cast<const typename A::Weight*>(weight), bias, static_cast<const Element*>(residual), n, height, width, channels, channels2, out_height, out_width,
-            out_channels, kernel, stride, padding, upsample != 0, pieces(threads)};
+            out_channels, kernel, stride, padding, upsample != 0, threads};
         Direct<A>(conv).run();
     });
 }

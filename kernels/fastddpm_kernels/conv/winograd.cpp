@@ -321,7 +321,7 @@ extern "C" void fastddpm_conv3x3_winograd(
         const Conv<A> conv{
             static_cast<Element*>(y), static_cast<const Element*>(x), static_cast<const Element*>(x2),
             static_cast<const typename A::Weight*>(weight), bias, static_cast<const Element*>(residual), n, height,
-            width, channels, channels2, out_channels, taps != 0, pieces(threads)};
+            width, channels, channels2, out_channels, taps != 0, threads};
         if (upsample)
             Winograd<A, tile, true>(conv).run();
         else

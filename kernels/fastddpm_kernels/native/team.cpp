@@ -5,11 +5,6 @@
 //
 // A waiting thread spins for some microseconds and then sleeps: other processes and waiting helpers need its core.
 //
-// A helper that shares its core with another process is crowded. Were it to work or spin all the time, the system would
-// take the core from it for whole slices of milliseconds, in the middle of an item that all others then wait for. So it
-// gets half as many items and sleeps between jobs: who uses less than a fair share of a core is run when it wakes. Jobs
-// that take hardly longer than to wake it do without it.
-//
 // torch's own pool does none of this, but torch's operations wait for it: see `torchs_threads`.
 
 #include "native/team.h"
@@ -35,11 +30,6 @@ namespace {
 constexpr int kMost = 256;              // threads of a team
 constexpr long kSpin = 50'000;          // nanoseconds before who waits sleeps
 constexpr int kPausesBetweenLooks = 32;  // at the clock
-constexpr int kRunsBetweenLooks = 16;
-constexpr long kStall = 300'000;         // nanoseconds that a caller waits for a helper that is not running
-constexpr long kTwice = 10'000'000;      // nanoseconds within which two stalls are no chance
-constexpr long kCrowded = 40'000'000;    // nanoseconds for which a helper counts as crowded after them
-constexpr long kShortJob = 60'000;       // nanoseconds of a job for which a crowded helper is not woken
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -63,9 +53,9 @@ void wake_all(std::atomic<uint32_t>& word) {
 }
 
 // Returns once `word` is not `value`; `sleepers` counts who must be woken after it has changed.
-uint32_t wait_while(std::atomic<uint32_t>& word, uint32_t value, std::atomic<int>& sleepers, long spin = kSpin) {
+uint32_t wait_while(std::atomic<uint32_t>& word, uint32_t value, std::atomic<int>& sleepers) {
     uint32_t seen = word.load(std::memory_order_acquire);
-    for (const long start = now(); seen == value && now() - start < spin;)
+    for (const long start = now(); seen == value && now() - start < kSpin;)
         for (int i = 0; i < kPausesBetweenLooks && seen == value; ++i) {
             pause();
             seen = word.load(std::memory_order_acquire);
@@ -121,30 +111,16 @@ class Team {
         body_ = body;
         count_ = static_cast<uint32_t>(count);
         done_.store(0, std::memory_order_relaxed);
-        const bool maybe = latest_crowded_.load(std::memory_order_relaxed) != 0;
-        const long start = maybe || ++runs_ % kRunsBetweenLooks == 0 ? now() : 0;
-        const bool crowded = maybe && latest_crowded_.load(std::memory_order_relaxed) > start;
-        if (maybe && !crowded) latest_crowded_.store(0, std::memory_order_relaxed);
-        const bool shared = crowded ? divide_unevenly(count, parts, start) : divide(count, parts);
         parts_.store(parts, std::memory_order_relaxed);
-        if (shared) {
+        for (int i = 0; i < parts; ++i)
+            ranges_[i].items.store(Range::pack(count * i / parts, count * (i + 1) / parts), std::memory_order_release);
+        if (parts > 1) {
             job_.fetch_add(1);
             if (sleeping_helpers_.load() > 0) wake_all(job_);
         }
-        const uint32_t own = work(0, true);
-        if (start != 0 && own > 0) longest_item_ = std::max((now() - start) / own, longest_item_ - longest_item_ / 16);
-        if (done_.load(std::memory_order_acquire) != count_) {
-            late_after_.store(now() + std::max(kStall, 2 * longest_item_));
-            for (uint32_t done; (done = done_.load(std::memory_order_acquire)) != count_;)
-                wait_while(done_, done, sleeping_callers_);
-            late_after_.store(0);
-        }
-        if (crowded) recent_ += (now() - start - recent_) / 8;
-    }
-
-    bool crowded() const {
-        const long until = latest_crowded_.load(std::memory_order_relaxed);
-        return until != 0 && until > now();
+        work(0);
+        for (uint32_t done; (done = done_.load(std::memory_order_acquire)) != count_;)
+            wait_while(done_, done, sleeping_callers_);
     }
 
   private:
@@ -154,58 +130,18 @@ class Team {
         uint32_t job;
     };
 
-    // Gives every thread its range; returns whether a helper has any.
-    bool divide(long count, int parts) {
-        for (int i = 0; i < parts; ++i) give(i, count * i / parts, count * (i + 1) / parts);
-        return parts > 1;
-    }
-
-    bool divide_unevenly(long count, int parts, long time) {
-        const auto share = [&](int i) -> long {
-            if (i == 0 || !crowded(i, time)) return 2;
-            return recent_ < kShortJob ? 0 : 1;
-        };
-        long all = 0;
-        for (int i = 0; i < parts; ++i) all += share(i);
-        long before = 0;
-        for (int i = 0; i < parts; ++i) {
-            const long after = before + share(i);
-            give(i, count * before / all, count * after / all);
-            before = after;
-        }
-        return all > 2;
-    }
-
-    void give(int thread, long first, long last) {
-        ranges_[thread].items.store(Range::pack(first, last), std::memory_order_release);
-    }
-
-    bool crowded(int thread, long time) const { return crowded_until_[thread].load(std::memory_order_relaxed) > time; }
-
-    // Returns the number of items that were done: of the thread's own range, and where it `takes` of those of others.
-    uint32_t work(int self, bool takes) {
-        const int parts = takes ? parts_.load(std::memory_order_relaxed) : 1;
+    void work(int self) {
+        const int parts = parts_.load(std::memory_order_relaxed);
         uint32_t finished = 0, count = 0;
         for (int i = 0; i < parts; ++i) {
-            Range& range = ranges_[i == 0 ? self : (self + i) % parts];
+            Range& range = ranges_[(self + i) % parts];
             for (long index; (index = range.take(i == 0)) >= 0; ++finished) {
                 count = count_;
                 item_(body_, index);
             }
         }
-        if (finished == 0) return 0;
-        if (const long late = late_after_.load(std::memory_order_relaxed); self > 0 && late != 0)
-            if (const long time = now(); time > late) note_stall(self, time);
+        if (finished == 0) return;
         if (done_.fetch_add(finished) + finished == count && sleeping_callers_.load() > 0) wake_all(done_);
-        return finished;
-    }
-
-    void note_stall(int self, long time) {
-        const long before = std::max(stalled_[self], crowded_until_[self].load(std::memory_order_relaxed));
-        stalled_[self] = time;
-        if (time - before > kTwice) return;
-        crowded_until_[self].store(time + kCrowded, std::memory_order_relaxed);
-        latest_crowded_.store(time + kCrowded, std::memory_order_relaxed);
     }
 
     bool add_helper() {
@@ -231,9 +167,8 @@ class Team {
         delete static_cast<Start*>(data);
         Team& team = *start.team;
         for (uint32_t seen = start.job;;) {
-            const bool crowded = team.latest_crowded_.load(std::memory_order_relaxed) != 0 && team.crowded(start.index, now());
-            seen = wait_while(team.job_, seen, team.sleeping_helpers_, crowded ? 0 : kSpin);
-            if (start.index < team.parts_.load(std::memory_order_relaxed)) team.work(start.index, !crowded);
+            seen = wait_while(team.job_, seen, team.sleeping_helpers_);
+            if (start.index < team.parts_.load(std::memory_order_relaxed)) team.work(start.index);
         }
         return nullptr;
     }
@@ -247,12 +182,6 @@ class Team {
     std::atomic<int> sleeping_helpers_{0};
     alignas(64) std::atomic<uint32_t> done_{0};  // items
     std::atomic<int> sleeping_callers_{0};
-    std::atomic<long> late_after_{0};  // the time after which a helper that has not done its items was away; 0: none waits
-    std::atomic<long> latest_crowded_{0}, crowded_until_[kMost] = {};  // times
-    long stalled_[kMost] = {};                                         // time of each helper's last stall
-    uint32_t runs_ = 0;
-    long longest_item_ = 0;                                            // nanoseconds, of late
-    long recent_ = 0;                                                  // nanoseconds of a job, while one is crowded
     Range ranges_[kMost];
 
     int helpers_ = 0;
@@ -300,8 +229,6 @@ void put_back(Team* team) {
 }  // namespace
 
 ParallelEntry torchs_threads = nullptr;
-
-int pieces(int threads) { return engaged != nullptr && engaged->crowded() ? 3 * threads : threads; }
 
 void share(long count, int threads, Item item, const void* body) {
     if (engaged != nullptr) return engaged->run(count, threads, item, body);

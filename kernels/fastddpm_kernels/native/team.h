@@ -17,10 +17,6 @@ extern ParallelEntry torchs_threads;
 // torch's.
 void share(long count, int threads, Item item, const void* body);
 
-// Returns for how many threads a job is to be divided: more than there are where other processes use their cores, so that
-// shares need not be equal.
-int pieces(int threads);
-
 // Has a team of the library's own for all calls of `share` by this thread.
 class Engagement {
   public:
