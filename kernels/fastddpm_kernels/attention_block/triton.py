@@ -22,8 +22,8 @@ from torch import Tensor
 from fastddpm_kernels.conv.statistics import statistics_shape
 from fastddpm_kernels.conv.triton import finish_launch
 from fastddpm_kernels.conv.triton_parts import finish, write_coefficients
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.device.variant import Launch, Variant, run_launches
-from fastddpm_kernels.group_norm_silu.plan import num_processors
 from fastddpm_kernels.group_norm_silu.triton_tile import membership, row, to_channels, to_groups
 
 OPTIONS = {"enable_fp_fusion": True}

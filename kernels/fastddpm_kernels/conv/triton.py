@@ -30,8 +30,8 @@ from fastddpm_kernels.conv.plan import (
 )
 from fastddpm_kernels.conv.statistics import Norm
 from fastddpm_kernels.conv.triton_kernels import apply_kernel, conv_kernel, finish_kernel, table_kernel
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.device.variant import Descriptor, Launch, Variant, packaged_variants, run_launches
-from fastddpm_kernels.group_norm_silu.plan import num_processors
 from fastddpm_kernels.group_norm_silu.triton_tile import unit_rows
 
 OPTIONS = {"enable_fp_fusion": True}

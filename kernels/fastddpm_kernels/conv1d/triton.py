@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels.conv1d.packing import PackedWeight
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.device.variant import Launch, Variant, run_launches
-from fastddpm_kernels.group_norm_silu.plan import num_processors
 
 NUM_WARPS = 4
 

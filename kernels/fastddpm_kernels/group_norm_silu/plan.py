@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels import tuned
-from fastddpm_kernels.device.processors import num_processors as num_processors
+from fastddpm_kernels.device.processors import num_processors
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.device.variant import Launch, Variant
-from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
+from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE
 from fastddpm_kernels.group_norm_silu.triton_tile import affine, pointers, row, silu, silu_gradient, unit_rows
 
 TILE_ELEMENTS = 4096

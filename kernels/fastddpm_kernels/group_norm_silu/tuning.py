@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastddpm_kernels import group_norm_silu as ops
-from fastddpm_kernels.group_norm_silu.plan import Plan, choice_of, derived_plan, heuristic_plan, num_processors
+from fastddpm_kernels.device.processors import num_processors
+from fastddpm_kernels.group_norm_silu.plan import Plan, choice_of, derived_plan, heuristic_plan
 from fastddpm_kernels.tuned import Choice, Tunable
 from fastddpm_kernels.tuning import WARPS, Operands, Task, nearest_first
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.device.tensor_float import to_tf32
 from fastddpm_kernels.device.variant import Launch, Variant, run_launches
-from fastddpm_kernels.group_norm_silu.plan import num_processors
 from fastddpm_kernels.layout import rows
 from fastddpm_kernels.pointwise_conv.triton import (
     FMA,

@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastddpm_kernels import tuned
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.device.tensor_float import to_tf32
 from fastddpm_kernels.device.variant import Launch, Variant, packaged_variants
-from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE, num_processors
+from fastddpm_kernels.group_norm_silu.plan import LARGEST_TILE
 from fastddpm_kernels.layout import rows
 from fastddpm_kernels.pointwise_conv.formula import by_matmul
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm_kernels.group_norm_silu.plan import num_processors
+from fastddpm_kernels.device.processors import num_processors
 from fastddpm_kernels.pointwise_conv import pointwise_conv_
 from fastddpm_kernels.pointwise_conv.formula import by_matmul
 from fastddpm_kernels.tuned import Choice, Tunable
