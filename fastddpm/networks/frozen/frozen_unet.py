@@ -61,6 +61,7 @@ class FrozenUNet:
         static: whether activations have fixed addresses (CUDA, and native kernels).
         backend: of the fused kernels.
         fusion: of the layers' parts, see `freeze`; "parts" where whole layers cannot run.
+        mixed: (batch, size) of programs in which some layers are whole and others are not: refilled as they are.
         weight_dtype: that native convolutions' weights are stored in, or None for `dtype`.
         cached: whether a CPU's last cache keeps all weights from step to step.
         timesteps: int64 [S], those of `freeze`, or None.
@@ -125,9 +126,7 @@ class FrozenUNet:
             reason = unproved(_WHOLE, "cuda") or proving.why_not("whole network", self.device, PROOFS)
             whole = reason is None
         self.fusion = fusion if whole else "parts"
-        self.mixed: set[tuple[int, tuple[int, int]]] = (
-            set()
-        )  # batches and sizes at which some layers are whole, others not
+        self.mixed: set[tuple[int, tuple[int, int]]] = set()
         self.allow_tf32 = allow_tf32
         self.timesteps: Tensor | None = None
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
